@@ -1,0 +1,282 @@
+//! The seam between a model, written once, and the device that runs it.
+//!
+//! A backend implements a few fused, model-shaped operations over row-major activations. Operations only enqueue:
+//! they do not allocate, wait or fail; shapes are checked when a model is loaded, and the first device error sticks and
+//! is returned by [`Backend::sync`]. Everything that varies from step to step lives in the device's copy of a
+//! [`Batch`]; `n_rows` is the size of the batch's bucket.
+
+use crate::weights::MatrixData;
+
+/// Tokens per page of the key-value cache.
+pub const PAGE_SIZE: usize = 64;
+
+/// What one step runs, on the host.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Token ids, `[n_rows]`.
+    pub tokens: Vec<u32>,
+    /// Position of each row in its sequence, `[n_rows]`; it attends to positions up to and including its own.
+    pub positions: Vec<u32>,
+    /// For each row, which of `block_tables` it belongs to, `[n_rows]`.
+    pub sequences: Vec<u32>,
+    /// Pages of each sequence: position `p` lives in slot `pages[p / PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE`.
+    pub block_tables: Vec<Vec<u32>>,
+    /// Rows whose logits are wanted.
+    pub logits_rows: Vec<u32>,
+}
+
+impl Batch {
+    /// Rows in this batch.
+    pub fn n_rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Cache slot of position `position` of sequence `sequence`.
+    #[inline]
+    pub fn slot(&self, sequence: usize, position: usize) -> usize {
+        self.block_tables[sequence][position / PAGE_SIZE] as usize * PAGE_SIZE + position % PAGE_SIZE
+    }
+
+    /// Longest context any row sees, its own position included.
+    pub fn max_context(&self) -> usize {
+        self.positions.iter().map(|p| *p as usize + 1).max().unwrap_or(0)
+    }
+}
+
+/// A slice of every row of an activation, seen as heads: element `i` of head `h` is at `offset + h * stride + i`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Heads.
+    pub n: usize,
+    /// Distance between heads.
+    pub stride: usize,
+    /// Start of head 0.
+    pub offset: usize,
+    /// Elements of one head.
+    pub width: usize,
+}
+
+impl Heads {
+    /// `n` heads of `width`, one after the other from the start of the row.
+    pub const fn packed(n: usize, width: usize) -> Heads {
+        Heads { n, stride: width, offset: 0, width }
+    }
+}
+
+/// Which elements a rotary embedding pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// (2i, 2i+1)
+    Interleaved,
+    /// (i, i + dim/2)
+    Half,
+}
+
+/// A rotary embedding: frequencies, pairing and temperature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// `[dim / 2]`
+    pub inv_freq: Vec<f32>,
+    /// Factor on cos and sin.
+    pub scaling: f32,
+    /// Pairing.
+    pub layout: RopeLayout,
+}
+
+impl Rope {
+    /// Rotated dimensions.
+    pub fn dim(&self) -> usize {
+        self.inv_freq.len() * 2
+    }
+}
+
+/// How experts are chosen (DeepSeek-V3's `noaux_tc`): sigmoid scores plus bias pick, scores alone weigh.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// Experts per token.
+    pub top_k: usize,
+    /// Expert groups; 1 switches group-limited routing off.
+    pub n_group: usize,
+    /// Groups kept.
+    pub topk_group: usize,
+    /// Divide by the sum of the chosen scores.
+    pub normalize: bool,
+    /// Factor on the result.
+    pub scale: f32,
+}
+
+/// Gate, up and down projections of a mixture of experts or of one MLP.
+#[derive(Debug)]
+pub struct Mlp<M> {
+    /// `[experts?, intermediate, hidden]`
+    pub gate: M,
+    /// `[experts?, intermediate, hidden]`
+    pub up: M,
+    /// `[experts?, hidden, intermediate]`
+    pub down: M,
+}
+
+/// What a cache holds, from which a backend picks the element type that its numerics allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheKind {
+    /// MLA's normalised latent followed by the rotated shared key.
+    Latent,
+    /// Keys of the sparse-attention indexer.
+    IndexKey,
+    /// Keys or values of grouped-query attention.
+    KeyValue,
+}
+
+/// A device that can run the models. Buffers are `[rows, width] f32` unless said otherwise.
+pub trait Backend {
+    /// Activations.
+    type Buffer;
+    /// Small integers: expert ids, selected positions; `[rows, width] i32`.
+    type Indices;
+    /// A matrix, or a stack of equal ones, in any [`crate::DType`].
+    type Matrix;
+    /// A [`Batch`] on the device.
+    type Batch;
+    /// Paged storage of one kind of cached vector for one layer.
+    type Cache;
+    /// The device's error.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    // --- memory and transfers ---
+
+    /// Zeroed activations.
+    fn alloc(&self, rows: usize, width: usize) -> Self::Buffer;
+    /// Zeroed indices.
+    fn alloc_indices(&self, rows: usize, width: usize) -> Self::Indices;
+    /// Cache for `n_slots` vectors of `width` elements.
+    fn alloc_cache(&self, kind: CacheKind, n_slots: usize, width: usize) -> Self::Cache;
+    /// Bytes of one cached vector of `width` elements.
+    fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize;
+    /// Takes a matrix over. Nothing is copied where the device can use the mapped file.
+    fn load_matrix(&self, data: MatrixData) -> Self::Matrix;
+    /// A one-row buffer.
+    fn load_vector(&self, values: &[f32]) -> Self::Buffer;
+    /// Copies a batch to the device.
+    fn upload(&self, batch: Batch) -> Self::Batch;
+    /// Copies the first `out.len() / width` rows to the host, after everything enqueued before.
+    fn download(&self, buffer: &Self::Buffer, out: &mut [f32]);
+    /// Waits for everything enqueued.
+    ///
+    /// # Errors
+    /// The first device error since the last call.
+    fn sync(&self) -> Result<(), Self::Error>;
+
+    // --- required primitives ---
+
+    /// `out[r] = table[batch.tokens[r]]`
+    fn embed(&self, table: &Self::Matrix, batch: &Self::Batch, out: &mut Self::Buffer);
+    /// `out[i] = x[batch.logits_rows[i]]`
+    fn gather_logits_rows(&self, x: &Self::Buffer, batch: &Self::Batch, out: &mut Self::Buffer);
+    /// `out = x / sqrt(mean(x^2) + eps) * weight` over whole rows.
+    fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Buffer, eps: f32, n_rows: usize, out: &mut Self::Buffer);
+    /// `out = x . w^T` for each `(w, out)`; `x` is `[n_rows, cols]`, each `out` `[n_rows, rows]`.
+    fn linear(&self, x: &Self::Buffer, n_rows: usize, outputs: &mut [(&Self::Matrix, &mut Self::Buffer)]);
+    /// Head `h` of `out` is `x`'s head `h` times matrix `h` of the stack: `[width_in] -> [width_out]`.
+    fn head_linear(
+        &self,
+        x: &Self::Buffer,
+        from: Heads,
+        w: &Self::Matrix,
+        n_rows: usize,
+        out: &mut Self::Buffer,
+        to: Heads,
+    );
+    /// Rotates the first `rope.dim()` elements of each head of `from` by the row's position; the rest is copied.
+    fn rope(&self, x: &Self::Buffer, from: Heads, rope: &Rope, batch: &Self::Batch, out: &mut Self::Buffer, to: Heads);
+    /// `x += y`
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, n_rows: usize);
+    /// Adds a vector to every row.
+    fn add_bias(&self, x: &mut Self::Buffer, bias: &Self::Buffer, n_rows: usize);
+    /// `out = down(silu(gate(x)) * up(x))`
+    fn mlp(&self, x: &Self::Buffer, mlp: &Mlp<Self::Matrix>, n_rows: usize, out: &mut Self::Buffer);
+    /// Chooses experts from `logits [n_rows, n_experts]`; `ids` and `weights` are `[n_rows, top_k]`.
+    fn router_topk(
+        &self,
+        logits: &Self::Buffer,
+        bias: &Self::Buffer,
+        routing: &Routing,
+        n_rows: usize,
+        ids: &mut Self::Indices,
+        weights: &mut Self::Buffer,
+    );
+    /// `out = sum_k weights[k] * expert[ids[k]](x)`, plus `shared(x)` if given.
+    #[allow(clippy::too_many_arguments)]
+    fn moe(
+        &self,
+        x: &Self::Buffer,
+        experts: &Mlp<Self::Matrix>,
+        shared: Option<&Mlp<Self::Matrix>>,
+        ids: &Self::Indices,
+        weights: &Self::Buffer,
+        n_rows: usize,
+        out: &mut Self::Buffer,
+    );
+    /// Caches MLA's vector of each row: `[rms_norm(kv_a[..latent]), rope(kv_a[latent..])]`.
+    fn write_latent(
+        &self,
+        kv_a: &Self::Buffer,
+        norm: &Self::Buffer,
+        eps: f32,
+        rope: &Rope,
+        batch: &Self::Batch,
+        cache: &mut Self::Cache,
+    );
+    /// Caches the indexer's key of each row: `rope(layer_norm(k))`, rotation on the first dimensions.
+    #[allow(clippy::too_many_arguments)]
+    fn write_index_key(
+        &self,
+        k: &Self::Buffer,
+        norm: &Self::Buffer,
+        norm_bias: &Self::Buffer,
+        eps: f32,
+        rope: &Rope,
+        batch: &Self::Batch,
+        cache: &mut Self::Cache,
+    );
+    /// Caches a plain vector of each row.
+    fn write_cache(&self, x: &Self::Buffer, batch: &Self::Batch, cache: &mut Self::Cache);
+    /// Positions each row attends to: the `selected` width's worth of highest
+    /// `sum_h weights[h] * relu(q[h] . key)`, all of them while fewer are visible; ascending, then -1.
+    fn index_select(
+        &self,
+        q: &Self::Buffer,
+        weights: &Self::Buffer,
+        n_heads: usize,
+        batch: &Self::Batch,
+        cache: &Self::Cache,
+        selected: &mut Self::Indices,
+    );
+    /// Softmax attention of `q [n_rows, n_heads * width]` over cached latents, whose first `latent` elements are also the
+    /// values: `out [n_rows, n_heads * latent]`. Restricted to `selected` positions if given.
+    #[allow(clippy::too_many_arguments)]
+    fn mla_attention(
+        &self,
+        q: &Self::Buffer,
+        n_heads: usize,
+        latent: usize,
+        scale: f32,
+        batch: &Self::Batch,
+        cache: &Self::Cache,
+        selected: Option<&Self::Indices>,
+        out: &mut Self::Buffer,
+    );
+    /// Softmax attention of `q [n_rows, n_heads * head_dim]` over cached keys and values
+    /// `[.., n_kv_heads * head_dim]`; query heads share key heads in consecutive groups.
+    #[allow(clippy::too_many_arguments)]
+    fn gqa_attention(
+        &self,
+        q: &Self::Buffer,
+        n_heads: usize,
+        n_kv_heads: usize,
+        scale: f32,
+        batch: &Self::Batch,
+        keys: &Self::Cache,
+        values: &Self::Cache,
+        out: &mut Self::Buffer,
+    );
+}

@@ -1,0 +1,286 @@
+//! A set of safetensors files, memory-mapped, as one table of named tensors.
+//!
+//! Opening reads headers only. Which tensors a model needs, and that nothing else is there, is decided in
+//! [`crate::weights`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+/// Why a checkpoint cannot be opened or does not fit its configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The directory or a file in it cannot be read.
+    #[error("cannot read {path}: {message}. Expected a model directory with config.json and *.safetensors files")]
+    Read {
+        /// The path.
+        path: String,
+        /// What went wrong.
+        message: String,
+    },
+    /// A file is damaged.
+    #[error("{path} is not a complete safetensors file: {message}. Download or copy it again")]
+    Damaged {
+        /// The path.
+        path: String,
+        /// What went wrong.
+        message: String,
+    },
+    /// The tensors do not match what the configuration asks for.
+    #[error("the checkpoint does not match its config.json: {}", list(.problems))]
+    Mismatch {
+        /// Every problem found, one line each.
+        problems: Vec<String>,
+    },
+    /// A value that no correct checkpoint holds.
+    #[error("{tensor} has a scale that is not a number (entry {index}); the file is damaged or was converted wrongly")]
+    BadScale {
+        /// Tensor or module.
+        tensor: String,
+        /// Index of the first bad scale in its matrix.
+        index: usize,
+    },
+    /// A matrix cannot be represented as asked.
+    #[error("{tensor}: {source}")]
+    Quant {
+        /// Tensor or module.
+        tensor: String,
+        /// The reason.
+        source: crate::quant::QuantError,
+    },
+}
+
+const LISTED_PROBLEMS: usize = 20;
+
+fn list(problems: &[String]) -> String {
+    let mut text = format!("{} problem{}", problems.len(), if problems.len() == 1 { "" } else { "s" });
+    for problem in problems.iter().take(LISTED_PROBLEMS) {
+        text.push_str("\n  - ");
+        text.push_str(problem);
+    }
+    if problems.len() > LISTED_PROBLEMS {
+        text.push_str(&format!("\n  ... and {} more", problems.len() - LISTED_PROBLEMS));
+    }
+    text
+}
+
+/// Element type as safetensors names it.
+pub type TensorDType = safetensors::Dtype;
+
+/// One tensor's place in the set.
+#[derive(Clone, Debug)]
+pub struct TensorInfo {
+    /// Element type.
+    pub dtype: TensorDType,
+    /// Shape as stored.
+    pub shape: Vec<usize>,
+    /// Index of the file.
+    file: usize,
+    /// Byte range in the file.
+    start: usize,
+    end: usize,
+}
+
+impl TensorInfo {
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.end - self.start
+    }
+}
+
+/// A checkpoint directory. Without weight files, names from the index remain (enough for `inspect`).
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    files: Vec<Bytes>,
+    tensors: BTreeMap<String, Option<TensorInfo>>,
+    duplicates: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens every safetensors file of `dir`: those that `model.safetensors.index.json` names, else
+    /// `model.safetensors`, else every `*.safetensors`.
+    ///
+    /// # Errors
+    /// A file is missing, truncated or not safetensors, or the index and the files disagree.
+    pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+        let index = read_index(dir)?;
+        let mut paths: Vec<PathBuf> = match &index {
+            Some(index) => {
+                let mut names: Vec<&String> = index.weight_map.values().collect();
+                names.sort();
+                names.dedup();
+                names.into_iter().map(|n| shard_path(dir, n)).collect::<Result<_, _>>()?
+            }
+            None if dir.join("model.safetensors").exists() => vec![dir.join("model.safetensors")],
+            None => {
+                let entries = std::fs::read_dir(dir).map_err(|e| read_error(dir, e))?;
+                entries
+                    .filter_map(|e| e.ok().map(|e| e.path()))
+                    .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+                    .collect()
+            }
+        };
+        paths.sort();
+        if paths.is_empty() {
+            return Err(CheckpointError::Read {
+                path: dir.display().to_string(),
+                message: "there is no *.safetensors file in it".to_string(),
+            });
+        }
+        let mut checkpoint =
+            Checkpoint { dir: dir.to_path_buf(), files: vec![], tensors: BTreeMap::new(), duplicates: vec![] };
+        for path in &paths {
+            checkpoint.add_file(path)?;
+        }
+        if let Some(index) = index {
+            checkpoint.check_index(&index)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// Opens what is there: like [`Checkpoint::open`], or names alone when the index exists and the weights do not.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], when neither weights nor an index exist.
+    pub fn open_or_index(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+        if let Some(index) = read_index(dir)?
+            && index.weight_map.values().any(|f| !dir.join(f).exists())
+        {
+            let tensors = index.weight_map.into_keys().map(|name| (name, None)).collect();
+            return Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![], tensors, duplicates: vec![] });
+        }
+        Checkpoint::open(dir)
+    }
+
+    /// A checkpoint of the given names, without data.
+    pub fn from_names(names: impl IntoIterator<Item = String>) -> Checkpoint {
+        let tensors = names.into_iter().map(|name| (name, None)).collect();
+        Checkpoint { dir: PathBuf::new(), files: vec![], tensors, duplicates: vec![] }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// True when the weights themselves are there.
+    pub fn has_data(&self) -> bool {
+        !self.files.is_empty()
+    }
+
+    /// True when a tensor of this name exists.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Names that more than one file holds.
+    pub fn duplicates(&self) -> &[String] {
+        &self.duplicates
+    }
+
+    /// Type and shape of a tensor; `None` when it does not exist or only its name is known.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name).and_then(Option::as_ref)
+    }
+
+    /// The bytes of a tensor, still in the mapped file; `None` when it does not exist or only its name is known.
+    pub fn bytes(&self, name: &str) -> Option<Bytes> {
+        let info = self.info(name)?;
+        Some(self.files[info.file].slice(info.start..info.end))
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let file = File::open(path).map_err(|e| read_error(path, e))?;
+        let data = map_file(&file).map_err(|e| read_error(path, e))?;
+        let damaged = |message: String| CheckpointError::Damaged { path: path.display().to_string(), message };
+        let (header, metadata) = SafeTensors::read_metadata(&data).map_err(|e| {
+            damaged(match e {
+                safetensors::SafeTensorError::MetadataIncompleteBuffer => {
+                    format!("its {} bytes are not what the header announces (truncated?)", data.len())
+                }
+                other => other.to_string(),
+            })
+        })?;
+        let base = header + 8;
+        for (name, tensor) in metadata.tensors() {
+            let (start, end) = tensor.data_offsets;
+            let info = TensorInfo {
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+                file: self.files.len(),
+                start: base + start,
+                end: base + end,
+            };
+            if self.tensors.insert(name.clone(), Some(info)).is_some() {
+                self.duplicates.push(name);
+            }
+        }
+        self.files.push(data);
+        Ok(())
+    }
+
+    fn check_index(&self, index: &Index) -> Result<(), CheckpointError> {
+        let mut problems: Vec<String> = index
+            .weight_map
+            .iter()
+            .filter(|(name, _)| !self.contains(name))
+            .map(|(name, file)| format!("the index says {file} holds {name}, but it does not"))
+            .collect();
+        problems.sort();
+        if problems.is_empty() { Ok(()) } else { Err(CheckpointError::Mismatch { problems }) }
+    }
+}
+
+fn read_error(path: &Path, error: std::io::Error) -> CheckpointError {
+    CheckpointError::Read { path: path.display().to_string(), message: error.to_string() }
+}
+
+fn read_index(dir: &Path) -> Result<Option<Index>, CheckpointError> {
+    let path = dir.join("model.safetensors.index.json");
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(read_error(&path, e)),
+    };
+    let index = serde_json::from_str(&text).map_err(|e| CheckpointError::Read {
+        path: path.display().to_string(),
+        message: format!("not a weight index ({e})"),
+    })?;
+    Ok(Some(index))
+}
+
+/// A shard's path; an index may not point outside its directory.
+fn shard_path(dir: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
+    let plain = Path::new(name).components().count() == 1 && !name.starts_with('.');
+    if plain {
+        Ok(dir.join(name))
+    } else {
+        Err(CheckpointError::Read {
+            path: dir.join("model.safetensors.index.json").display().to_string(),
+            message: format!("it names {name:?}, which is not a file in the same directory"),
+        })
+    }
+}
+
+#[allow(unsafe_code)]
+fn map_file(file: &File) -> std::io::Result<Bytes> {
+    // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
+    // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
+    let map = unsafe { memmap2::Mmap::map(file)? };
+    Ok(Bytes::from_owner(map))
+}

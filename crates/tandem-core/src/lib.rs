@@ -1,0 +1,15 @@
+//! Formats, checkpoints, configurations and the traits that backends implement.
+//!
+//! This crate has no threads, no network and no device code.
+
+pub mod backend;
+pub mod checkpoint;
+pub mod config;
+pub mod dtype;
+pub mod quant;
+pub mod weights;
+
+pub use backend::{Backend, Batch};
+pub use checkpoint::{Checkpoint, CheckpointError};
+pub use config::{ConfigError, ModelConfig, ModelType};
+pub use dtype::{DType, Float};

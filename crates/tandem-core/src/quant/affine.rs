@@ -1,0 +1,67 @@
+//! Affine groups: `w = scale * q + bias`, `q` unsigned; a scale may be negative.
+
+use super::{PackedView, bitstream};
+use crate::dtype::Float;
+
+/// Codes of the largest group.
+const MAX_GROUP: usize = 128;
+
+/// Least magnitude of a scale, MLX's guard against a group of equal values.
+const MIN_SCALE: f32 = 1e-7;
+
+pub(super) fn dequantize_row(
+    view: &PackedView<'_>,
+    row: usize,
+    bits: usize,
+    group: usize,
+    params: Float,
+    out: &mut [f32],
+) {
+    let (weight, scales, biases) = (view.weight_row(row), view.scales_row(row), view.biases_row(row));
+    let mut codes = [0; MAX_GROUP];
+    let codes = &mut codes[..group];
+    for (g, (out, packed)) in out.chunks_exact_mut(group).zip(weight.chunks_exact(group * bits / 8)).enumerate() {
+        let (scale, bias) = (params.read(scales, g), params.read(biases, g));
+        bitstream::unpack(bits, packed, codes);
+        for (value, code) in out.iter_mut().zip(&*codes) {
+            // Two roundings, not a fused multiply-add: the goldens store this result.
+            *value = scale * f32::from(*code) + bias;
+        }
+    }
+}
+
+/// Quantises one group as MLX's CPU backend does, to the same bits.
+///
+/// The codes come from the f32 scale and bias, which are rounded to `params` only when stored. The end of the range
+/// that is farther from zero is the bias and is exact; the scale is adjusted so that zero is a code.
+pub(super) fn quantize_group(
+    group: &[f32],
+    bits: usize,
+    params: Float,
+    weight: &mut Vec<u8>,
+    scales: &mut Vec<u8>,
+    biases: &mut Vec<u8>,
+) {
+    let max_code = ((1u32 << bits) - 1) as f32;
+    let low = group.iter().copied().fold(f32::INFINITY, f32::min);
+    let high = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let low_is_edge = low.abs() > high.abs();
+    let edge = if low_is_edge { low } else { high };
+
+    let step = ((high - low) / max_code).max(MIN_SCALE);
+    let mut scale = if low_is_edge { step } else { -step };
+    let mut bias = 0.0;
+    let zero_code = (edge / scale).round_ties_even();
+    if zero_code != 0.0 {
+        scale = edge / zero_code;
+        bias = edge;
+    }
+
+    let mut codes = [0; MAX_GROUP];
+    for (code, value) in codes.iter_mut().zip(group) {
+        *code = ((value - bias) / scale).round_ties_even().clamp(0.0, max_code) as u8;
+    }
+    bitstream::pack(bits, &codes[..group.len()], weight);
+    params.write(scale, scales);
+    params.write(bias, biases);
+}

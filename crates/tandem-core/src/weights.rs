@@ -1,0 +1,631 @@
+//! From the table of weights a model needs to the tensors of a checkpoint, strictly.
+//!
+//! A family lists its [`WeightSpec`]s once; loading, inspecting and (later) sharding and planning read that list.
+//! [`resolve`] finds each one in either published layout (MLX's stacked modules, Hugging Face's per-expert tensors and
+//! joint `kv_b_proj`), and reports every missing, duplicate, misshapen, wrongly typed or unexplained tensor together.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use bytes::Bytes;
+
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorDType};
+use crate::config::{ModelConfig, QuantizationConfig};
+use crate::dtype::{DType, FP8_BLOCK, Float};
+use crate::quant::{self, PackedView};
+
+/// What a weight belongs to, for accounting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ModuleKind {
+    /// Token embedding.
+    Embed,
+    /// Attention projections.
+    Attention,
+    /// The sparse-attention indexer.
+    Indexer,
+    /// Router gate and correction bias.
+    Router,
+    /// Routed experts.
+    RoutedExperts,
+    /// Shared expert.
+    SharedExpert,
+    /// MLP of dense layers.
+    DenseMlp,
+    /// Norms of every kind.
+    Norms,
+    /// Output projection.
+    LmHead,
+    /// Everything of a multi-token-prediction layer.
+    Mtp,
+}
+
+impl ModuleKind {
+    /// Every kind, in the order reports use.
+    pub const ALL: [ModuleKind; 10] = [
+        ModuleKind::RoutedExperts,
+        ModuleKind::SharedExpert,
+        ModuleKind::DenseMlp,
+        ModuleKind::Attention,
+        ModuleKind::Indexer,
+        ModuleKind::Router,
+        ModuleKind::Norms,
+        ModuleKind::LmHead,
+        ModuleKind::Embed,
+        ModuleKind::Mtp,
+    ];
+
+    /// Name in reports and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ModuleKind::Embed => "embed",
+            ModuleKind::Attention => "attention",
+            ModuleKind::Indexer => "indexer",
+            ModuleKind::Router => "router",
+            ModuleKind::RoutedExperts => "routed_experts",
+            ModuleKind::SharedExpert => "shared_expert",
+            ModuleKind::DenseMlp => "dense_mlp",
+            ModuleKind::Norms => "norms",
+            ModuleKind::LmHead => "lm_head",
+            ModuleKind::Mtp => "mtp",
+        }
+    }
+}
+
+impl fmt::Display for ModuleKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How the weight looks in a Hugging Face checkpoint, where that differs from MLX's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `[n]`, never quantised.
+    Vector,
+    /// `[out, in]`.
+    Matrix,
+    /// `[n_experts, out, in]`; HF stores `experts.{e}.{proj}` instead of `switch_mlp.{proj}`.
+    Experts,
+    /// `[n_heads, kv_lora_rank, qk_nope_head_dim]`; HF: the transposed first rows of each head of `kv_b_proj`.
+    EmbedQ,
+    /// `[n_heads, v_head_dim, kv_lora_rank]`; HF: the last rows of each head of `kv_b_proj`.
+    UnembedOut,
+}
+
+/// One weight a model needs.
+#[derive(Clone, Debug)]
+pub struct WeightSpec {
+    /// Module path in MLX's layout, e.g. `model.layers.3.mlp.switch_mlp.gate_proj`.
+    pub module: String,
+    /// Tensor of the module: `weight`, `bias` or `e_score_correction_bias`.
+    pub leaf: &'static str,
+    /// Logical shape, unpacked: `[n]`, `[out, in]` or `[stack, out, in]`.
+    pub shape: Vec<usize>,
+    /// For accounting.
+    pub kind: ModuleKind,
+    /// Decoder layer, if any.
+    pub layer: Option<usize>,
+    /// Layout.
+    pub form: Form,
+    /// May be absent.
+    pub optional: bool,
+}
+
+impl WeightSpec {
+    /// A matrix or stack of matrices `module.weight`.
+    pub fn matrix(module: impl Into<String>, shape: &[usize], kind: ModuleKind, form: Form) -> WeightSpec {
+        WeightSpec { module: module.into(), leaf: "weight", shape: shape.to_vec(), kind, layer: None, form, optional: false }
+    }
+
+    /// A vector `module.leaf` of `len` elements.
+    pub fn vector(module: impl Into<String>, leaf: &'static str, len: usize, kind: ModuleKind) -> WeightSpec {
+        WeightSpec { module: module.into(), leaf, shape: vec![len], kind, layer: None, form: Form::Vector, optional: false }
+    }
+
+    /// Matrices in the stack, rows and columns of each.
+    pub fn dims(&self) -> (usize, usize, usize) {
+        match self.shape[..] {
+            [n] => (1, 1, n),
+            [rows, cols] => (1, rows, cols),
+            [stack, rows, cols] => (stack, rows, cols),
+            _ => unreachable!("a weight has one to three dimensions"),
+        }
+    }
+
+    /// Elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    fn tensor(&self) -> String {
+        format!("{}.{}", self.module, self.leaf)
+    }
+}
+
+/// The tensors of one matrix in the checkpoint.
+#[derive(Clone, Debug)]
+struct Source {
+    weight: String,
+    scales: Option<String>,
+    biases: Option<String>,
+    global_scale: Option<String>,
+    dtype: DType,
+}
+
+impl Source {
+    fn names(&self) -> impl Iterator<Item = &String> {
+        [Some(&self.weight), self.scales.as_ref(), self.biases.as_ref(), self.global_scale.as_ref()].into_iter().flatten()
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    /// One set of tensors, as the spec's shape says.
+    Whole(Source),
+    /// One set of tensors per expert.
+    PerExpert(Vec<Source>),
+    /// Part of `kv_b_proj`, `[n_heads * (nope + v), kv_lora]`.
+    KvB(Source),
+}
+
+/// A weight and where it was found.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    /// What was asked for.
+    pub spec: WeightSpec,
+    /// Format in which it is stored.
+    pub dtype: DType,
+    place: Place,
+}
+
+impl Weight {
+    /// Bytes in the checkpoint: elements, scales and biases.
+    pub fn bytes(&self) -> usize {
+        let (stack, rows, cols) = self.spec.dims();
+        stack * self.dtype.total_bytes(rows, cols)
+    }
+}
+
+/// A matrix or stack of equal matrices with its bytes, ready for a backend.
+#[derive(Clone, Debug)]
+pub struct MatrixData {
+    /// Module path, for messages.
+    pub name: String,
+    /// Storage format.
+    pub dtype: DType,
+    /// Output dimension of each matrix.
+    pub rows: usize,
+    /// Input dimension of each matrix.
+    pub cols: usize,
+    /// One entry per matrix of the stack (experts, heads), or one.
+    pub parts: Vec<MatrixPart>,
+}
+
+/// The bytes of one matrix.
+#[derive(Clone, Debug, Default)]
+pub struct MatrixPart {
+    /// Packed elements.
+    pub weight: Bytes,
+    /// Scales, or empty.
+    pub scales: Bytes,
+    /// Biases, or empty.
+    pub biases: Bytes,
+    /// nvfp4's extra scale.
+    pub global_scale: Option<f32>,
+}
+
+impl MatrixData {
+    /// Decoding view of matrix `part`.
+    ///
+    /// # Panics
+    /// When the byte lengths do not fit the format, which [`resolve`] has checked.
+    pub fn view(&self, part: usize) -> PackedView<'_> {
+        let p = &self.parts[part];
+        PackedView {
+            dtype: self.dtype,
+            rows: self.rows,
+            cols: self.cols,
+            weight: &p.weight,
+            scales: &p.scales,
+            biases: &p.biases,
+            global_scale: p.global_scale,
+        }
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> usize {
+        self.parts.len() * self.dtype.total_bytes(self.rows, self.cols)
+    }
+
+    /// The same matrices in another format, bit-identical to mlx's quantiser when the source is unquantised.
+    ///
+    /// # Errors
+    /// When the shape does not fit the format.
+    pub fn quantize(&self, dtype: DType) -> Result<MatrixData, CheckpointError> {
+        let mut parts = Vec::with_capacity(self.parts.len());
+        for part in 0..self.parts.len() {
+            let packed = quant::quantize(dtype, self.rows, self.cols, &self.view(part).dequantize())
+                .map_err(|source| CheckpointError::Quant { tensor: self.name.clone(), source })?;
+            parts.push(MatrixPart {
+                weight: packed.weight.into(),
+                scales: packed.scales.into(),
+                biases: packed.biases.into(),
+                global_scale: None,
+            });
+        }
+        Ok(MatrixData { name: self.name.clone(), dtype, rows: self.rows, cols: self.cols, parts })
+    }
+}
+
+/// Finds every weight of `specs` in `checkpoint`, and checks that nothing else is there.
+///
+/// `mtp` is the table of the multi-token-prediction layers: all of it must be there if any of it is.
+///
+/// # Errors
+/// [`CheckpointError::Mismatch`] with every problem.
+pub fn resolve(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    specs: &[WeightSpec],
+    mtp: &[WeightSpec],
+) -> Result<Vec<Weight>, CheckpointError> {
+    let mut resolver = Resolver {
+        checkpoint,
+        quantization: &config.quantization,
+        float: config.float,
+        kv_b_head: config.mla.as_ref().map_or(0, |m| m.qk_nope_head_dim + m.v_head_dim),
+        claimed: HashSet::new(),
+        problems: checkpoint.duplicates().iter().map(|n| format!("{n} is in more than one file")).collect(),
+    };
+    let mtp_present = config
+        .mtp_layers()
+        .any(|layer| checkpoint.names().any(|name| name.starts_with(&format!("model.layers.{layer}."))));
+    let mut weights = Vec::with_capacity(specs.len());
+    for spec in specs.iter().chain(if mtp_present { mtp } else { &[] }) {
+        if let Some((dtype, place)) = resolver.find(spec) {
+            weights.push(Weight { spec: spec.clone(), dtype, place });
+        }
+    }
+    let Resolver { claimed, mut problems, .. } = resolver;
+    for name in checkpoint.names() {
+        if !claimed.contains(name) && !ignored(name, config) {
+            problems.push(format!("{name} is in the checkpoint but this {} model has no use for it", config.model_type.name()));
+        }
+    }
+    if problems.is_empty() { Ok(weights) } else { Err(CheckpointError::Mismatch { problems }) }
+}
+
+/// Tensors that are known and carry nothing: old checkpoints' rotary tables, and an lm_head that is tied.
+fn ignored(name: &str, config: &ModelConfig) -> bool {
+    name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name.starts_with("lm_head."))
+}
+
+struct Resolver<'a> {
+    checkpoint: &'a Checkpoint,
+    quantization: &'a QuantizationConfig,
+    float: Float,
+    /// Rows of one head in `kv_b_proj`.
+    kv_b_head: usize,
+    claimed: HashSet<String>,
+    problems: Vec<String>,
+}
+
+impl Resolver<'_> {
+    fn find(&mut self, spec: &WeightSpec) -> Option<(DType, Place)> {
+        let (stack, rows, cols) = spec.dims();
+        if self.checkpoint.contains(&spec.tensor()) {
+            let source = self.source(&spec.module, spec.leaf, &spec.shape, spec.form != Form::Vector)?;
+            return Some((source.dtype, Place::Whole(source)));
+        }
+        let place = match spec.form {
+            Form::Experts if self.has(&expert_module(&spec.module, 0)) => {
+                let sources: Vec<Source> = (0..stack)
+                    .filter_map(|e| self.required(&expert_module(&spec.module, e), &[rows, cols]))
+                    .collect();
+                if sources.len() != stack {
+                    return None;
+                }
+                if let Some(odd) = sources.iter().find(|s| s.dtype != sources[0].dtype) {
+                    self.problems.push(format!(
+                        "{} is {} but other experts of {} are {}",
+                        odd.weight, odd.dtype, spec.module, sources[0].dtype
+                    ));
+                    return None;
+                }
+                Place::PerExpert(sources)
+            }
+            Form::EmbedQ | Form::UnembedOut if self.has(&kv_b_module(&spec.module)) => {
+                let module = kv_b_module(&spec.module);
+                let kv_lora = if spec.form == Form::EmbedQ { rows } else { cols };
+                let height = stack * self.kv_b_head;
+                Place::KvB(self.required(&module, &[height, kv_lora])?)
+            }
+            _ => {
+                if !spec.optional {
+                    self.problems.push(format!("{} is missing", spec.tensor()));
+                }
+                return None;
+            }
+        };
+        let dtype = match &place {
+            Place::Whole(source) => source.dtype,
+            Place::PerExpert(sources) => sources[0].dtype,
+            Place::KvB(source) => split_dtype(source.dtype),
+        };
+        Some((dtype, place))
+    }
+
+    fn has(&self, module: &str) -> bool {
+        self.checkpoint.contains(&format!("{module}.weight"))
+    }
+
+    fn required(&mut self, module: &str, shape: &[usize]) -> Option<Source> {
+        if self.has(module) {
+            self.source(module, "weight", shape, true)
+        } else {
+            self.problems.push(format!("{module}.weight is missing"));
+            None
+        }
+    }
+
+    /// Claims the tensors of one module and checks types and shapes.
+    fn source(&mut self, module: &str, leaf: &str, shape: &[usize], quantizable: bool) -> Option<Source> {
+        let before = self.problems.len();
+        let weight = format!("{module}.{leaf}");
+        let optional = |checkpoint: &Checkpoint, suffix: &str| {
+            Some(format!("{module}.{suffix}")).filter(|name| quantizable && checkpoint.contains(name))
+        };
+        let mut source = Source {
+            weight,
+            scales: optional(self.checkpoint, "scales"),
+            biases: optional(self.checkpoint, "biases"),
+            global_scale: optional(self.checkpoint, "global_scale"),
+            dtype: DType::Float(self.float),
+        };
+        if let Some(scales) = source.scales.clone() {
+            let Some(settings) = self.quantization.for_module(module) else {
+                self.problems.push(format!("{scales} exists but config.json's quantization says nothing about {module}"));
+                self.claimed.extend(source.names().cloned());
+                return None;
+            };
+            let params = self.float_of(&scales).unwrap_or(self.float);
+            match settings.dtype(params) {
+                Ok(dtype) => source.dtype = dtype,
+                Err(e) => {
+                    self.problems.push(format!("{module}: {e}"));
+                    return None;
+                }
+            }
+        } else if let Some(scales) = optional(self.checkpoint, "weight_scale_inv") {
+            source.scales = Some(scales);
+            source.dtype = DType::Fp8Block;
+        } else if let Some(float) = self.float_of(&source.weight) {
+            source.dtype = DType::Float(float);
+        } else if leaf == "e_score_correction_bias" {
+            source.dtype = DType::F32; // by name only: published checkpoints keep it in f32
+        }
+        self.check(&source, shape);
+        self.claimed.extend(source.names().cloned());
+        (self.problems.len() == before).then_some(source)
+    }
+
+    fn float_of(&self, name: &str) -> Option<Float> {
+        match self.checkpoint.info(name)?.dtype {
+            TensorDType::F32 => Some(Float::F32),
+            TensorDType::F16 => Some(Float::F16),
+            TensorDType::BF16 => Some(Float::BF16),
+            _ => None,
+        }
+    }
+
+    fn check(&mut self, source: &Source, shape: &[usize]) {
+        let dtype = source.dtype;
+        let cols = *shape.last().unwrap_or(&1);
+        let with_last = |last: usize| [&shape[..shape.len() - 1], &[last]].concat();
+        if dtype != DType::Fp8Block && !cols.is_multiple_of(dtype.group_size()) {
+            self.problems.push(format!(
+                "{}: input dimension {cols} does not divide by the group size {} of {dtype}",
+                source.weight,
+                dtype.group_size()
+            ));
+            return;
+        }
+        let biases_expected = matches!(dtype, DType::Affine { .. });
+        if biases_expected != source.biases.is_some() {
+            let module = source.weight.trim_end_matches(".weight");
+            self.problems.push(if biases_expected {
+                format!("{module}.biases is missing ({dtype} has scales and biases)")
+            } else {
+                format!("{module}.biases exists, but {dtype} has no biases")
+            });
+        }
+        let groups = with_last(cols / dtype.group_size());
+        let (weight_type, weight_shape) = match dtype {
+            DType::Float(f) => (float_type(f), shape.to_vec()),
+            DType::Fp8Block => (TensorDType::F8_E4M3, shape.to_vec()),
+            _ => (TensorDType::U32, with_last((cols * dtype.bits()).div_ceil(32))),
+        };
+        self.expect(&source.weight, &[weight_type], &weight_shape);
+        match dtype {
+            DType::Float(_) => {}
+            DType::Affine { params, .. } => {
+                for name in [&source.scales, &source.biases].into_iter().flatten() {
+                    self.expect(name, &[float_type(params)], &groups);
+                }
+            }
+            DType::Mxfp4 | DType::Mxfp8 | DType::Nvfp4 => {
+                let types = [TensorDType::U8, TensorDType::F8_E8M0, TensorDType::F8_E4M3];
+                self.expect(source.scales.as_deref().unwrap_or_default(), &types, &groups);
+            }
+            DType::Fp8Block => {
+                let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(FP8_BLOCK)).collect();
+                self.expect(source.scales.as_deref().unwrap_or_default(), &[TensorDType::F32], &blocks);
+            }
+        }
+    }
+
+    fn expect(&mut self, name: &str, types: &[TensorDType], shape: &[usize]) {
+        let Some(info) = self.checkpoint.info(name) else {
+            return; // names only
+        };
+        if !types.contains(&info.dtype) {
+            self.problems.push(format!("{name} has type {:?}, expected {:?}", info.dtype, types[0]));
+        } else if info.shape != shape {
+            self.problems.push(format!("{name} has shape {:?}, expected {shape:?}", info.shape));
+        }
+    }
+}
+
+fn float_type(float: Float) -> TensorDType {
+    match float {
+        Float::F32 => TensorDType::F32,
+        Float::F16 => TensorDType::F16,
+        Float::BF16 => TensorDType::BF16,
+    }
+}
+
+/// `...mlp.switch_mlp.gate_proj` -> `...mlp.experts.{expert}.gate_proj`.
+fn expert_module(module: &str, expert: usize) -> String {
+    module.replacen("switch_mlp", &format!("experts.{expert}"), 1)
+}
+
+/// `...self_attn.embed_q` -> `...self_attn.kv_b_proj`.
+fn kv_b_module(module: &str) -> String {
+    match module.rsplit_once('.') {
+        Some((attention, _)) => format!("{attention}.kv_b_proj"),
+        None => "kv_b_proj".to_string(),
+    }
+}
+
+/// Splitting `kv_b_proj` transposes a part of it, which packed formats do not survive: those become f32.
+fn split_dtype(joint: DType) -> DType {
+    match joint {
+        DType::Float(f) => DType::Float(f),
+        _ => DType::F32,
+    }
+}
+
+impl Weight {
+    /// The matrix with its bytes; from the mapped file wherever the layout allows.
+    ///
+    /// # Errors
+    /// [`CheckpointError::BadScale`] when a scale is not a number.
+    pub fn matrix(&self, checkpoint: &Checkpoint) -> Result<MatrixData, CheckpointError> {
+        let (stack, rows, cols) = self.spec.dims();
+        let parts = match &self.place {
+            Place::Whole(source) => split_stack(&load(checkpoint, source)?, source.dtype, stack, rows, cols),
+            Place::PerExpert(sources) => sources.iter().map(|s| load(checkpoint, s)).collect::<Result<_, _>>()?,
+            Place::KvB(source) => self.split_kv_b(checkpoint, source)?,
+        };
+        let data = MatrixData { name: self.spec.module.clone(), dtype: self.dtype, rows, cols, parts };
+        if data.dtype.is_quantized() {
+            for part in 0..data.parts.len() {
+                if let Some(index) = quant::has_nan_scale(&data.view(part)) {
+                    return Err(CheckpointError::BadScale { tensor: data.name, index });
+                }
+            }
+        }
+        Ok(data)
+    }
+
+    /// The vector as f32.
+    ///
+    /// # Errors
+    /// As [`Weight::matrix`].
+    pub fn vector(&self, checkpoint: &Checkpoint) -> Result<Vec<f32>, CheckpointError> {
+        Ok(self.matrix(checkpoint)?.view(0).dequantize())
+    }
+
+    fn split_kv_b(&self, checkpoint: &Checkpoint, source: &Source) -> Result<Vec<MatrixPart>, CheckpointError> {
+        let (n_heads, rows, cols) = self.spec.dims();
+        let joint_part = load(checkpoint, source)?;
+        let kv_lora = if self.spec.form == Form::EmbedQ { rows } else { cols };
+        let height = match source.dtype {
+            DType::Float(f) => joint_part.weight.len() / (kv_lora * f.bytes()),
+            other => joint_part.weight.len() * 8 / (kv_lora * other.bits()),
+        };
+        let joint =
+            MatrixData { name: source.weight.clone(), dtype: source.dtype, rows: height, cols: kv_lora, parts: vec![joint_part] };
+        let per_head = height / n_heads;
+        let view = joint.view(0);
+        if source.dtype.is_quantized()
+            && let Some(index) = quant::has_nan_scale(&view)
+        {
+            return Err(CheckpointError::BadScale { tensor: joint.name, index });
+        }
+        let DType::Float(float) = self.dtype else { unreachable!("split_dtype is a float") };
+        let mut parts = Vec::with_capacity(n_heads);
+        for head in 0..n_heads {
+            let first = head * per_head;
+            let weight = match self.spec.form {
+                Form::UnembedOut if source.dtype == self.dtype => {
+                    let row_bytes = kv_lora * float.bytes();
+                    let start = (first + per_head - rows) * row_bytes;
+                    joint.parts[0].weight.slice(start..start + rows * row_bytes)
+                }
+                Form::UnembedOut => decode_rows(&view, first + per_head - rows, rows, float).into(),
+                // Rows are nope dimensions, columns the latent: transpose to [kv_lora, nope].
+                _ => {
+                    let mut decoded = vec![0.0f32; cols * kv_lora];
+                    for (i, row) in decoded.chunks_exact_mut(kv_lora).enumerate() {
+                        view.dequantize_row(first + i, row);
+                    }
+                    let mut bytes = Vec::with_capacity(decoded.len() * float.bytes());
+                    for latent in 0..kv_lora {
+                        for nope in 0..cols {
+                            float.write(decoded[nope * kv_lora + latent], &mut bytes);
+                        }
+                    }
+                    bytes.into()
+                }
+            };
+            parts.push(MatrixPart { weight, ..MatrixPart::default() });
+        }
+        Ok(parts)
+    }
+}
+
+fn decode_rows(view: &PackedView<'_>, first: usize, n_rows: usize, float: Float) -> Vec<u8> {
+    let mut row = vec![0.0f32; view.cols];
+    let mut bytes = Vec::with_capacity(n_rows * view.cols * float.bytes());
+    for i in first..first + n_rows {
+        view.dequantize_row(i, &mut row);
+        for value in &row {
+            float.write(*value, &mut bytes);
+        }
+    }
+    bytes
+}
+
+fn load(checkpoint: &Checkpoint, source: &Source) -> Result<MatrixPart, CheckpointError> {
+    let bytes = |name: &Option<String>| match name {
+        Some(name) => tensor_bytes(checkpoint, name),
+        None => Ok(Bytes::new()),
+    };
+    let global = bytes(&source.global_scale)?;
+    Ok(MatrixPart {
+        weight: tensor_bytes(checkpoint, &source.weight)?,
+        scales: bytes(&source.scales)?,
+        biases: bytes(&source.biases)?,
+        global_scale: (global.len() >= 4).then(|| Float::F32.read(&global, 0)),
+    })
+}
+
+fn tensor_bytes(checkpoint: &Checkpoint, name: &str) -> Result<Bytes, CheckpointError> {
+    checkpoint.bytes(name).ok_or_else(|| CheckpointError::Mismatch { problems: vec![format!("{name} has no data")] })
+}
+
+/// Cuts a stacked tensor `[stack, rows, cols]` into its matrices.
+fn split_stack(whole: &MatrixPart, dtype: DType, stack: usize, rows: usize, cols: usize) -> Vec<MatrixPart> {
+    let slice = |bytes: &Bytes, size: usize, i: usize| {
+        if bytes.is_empty() { Bytes::new() } else { bytes.slice(i * size..(i + 1) * size) }
+    };
+    (0..stack)
+        .map(|i| MatrixPart {
+            weight: slice(&whole.weight, dtype.weight_bytes(rows, cols), i),
+            scales: slice(&whole.scales, dtype.scale_bytes(rows, cols), i),
+            biases: slice(&whole.biases, dtype.bias_bytes(rows, cols), i),
+            global_scale: whole.global_scale,
+        })
+        .collect()
+}

@@ -1,0 +1,510 @@
+//! DeepSeek-V3, DeepSeek-V3.2 and GLM-5.x (`deepseek_v3`, `deepseek_v32`, `glm_moe_dsa`): multi-head latent attention,
+//! sparse attention by a lightning indexer, mixture of experts.
+//!
+//! References: DeepSeek-V2 (arXiv 2405.04434) for MLA, DeepSeek-V3 (2412.19437) for routing, the DeepSeek-V3.2 report
+//! for the indexer, transformers' `modeling_glm_moe_dsa.py` for conventions. Attention runs absorbed: queries are moved
+//! into the latent space, so that the cache holds one latent per token whatever the number of heads.
+
+use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, Rope, RopeLayout, Routing};
+use tandem_core::config::{IndexerConfig, MlaConfig};
+use tandem_core::weights::{Form, ModuleKind, WeightSpec};
+use tandem_core::{CheckpointError, ModelConfig};
+
+use crate::{KvCache, LayerCache, Limits, Loader, Model, StepShape};
+
+/// Epsilon of the norms inside attention: 1e-6 in DeepSeek's code whatever `rms_norm_eps` says.
+const ATTENTION_NORM_EPS: f32 = 1e-6;
+
+/// A loaded model of the DeepSeek line.
+pub struct DeepseekV32<B: Backend> {
+    dims: Dims,
+    embed_tokens: B::Matrix,
+    layers: Vec<Layer<B>>,
+    norm: B::Buffer,
+    lm_head: Option<B::Matrix>,
+    scratch: Scratch<B>,
+}
+
+/// The numbers of the forward pass.
+struct Dims {
+    n_heads: usize,
+    mla: MlaConfig,
+    indexer: Option<IndexerConfig>,
+    routing: Routing,
+    rms_norm_eps: f32,
+    softmax_scale: f32,
+    /// Weight of each indexer head's score: `index_n_heads^-0.5 * index_head_dim^-0.5`, folded into nothing, since a
+    /// positive factor does not change which positions win.
+    rope: Rope,
+    index_rope: Rope,
+}
+
+struct Layer<B: Backend> {
+    input_layernorm: B::Buffer,
+    attention: Attention<B>,
+    post_attention_layernorm: B::Buffer,
+    mlp: Block<B>,
+}
+
+struct Attention<B: Backend> {
+    query: Query<B>,
+    kv_a_proj_with_mqa: B::Matrix,
+    kv_a_layernorm: B::Buffer,
+    embed_q: B::Matrix,
+    unembed_out: B::Matrix,
+    o_proj: B::Matrix,
+    indexer: Option<Indexer<B>>,
+}
+
+enum Query<B: Backend> {
+    Direct { q_proj: B::Matrix },
+    LowRank { q_a_proj: B::Matrix, q_a_layernorm: B::Buffer, q_b_proj: B::Matrix },
+}
+
+struct Indexer<B: Backend> {
+    wq_b: B::Matrix,
+    wk: B::Matrix,
+    k_norm: B::Buffer,
+    k_norm_bias: B::Buffer,
+    weights_proj: B::Matrix,
+}
+
+enum Block<B: Backend> {
+    Dense(Mlp<B::Matrix>),
+    Moe { gate: B::Matrix, bias: B::Buffer, experts: Mlp<B::Matrix>, shared: Option<Mlp<B::Matrix>> },
+}
+
+/// All activations, allocated once; a step allocates nothing. `n` is the rows of the batch.
+struct Scratch<B: Backend> {
+    /// Residual stream, `[n, hidden_size]`.
+    hidden: B::Buffer,
+    /// Norm of the residual stream, `[n, hidden_size]`.
+    normed: B::Buffer,
+    /// Output of a block, `[n, hidden_size]`.
+    block: B::Buffer,
+    /// `[n, q_lora_rank]`
+    q_a: B::Buffer,
+    /// `[n, q_lora_rank]`
+    q_a_normed: B::Buffer,
+    /// `[n, n_heads * (nope + rope)]`
+    q: B::Buffer,
+    /// Queries in the latent space, `[n, n_heads * (kv_lora_rank + rope)]`.
+    q_latent: B::Buffer,
+    /// `[n, kv_lora_rank + rope]`
+    kv_a: B::Buffer,
+    /// `[n, n_heads * kv_lora_rank]`
+    attended: B::Buffer,
+    /// `[n, n_heads * v_head_dim]`
+    values: B::Buffer,
+    /// `[n, index_n_heads * index_head_dim]`, before and after rotation.
+    index_q: B::Buffer,
+    index_q_rotated: B::Buffer,
+    /// `[n, index_head_dim]`
+    index_k: B::Buffer,
+    /// `[n, index_n_heads]`
+    index_weights: B::Buffer,
+    /// `[n, index_topk]`
+    selected: B::Indices,
+    /// `[n, n_routed_experts]`
+    router_logits: B::Buffer,
+    /// `[n, num_experts_per_tok]`
+    expert_ids: B::Indices,
+    expert_weights: B::Buffer,
+    /// `[max_logits_rows, hidden_size]`
+    last: B::Buffer,
+    last_normed: B::Buffer,
+    /// `[max_logits_rows, vocab_size]`
+    logits: B::Buffer,
+}
+
+impl<B: Backend> Model<B> for DeepseekV32<B> {
+    fn forward(&mut self, b: &B, batch: &B::Batch, shape: StepShape, cache: &mut KvCache<B>) {
+        let n = shape.n_rows;
+        let eps = self.dims.rms_norm_eps;
+        b.embed(&self.embed_tokens, batch, &mut self.scratch.hidden);
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            let s = &mut self.scratch;
+            b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
+            layer.attention.forward(b, &self.dims, batch, shape, cache, s);
+            b.add(&mut s.hidden, &s.block, n);
+            b.rms_norm(&s.hidden, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            layer.mlp.forward(b, &self.dims, n, s);
+            b.add(&mut s.hidden, &s.block, n);
+        }
+        if shape.n_logits > 0 {
+            let s = &mut self.scratch;
+            b.gather_logits_rows(&s.hidden, batch, &mut s.last);
+            b.rms_norm(&s.last, &self.norm, eps, shape.n_logits, &mut s.last_normed);
+            let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+            b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+        }
+    }
+
+    fn logits(&self) -> &B::Buffer {
+        &self.scratch.logits
+    }
+
+    fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B> {
+        let mla = &self.dims.mla;
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| LayerCache::Latent {
+                latent: backend.alloc_cache(CacheKind::Latent, n_slots, mla.kv_lora_rank + mla.qk_rope_head_dim),
+                index: match (&layer.attention.indexer, &self.dims.indexer) {
+                    (Some(_), Some(i)) => Some(backend.alloc_cache(CacheKind::IndexKey, n_slots, i.index_head_dim)),
+                    _ => None,
+                },
+            })
+            .collect();
+        KvCache { layers }
+    }
+
+    fn cache_bytes_per_token(&self, backend: &B) -> usize {
+        let mla = &self.dims.mla;
+        let latent = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
+        let index = self.dims.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
+        let n_indexers = self.layers.iter().filter(|l| l.attention.indexer.is_some()).count();
+        self.layers.len() * latent + n_indexers * index
+    }
+}
+
+impl<B: Backend> Attention<B> {
+    /// `scratch.block = attention(scratch.normed)`
+    fn forward(
+        &self,
+        b: &B,
+        dims: &Dims,
+        batch: &B::Batch,
+        shape: StepShape,
+        cache: &mut LayerCache<B>,
+        s: &mut Scratch<B>,
+    ) {
+        let n = shape.n_rows;
+        let (mla, n_heads) = (&dims.mla, dims.n_heads);
+        let LayerCache::Latent { latent, index } = cache else { unreachable!("the cache was made by this model") };
+        // Below index_topk every position is selected: the keys must be cached, but queries need not be scored.
+        let sparse = dims.indexer.as_ref().is_some_and(|i| shape.max_context > i.index_topk);
+
+        let mut projections = vec![(&self.kv_a_proj_with_mqa, &mut s.kv_a)];
+        match &self.query {
+            Query::Direct { q_proj } => projections.push((q_proj, &mut s.q)),
+            Query::LowRank { q_a_proj, .. } => projections.push((q_a_proj, &mut s.q_a)),
+        }
+        if let Some(indexer) = &self.indexer {
+            projections.push((&indexer.wk, &mut s.index_k));
+            if sparse {
+                projections.push((&indexer.weights_proj, &mut s.index_weights));
+            }
+        }
+        b.linear(&s.normed, n, &mut projections);
+        if let Query::LowRank { q_a_layernorm, q_b_proj, .. } = &self.query {
+            b.rms_norm(&s.q_a, q_a_layernorm, ATTENTION_NORM_EPS, n, &mut s.q_a_normed);
+            let mut projections = vec![(q_b_proj, &mut s.q)];
+            if let Some(indexer) = &self.indexer
+                && sparse
+            {
+                projections.push((&indexer.wq_b, &mut s.index_q));
+            }
+            b.linear(&s.q_a_normed, n, &mut projections);
+        }
+        b.write_latent(&s.kv_a, &self.kv_a_layernorm, ATTENTION_NORM_EPS, &dims.rope, batch, latent);
+
+        if let (Some(indexer), Some(index), Some(config)) = (&self.indexer, index, &dims.indexer) {
+            let (norm, bias) = (&indexer.k_norm, &indexer.k_norm_bias);
+            b.write_index_key(&s.index_k, norm, bias, ATTENTION_NORM_EPS, &dims.index_rope, batch, index);
+            if sparse {
+                let heads = Heads::packed(config.index_n_heads, config.index_head_dim);
+                b.rope(&s.index_q, heads, &dims.index_rope, batch, &mut s.index_q_rotated, heads);
+                b.index_select(
+                    &s.index_q_rotated,
+                    &s.index_weights,
+                    config.index_n_heads,
+                    batch,
+                    index,
+                    &mut s.selected,
+                );
+            }
+        }
+
+        // q = [q_nope | q_rope] per head -> [embed_q . q_nope | rope(q_rope)], comparable with the cached vector.
+        let q_stride = mla.qk_nope_head_dim + mla.qk_rope_head_dim;
+        let latent_stride = mla.kv_lora_rank + mla.qk_rope_head_dim;
+        let nope = Heads { n: n_heads, stride: q_stride, offset: 0, width: mla.qk_nope_head_dim };
+        let rope = Heads { n: n_heads, stride: q_stride, offset: mla.qk_nope_head_dim, width: mla.qk_rope_head_dim };
+        let to_latent = Heads { n: n_heads, stride: latent_stride, offset: 0, width: mla.kv_lora_rank };
+        let to_rope =
+            Heads { n: n_heads, stride: latent_stride, offset: mla.kv_lora_rank, width: mla.qk_rope_head_dim };
+        b.head_linear(&s.q, nope, &self.embed_q, n, &mut s.q_latent, to_latent);
+        b.rope(&s.q, rope, &dims.rope, batch, &mut s.q_latent, to_rope);
+
+        let selected = sparse.then_some(&s.selected);
+        let scale = dims.softmax_scale;
+        b.mla_attention(&s.q_latent, n_heads, mla.kv_lora_rank, scale, batch, latent, selected, &mut s.attended);
+
+        let attended = Heads::packed(n_heads, mla.kv_lora_rank);
+        b.head_linear(&s.attended, attended, &self.unembed_out, n, &mut s.values, Heads::packed(n_heads, mla.v_head_dim));
+        b.linear(&s.values, n, &mut [(&self.o_proj, &mut s.block)]);
+    }
+}
+
+impl<B: Backend> Block<B> {
+    /// `scratch.block = mlp(scratch.normed)`
+    fn forward(&self, b: &B, dims: &Dims, n: usize, s: &mut Scratch<B>) {
+        match self {
+            Block::Dense(mlp) => b.mlp(&s.normed, mlp, n, &mut s.block),
+            Block::Moe { gate, bias, experts, shared } => {
+                b.linear(&s.normed, n, &mut [(gate, &mut s.router_logits)]);
+                b.router_topk(&s.router_logits, bias, &dims.routing, n, &mut s.expert_ids, &mut s.expert_weights);
+                b.moe(&s.normed, experts, shared.as_ref(), &s.expert_ids, &s.expert_weights, n, &mut s.block);
+            }
+        }
+    }
+}
+
+impl<B: Backend> DeepseekV32<B> {
+    /// Loads the decoder layers (an MTP layer stays in the checkpoint).
+    ///
+    /// # Errors
+    /// The checkpoint is damaged.
+    pub fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, limits: Limits) -> Result<Self, CheckpointError> {
+        let dims = Dims::new(config);
+        let layers = (0..config.num_hidden_layers)
+            .map(|l| load_layer(loader, config, l))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(DeepseekV32 {
+            embed_tokens: loader.matrix("model.embed_tokens")?,
+            layers,
+            norm: loader.vector("model.norm", "weight")?,
+            lm_head: if config.tie_word_embeddings { None } else { Some(loader.matrix("lm_head")?) },
+            scratch: Scratch::new(loader.backend, config, &dims, limits),
+            dims,
+        })
+    }
+}
+
+impl Dims {
+    fn new(config: &ModelConfig) -> Dims {
+        let (mla, moe) = (config.mla.clone(), config.moe.as_ref());
+        let (Some(mla), Some(moe)) = (mla, moe) else { unreachable!("this family's config has both") };
+        let rope = |interleaved: bool| Rope {
+            inv_freq: config.rope.inv_freq(mla.qk_rope_head_dim),
+            scaling: config.rope.attention_scaling(),
+            layout: if interleaved { RopeLayout::Interleaved } else { RopeLayout::Half },
+        };
+        Dims {
+            n_heads: config.num_attention_heads,
+            routing: Routing {
+                top_k: moe.num_experts_per_tok,
+                n_group: moe.n_group,
+                topk_group: moe.topk_group,
+                normalize: moe.norm_topk_prob,
+                scale: moe.routed_scaling_factor,
+            },
+            rms_norm_eps: config.rms_norm_eps,
+            softmax_scale: config.softmax_scale(),
+            rope: rope(mla.rope_interleave),
+            index_rope: rope(config.indexer.as_ref().is_some_and(|i| i.rope_interleave)),
+            indexer: config.indexer.clone(),
+            mla,
+        }
+    }
+}
+
+impl<B: Backend> Scratch<B> {
+    fn new(b: &B, config: &ModelConfig, dims: &Dims, limits: Limits) -> Scratch<B> {
+        let (n, hidden, heads, mla) = (limits.max_rows, config.hidden_size, dims.n_heads, &dims.mla);
+        let q_lora = mla.q_lora_rank.unwrap_or(0);
+        let latent = mla.kv_lora_rank + mla.qk_rope_head_dim;
+        let (index_heads, index_dim, index_topk) =
+            dims.indexer.as_ref().map_or((0, 0, 0), |i| (i.index_n_heads, i.index_head_dim, i.index_topk));
+        let n_experts = config.moe.as_ref().map_or(0, |m| m.n_routed_experts);
+        Scratch {
+            hidden: b.alloc(n, hidden),
+            normed: b.alloc(n, hidden),
+            block: b.alloc(n, hidden),
+            q_a: b.alloc(n, q_lora),
+            q_a_normed: b.alloc(n, q_lora),
+            q: b.alloc(n, heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)),
+            q_latent: b.alloc(n, heads * latent),
+            kv_a: b.alloc(n, latent),
+            attended: b.alloc(n, heads * mla.kv_lora_rank),
+            values: b.alloc(n, heads * mla.v_head_dim),
+            index_q: b.alloc(n, index_heads * index_dim),
+            index_q_rotated: b.alloc(n, index_heads * index_dim),
+            index_k: b.alloc(n, index_dim),
+            index_weights: b.alloc(n, index_heads),
+            selected: b.alloc_indices(n, index_topk),
+            router_logits: b.alloc(n, n_experts),
+            expert_ids: b.alloc_indices(n, dims.routing.top_k),
+            expert_weights: b.alloc(n, dims.routing.top_k),
+            last: b.alloc(limits.max_logits_rows, hidden),
+            last_normed: b.alloc(limits.max_logits_rows, hidden),
+            logits: b.alloc(limits.max_logits_rows, config.vocab_size),
+        }
+    }
+}
+
+fn load_layer<B: Backend>(
+    loader: &mut Loader<'_, B>,
+    config: &ModelConfig,
+    layer: usize,
+) -> Result<Layer<B>, CheckpointError> {
+    let p = format!("model.layers.{layer}");
+    let a = format!("{p}.self_attn");
+    let query = match config.mla.as_ref().and_then(|m| m.q_lora_rank) {
+        None => Query::Direct { q_proj: loader.matrix(&format!("{a}.q_proj"))? },
+        Some(_) => Query::LowRank {
+            q_a_proj: loader.matrix(&format!("{a}.q_a_proj"))?,
+            q_a_layernorm: loader.vector(&format!("{a}.q_a_layernorm"), "weight")?,
+            q_b_proj: loader.matrix(&format!("{a}.q_b_proj"))?,
+        },
+    };
+    let indexer = if config.has_indexer(layer) {
+        Some(Indexer {
+            wq_b: loader.matrix(&format!("{a}.indexer.wq_b"))?,
+            wk: loader.matrix(&format!("{a}.indexer.wk"))?,
+            k_norm: loader.vector(&format!("{a}.indexer.k_norm"), "weight")?,
+            k_norm_bias: loader.vector(&format!("{a}.indexer.k_norm"), "bias")?,
+            weights_proj: loader.matrix(&format!("{a}.indexer.weights_proj"))?,
+        })
+    } else {
+        None
+    };
+    let attention = Attention {
+        query,
+        kv_a_proj_with_mqa: loader.matrix(&format!("{a}.kv_a_proj_with_mqa"))?,
+        kv_a_layernorm: loader.vector(&format!("{a}.kv_a_layernorm"), "weight")?,
+        embed_q: loader.matrix(&format!("{a}.embed_q"))?,
+        unembed_out: loader.matrix(&format!("{a}.unembed_out"))?,
+        o_proj: loader.matrix(&format!("{a}.o_proj"))?,
+        indexer,
+    };
+    let mlp = if config.is_sparse(layer) {
+        let has_shared = config.moe.as_ref().is_some_and(|m| m.n_shared_experts > 0);
+        Block::Moe {
+            gate: loader.matrix(&format!("{p}.mlp.gate"))?,
+            bias: loader.vector(&format!("{p}.mlp.gate"), "e_score_correction_bias")?,
+            experts: loader.mlp(&format!("{p}.mlp.switch_mlp"))?,
+            shared: if has_shared { Some(loader.mlp(&format!("{p}.mlp.shared_experts"))?) } else { None },
+        }
+    } else {
+        Block::Dense(loader.mlp(&format!("{p}.mlp"))?)
+    };
+    Ok(Layer {
+        input_layernorm: loader.vector(&format!("{p}.input_layernorm"), "weight")?,
+        attention,
+        post_attention_layernorm: loader.vector(&format!("{p}.post_attention_layernorm"), "weight")?,
+        mlp,
+    })
+}
+
+/// Every weight of the decoder.
+pub(crate) fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    let mut specs = vec![
+        WeightSpec::matrix("model.embed_tokens", &[vocab, hidden], ModuleKind::Embed, Form::Matrix),
+        WeightSpec::vector("model.norm", "weight", hidden, ModuleKind::Norms),
+    ];
+    if !config.tie_word_embeddings {
+        specs.push(WeightSpec::matrix("lm_head", &[vocab, hidden], ModuleKind::LmHead, Form::Matrix));
+    }
+    for layer in 0..config.num_hidden_layers {
+        specs.extend(layer_specs(config, layer));
+    }
+    specs
+}
+
+/// Every weight of the multi-token-prediction layers: a decoder layer, two norms, a projection, and a head's norm
+/// (DeepSeek-V3, section 2.2). Published checkpoints may repeat the embedding and the head there.
+pub(crate) fn mtp_specs(config: &ModelConfig) -> Vec<WeightSpec> {
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    let mut specs = vec![];
+    for layer in config.mtp_layers() {
+        let p = format!("model.layers.{layer}");
+        let of_layer = specs.len();
+        specs.extend(layer_specs(config, layer));
+        for norm in ["enorm", "hnorm", "shared_head.norm"] {
+            specs.push(WeightSpec::vector(format!("{p}.{norm}"), "weight", hidden, ModuleKind::Mtp));
+        }
+        let eh_proj = format!("{p}.eh_proj");
+        specs.push(WeightSpec::matrix(eh_proj, &[hidden, 2 * hidden], ModuleKind::Mtp, Form::Matrix));
+        for copy in ["embed_tokens", "shared_head.head"] {
+            let spec = WeightSpec::matrix(format!("{p}.{copy}"), &[vocab, hidden], ModuleKind::Mtp, Form::Matrix);
+            specs.push(WeightSpec { optional: true, ..spec });
+        }
+        for spec in &mut specs[of_layer..] {
+            spec.kind = ModuleKind::Mtp;
+            spec.layer = Some(layer);
+        }
+    }
+    specs
+}
+
+fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
+    let (Some(mla), Some(moe)) = (&config.mla, &config.moe) else { unreachable!("this family's config has both") };
+    let (hidden, heads) = (config.hidden_size, config.num_attention_heads);
+    let p = format!("model.layers.{layer}");
+    let a = format!("{p}.self_attn");
+    let (nope, rope, v, kv_lora) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
+    let norm = |module: String, len: usize| WeightSpec::vector(module, "weight", len, ModuleKind::Norms);
+    let attention =
+        |name: &str, shape: &[usize], form: Form| WeightSpec::matrix(format!("{a}.{name}"), shape, ModuleKind::Attention, form);
+
+    let mut specs = vec![
+        norm(format!("{p}.input_layernorm"), hidden),
+        norm(format!("{p}.post_attention_layernorm"), hidden),
+        attention("kv_a_proj_with_mqa", &[kv_lora + rope, hidden], Form::Matrix),
+        norm(format!("{a}.kv_a_layernorm"), kv_lora),
+        attention("embed_q", &[heads, kv_lora, nope], Form::EmbedQ),
+        attention("unembed_out", &[heads, v, kv_lora], Form::UnembedOut),
+        attention("o_proj", &[hidden, heads * v], Form::Matrix),
+    ];
+    match mla.q_lora_rank {
+        None => specs.push(attention("q_proj", &[heads * (nope + rope), hidden], Form::Matrix)),
+        Some(q_lora) => specs.extend([
+            attention("q_a_proj", &[q_lora, hidden], Form::Matrix),
+            norm(format!("{a}.q_a_layernorm"), q_lora),
+            attention("q_b_proj", &[heads * (nope + rope), q_lora], Form::Matrix),
+        ]),
+    }
+    if let (true, Some(i), Some(q_lora)) = (config.has_indexer(layer), &config.indexer, mla.q_lora_rank) {
+        let indexer = |name: &str, shape: &[usize]| {
+            WeightSpec::matrix(format!("{a}.indexer.{name}"), shape, ModuleKind::Indexer, Form::Matrix)
+        };
+        specs.extend([
+            indexer("wq_b", &[i.index_n_heads * i.index_head_dim, q_lora]),
+            indexer("wk", &[i.index_head_dim, hidden]),
+            norm(format!("{a}.indexer.k_norm"), i.index_head_dim),
+            WeightSpec::vector(format!("{a}.indexer.k_norm"), "bias", i.index_head_dim, ModuleKind::Norms),
+            indexer("weights_proj", &[i.index_n_heads, hidden]),
+        ]);
+    }
+    let mut mlp = |module: String, stack: Option<usize>, width: usize, kind: ModuleKind| {
+        for (name, rows, cols) in [("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)] {
+            let module = format!("{module}.{name}");
+            specs.push(match stack {
+                Some(n) => WeightSpec::matrix(module, &[n, rows, cols], kind, Form::Experts),
+                None => WeightSpec::matrix(module, &[rows, cols], kind, Form::Matrix),
+            });
+        }
+    };
+    if config.is_sparse(layer) {
+        let width = moe.moe_intermediate_size;
+        mlp(format!("{p}.mlp.switch_mlp"), Some(moe.n_routed_experts), width, ModuleKind::RoutedExperts);
+        if moe.n_shared_experts > 0 {
+            let width = width * moe.n_shared_experts;
+            mlp(format!("{p}.mlp.shared_experts"), None, width, ModuleKind::SharedExpert);
+        }
+        let gate = format!("{p}.mlp.gate");
+        let n = moe.n_routed_experts;
+        specs.push(WeightSpec::matrix(gate.clone(), &[n, hidden], ModuleKind::Router, Form::Matrix));
+        specs.push(WeightSpec::vector(gate, "e_score_correction_bias", n, ModuleKind::Router));
+    } else {
+        mlp(format!("{p}.mlp"), None, config.intermediate_size, ModuleKind::DenseMlp);
+    }
+    for spec in &mut specs {
+        spec.layer = Some(layer);
+    }
+    specs
+}

@@ -1,0 +1,122 @@
+//! The model families, each written once over [`tandem_core::Backend`].
+//!
+//! A family is one file: its table of weights and its forward pass. Nothing here knows which backend runs it.
+
+mod deepseek_v32;
+mod llama;
+mod loader;
+
+use tandem_core::backend::{Backend, Batch};
+use tandem_core::weights::{self, Weight, WeightSpec};
+use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
+
+pub use deepseek_v32::DeepseekV32;
+pub use llama::Llama;
+pub use loader::Loader;
+
+/// Sizes fixed when a model is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Rows of the largest batch.
+    pub max_rows: usize,
+    /// Rows of one batch whose logits may be asked for.
+    pub max_logits_rows: usize,
+}
+
+/// What of a batch decides which operations run; equal shapes run the same sequence of operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepShape {
+    /// Rows in the batch.
+    pub n_rows: usize,
+    /// Rows whose logits are wanted.
+    pub n_logits: usize,
+    /// Longest context in the batch.
+    pub max_context: usize,
+}
+
+impl StepShape {
+    /// The shape of a batch.
+    pub fn of(batch: &Batch) -> StepShape {
+        StepShape { n_rows: batch.n_rows(), n_logits: batch.logits_rows.len(), max_context: batch.max_context() }
+    }
+}
+
+/// The cache of one decoder layer.
+pub enum LayerCache<B: Backend> {
+    /// Multi-head latent attention: one vector per token, and the indexer's key if the layer has an indexer.
+    Latent {
+        /// `[n_slots, kv_lora_rank + qk_rope_head_dim]`
+        latent: B::Cache,
+        /// `[n_slots, index_head_dim]`
+        index: Option<B::Cache>,
+    },
+    /// Grouped-query attention: `[n_slots, n_kv_heads * head_dim]` each.
+    KeyValue {
+        /// Keys, rotated.
+        keys: B::Cache,
+        /// Values.
+        values: B::Cache,
+    },
+}
+
+/// The key-value cache of all layers.
+pub struct KvCache<B: Backend> {
+    /// One entry per decoder layer.
+    pub layers: Vec<LayerCache<B>>,
+}
+
+/// A loaded model.
+pub trait Model<B: Backend> {
+    /// Enqueues one step. Logits of the wanted rows are in [`Model::logits`] afterwards.
+    fn forward(&mut self, backend: &B, batch: &B::Batch, shape: StepShape, cache: &mut KvCache<B>);
+    /// `[max_logits_rows, vocab_size]`
+    fn logits(&self) -> &B::Buffer;
+    /// An empty cache for `n_slots` tokens.
+    fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B>;
+    /// Bytes that one token takes in the cache.
+    fn cache_bytes_per_token(&self, backend: &B) -> usize;
+}
+
+/// The weights a model of this configuration needs.
+pub fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
+    match config.mla {
+        Some(_) => deepseek_v32::weight_specs(config),
+        None => llama::weight_specs(config),
+    }
+}
+
+/// The weights of the multi-token-prediction layers, if the configuration announces any.
+pub fn mtp_specs(config: &ModelConfig) -> Vec<WeightSpec> {
+    match config.mla {
+        Some(_) => deepseek_v32::mtp_specs(config),
+        None => vec![],
+    }
+}
+
+/// Finds every weight of the model in the checkpoint, strictly.
+///
+/// # Errors
+/// Every missing, duplicate, misshapen, wrongly typed or unexplained tensor.
+pub fn resolve(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Weight>, CheckpointError> {
+    weights::resolve(checkpoint, config, &weight_specs(config), &mtp_specs(config))
+}
+
+/// Loads a model of any family.
+///
+/// `progress` is called with the bytes of each matrix handed to the backend.
+///
+/// # Errors
+/// The checkpoint does not match the configuration, or holds values no correct checkpoint holds.
+pub fn load<B: Backend + 'static>(
+    backend: &B,
+    config: &ModelConfig,
+    checkpoint: &Checkpoint,
+    limits: Limits,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Box<dyn Model<B>>, CheckpointError> {
+    let mut loader = Loader::new(backend, checkpoint, resolve(checkpoint, config)?, progress);
+    Ok(match config.mla {
+        Some(_) => Box::new(DeepseekV32::load(&mut loader, config, limits)?),
+        None => Box::new(Llama::load(&mut loader, config, limits)?),
+    })
+}
