@@ -1,1 +1,11 @@
-//! (under construction)
+//! From tokens to tokens: sequences, cache pages, sampling and the loop around a model.
+
+mod block_manager;
+mod engine;
+mod runner;
+mod sampler;
+
+pub use block_manager::BlockManager;
+pub use engine::{Engine, EngineError, FinishReason, Logits, Sequence, StopConditions};
+pub use runner::{ModelRunner, Runner};
+pub use sampler::*;

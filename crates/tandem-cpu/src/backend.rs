@@ -1,0 +1,698 @@
+//! [`Backend`] on the CPU: splits each operation over the pool and calls the kernels.
+
+use std::sync::Mutex;
+
+use tandem_core::Backend;
+use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::weights::MatrixData;
+
+use crate::cache::{CpuCache, Rows};
+use crate::isa::Isa;
+use crate::kernels::attention::attend;
+use crate::kernels::index_select::{scores, select};
+use crate::kernels::matrix::{Activations, matrix_rows};
+use crate::kernels::norm::{layer_norm, rms_norm};
+use crate::kernels::rope::{angles, rotate};
+use crate::kernels::router_topk::router_topk;
+use crate::kernels::silu_mul::silu_mul;
+use crate::kernels::vector::Element;
+use crate::pool::Pool;
+use crate::scratch::with_scratch;
+use crate::shared_mut::SharedMut;
+
+/// Packed bytes of one task of a matrix product: large enough to hide the hand-out, small enough to balance.
+const TASK_BYTES: usize = 64 << 10;
+/// Tokens whose results one task keeps while it passes over its rows.
+const TOKEN_BLOCK: usize = 64;
+/// Heads of one attention task: they share each cached vector while it is in the first-level cache.
+const HEAD_BLOCK: usize = 8;
+/// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
+const SCORE_FLOATS: usize = 4 << 20;
+
+/// The CPU has no device errors.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {}
+
+/// `[rows, width] f32`
+#[derive(Debug, Default)]
+pub struct CpuBuffer {
+    data: Vec<f32>,
+    width: usize,
+}
+
+/// `[rows, width] i32`
+#[derive(Debug)]
+pub struct CpuIndices {
+    data: Vec<i32>,
+    width: usize,
+}
+
+impl CpuBuffer {
+    /// A buffer of these values.
+    pub fn new(data: Vec<f32>, width: usize) -> CpuBuffer {
+        CpuBuffer { data, width }
+    }
+
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.width..(i + 1) * self.width]
+    }
+
+    fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.data[i * self.width..(i + 1) * self.width]
+    }
+}
+
+impl CpuIndices {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[i32] {
+        &self.data[i * self.width..(i + 1) * self.width]
+    }
+
+    fn row_mut(&mut self, i: usize) -> &mut [i32] {
+        &mut self.data[i * self.width..(i + 1) * self.width]
+    }
+}
+
+/// The CPU as a backend.
+pub struct CpuBackend {
+    isa: Isa,
+    pool: Pool,
+    work: Mutex<Work>,
+}
+
+/// Memory that operations reuse.
+#[derive(Default)]
+struct Work {
+    /// Activations of an MLP's intermediate layer.
+    intermediate: Vec<f32>,
+    /// Index scores.
+    scores: Vec<f32>,
+}
+
+impl CpuBackend {
+    /// A backend with `n_threads` threads and the best kernels of this processor.
+    pub fn new(n_threads: usize) -> CpuBackend {
+        CpuBackend::with_isa(n_threads, Isa::detect())
+    }
+
+    /// A backend with given kernels; `Isa::Scalar` is the oracle.
+    pub fn with_isa(n_threads: usize, isa: Isa) -> CpuBackend {
+        CpuBackend { isa, pool: Pool::new(n_threads), work: Mutex::default() }
+    }
+
+    /// Kernels in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads in use.
+    pub fn n_threads(&self) -> usize {
+        self.pool.n_threads()
+    }
+
+    fn work(&self) -> std::sync::MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// One matrix of a stack applied to some tokens.
+struct Product<'a> {
+    matrix: &'a MatrixData,
+    part: usize,
+    /// Rows of the activations.
+    tokens: &'a [u32],
+}
+
+/// A range of output rows of product `product`.
+struct Task {
+    product: usize,
+    first_row: usize,
+    n_rows: usize,
+}
+
+/// Cuts products into tasks of about [`TASK_BYTES`].
+fn tasks<'a>(products: impl Iterator<Item = &'a Product<'a>>) -> Vec<Task> {
+    let mut tasks = vec![];
+    for (product, p) in products.enumerate() {
+        let row_bytes = p.matrix.dtype.total_bytes(p.matrix.rows.min(128), p.matrix.cols) / p.matrix.rows.min(128);
+        let step = (TASK_BYTES / row_bytes.max(1)).clamp(1, p.matrix.rows).next_multiple_of(4);
+        for first_row in (0..p.matrix.rows).step_by(step) {
+            tasks.push(Task { product, first_row, n_rows: step.min(p.matrix.rows - first_row) });
+        }
+    }
+    tasks
+}
+
+impl CpuBackend {
+    /// Runs products over the pool; `store(product, row, token index, value)` may be called from any thread.
+    fn products(&self, products: &[Product<'_>], x: &Activations<'_>, store: impl Fn(usize, usize, usize, f32) + Sync) {
+        let tasks = tasks(products.iter());
+        self.pool.chunks(tasks.len(), 1, |range| {
+            for task in &tasks[range] {
+                let p = &products[task.product];
+                let view = p.matrix.view(p.part);
+                for (block, tokens) in p.tokens.chunks(TOKEN_BLOCK).enumerate() {
+                    with_scratch(task.n_rows * tokens.len(), |out| {
+                        matrix_rows(self.isa, &view, task.first_row, task.n_rows, x, tokens, out);
+                        for (i, values) in out.chunks_exact(tokens.len()).enumerate() {
+                            for (t, value) in values.iter().enumerate() {
+                                store(task.product, task.first_row + i, block * TOKEN_BLOCK + t, *value);
+                            }
+                        }
+                    });
+                }
+            }
+        });
+    }
+
+    /// `out = sum over experts of weight * expert(x)`, each expert with the rows and weights that chose it, in the order
+    /// given per row, so that a row's result does not depend on the rest of the batch.
+    fn experts(&self, x: &CpuBuffer, experts: &[Expert<'_>], n_rows: usize, out: &mut CpuBuffer) {
+        let Some(first) = experts.first() else { return };
+        let mut starts = Vec::with_capacity(experts.len());
+        let mut total = 0;
+        for e in experts {
+            starts.push(total);
+            total += e.tokens.len() * e.mlp.gate.rows;
+        }
+        let mut work = self.work();
+        work.intermediate.resize(2 * total, 0.0);
+        let (gate, up) = work.intermediate.split_at_mut(total);
+
+        let input = Activations::new(&x.data, x.width);
+        let products: Vec<Product<'_>> = experts
+            .iter()
+            .flat_map(|e| {
+                [&e.mlp.gate, &e.mlp.up].map(|matrix| Product { matrix, part: e.part, tokens: &e.tokens })
+            })
+            .collect();
+        {
+            let (gate, up) = (SharedMut::new(gate), SharedMut::new(up));
+            self.products(&products, &input, |product, row, t, value| {
+                let e = product / 2;
+                let side = if product % 2 == 0 { &gate } else { &up };
+                // SAFETY: each (product, row, token) is stored once.
+                #[allow(unsafe_code)]
+                unsafe {
+                    side.slice(starts[e] + t * experts[e].mlp.gate.rows + row, 1)[0] = value;
+                }
+            });
+        }
+        {
+            let gate = SharedMut::new(gate);
+            let up = &*up;
+            self.pool.chunks(total, 4096, |range| {
+                // SAFETY: ranges are disjoint.
+                #[allow(unsafe_code)]
+                let gate = unsafe { gate.slice(range.start, range.len()) };
+                silu_mul(gate, &up[range]);
+            });
+        }
+        // Down projections: a task owns a range of output columns for every expert, so that sums need no lock.
+        let hidden = first.mlp.down.rows;
+        let activated = &*gate;
+        let bytes: usize =
+            experts.iter().map(|e| e.mlp.down.dtype.total_bytes(1, e.mlp.down.cols.next_multiple_of(128))).sum();
+        let step = (TASK_BYTES / bytes.max(1)).clamp(4, 256).next_multiple_of(4);
+        let width = out.width;
+        let target = SharedMut::new(&mut out.data);
+        self.pool.chunks(hidden.div_ceil(step), 1, |range| {
+            for chunk in range {
+                let (first_row, n) = (chunk * step, step.min(hidden - chunk * step));
+                with_scratch(n_rows * n, |sums| {
+                    sums.fill(0.0);
+                    for (e, start) in experts.iter().zip(&starts) {
+                        let inter = e.mlp.gate.rows;
+                        let own = Activations::new(&activated[*start..start + e.tokens.len() * inter], inter);
+                        let view = e.mlp.down.view(e.part);
+                        for (block, tokens) in e.tokens.chunks(TOKEN_BLOCK).enumerate() {
+                            let local: Vec<u32> = (0..tokens.len()).map(|t| (block * TOKEN_BLOCK + t) as u32).collect();
+                            with_scratch(n * tokens.len(), |values| {
+                                matrix_rows(self.isa, &view, first_row, n, &own, &local, values);
+                                for (i, values) in values.chunks_exact(tokens.len()).enumerate() {
+                                    for ((t, value), l) in tokens.iter().zip(values).zip(&local) {
+                                        sums[*t as usize * n + i] += e.weights[*l as usize] * value;
+                                    }
+                                }
+                            });
+                        }
+                    }
+                    for (row, sums) in sums.chunks_exact(n).enumerate() {
+                        // SAFETY: this task alone writes these columns.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            target.slice(row * width + first_row, n).copy_from_slice(sums);
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    /// Calls `task(row, first head, n heads)` for every row and block of heads.
+    fn head_blocks(&self, n_rows: usize, n_heads: usize, block: usize, task: impl Fn(usize, usize, usize) + Sync) {
+        let n_blocks = n_heads.div_ceil(block);
+        self.pool.chunks(n_rows * n_blocks, 1, |range| {
+            for i in range {
+                let first = i % n_blocks * block;
+                task(i / n_blocks, first, block.min(n_heads - first));
+            }
+        });
+    }
+
+    fn mla<E: Element>(&self, q: &CpuBuffer, a: &MlaArgs<'_>, cache: &Rows<E>, out: &mut CpuBuffer) {
+        let (q_width, out_width) = (q.width / a.n_heads, out.width / a.n_heads);
+        let width = out.width;
+        let target = SharedMut::new(&mut out.data);
+        // Enough tasks to keep every thread busy when few rows have few heads.
+        let block = HEAD_BLOCK.min(a.n_heads.div_ceil(self.n_threads()));
+        self.head_blocks(a.batch.n_rows(), a.n_heads, block, |row, first, n| {
+            let sequence = a.batch.sequences[row] as usize;
+            let visible = a.batch.positions[row] as usize + 1;
+            let chosen = a.selected.map(|s| s.row(row)).filter(|s| visible > s.len());
+            let n_positions = chosen.map_or(visible, <[i32]>::len);
+            let slot = |i: usize| a.batch.slot(sequence, chosen.map_or(i, |c| c[i] as usize));
+            // SAFETY: one task per (row, block of heads).
+            #[allow(unsafe_code)]
+            let out = unsafe { target.slice(row * width + first * out_width, n * out_width) };
+            let q = &q.row(row)[first * q_width..(first + n) * q_width];
+            with_scratch(n * n_positions, |scores| {
+                let key = |i| cache.row(slot(i));
+                let value = |i| &cache.row(slot(i))[..a.latent];
+                attend(self.isa, q, n, a.scale, n_positions, key, value, scores, out);
+            });
+        });
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn gqa<E: Element>(
+        &self,
+        q: &CpuBuffer,
+        n_heads: usize,
+        n_kv_heads: usize,
+        scale: f32,
+        batch: &Batch,
+        keys: &Rows<E>,
+        values: &Rows<E>,
+        out: &mut CpuBuffer,
+    ) {
+        let (group, dim, width) = (n_heads / n_kv_heads, out.width / n_heads, out.width);
+        let target = SharedMut::new(&mut out.data);
+        self.head_blocks(batch.n_rows(), n_kv_heads, 1, |row, kv_head, _| {
+            let sequence = batch.sequences[row] as usize;
+            let n_positions = batch.positions[row] as usize + 1;
+            let first = kv_head * group;
+            // SAFETY: one task per (row, key head).
+            #[allow(unsafe_code)]
+            let out = unsafe { target.slice(row * width + first * dim, group * dim) };
+            let q = &q.row(row)[first * dim..(first + group) * dim];
+            with_scratch(group * n_positions, |scores| {
+                let head = |rows: &'_ Rows<E>, i: usize| -> *const [E] {
+                    &rows.row(batch.slot(sequence, i))[kv_head * dim..(kv_head + 1) * dim]
+                };
+                // SAFETY: the rows outlive this call; the pointers only shed a closure lifetime.
+                #[allow(unsafe_code)]
+                let (key, value) = (|i| unsafe { &*head(keys, i) }, |i| unsafe { &*head(values, i) });
+                attend(self.isa, q, group, scale, n_positions, key, value, scores, out);
+            });
+        });
+    }
+
+    fn select<E: Element>(
+        &self,
+        q: &CpuBuffer,
+        weights: &CpuBuffer,
+        n_heads: usize,
+        batch: &Batch,
+        cache: &Rows<E>,
+        selected: &mut CpuIndices,
+    ) {
+        let context = batch.max_context();
+        let block = (SCORE_FLOATS / context.max(1)).clamp(1, batch.n_rows());
+        let mut work = self.work();
+        work.scores.resize(block * context, 0.0);
+        for first in (0..batch.n_rows()).step_by(block) {
+            let n = block.min(batch.n_rows() - first);
+            let spans = context.div_ceil(256);
+            {
+                let all = SharedMut::new(&mut work.scores);
+                self.pool.chunks(n * spans, 1, |range| {
+                    for i in range {
+                        let (row, start) = (first + i / spans, i % spans * 256);
+                        let visible = batch.positions[row] as usize + 1;
+                        if start >= visible || visible <= selected.width {
+                            continue;
+                        }
+                        let end = (start + 256).min(visible);
+                        let sequence = batch.sequences[row] as usize;
+                        // SAFETY: one task per (row, span).
+                        #[allow(unsafe_code)]
+                        let out = unsafe { all.slice((row - first) * context + start, end - start) };
+                        let keys = (start..end).map(|p| cache.row(batch.slot(sequence, p)));
+                        scores(self.isa, q.row(row), &weights.row(row)[..n_heads], keys, out);
+                    }
+                });
+            }
+            let k = selected.width;
+            let target = SharedMut::new(&mut selected.data);
+            let all = &work.scores;
+            self.pool.chunks(n, 1, |range| {
+                let mut scratch = vec![];
+                for i in range {
+                    let visible = batch.positions[first + i] as usize + 1;
+                    // SAFETY: one task per row.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { target.slice((first + i) * k, k) };
+                    select(&all[i * context..i * context + visible], &mut scratch, out);
+                }
+            });
+        }
+    }
+
+    /// Rows in parallel when there are many, else on the caller: a fork costs more than a few rows.
+    fn rows(&self, n_rows: usize, task: impl Fn(usize) + Sync) {
+        if n_rows < 8 {
+            (0..n_rows).for_each(task);
+        } else {
+            self.pool.chunks(n_rows, n_rows.div_ceil(4 * self.n_threads()), |range| range.for_each(&task));
+        }
+    }
+}
+
+/// One expert, or a whole MLP, with the rows that it serves.
+struct Expert<'a> {
+    mlp: &'a Mlp<MatrixData>,
+    part: usize,
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl<'a> Expert<'a> {
+    /// Serves every row with weight 1.
+    fn for_all(mlp: &'a Mlp<MatrixData>, n_rows: usize) -> Expert<'a> {
+        Expert { mlp, part: 0, tokens: (0..n_rows as u32).collect(), weights: vec![1.0; n_rows] }
+    }
+}
+
+struct MlaArgs<'a> {
+    n_heads: usize,
+    latent: usize,
+    scale: f32,
+    batch: &'a Batch,
+    selected: Option<&'a CpuIndices>,
+}
+
+impl Backend for CpuBackend {
+    type Buffer = CpuBuffer;
+    type Indices = CpuIndices;
+    type Matrix = MatrixData;
+    type Batch = Batch;
+    type Cache = CpuCache;
+    type Error = CpuError;
+
+    fn alloc(&self, rows: usize, width: usize) -> CpuBuffer {
+        CpuBuffer { data: vec![0.0; rows * width], width }
+    }
+
+    fn alloc_indices(&self, rows: usize, width: usize) -> CpuIndices {
+        CpuIndices { data: vec![0; rows * width], width }
+    }
+
+    fn alloc_cache(&self, _kind: CacheKind, n_slots: usize, width: usize) -> CpuCache {
+        CpuCache::new(true, n_slots, width)
+    }
+
+    fn cache_bytes(&self, _kind: CacheKind, width: usize) -> usize {
+        width * 4
+    }
+
+    fn load_matrix(&self, data: MatrixData) -> MatrixData {
+        data
+    }
+
+    fn load_vector(&self, values: &[f32]) -> CpuBuffer {
+        CpuBuffer { data: values.to_vec(), width: values.len() }
+    }
+
+    fn upload(&self, batch: Batch) -> Batch {
+        batch
+    }
+
+    fn download(&self, buffer: &CpuBuffer, out: &mut [f32]) {
+        out.copy_from_slice(&buffer.data[..out.len()]);
+    }
+
+    fn sync(&self) -> Result<(), CpuError> {
+        Ok(())
+    }
+
+    fn embed(&self, table: &MatrixData, batch: &Batch, out: &mut CpuBuffer) {
+        let view = table.view(0);
+        for (r, token) in batch.tokens.iter().enumerate() {
+            view.dequantize_row(*token as usize, out.row_mut(r));
+        }
+    }
+
+    fn gather_logits_rows(&self, x: &CpuBuffer, batch: &Batch, out: &mut CpuBuffer) {
+        for (i, row) in batch.logits_rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(*row as usize));
+        }
+    }
+
+    fn rms_norm(&self, x: &CpuBuffer, weight: &CpuBuffer, eps: f32, n_rows: usize, out: &mut CpuBuffer) {
+        let width = out.width;
+        let target = SharedMut::new(&mut out.data);
+        self.rows(n_rows, |r| {
+            // SAFETY: one task per row.
+            #[allow(unsafe_code)]
+            let out = unsafe { target.slice(r * width, width) };
+            rms_norm(x.row(r), &weight.data, eps, out);
+        });
+    }
+
+    fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&MatrixData, &mut CpuBuffer)]) {
+        let tokens: Vec<u32> = (0..n_rows as u32).collect();
+        let products: Vec<Product<'_>> =
+            outputs.iter().map(|(matrix, _)| Product { matrix, part: 0, tokens: &tokens }).collect();
+        let widths: Vec<usize> = outputs.iter().map(|(_, out)| out.width).collect();
+        let targets: Vec<SharedMut<'_, f32>> =
+            outputs.iter_mut().map(|(_, out)| SharedMut::new(&mut out.data)).collect();
+        self.products(&products, &Activations::new(&x.data, x.width), |product, row, t, value| {
+            // SAFETY: each (product, row, token) is stored once.
+            #[allow(unsafe_code)]
+            unsafe {
+                targets[product].slice(t * widths[product] + row, 1)[0] = value;
+            }
+        });
+    }
+
+    fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &MatrixData, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
+        let width = out.width;
+        let target = SharedMut::new(&mut out.data);
+        self.pool.chunks(from.n, 1, |range| {
+            for head in range {
+                let view = w.view(head);
+                with_scratch(n_rows * from.width, |packed| {
+                    for (r, row) in packed.chunks_exact_mut(from.width).enumerate() {
+                        let start = from.offset + head * from.stride;
+                        row.copy_from_slice(&x.row(r)[start..start + from.width]);
+                    }
+                    let input = Activations::new(packed, from.width);
+                    let all: Vec<u32> = (0..n_rows as u32).collect();
+                    for tokens in all.chunks(TOKEN_BLOCK) {
+                        with_scratch(w.rows * tokens.len(), |values| {
+                            matrix_rows(self.isa, &view, 0, w.rows, &input, tokens, values);
+                            for (t, token) in tokens.iter().enumerate() {
+                                let start = *token as usize * width + to.offset + head * to.stride;
+                                // SAFETY: one task per head.
+                                #[allow(unsafe_code)]
+                                let out = unsafe { target.slice(start, to.width) };
+                                for (i, out) in out.iter_mut().enumerate() {
+                                    *out = values[i * tokens.len() + t];
+                                }
+                            }
+                        });
+                    }
+                });
+            }
+        });
+    }
+
+    fn rope(&self, x: &CpuBuffer, from: Heads, rope: &Rope, batch: &Batch, out: &mut CpuBuffer, to: Heads) {
+        let width = out.width;
+        let target = SharedMut::new(&mut out.data);
+        self.rows(batch.n_rows(), |r| {
+            with_scratch(rope.dim(), |table| {
+                let (cos, sin) = table.split_at_mut(rope.dim() / 2);
+                angles(rope, batch.positions[r], cos, sin);
+                for head in 0..from.n {
+                    let start = from.offset + head * from.stride;
+                    // SAFETY: one task per row.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { target.slice(r * width + to.offset + head * to.stride, to.width) };
+                    rotate(rope.layout, cos, sin, &x.row(r)[start..start + from.width], out);
+                }
+            });
+        });
+    }
+
+    fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer, n_rows: usize) {
+        let n = n_rows * x.width;
+        for (x, y) in x.data[..n].iter_mut().zip(&y.data[..n]) {
+            *x += y;
+        }
+    }
+
+    fn add_bias(&self, x: &mut CpuBuffer, bias: &CpuBuffer, n_rows: usize) {
+        for r in 0..n_rows {
+            for (x, b) in x.row_mut(r).iter_mut().zip(&bias.data) {
+                *x += b;
+            }
+        }
+    }
+
+    fn mlp(&self, x: &CpuBuffer, mlp: &Mlp<MatrixData>, n_rows: usize, out: &mut CpuBuffer) {
+        self.experts(x, &[Expert::for_all(mlp, n_rows)], n_rows, out);
+    }
+
+    fn router_topk(
+        &self,
+        logits: &CpuBuffer,
+        bias: &CpuBuffer,
+        routing: &Routing,
+        n_rows: usize,
+        ids: &mut CpuIndices,
+        weights: &mut CpuBuffer,
+    ) {
+        for r in 0..n_rows {
+            router_topk(logits.row(r), &bias.data, routing, ids.row_mut(r), weights.row_mut(r));
+        }
+    }
+
+    fn moe(
+        &self,
+        x: &CpuBuffer,
+        experts: &Mlp<MatrixData>,
+        shared: Option<&Mlp<MatrixData>>,
+        ids: &CpuIndices,
+        weights: &CpuBuffer,
+        n_rows: usize,
+        out: &mut CpuBuffer,
+    ) {
+        let n_experts = experts.gate.parts.len();
+        let mut chosen: Vec<Expert<'_>> = (0..n_experts)
+            .map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] })
+            .collect();
+        for r in 0..n_rows {
+            for (id, weight) in ids.row(r).iter().zip(weights.row(r)) {
+                let expert = &mut chosen[*id as usize];
+                expert.tokens.push(r as u32);
+                expert.weights.push(*weight);
+            }
+        }
+        chosen.retain(|e| !e.tokens.is_empty());
+        chosen.extend(shared.map(|mlp| Expert::for_all(mlp, n_rows)));
+        self.experts(x, &chosen, n_rows, out);
+    }
+
+    fn write_latent(
+        &self,
+        kv_a: &CpuBuffer,
+        norm: &CpuBuffer,
+        eps: f32,
+        rope: &Rope,
+        batch: &Batch,
+        cache: &mut CpuCache,
+    ) {
+        let latent = norm.width;
+        let mut row = vec![0.0; kv_a.width];
+        let mut table = vec![0.0; rope.dim()];
+        for r in 0..batch.n_rows() {
+            let (cos, sin) = table.split_at_mut(rope.dim() / 2);
+            rms_norm(&kv_a.row(r)[..latent], &norm.data, eps, &mut row[..latent]);
+            angles(rope, batch.positions[r], cos, sin);
+            rotate(rope.layout, cos, sin, &kv_a.row(r)[latent..], &mut row[latent..]);
+            cache.write(batch.slot(batch.sequences[r] as usize, batch.positions[r] as usize), &row);
+        }
+    }
+
+    fn write_index_key(
+        &self,
+        k: &CpuBuffer,
+        norm: &CpuBuffer,
+        norm_bias: &CpuBuffer,
+        eps: f32,
+        rope: &Rope,
+        batch: &Batch,
+        cache: &mut CpuCache,
+    ) {
+        let mut normed = vec![0.0; k.width];
+        let mut row = vec![0.0; k.width];
+        let mut table = vec![0.0; rope.dim()];
+        for r in 0..batch.n_rows() {
+            let (cos, sin) = table.split_at_mut(rope.dim() / 2);
+            layer_norm(k.row(r), &norm.data, &norm_bias.data, eps, &mut normed);
+            angles(rope, batch.positions[r], cos, sin);
+            rotate(rope.layout, cos, sin, &normed, &mut row);
+            cache.write(batch.slot(batch.sequences[r] as usize, batch.positions[r] as usize), &row);
+        }
+    }
+
+    fn write_cache(&self, x: &CpuBuffer, batch: &Batch, cache: &mut CpuCache) {
+        for r in 0..batch.n_rows() {
+            cache.write(batch.slot(batch.sequences[r] as usize, batch.positions[r] as usize), x.row(r));
+        }
+    }
+
+    fn index_select(
+        &self,
+        q: &CpuBuffer,
+        weights: &CpuBuffer,
+        n_heads: usize,
+        batch: &Batch,
+        cache: &CpuCache,
+        selected: &mut CpuIndices,
+    ) {
+        match cache {
+            CpuCache::F32(rows) => self.select(q, weights, n_heads, batch, rows, selected),
+            CpuCache::Bf16(rows) => self.select(q, weights, n_heads, batch, rows, selected),
+        }
+    }
+
+    fn mla_attention(
+        &self,
+        q: &CpuBuffer,
+        n_heads: usize,
+        latent: usize,
+        scale: f32,
+        batch: &Batch,
+        cache: &CpuCache,
+        selected: Option<&CpuIndices>,
+        out: &mut CpuBuffer,
+    ) {
+        let args = MlaArgs { n_heads, latent, scale, batch, selected };
+        match cache {
+            CpuCache::F32(rows) => self.mla(q, &args, rows, out),
+            CpuCache::Bf16(rows) => self.mla(q, &args, rows, out),
+        }
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &CpuBuffer,
+        n_heads: usize,
+        n_kv_heads: usize,
+        scale: f32,
+        batch: &Batch,
+        keys: &CpuCache,
+        values: &CpuCache,
+        out: &mut CpuBuffer,
+    ) {
+        match (keys, values) {
+            (CpuCache::F32(k), CpuCache::F32(v)) => self.gqa(q, n_heads, n_kv_heads, scale, batch, k, v, out),
+            (CpuCache::Bf16(k), CpuCache::Bf16(v)) => self.gqa(q, n_heads, n_kv_heads, scale, batch, k, v, out),
+            _ => unreachable!("keys and values are allocated alike"),
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Runs one batch through a model on a backend.
+
+use tandem_core::{Backend, Batch};
+use tandem_model::{KvCache, Limits, Model, StepShape};
+
+use crate::EngineError;
+
+/// Something that runs batches; the engine and its tests do not know what.
+pub trait Runner {
+    /// Runs one step and appends the wanted rows' logits, `[n_logits, vocab_size]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError>;
+    /// Rows of the largest batch.
+    fn limits(&self) -> Limits;
+    /// Logits per row.
+    fn vocab_size(&self) -> usize;
+}
+
+/// A model, its backend and its cache.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    model: Box<dyn Model<B>>,
+    cache: KvCache<B>,
+    limits: Limits,
+    vocab_size: usize,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// A runner with an empty cache of `n_slots` tokens.
+    pub fn new(backend: B, model: Box<dyn Model<B>>, limits: Limits, vocab_size: usize, n_slots: usize) -> Self {
+        let cache = model.new_cache(&backend, n_slots);
+        ModelRunner { backend, model, cache, limits, vocab_size }
+    }
+}
+
+impl<B: Backend> Runner for ModelRunner<B> {
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let shape = StepShape::of(&batch);
+        let batch = self.backend.upload(batch);
+        self.model.forward(&self.backend, &batch, shape, &mut self.cache);
+        let start = logits.len();
+        logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
+        self.backend.download(self.model.logits(), &mut logits[start..]);
+        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+}
