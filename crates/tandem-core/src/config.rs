@@ -417,8 +417,6 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// Attention projections carry biases.
     pub attention_bias: bool,
-    /// MLP projections carry biases.
-    pub mlp_bias: bool,
     /// Element type of unquantised weights.
     pub float: Float,
     /// Rotary position embedding.
@@ -605,6 +603,9 @@ impl Fields<'_> {
         let num_key_value_heads =
             raw.num_key_value_heads.map_or(Ok(num_attention_heads), |n| self.size("num_key_value_heads", Some(n)))?;
         if !deepseek {
+            if raw.mlp_bias == Some(true) {
+                return Err(ConfigError::Invalid("mlp_bias true is not supported".to_string()));
+            }
             if !num_attention_heads.is_multiple_of(num_key_value_heads) {
                 return Err(ConfigError::Invalid(format!(
                     "num_attention_heads {num_attention_heads} does not divide by num_key_value_heads \
@@ -634,7 +635,6 @@ impl Fields<'_> {
                 .size("max_position_embeddings", raw.max_position_embeddings.or(Some(2048)))?,
             tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
             attention_bias: raw.attention_bias.unwrap_or(false),
-            mlp_bias: raw.mlp_bias.unwrap_or(false),
             float,
             rope: self.rope()?,
             eos_token_id: match &raw.eos_token_id {

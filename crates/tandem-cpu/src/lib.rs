@@ -3,6 +3,7 @@
 pub mod isa;
 pub mod kernels;
 pub mod pool;
+pub mod system;
 
 mod backend;
 mod cache;

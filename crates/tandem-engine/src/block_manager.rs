@@ -36,9 +36,15 @@ impl BlockManager {
         true
     }
 
+    /// Takes back the pages that `n_tokens` do not need.
+    pub fn shrink(&mut self, pages: &mut Vec<u32>, n_tokens: usize) {
+        let kept = n_tokens.div_ceil(PAGE_SIZE).min(pages.len());
+        self.free.extend(pages.drain(kept..).rev());
+    }
+
     /// Takes all pages back.
     pub fn release(&mut self, pages: &mut Vec<u32>) {
-        self.free.extend(pages.drain(..).rev());
+        self.shrink(pages, 0);
     }
 }
 
@@ -57,6 +63,8 @@ mod tests {
         assert_eq!(b.len(), 2);
         assert!(!blocks.grow(&mut a, PAGE_SIZE + 1));
         assert_eq!(a.len(), 1);
+        blocks.shrink(&mut b, PAGE_SIZE);
+        assert_eq!((blocks.n_free(), b.len()), (1, 1));
         blocks.release(&mut b);
         assert_eq!(blocks.n_free(), 2);
         assert!(blocks.grow(&mut a, 3 * PAGE_SIZE));

@@ -203,6 +203,12 @@ impl Engine {
         Ok(FinishReason::Length)
     }
 
+    /// Keeps the first `n_tokens` of the sequence; their cached vectors stay valid.
+    pub fn truncate(&mut self, sequence: &mut Sequence, n_tokens: usize) {
+        sequence.tokens.truncate(n_tokens);
+        self.blocks.shrink(&mut sequence.pages, sequence.tokens.len());
+    }
+
     /// Returns the sequence's pages.
     pub fn release(&mut self, sequence: &mut Sequence) {
         self.blocks.release(&mut sequence.pages);

@@ -2,10 +2,12 @@
 
 mod block_manager;
 mod engine;
+mod generation_config;
 mod runner;
 mod sampler;
 
 pub use block_manager::BlockManager;
 pub use engine::{Engine, EngineError, FinishReason, Logits, Sequence, StopConditions};
+pub use generation_config::*;
 pub use runner::{ModelRunner, Runner};
 pub use sampler::*;

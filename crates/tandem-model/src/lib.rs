@@ -2,6 +2,7 @@
 //!
 //! A family is one file: its table of weights and its forward pass. Nothing here knows which backend runs it.
 
+mod accounting;
 mod deepseek_v32;
 mod llama;
 mod loader;
@@ -10,6 +11,7 @@ use tandem_core::backend::{Backend, Batch};
 use tandem_core::weights::{self, Weight, WeightSpec};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
+pub use accounting::{Accounting, KindShare};
 pub use deepseek_v32::DeepseekV32;
 pub use llama::Llama;
 pub use loader::Loader;

@@ -1,0 +1,209 @@
+//! Commands and flags.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Say more on stderr (-v, -vv, -vvv).
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Answer a prompt, or chat when there is none.
+    Run(RunArgs),
+    /// Say what a checkpoint is: architecture, sizes, quantisation, bytes read per token.
+    Inspect(InspectArgs),
+    /// Measure a model's outputs.
+    Eval(EvalArgs),
+}
+
+/// Which model, and how it runs.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
+    #[arg(long, value_name = "DIR|ID")]
+    pub(crate) model: Option<String>,
+    /// Tokens of context; the model's own limit, at most 32768, if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Threads; one per core if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Tokens of prompt run at once.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) prefill_chunk: usize,
+    /// Numerics of the activations that meet quantised weights.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
+    pub(crate) activations: ActivationsArg,
+    /// Device to run on.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationsArg {
+    /// Single precision: the reference.
+    F32,
+    /// Rounded to bfloat16.
+    Bf16,
+    /// 8-bit integers per group of 32.
+    Int8,
+    /// The best for this processor.
+    Auto,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// This machine's processor.
+    Cpu,
+    /// The best device found.
+    Auto,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The prompt; from standard input if that is a pipe, else an interactive chat.
+    pub(crate) prompt: Option<String>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Pass the prompt to the model as it stands, without the chat template.
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Chat template to use instead of the model's.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// Reasoning before the answer, for templates that know `enable_thinking`.
+    #[arg(long, value_enum)]
+    pub(crate) thinking: Option<OnOff>,
+    /// JSON file with an array of tools (OpenAI's form) that the model may call.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tools: Option<PathBuf>,
+    /// Tokens to generate at most.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// Text that ends the answer; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Keep generating after an end-of-text token.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Print one JSON object with text, tokens and statistics instead of streaming.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnOff {
+    On,
+    Off,
+}
+
+/// Defaults come from the model's generation_config.json.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// 0 picks the likeliest token.
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Consider the K likeliest tokens only.
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Consider the likeliest tokens that add up to P.
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Consider tokens at least P times as likely as the likeliest.
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+    /// Make tokens that occurred less likely (1 does nothing).
+    #[arg(long, value_name = "R")]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Same seed, same text.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
+    #[arg(value_name = "DIR|ID")]
+    pub(crate) model: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    #[command(subcommand)]
+    pub(crate) command: EvalCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Write the logits of every position to a safetensors file.
+    Logits(LogitsArgs),
+    /// Perplexity of a text.
+    Perplexity(PerplexityArgs),
+    /// Score generated answers against expected ones.
+    Tasks(TasksArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogitsArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// JSON array of token ids.
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) tokens: PathBuf,
+    /// Gets tensor `logits`, f32 [n_tokens, vocab].
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) out: PathBuf,
+    /// Run token by token from this position on.
+    #[arg(long, value_name = "K")]
+    pub(crate) decode_from: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PerplexityArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// A text, or JSON with strings (in arrays or objects), each a document of its own.
+    ///
+    /// A text is cut into windows of --context inputs (512 if not given), each scored from an empty cache; every token
+    /// but the very first is predicted once.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TasksArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// JSON lines {kind, prompt, expect}: the greedy answer, after any reasoning, must equal `expect`.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub(crate) tasks: PathBuf,
+    /// Tokens per answer at most.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) max_tokens: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

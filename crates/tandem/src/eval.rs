@@ -1,0 +1,213 @@
+//! `tandem eval`: logits, perplexity and task scores of a model.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use safetensors::tensor::TensorView;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tandem_engine::{Engine, GenerationConfig, Logits, Sampler, SamplingParams, Sequence, StopConditions};
+
+use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
+use crate::load::{Loaded, LogitsRows, load};
+use crate::report::print_json;
+use crate::text::tokenizer::Tokenizer;
+
+/// Inputs per window of a text when `--context` does not say.
+const DEFAULT_WINDOW: usize = 512;
+
+/// Runs the command.
+pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+    match &args.command {
+        EvalCommand::Logits(args) => logits(args),
+        EvalCommand::Perplexity(args) => perplexity(args),
+        EvalCommand::Tasks(args) => tasks(args),
+    }
+}
+
+fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
+    let text = read(&args.tokens)?;
+    let tokens: Vec<u32> = serde_json::from_str(&text)
+        .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
+    let Loaded { mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::Chunk)?;
+    let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
+    let start = Instant::now();
+    let mut sequence = Sequence::default();
+    let mut logits = vec![];
+    for (part, chunk) in [(&tokens[..decode_from], prefill_chunk), (&tokens[decode_from..], 1)] {
+        if !part.is_empty() || tokens.is_empty() {
+            logits.extend(engine.run(&mut sequence, part, chunk, Logits::All)?);
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let shape = vec![tokens.len(), engine.vocab_size()];
+    let view = TensorView::new(safetensors::Dtype::F32, shape.clone(), &bytes)?;
+    safetensors::serialize_to_file([("logits", view)], None, &args.out)
+        .with_context(|| format!("cannot write {}", args.out.display()))?;
+    if args.json {
+        return print_json(&json!({
+            "n_tokens": shape[0],
+            "vocab_size": shape[1],
+            "seconds": seconds,
+            "out": args.out.display().to_string(),
+        }));
+    }
+    println!("{} x {} logits in {}", shape[0], shape[1], args.out.display());
+    Ok(())
+}
+
+fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
+    let text = read(&args.text)?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::Chunk)?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let start = Instant::now();
+    let mut score = Score::default();
+    let window = match documents(&args.text, &text)? {
+        Some(documents) => {
+            for document in documents {
+                let tokens = tokenizer.encode(&document, true)?;
+                if tokens.len() > 1 {
+                    score.add(&mut engine, &tokens[..tokens.len() - 1], &tokens[1..], prefill_chunk)?;
+                }
+            }
+            engine.context()
+        }
+        None => {
+            let tokens = tokenizer.encode(&text, true)?;
+            let window = args.model.context.unwrap_or(DEFAULT_WINDOW).min(engine.context());
+            if tokens.len() < 2 {
+                bail!("{} has {} tokens; perplexity needs at least 2", args.text.display(), tokens.len());
+            }
+            let n = tokens.len() - 1;
+            for first in (0..n).step_by(window) {
+                let end = (first + window).min(n);
+                score.add(&mut engine, &tokens[first..end], &tokens[first + 1..end + 1], prefill_chunk)?;
+            }
+            window
+        }
+    };
+    let (seconds, perplexity) = (start.elapsed().as_secs_f64(), score.perplexity());
+    if args.json {
+        return print_json(&json!({
+            "perplexity": perplexity,
+            "tokens_scored": score.n,
+            "mean_nll_nats": score.nll / score.n as f64,
+            "window_tokens": window,
+            "seconds": seconds,
+        }));
+    }
+    println!("perplexity {perplexity:.4} over {} tokens", score.n);
+    Ok(())
+}
+
+/// Strings of a JSON file, each a document; `None` when the file is plain text.
+fn documents(path: &Path, text: &str) -> anyhow::Result<Option<Vec<String>>> {
+    if path.extension().is_none_or(|e| e != "json") {
+        return Ok(None);
+    }
+    fn collect(value: Value, out: &mut Vec<String>) {
+        match value {
+            Value::String(s) => out.push(s),
+            Value::Array(values) => values.into_iter().for_each(|v| collect(v, out)),
+            Value::Object(map) => map.into_iter().for_each(|(_, v)| collect(v, out)),
+            _ => {}
+        }
+    }
+    let value = serde_json::from_str(text).with_context(|| format!("{} is not JSON", path.display()))?;
+    let mut out = vec![];
+    collect(value, &mut out);
+    if out.is_empty() {
+        bail!("{} has no strings in it; expected an array or object of texts", path.display());
+    }
+    Ok(Some(out))
+}
+
+/// Negative log likelihood in nats, in f64.
+#[derive(Default)]
+struct Score {
+    nll: f64,
+    n: usize,
+}
+
+impl Score {
+    /// Scores `targets[i]` given `inputs[..=i]`, from an empty cache.
+    fn add(&mut self, engine: &mut Engine, inputs: &[u32], targets: &[u32], chunk: usize) -> anyhow::Result<()> {
+        let mut sequence = Sequence::default();
+        let vocab = engine.vocab_size();
+        for (inputs, targets) in inputs.chunks(chunk).zip(targets.chunks(chunk)) {
+            let logits = engine.run(&mut sequence, inputs, chunk, Logits::All)?;
+            for (row, target) in logits.chunks_exact(vocab).zip(targets) {
+                let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f64 = row.iter().map(|v| f64::from(v - max).exp()).sum();
+                self.nll += sum.ln() - f64::from(row[*target as usize] - max);
+                self.n += 1;
+            }
+        }
+        engine.release(&mut sequence);
+        Ok(())
+    }
+
+    fn perplexity(&self) -> f64 {
+        (self.nll / self.n as f64).exp()
+    }
+}
+
+#[derive(Deserialize)]
+struct Task {
+    kind: String,
+    prompt: String,
+    expect: String,
+}
+
+fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
+    let text = read(&args.tasks)?;
+    let tasks: Vec<Task> = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(i, line)| {
+            serde_json::from_str(line)
+                .with_context(|| format!("{} line {} is not {{kind, prompt, expect}}", args.tasks.display(), i + 1))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::One)?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let stop = StopConditions { max_tokens: args.max_tokens, eos: GenerationConfig::load(&dir)?.eos_token_ids };
+    let mut scores: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for task in &tasks {
+        let mut sequence = Sequence::default();
+        let prompt = tokenizer.encode(&task.prompt, true)?;
+        let logits = engine.run(&mut sequence, &prompt, prefill_chunk, Logits::Last)?;
+        let mut sampler = Sampler::new(SamplingParams::default())?;
+        let mut answer = vec![];
+        engine.generate(&mut sequence, logits, &mut sampler, &stop, |token| {
+            answer.push(token);
+            ControlFlow::Continue(())
+        })?;
+        engine.release(&mut sequence);
+        let answer = tokenizer.decode(&answer, false)?;
+        let answer = answer.rsplit("</think>").next().unwrap_or_default();
+        let score = scores.entry(&task.kind).or_default();
+        score.0 += usize::from(answer.trim() == task.expect.trim());
+        score.1 += 1;
+    }
+    if args.json {
+        let kinds: BTreeMap<&str, Value> = scores
+            .iter()
+            .map(|(kind, (right, n))| (*kind, json!({"right": right, "total": n, "accuracy": *right as f64 / *n as f64})))
+            .collect();
+        return print_json(&json!({ "kinds": kinds }));
+    }
+    for (kind, (right, n)) in scores {
+        println!("{kind:<16} {right}/{n}");
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}

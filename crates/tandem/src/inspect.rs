@@ -1,0 +1,124 @@
+//! `tandem inspect`: what a checkpoint is, without reading its weights.
+
+use serde_json::json;
+use tandem_core::{Checkpoint, ModelConfig};
+use tandem_core::weights::ModuleKind;
+use tandem_model::Accounting;
+
+use crate::cli::InspectArgs;
+use crate::load::model_dir;
+use crate::report::{bytes, count, print_json, thousands};
+
+/// Runs the command.
+pub(crate) fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
+    let dir = model_dir(args.model.as_deref())?;
+    let config = ModelConfig::load(&dir)?;
+    let checkpoint = Checkpoint::open_or_index(&dir)?;
+    let weights = tandem_model::resolve(&checkpoint, &config)?;
+    let accounting = Accounting::new(&weights, &config);
+    let has_mtp = weights.iter().any(|w| w.spec.kind == ModuleKind::Mtp);
+    if args.json {
+        return print_json(&as_json(&dir, &config, &checkpoint, &accounting, has_mtp));
+    }
+    print(&config, &checkpoint, &accounting, has_mtp);
+    Ok(())
+}
+
+fn as_json(
+    dir: &std::path::Path,
+    config: &ModelConfig,
+    checkpoint: &Checkpoint,
+    accounting: &Accounting,
+    has_mtp: bool,
+) -> serde_json::Value {
+    let kinds: serde_json::Map<String, serde_json::Value> = accounting
+        .kinds
+        .iter()
+        .map(|k| {
+            let formats: serde_json::Map<_, _> = k.formats.iter().map(|(f, b)| (f.clone(), json!(b))).collect();
+            let value = json!({
+                "parameters": k.parameters,
+                "active_parameters": k.active_parameters,
+                "resident_bytes": k.resident_bytes,
+                "read_bytes_per_token": k.read_bytes,
+                "format_bytes": formats,
+            });
+            (k.kind.name().to_string(), value)
+        })
+        .collect();
+    json!({
+        "path": dir.display().to_string(),
+        "model_type": config.model_type.name(),
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "n_routed_experts": config.moe.as_ref().map(|m| m.n_routed_experts),
+        "num_experts_per_tok": config.moe.as_ref().map(|m| m.num_experts_per_tok),
+        "index_topk": config.indexer.as_ref().map(|i| i.index_topk),
+        "weights_present": checkpoint.has_data(),
+        "mtp_head": has_mtp,
+        "parameters": accounting.total(|k| k.parameters),
+        "active_parameters": accounting.total(|k| k.active_parameters),
+        "resident_bytes": accounting.total(|k| k.resident_bytes),
+        "read_bytes_per_token": accounting.total(|k| k.read_bytes),
+        "read_bytes_per_token_below_index_topk": accounting.read_bytes_at(config, 1),
+        "modules": kinds,
+    })
+}
+
+fn print(config: &ModelConfig, checkpoint: &Checkpoint, accounting: &Accounting, has_mtp: bool) {
+    println!("{} with {} layers, hidden size {}", config.model_type.name(), config.num_hidden_layers, config.hidden_size);
+    if let Some(moe) = &config.moe {
+        let dense = moe.sparse_layers.iter().filter(|sparse| !**sparse).count();
+        println!(
+            "experts: {} routed, {} per token, {} shared; {dense} dense layers",
+            moe.n_routed_experts, moe.num_experts_per_tok, moe.n_shared_experts
+        );
+    }
+    if let Some(indexer) = &config.indexer {
+        let full = indexer.full_layers.iter().filter(|full| **full).count();
+        println!("sparse attention: {} positions per query, {full} layers with an indexer", indexer.index_topk);
+    }
+    println!(
+        "context {}, vocabulary {}, multi-token-prediction head: {}",
+        thousands(config.max_position_embeddings as u64),
+        thousands(config.vocab_size as u64),
+        if has_mtp { "yes" } else { "no" }
+    );
+    if !checkpoint.has_data() {
+        println!("weights are not here: sizes are computed from config.json and the index");
+    }
+    println!();
+    println!("{:<16}{:>12}{:>12}{:>12}{:>14}  format", "module", "parameters", "active", "resident", "read/token");
+    for k in &accounting.kinds {
+        let formats: Vec<&str> = k.formats.iter().map(|(name, _)| name.as_str()).collect();
+        println!(
+            "{:<16}{:>12}{:>12}{:>12}{:>14}  {}",
+            k.kind.name(),
+            count(k.parameters),
+            count(k.active_parameters),
+            bytes(k.resident_bytes),
+            bytes(k.read_bytes),
+            formats.join(", ")
+        );
+    }
+    println!(
+        "{:<16}{:>12}{:>12}{:>12}{:>14}",
+        "total",
+        count(accounting.total(|k| k.parameters)),
+        count(accounting.total(|k| k.active_parameters)),
+        bytes(accounting.total(|k| k.resident_bytes)),
+        bytes(accounting.total(|k| k.read_bytes))
+    );
+    println!();
+    println!("resident: {} bytes", thousands(accounting.total(|k| k.resident_bytes)));
+    println!("read per decoded token: {} bytes", thousands(accounting.total(|k| k.read_bytes)));
+    if accounting.index_query_bytes > 0 {
+        println!(
+            "  of these {} are not read while the context is at most {} tokens",
+            thousands(accounting.index_query_bytes),
+            config.indexer.as_ref().map_or(0, |i| i.index_topk)
+        );
+    }
+}

@@ -1,0 +1,142 @@
+//! From command-line flags to a model that is ready to run.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tandem_core::{Checkpoint, ModelConfig};
+use tandem_cpu::{CpuBackend, system};
+use tandem_engine::{BlockManager, Engine, ModelRunner};
+use tandem_model::{Accounting, Limits};
+
+use crate::cli::{ActivationsArg, ModelArgs};
+
+/// The model that ships with the project.
+const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
+/// Context when nobody asks for more: the cache of a model made for 200,000 tokens would take tens of gigabytes.
+const DEFAULT_CONTEXT: usize = 32768;
+
+/// A model ready to run.
+pub(crate) struct Loaded {
+    pub(crate) dir: PathBuf,
+    pub(crate) config: ModelConfig,
+    pub(crate) engine: Engine,
+    pub(crate) accounting: Accounting,
+    pub(crate) load_time: Duration,
+    pub(crate) prefill_chunk: usize,
+    /// Name of the activations' numerics.
+    pub(crate) numerics: &'static str,
+}
+
+/// Rows whose logits one step may return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LogitsRows {
+    /// Only the last row's: generation.
+    One,
+    /// Every row's: evaluation.
+    Chunk,
+}
+
+/// Loads the model that the flags name.
+pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loaded> {
+    let start = Instant::now();
+    let dir = model_dir(args.model.as_deref())?;
+    let config = ModelConfig::load(&dir)?;
+    let context = match args.context {
+        Some(0) => bail!("--context must be at least 1"),
+        Some(n) if n > config.max_position_embeddings => bail!(
+            "--context {n} exceeds the {} positions this model was made for; ask for fewer",
+            config.max_position_embeddings
+        ),
+        Some(n) => n,
+        None => config.max_position_embeddings.min(DEFAULT_CONTEXT),
+    };
+    if args.activations == ActivationsArg::Int8 {
+        bail!("--activations int8 is not built yet; use f32, bf16 or auto");
+    }
+    let checkpoint = Checkpoint::open(&dir)?;
+    let weights = tandem_model::resolve(&checkpoint, &config)?;
+    let accounting = Accounting::new(&weights, &config);
+    let max_rows = args.prefill_chunk.clamp(1, context);
+    let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
+
+    let backend = CpuBackend::new(args.threads.unwrap_or_else(system::default_threads).max(1));
+    let bar = progress_bar(accounting.total(|k| k.resident_bytes));
+    let model =
+        tandem_model::load(&backend, &config, &checkpoint, limits, &mut |bytes| bar.inc(bytes as u64))?;
+    bar.finish_and_clear();
+    let blocks = BlockManager::for_tokens(context);
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
+    let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
+    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics: "f32" })
+}
+
+/// A load bar with GB/s on stderr, silent when that is not a terminal.
+fn progress_bar(total: u64) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(Some(total), target);
+    if let Ok(style) = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// The directory of a model: the bundled one, a path, or a Hugging Face id in the local cache.
+pub(crate) fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
+    let Some(name) = name else {
+        return bundled_model();
+    };
+    let path = Path::new(name);
+    if path.join("config.json").exists() {
+        return Ok(path.to_path_buf());
+    }
+    if path.exists() {
+        bail!("{name} has no config.json; --model takes a model directory or a Hugging Face id");
+    }
+    let is_id = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']);
+    if !is_id {
+        bail!("{name} does not exist; --model takes a model directory or a Hugging Face id (owner/name)");
+    }
+    let cache = hugging_face_cache().context("neither HF_HOME nor HOME is set, so there is no Hugging Face cache")?;
+    let repo = cache.join(format!("models--{}", name.replace('/', "--")));
+    snapshot(&repo).with_context(|| {
+        format!("{name} is neither a directory nor in the Hugging Face cache at {}; download it first", cache.display())
+    })
+}
+
+fn hugging_face_cache() -> Option<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("HF_HUB_CACHE")
+        .or_else(|| var("HF_HOME").map(|home| home.join("hub")))
+        .or_else(|| var("HOME").map(|home| home.join(".cache/huggingface/hub")))
+}
+
+/// The snapshot that `refs/main` names, else the only one with a config.json.
+fn snapshot(repo: &Path) -> Option<PathBuf> {
+    let snapshots = repo.join("snapshots");
+    if let Ok(revision) = std::fs::read_to_string(repo.join("refs/main")) {
+        let dir = snapshots.join(revision.trim());
+        if dir.join("config.json").exists() {
+            return Some(dir);
+        }
+    }
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(&snapshots)
+        .ok()?
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(|dir| dir.join("config.json").exists())
+        .collect();
+    dirs.sort();
+    dirs.pop()
+}
+
+/// Next to the working directory or above the executable, as in a clone.
+fn bundled_model() -> anyhow::Result<PathBuf> {
+    let executable = std::env::current_exe().unwrap_or_default();
+    std::iter::once(Path::new(""))
+        .chain(executable.ancestors())
+        .map(|dir| dir.join(BUNDLED))
+        .find(|dir| dir.join("config.json").exists())
+        .with_context(|| format!("the bundled model {BUNDLED} was not found; name one with --model DIR"))
+}

@@ -1,0 +1,775 @@
+//! Hugging Face tokenizers: whole-text encoding and decoding, streaming decoding, and stop strings.
+//!
+//! Owns `tokenizer.json` and the added tokens of `tokenizer_config.json`. It deliberately does not truncate or pad,
+//! does not apply `clean_up_tokenization_spaces` (a stream could not undo it; vLLM does the same), and knows no chat
+//! template (see [`super::chat_template`]).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use thiserror::Error;
+use tokenizers::{AddedToken, DecoderWrapper};
+
+/// Why a tokenizer could not be loaded or used.
+#[derive(Debug, Error)]
+pub(crate) enum TokenizerError {
+    /// A file is missing or unreadable.
+    #[error(
+        "cannot read {path}: {source}; a model directory needs tokenizer.json (Hugging Face layout)",
+        path = path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A file does not hold what its name promises.
+    #[error("{path} is not a valid tokenizer file: {cause}", path = path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The cause, in the parser's words.
+        cause: String,
+    },
+    /// An added token of `tokenizer_config.json` would not get the id that the file names.
+    #[error(
+        "{path}: added token {token:?} should have id {expected} but would get {found}; \
+         tokenizer.json and tokenizer_config.json are not of the same model", path = path.display()
+    )]
+    AddedToken {
+        /// The file.
+        path: PathBuf,
+        /// The token's text.
+        token: String,
+        /// The id in the file.
+        expected: u32,
+        /// The id that the vocabulary would give.
+        found: u32,
+    },
+    /// The tokenizer refused the text.
+    #[error("cannot encode text: {0}")]
+    Encode(String),
+    /// The tokenizer refused the ids.
+    #[error("cannot decode tokens: {0}")]
+    Decode(String),
+}
+
+/// How ids become text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DecoderKind {
+    /// GPT-2's byte-level alphabet: each token is a fixed run of bytes.
+    ByteLevel,
+    /// Anything else (SentencePiece, ...): a token's text may depend on its neighbours.
+    Contextual,
+}
+
+/// A tokenizer of one model; cheap to clone and to share between threads.
+#[derive(Clone)]
+pub(crate) struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    decoder_kind: DecoderKind,
+    /// Put before the text when special tokens are asked for (`add_bos_token: true` in tokenizer_config.json).
+    forced_bos: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Loads `tokenizer.json` and, where present, `tokenizer_config.json` from a model directory.
+    ///
+    /// # Errors
+    /// When `tokenizer.json` is missing, or either file is malformed or contradicts the other.
+    pub(crate) fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|source| TokenizerError::Read { path: path.clone(), source })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|error| TokenizerError::Parse { path, cause: error.to_string() })?;
+        // Training-time settings that some files carry; an engine must see the whole text.
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|error| TokenizerError::Parse { path: dir.join("tokenizer.json"), cause: error.to_string() })?;
+
+        let config_path = dir.join("tokenizer_config.json");
+        let config = read_tokenizer_config(dir)?;
+        add_missing_tokens(&mut inner, &config, &config_path)?;
+        let forced_bos = match config.get("add_bos_token") {
+            Some(Value::Bool(true)) => token_text(&config, "bos_token").and_then(|token| inner.token_to_id(&token)),
+            _ => None,
+        };
+        let decoder_kind = match inner.get_decoder() {
+            Some(DecoderWrapper::ByteLevel(_)) => DecoderKind::ByteLevel,
+            Some(DecoderWrapper::Sequence(sequence))
+                if matches!(sequence.get_decoders(), [DecoderWrapper::ByteLevel(_)]) =>
+            {
+                DecoderKind::ByteLevel
+            }
+            _ => DecoderKind::Contextual,
+        };
+        Ok(Self { inner: Arc::new(inner), decoder_kind, forced_bos })
+    }
+
+    /// Token ids of `text`. Special tokens written in the text become tokens, as in Hugging Face; `add_special_tokens`
+    /// adds those that the tokenizer puts around a plain text (leave it off for a rendered chat template).
+    ///
+    /// # Errors
+    /// When the tokenizer's model refuses the text (an out-of-vocabulary piece without an unknown token).
+    pub(crate) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special_tokens)
+            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        let mut ids = encoding.get_ids().to_vec();
+        if add_special_tokens
+            && let Some(bos) = self.forced_bos
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
+    }
+
+    /// The text of `ids`; ids outside the vocabulary are skipped, bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub(crate) fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
+        self.inner.decode(ids, skip_special_tokens).map_err(|error| TokenizerError::Decode(error.to_string()))
+    }
+
+    /// A decoder that takes one id at a time.
+    pub(crate) fn decode_stream(&self, skip_special_tokens: bool) -> DecodeStream {
+        DecodeStream {
+            tokenizer: self.clone(),
+            skip_special_tokens,
+            bytes: Vec::new(),
+            window: Vec::new(),
+            n_emitted: 0,
+        }
+    }
+
+    /// The id of a token as it stands in the vocabulary.
+    pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token as it stands in the vocabulary (byte-level tokens are not readable text).
+    pub(crate) fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether `decode` with `skip_special_tokens` leaves this id out.
+    pub(crate) fn is_special(&self, id: u32) -> bool {
+        self.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
+    }
+
+    /// The bytes that one token stands for, where that is independent of its neighbours (byte-level tokenizers and
+    /// added tokens); what `logprobs.bytes` and grammar tries need.
+    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.id_to_token(id)?;
+        match self.decoder_kind {
+            DecoderKind::ByteLevel => Some(byte_level_bytes(&token)),
+            DecoderKind::Contextual => match parse_byte_token(&token) {
+                Some(byte) => Some(vec![byte]),
+                None => Some(token.replace('\u{2581}', " ").into_bytes()),
+            },
+        }
+    }
+
+    /// Number of tokens, added ones included. The model's logits may have more rows (padding).
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("decoder_kind", &self.decoder_kind)
+            .finish()
+    }
+}
+
+/// Incremental decoder: the pieces, joined, equal [`Tokenizer::decode`] of all ids.
+///
+/// Byte-level tokenizers go through an exact streaming UTF-8 decoder. Others are decoded in a window of the last
+/// emitted and the pending tokens; runs of byte-fallback tokens (`<0xE6>`) wait for their end, because whether such a
+/// run is valid is decided for the run as a whole.
+#[derive(Debug)]
+pub(crate) struct DecodeStream {
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool,
+    /// Byte-level: the incomplete end of the bytes so far, at most three bytes.
+    bytes: Vec<u8>,
+    /// Contextual: the ids of the last emitted piece, then the pending ones.
+    window: Vec<u32>,
+    /// Contextual: how many ids of `window` have been emitted.
+    n_emitted: usize,
+}
+
+impl DecodeStream {
+    /// Takes one id and returns the text that is now certain (empty while a character is incomplete).
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub(crate) fn push(&mut self, id: u32) -> Result<String, TokenizerError> {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return Ok(String::new()) };
+        if self.skip_special_tokens && self.tokenizer.inner.get_added_vocabulary().is_special_token(&token) {
+            return Ok(String::new());
+        }
+        match self.tokenizer.decoder_kind {
+            DecoderKind::ByteLevel => {
+                self.bytes.extend_from_slice(&byte_level_bytes(&token));
+                Ok(take_utf8_lossy(&mut self.bytes))
+            }
+            DecoderKind::Contextual => {
+                self.window.push(id);
+                if parse_byte_token(&token).is_some() {
+                    return Ok(String::new());
+                }
+                self.take_window(false)
+            }
+        }
+    }
+
+    /// Ends the stream and returns what was held back; an incomplete character becomes U+FFFD. The stream starts anew.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub(crate) fn flush(&mut self) -> Result<String, TokenizerError> {
+        let mut text = String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned();
+        if !self.window.is_empty() {
+            text.push_str(&self.take_window(true)?);
+        }
+        self.window.clear();
+        self.n_emitted = 0;
+        Ok(text)
+    }
+
+    fn take_window(&mut self, at_end: bool) -> Result<String, TokenizerError> {
+        let emitted = match self.n_emitted {
+            0 => String::new(),
+            n_emitted => self.tokenizer.decode(&self.window[..n_emitted], false)?,
+        };
+        let all = self.tokenizer.decode(&self.window, false)?;
+        if all.ends_with('\u{FFFD}') && !at_end {
+            return Ok(String::new());
+        }
+        let text = all.get(emitted.len()..).unwrap_or_default().to_owned();
+        // A token without text (a lone stripped space) says too little about its successor's context: keep it in.
+        if !text.is_empty() {
+            self.window.drain(..self.n_emitted);
+        }
+        self.n_emitted = self.window.len();
+        Ok(text)
+    }
+}
+
+/// What [`StopMatcher::push`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct StopStep {
+    /// Text that can be shown: it holds no part of a stop string.
+    pub(crate) text: String,
+    /// Index of the stop string that ended the text, as passed to [`StopMatcher::new`].
+    pub(crate) stopped: Option<usize>,
+}
+
+/// Finds stop strings in a stream of text pieces, whatever the piece borders.
+///
+/// The stop string that is complete first wins (the longest of those that end together), so the result does not depend
+/// on how the text was cut.
+#[derive(Clone, Debug)]
+pub(crate) struct StopMatcher {
+    stops: Vec<String>,
+    pending: String,
+    stopped: Option<usize>,
+}
+
+impl StopMatcher {
+    /// A matcher for `stops`; empty strings never match.
+    pub(crate) fn new(stops: Vec<String>) -> Self {
+        Self { stops, pending: String::new(), stopped: None }
+    }
+
+    /// Takes a piece; returns what can be shown now. After a stop every further piece is dropped.
+    pub(crate) fn push(&mut self, piece: &str) -> StopStep {
+        if self.stopped.is_some() {
+            return StopStep { text: String::new(), stopped: self.stopped };
+        }
+        self.pending.push_str(piece);
+        let first_match = (self.stops.iter().enumerate())
+            .filter(|(_, stop)| !stop.is_empty())
+            .filter_map(|(stop_idx, stop)| self.pending.find(stop).map(|start| (start + stop.len(), start, stop_idx)))
+            .min();
+        if let Some((_, start, stop_idx)) = first_match {
+            self.pending.truncate(start);
+            self.stopped = Some(stop_idx);
+            return StopStep { text: std::mem::take(&mut self.pending), stopped: self.stopped };
+        }
+        let n_held = self.stops.iter().map(|stop| held_back(&self.pending, stop)).max().unwrap_or(0);
+        let held = self.pending.split_off(self.pending.len() - n_held);
+        StopStep { text: std::mem::replace(&mut self.pending, held), stopped: None }
+    }
+
+    /// Ends the text and returns what was held back as a possible beginning of a stop string.
+    pub(crate) fn flush(&mut self) -> String {
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Index of the stop string that was met, if any.
+    pub(crate) fn stopped(&self) -> Option<usize> {
+        self.stopped
+    }
+}
+
+/// Reads `tokenizer_config.json`; an absent file is an empty object.
+pub(crate) fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
+    let path = dir.join("tokenizer_config.json");
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).map_err(|error| TokenizerError::Parse { path, cause: error.to_string() })
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
+        Err(source) => Err(TokenizerError::Read { path, source }),
+    }
+}
+
+/// The text of a special token in `tokenizer_config.json`: a string, or an object with `content`.
+pub(crate) fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
+    let value = config.get(key)?;
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+}
+
+#[derive(Deserialize)]
+#[serde(default)]
+struct AddedTokenEntry {
+    content: String,
+    single_word: bool,
+    lstrip: bool,
+    rstrip: bool,
+    normalized: bool,
+    special: bool,
+}
+
+impl Default for AddedTokenEntry {
+    fn default() -> Self {
+        Self {
+            content: String::new(),
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: true,
+            special: false,
+        }
+    }
+}
+
+/// Adds tokens that only `added_tokens_decoder` names, as transformers does when it loads a tokenizer.
+fn add_missing_tokens(
+    tokenizer: &mut tokenizers::Tokenizer,
+    config: &Map<String, Value>,
+    path: &Path,
+) -> Result<(), TokenizerError> {
+    let Some(Value::Object(entries)) = config.get("added_tokens_decoder") else { return Ok(()) };
+    let malformed = |cause: String| TokenizerError::Parse { path: path.to_owned(), cause };
+    let mut missing = Vec::new();
+    for (key, value) in entries {
+        let id: u32 = key
+            .parse()
+            .map_err(|_| malformed(format!("added_tokens_decoder has the key {key:?}, expected a token id")))?;
+        let entry: AddedTokenEntry = serde_json::from_value(value.clone())
+            .map_err(|error| malformed(format!("added_tokens_decoder[{key}]: {error}")))?;
+        if !entry.content.is_empty() && tokenizer.token_to_id(&entry.content).is_none() {
+            missing.push((id, entry));
+        }
+    }
+    missing.sort_by_key(|(id, _)| *id);
+    for (id, entry) in missing {
+        let token = AddedToken::from(entry.content.clone(), entry.special)
+            .single_word(entry.single_word)
+            .lstrip(entry.lstrip)
+            .rstrip(entry.rstrip)
+            .normalized(entry.normalized);
+        tokenizer.add_tokens([token]).map_err(|error| malformed(format!("added_tokens_decoder[{id}]: {error}")))?;
+        let found = tokenizer.token_to_id(&entry.content).unwrap_or(u32::MAX);
+        if found != id {
+            let path = path.to_owned();
+            return Err(TokenizerError::AddedToken { path, token: entry.content, expected: id, found });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of a byte-level token; a token with characters outside the alphabet (an added token) is its own UTF-8.
+fn byte_level_bytes(token: &str) -> Vec<u8> {
+    let bytes: Option<Vec<u8>> = token.chars().map(byte_of_char).collect();
+    bytes.unwrap_or_else(|| token.as_bytes().to_vec())
+}
+
+/// Inverse of GPT-2's `bytes_to_unicode`: printable Latin-1 stands for itself, the 68 other bytes follow from U+0100
+/// on.
+fn byte_of_char(c: char) -> Option<u8> {
+    match u32::from(c) {
+        code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => u8::try_from(code).ok(),
+        code @ 0x100..=0x120 => u8::try_from(code - 0x100).ok(),
+        code @ 0x121..=0x142 => u8::try_from(code - 0x121 + 0x7F).ok(),
+        0x143 => Some(0xAD),
+        _ => None,
+    }
+}
+
+/// The byte of a byte-fallback token (`<0x0A>`).
+fn parse_byte_token(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
+}
+
+/// Takes everything but an incomplete last character; equals `String::from_utf8_lossy` of the whole, piece by piece.
+fn take_utf8_lossy(bytes: &mut Vec<u8>) -> String {
+    let mut text = String::new();
+    let mut start = 0;
+    loop {
+        match std::str::from_utf8(&bytes[start..]) {
+            Ok(valid) => {
+                text.push_str(valid);
+                start = bytes.len();
+                break;
+            }
+            Err(error) => {
+                let valid_end = start + error.valid_up_to();
+                text.push_str(&String::from_utf8_lossy(&bytes[start..valid_end]));
+                start = valid_end;
+                match error.error_len() {
+                    Some(n_invalid) => {
+                        text.push('\u{FFFD}');
+                        start += n_invalid;
+                    }
+                    None => break,
+                }
+            }
+        }
+    }
+    bytes.drain(..start);
+    text
+}
+
+/// Length of the longest end of `text` that is a proper beginning of `stop`.
+fn held_back(text: &str, stop: &str) -> usize {
+    let longest = text.len().min(stop.len().saturating_sub(1));
+    (1..=longest).rev().find(|&n| text.as_bytes().ends_with(&stop.as_bytes()[..n])).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::chat_template::ChatTemplate;
+    use proptest::prelude::*;
+    use std::sync::OnceLock;
+
+    /// Every model directory that comes with cases made by transformers.
+    fn golden_dirs() -> Vec<PathBuf> {
+        let models = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/models"));
+        let entries = std::fs::read_dir(models).unwrap_or_else(|e| panic!("{}: {e}", models.display()));
+        let mut dirs: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        dirs.retain(|dir| dir.join("tokenizer_golden.json").exists());
+        dirs.sort();
+        assert!(dirs.len() >= 2, "no golden models in {}", models.display());
+        dirs
+    }
+
+    fn fable_dir() -> PathBuf {
+        PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"))
+    }
+
+    fn read_json(path: &Path) -> Value {
+        serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+    }
+
+    fn ids_of(value: &Value) -> Vec<u32> {
+        serde_json::from_value(value.clone()).unwrap()
+    }
+
+    fn stream(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> String {
+        let mut stream = tokenizer.decode_stream(skip_special);
+        let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+        text.push_str(&stream.flush().unwrap());
+        text
+    }
+
+    fn check_stream(tokenizer: &Tokenizer, ids: &[u32]) {
+        for skip in [false, true] {
+            assert_eq!(stream(tokenizer, ids, skip), tokenizer.decode(ids, skip).unwrap(), "{ids:?} skip={skip}");
+        }
+    }
+
+    #[test]
+    fn encodes_and_decodes_as_transformers() {
+        for dir in golden_dirs() {
+            let name = dir.display();
+            let tokenizer = Tokenizer::from_dir(&dir).unwrap();
+            let golden = read_json(&dir.join("tokenizer_golden.json"));
+            for case in golden["encode"].as_array().unwrap() {
+                let ids = ids_of(&case["ids"]);
+                assert_eq!(tokenizer.encode(case["text"].as_str().unwrap(), false).unwrap(), ids, "{name} {case}");
+                assert_eq!(tokenizer.decode(&ids, false).unwrap(), case["decoded"].as_str().unwrap(), "{name}");
+                check_stream(&tokenizer, &ids);
+            }
+        }
+    }
+
+    #[test]
+    fn renders_and_encodes_chats_as_transformers() {
+        for dir in golden_dirs() {
+            let name = dir.display();
+            let tokenizer = Tokenizer::from_dir(&dir).unwrap();
+            let template = ChatTemplate::from_dir(&dir, None).unwrap().expect("a chat template");
+            let golden = read_json(&dir.join("tokenizer_golden.json"));
+            for case in golden["chat"].as_array().unwrap() {
+                let mut extra = Map::new();
+                if let Some(value) = case.get("enable_thinking") {
+                    extra.insert("enable_thinking".into(), value.clone());
+                }
+                let messages = case["messages"].as_array().unwrap();
+                let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
+                let text = template.render(messages, None, add_generation_prompt, &extra).unwrap();
+                assert_eq!(text, case["rendered"].as_str().unwrap(), "{name}");
+                assert_eq!(tokenizer.encode(&text, false).unwrap(), ids_of(&case["ids"]), "{name}");
+            }
+        }
+    }
+
+    /// Prompts, ids and greedy continuations from fable-30m.golden.json (transformers 5.23).
+    #[test]
+    fn fable_prompts_as_transformers() {
+        let tokenizer = Tokenizer::from_dir(&fable_dir()).unwrap();
+        let template = ChatTemplate::from_dir(&fable_dir(), None).unwrap().expect("a chat template");
+        for &(user, thinking, prompt, ids) in FABLE_CASES {
+            let mut extra = Map::new();
+            extra.insert("enable_thinking".into(), thinking.into());
+            let messages = [serde_json::json!({"role": "user", "content": user})];
+            let text = template.render(&messages, None, true, &extra).unwrap();
+            assert_eq!(text, prompt);
+            assert_eq!(tokenizer.encode(&text, false).unwrap(), ids);
+            assert_eq!(tokenizer.decode(ids, false).unwrap(), prompt);
+            check_stream(&tokenizer, ids);
+        }
+    }
+
+    /// User text, enable_thinking, rendered prompt, ids.
+    type FableCase = (&'static str, bool, &'static str, &'static [u32]);
+    const FABLE_CASES: &[FableCase] = &[
+        (
+            "Tell me a story about a brave fox named Lily.",
+            false,
+            "[gMASK]<sop><|user|>\nTell me a story about a brave fox named Lily.<|assistant|></think>",
+            &[2, 4, 7, 216, 648, 409, 275, 394, 397, 275, 1101, 1670, 439, 790, 31, 8, 11],
+        ),
+        (
+            "Write a short story about a robot who learns to share. End with a moral.",
+            false,
+            "[gMASK]<sop><|user|>\nWrite a short story about a robot who learns to share. End with a moral.<|assistant|></think>",
+            &[
+                2, 4, 7, 216, 598, 275, 756, 394, 397, 275, 1646, 461, 1795, 356, 1314, 31, 1283, 426, 275, 972, 31, 8,
+                11,
+            ],
+        ),
+        (
+            "Explain volcanoes in simple words.",
+            false,
+            "[gMASK]<sop><|user|>\nExplain volcanoes in simple words.<|assistant|></think>",
+            &[2, 4, 7, 216, 1759, 2534, 372, 1729, 971, 31, 8, 11],
+        ),
+        (
+            "What is 47 + 38?",
+            true,
+            "[gMASK]<sop><|user|>\nWhat is 47 + 38?<|assistant|><think>",
+            &[2, 4, 7, 216, 618, 291, 238, 37, 40, 560, 238, 36, 41, 48, 8, 10],
+        ),
+        (
+            "As JSON with keys name and city: Nora lives in Oslo.",
+            false,
+            "[gMASK]<sop><|user|>\nAs JSON with keys name and city: Nora lives in Oslo.<|assistant|></think>",
+            &[2, 4, 7, 216, 1836, 1143, 426, 1841, 399, 314, 377, 43, 871, 1840, 372, 1589, 31, 8, 11],
+        ),
+    ];
+
+    const FABLE_TOOL_QUESTION: &str = "What is the weather in Paris?";
+    const FABLE_TOOLS: &str = r#"[{"type": "function", "function": {"name": "get_weather", "description": "Get the current weather of a city", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}, "required": ["city"]}}},
+{"type": "function", "function": {"name": "add", "description": "Add two numbers", "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}}}]"#;
+    const FABLE_TOOL_PROMPT: &str = r#"[gMASK]<sop><|system|>
+# Tools
+You may call these functions:
+<tools>
+{"type": "function", "function": {"name": "get_weather", "description": "Get the current weather of a city", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}, "required": ["city"]}}}
+{"type": "function", "function": {"name": "add", "description": "Add two numbers", "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}}}
+</tools>
+Answer with <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call> to call one.<|user|>
+What is the weather in Paris?<|assistant|></think>"#;
+    #[rustfmt::skip]
+    const FABLE_TOOL_IDS: [u32; 178] = [2, 4, 6, 216, 20, 713, 216, 572, 711, 437, 668, 714, 43, 216, 45, 529, 47, 216, 320, 366, 294, 287, 434, 341, 287, 434, 294, 339, 453, 294, 287, 512, 80, 1024, 341, 287, 544, 294, 287, 936, 280, 1271, 1070, 303, 275, 377, 341, 287, 547, 294, 339, 366, 294, 287, 538, 341, 287, 546, 294, 339, 564, 294, 339, 366, 294, 287, 496, 549, 287, 1182, 294, 339, 366, 294, 287, 496, 543, 287, 545, 294, 515, 564, 539, 216, 320, 366, 294, 287, 434, 341, 287, 434, 294, 339, 453, 294, 287, 957, 341, 287, 544, 294, 287, 1151, 1011, 1077, 341, 287, 547, 294, 339, 366, 294, 287, 538, 341, 287, 546, 294, 339, 82, 294, 339, 366, 294, 287, 946, 549, 287, 83, 294, 339, 366, 294, 287, 946, 543, 287, 545, 294, 515, 82, 341, 287, 83, 539, 216, 300, 529, 47, 216, 644, 426, 238, 12, 453, 14, 369, 15, 16, 379, 17, 13, 356, 437, 508, 31, 7, 216, 618, 291, 280, 1070, 372, 1424, 48, 8, 11];
+
+    #[test]
+    fn fable_tool_prompt() {
+        let template = ChatTemplate::from_dir(&fable_dir(), None).unwrap().expect("a chat template");
+        let tools: Vec<Value> = serde_json::from_str(FABLE_TOOLS).unwrap();
+        let messages = [serde_json::json!({"role": "user", "content": FABLE_TOOL_QUESTION})];
+        let text = template.render(&messages, Some(&tools), true, &Map::new()).unwrap();
+        assert_eq!(text, FABLE_TOOL_PROMPT);
+        let tokenizer = Tokenizer::from_dir(&fable_dir()).unwrap();
+        assert_eq!(tokenizer.encode(&text, false).unwrap(), FABLE_TOOL_IDS);
+    }
+
+    fn fable() -> &'static Tokenizer {
+        static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+        TOKENIZER.get_or_init(|| Tokenizer::from_dir(&fable_dir()).unwrap())
+    }
+
+    #[test]
+    fn byte_alphabet_is_a_bijection() {
+        let mut bytes: Vec<u8> = (0..0x400).filter_map(char::from_u32).filter_map(byte_of_char).collect();
+        bytes.sort_unstable();
+        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+        assert_eq!(byte_level_bytes("\u{120}the"), b" the");
+        assert_eq!(byte_level_bytes("<\u{2581}x>"), "<\u{2581}x>".as_bytes());
+    }
+
+    #[test]
+    fn stream_holds_back_incomplete_characters() {
+        let tokenizer = fable();
+        let ids = tokenizer.encode("🙂é", false).unwrap();
+        let mut stream = tokenizer.decode_stream(false);
+        let pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')), "{pieces:?}");
+        assert_eq!(pieces.concat(), "🙂é");
+        // Cut inside a character: the rest appears as one replacement character, as in a full decode.
+        let mut stream = tokenizer.decode_stream(false);
+        assert_eq!(stream.push(ids[0]).unwrap(), "");
+        assert_eq!(stream.flush().unwrap(), tokenizer.decode(&ids[..1], false).unwrap());
+    }
+
+    /// A SentencePiece-shaped tokenizer: metaspace, byte fallback, a stripped first space.
+    fn sentencepiece() -> Tokenizer {
+        let mut vocab = Map::new();
+        for token in
+            ["<unk>", "<s>", "\u{2581}", "\u{2581}hi", "there", "\u{2581}there", "a", "<0xE6>", "<0x97>", "<0xA5>", "."]
+        {
+            vocab.insert(token.into(), vocab.len().into());
+        }
+        let json = serde_json::json!({
+            "version": "1.0",
+            "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+            "padding": null, "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "added_tokens": [{"id": 1, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true}],
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true,
+                "vocab": vocab, "merges": []}
+        });
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let config = serde_json::json!({"bos_token": {"content": "<s>"}, "add_bos_token": true,
+            "added_tokens_decoder": {"11": {"content": "<extra>", "special": true}}});
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        Tokenizer::from_dir(dir.path()).unwrap()
+    }
+
+    #[test]
+    fn sentencepiece_config_is_honoured() {
+        let tokenizer = sentencepiece();
+        assert_eq!(tokenizer.vocab_size(), 12);
+        assert_eq!(tokenizer.token_to_id("<extra>"), Some(11));
+        assert!(tokenizer.is_special(11) && tokenizer.is_special(1) && !tokenizer.is_special(3));
+        assert_eq!(tokenizer.encode("aaa<extra>a", true).unwrap(), [1, 6, 6, 6, 11, 6], "bos added, nothing truncated");
+        assert_eq!(tokenizer.encode("<s>a", true).unwrap(), [1, 6], "no second bos");
+        assert_eq!(tokenizer.encode("a", false).unwrap(), [6]);
+        assert_eq!(tokenizer.token_bytes(7), Some(vec![0xE6]));
+        assert_eq!(tokenizer.token_bytes(3), Some(b" hi".to_vec()));
+        check_stream(&tokenizer, &[3, 1, 5, 4, 7, 8, 9, 10, 7, 6, 2, 2, 5]);
+    }
+
+    #[test]
+    fn missing_tokenizer_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let message = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json") && message.contains("cannot read"), "{message}");
+        std::fs::write(dir.path().join("tokenizer.json"), "{").unwrap();
+        let message = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("not a valid tokenizer file"), "{message}");
+    }
+
+    fn run_stops(stops: &[&str], pieces: &[&str]) -> (String, Option<usize>) {
+        let mut matcher = StopMatcher::new(stops.iter().map(|&s| s.to_owned()).collect());
+        let mut text: String = pieces.iter().map(|piece| matcher.push(piece).text).collect();
+        text.push_str(&matcher.flush());
+        (text, matcher.stopped())
+    }
+
+    #[test]
+    fn stop_strings_across_borders() {
+        assert_eq!(run_stops(&["END"], &["abcE", "N", "Dxyz", "more"]), ("abc".into(), Some(0)));
+        assert_eq!(run_stops(&["END"], &["abcE", "N"]), ("abcEN".into(), None));
+        assert_eq!(run_stops(&["END"], &["EEN", "END"]), ("EEN".into(), Some(0)));
+        assert_eq!(run_stops(&["abcd", "bc"], &["xabcd"]), ("xa".into(), Some(1)));
+        assert_eq!(run_stops(&["b", "ab"], &["ab"]), ("".into(), Some(1)));
+        assert_eq!(run_stops(&["", "\n\n"], &["a\n", "\nb"]), ("a".into(), Some(1)));
+        assert_eq!(run_stops(&["日本"], &["x日", "月日", "本"]), ("x日月".into(), Some(0)));
+        assert_eq!(run_stops(&[], &["a", "b"]), ("ab".into(), None));
+        let mut matcher = StopMatcher::new(vec!["</s>".into()]);
+        assert_eq!(matcher.push("a < b"), StopStep { text: "a < b".into(), stopped: None });
+        assert_eq!(matcher.push("<").text, "");
+    }
+
+    proptest! {
+        #[test]
+        fn any_ids_stream_like_a_full_decode(ids in prop::collection::vec(0u32..3000, 0..40)) {
+            check_stream(fable(), &ids);
+        }
+
+        #[test]
+        fn any_bytes_stream_lossily(chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..5), 0..20)) {
+            let mut pending = Vec::new();
+            let mut text = String::new();
+            for chunk in &chunks {
+                pending.extend_from_slice(chunk);
+                text.push_str(&take_utf8_lossy(&mut pending));
+                prop_assert!(pending.len() < 4);
+            }
+            text.push_str(&String::from_utf8_lossy(&pending));
+            prop_assert_eq!(text, String::from_utf8_lossy(&chunks.concat()).into_owned());
+        }
+
+        #[test]
+        fn any_text_survives_encoding(text in "\\PC{0,40}") {
+            let ids = fable().encode(&text, false).unwrap();
+            prop_assert_eq!(fable().decode(&ids, false).unwrap(), text);
+            check_stream(fable(), &ids);
+        }
+
+        #[test]
+        fn sentencepiece_streams(ids in prop::collection::vec(0u32..13, 0..20)) {
+            static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+            check_stream(TOKENIZER.get_or_init(sentencepiece), &ids);
+        }
+
+        #[test]
+        fn stops_do_not_depend_on_borders(
+            text in "[abc]{0,24}", stops in prop::collection::vec("[abc]{0,4}", 0..3),
+            cuts in prop::collection::vec(0usize..25, 0..8),
+        ) {
+            let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(text.len())).collect();
+            cuts.extend([0, text.len()]);
+            cuts.sort_unstable();
+            let pieces: Vec<&str> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
+            let whole = run_stops(&stops, &[&text]);
+            prop_assert_eq!(&run_stops(&stops, &pieces), &whole);
+            prop_assert!(stops.iter().all(|stop| stop.is_empty() || !whole.0.contains(stop)));
+            prop_assert!(whole.1.is_some() || whole.0 == text);
+        }
+    }
+}
