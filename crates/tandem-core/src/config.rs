@@ -182,8 +182,7 @@ impl RopeParameters {
                     } else if wavelength < trained / high_freq_factor {
                         *f
                     } else {
-                        let smooth =
-                            (trained / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        let smooth = (trained / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                         (1.0 - smooth) * f / factor + smooth * f
                     }
                 })
@@ -576,7 +575,9 @@ impl Fields<'_> {
         let num_attention_heads = self.size("num_attention_heads", raw.num_attention_heads)?;
         let num_hidden_layers = self.size("num_hidden_layers", raw.num_hidden_layers)?;
         if num_hidden_layers > 4096 {
-            return Err(ConfigError::Invalid(format!("num_hidden_layers must be at most 4096, found {num_hidden_layers}")));
+            return Err(ConfigError::Invalid(format!(
+                "num_hidden_layers must be at most 4096, found {num_hidden_layers}"
+            )));
         }
         let num_nextn_predict_layers = if deepseek { raw.num_nextn_predict_layers.unwrap_or(0) } else { 0 };
         if num_nextn_predict_layers > 16 {
@@ -613,7 +614,9 @@ impl Fields<'_> {
                 )));
             }
             if !head_dim.is_multiple_of(2) {
-                return Err(ConfigError::Invalid(format!("head_dim must be even for rotary embedding, found {head_dim}")));
+                return Err(ConfigError::Invalid(format!(
+                    "head_dim must be even for rotary embedding, found {head_dim}"
+                )));
             }
         }
         let float = match raw.dtype.as_deref().or(raw.torch_dtype.as_deref()) {
@@ -657,7 +660,10 @@ impl Fields<'_> {
     fn mla(&self) -> Result<MlaConfig, ConfigError> {
         let raw = self.raw;
         if raw.attention_bias == Some(true) {
-            return Err(ConfigError::Invalid(format!("attention_bias true is not supported for {}", self.model_type.name())));
+            return Err(ConfigError::Invalid(format!(
+                "attention_bias true is not supported for {}",
+                self.model_type.name()
+            )));
         }
         let mla = MlaConfig {
             q_lora_rank: raw.q_lora_rank.map(|r| self.size("q_lora_rank", Some(r))).transpose()?,
@@ -788,8 +794,8 @@ impl Fields<'_> {
         let section = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&empty);
         let optional = |key: &'static str| section.get(key).and_then(Value::as_f64);
         let required = |key: &'static str| {
-            let value = optional(key)
-                .ok_or_else(|| ConfigError::Invalid(format!("rope parameters need a number {key:?}")))?;
+            let value =
+                optional(key).ok_or_else(|| ConfigError::Invalid(format!("rope parameters need a number {key:?}")))?;
             if value.is_finite() && value > 0.0 {
                 Ok(value)
             } else {

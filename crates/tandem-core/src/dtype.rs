@@ -33,7 +33,9 @@ impl Float {
                 f32::from_le_bytes([b[0], b[1], b[2], b[3]])
             }
             Float::F16 => half::f16::from_le_bytes([bytes[index * 2], bytes[index * 2 + 1]]).to_f32(),
-            Float::BF16 => f32::from_bits(u32::from(u16::from_le_bytes([bytes[index * 2], bytes[index * 2 + 1]])) << 16),
+            Float::BF16 => {
+                f32::from_bits(u32::from(u16::from_le_bytes([bytes[index * 2], bytes[index * 2 + 1]])) << 16)
+            }
         }
     }
 

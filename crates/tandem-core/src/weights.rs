@@ -114,12 +114,28 @@ pub struct WeightSpec {
 impl WeightSpec {
     /// A matrix or stack of matrices `module.weight`.
     pub fn matrix(module: impl Into<String>, shape: &[usize], kind: ModuleKind, form: Form) -> WeightSpec {
-        WeightSpec { module: module.into(), leaf: "weight", shape: shape.to_vec(), kind, layer: None, form, optional: false }
+        WeightSpec {
+            module: module.into(),
+            leaf: "weight",
+            shape: shape.to_vec(),
+            kind,
+            layer: None,
+            form,
+            optional: false,
+        }
     }
 
     /// A vector `module.leaf` of `len` elements.
     pub fn vector(module: impl Into<String>, leaf: &'static str, len: usize, kind: ModuleKind) -> WeightSpec {
-        WeightSpec { module: module.into(), leaf, shape: vec![len], kind, layer: None, form: Form::Vector, optional: false }
+        WeightSpec {
+            module: module.into(),
+            leaf,
+            shape: vec![len],
+            kind,
+            layer: None,
+            form: Form::Vector,
+            optional: false,
+        }
     }
 
     /// Matrices in the stack, rows and columns of each.
@@ -154,7 +170,9 @@ struct Source {
 
 impl Source {
     fn names(&self) -> impl Iterator<Item = &String> {
-        [Some(&self.weight), self.scales.as_ref(), self.biases.as_ref(), self.global_scale.as_ref()].into_iter().flatten()
+        [Some(&self.weight), self.scales.as_ref(), self.biases.as_ref(), self.global_scale.as_ref()]
+            .into_iter()
+            .flatten()
     }
 }
 
@@ -289,7 +307,10 @@ pub fn resolve(
     let Resolver { claimed, mut problems, .. } = resolver;
     for name in checkpoint.names() {
         if !claimed.contains(name) && !ignored(name, config) {
-            problems.push(format!("{name} is in the checkpoint but this {} model has no use for it", config.model_type.name()));
+            problems.push(format!(
+                "{name} is in the checkpoint but this {} model has no use for it",
+                config.model_type.name()
+            ));
         }
     }
     if problems.is_empty() { Ok(weights) } else { Err(CheckpointError::Mismatch { problems }) }
@@ -319,9 +340,8 @@ impl Resolver<'_> {
         }
         let place = match spec.form {
             Form::Experts if self.has(&expert_module(&spec.module, 0)) => {
-                let sources: Vec<Source> = (0..stack)
-                    .filter_map(|e| self.required(&expert_module(&spec.module, e), &[rows, cols]))
-                    .collect();
+                let sources: Vec<Source> =
+                    (0..stack).filter_map(|e| self.required(&expert_module(&spec.module, e), &[rows, cols])).collect();
                 if sources.len() != stack {
                     return None;
                 }
@@ -384,7 +404,8 @@ impl Resolver<'_> {
         };
         if let Some(scales) = source.scales.clone() {
             let Some(settings) = self.quantization.for_module(module) else {
-                self.problems.push(format!("{scales} exists but config.json's quantization says nothing about {module}"));
+                self.problems
+                    .push(format!("{scales} exists but config.json's quantization says nothing about {module}"));
                 self.claimed.extend(source.names().cloned());
                 return None;
             };
@@ -544,8 +565,13 @@ impl Weight {
             DType::Float(f) => joint_part.weight.len() / (kv_lora * f.bytes()),
             other => joint_part.weight.len() * 8 / (kv_lora * other.bits()),
         };
-        let joint =
-            MatrixData { name: source.weight.clone(), dtype: source.dtype, rows: height, cols: kv_lora, parts: vec![joint_part] };
+        let joint = MatrixData {
+            name: source.weight.clone(),
+            dtype: source.dtype,
+            rows: height,
+            cols: kv_lora,
+            parts: vec![joint_part],
+        };
         let per_head = height / n_heads;
         let view = joint.view(0);
         if source.dtype.is_quantized()

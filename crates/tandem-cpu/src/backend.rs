@@ -8,16 +8,17 @@ use tandem_core::weights::MatrixData;
 
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
+use crate::kernels::activations::{Activations, Kernel, Numerics};
 use crate::kernels::attention::attend;
 use crate::kernels::index_select::{scores, select};
-use crate::kernels::matrix::{Activations, matrix_rows};
+use crate::kernels::matrix::matrix_rows;
 use crate::kernels::norm::{layer_norm, rms_norm};
 use crate::kernels::rope::{angles, rotate};
 use crate::kernels::router_topk::router_topk;
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::vector::Element;
 use crate::pool::Pool;
-use crate::scratch::with_scratch;
+use crate::scratch::{with_activations, with_scratch};
 use crate::shared_mut::SharedMut;
 
 /// Packed bytes of one task of a matrix product: large enough to hide the hand-out, small enough to balance.
@@ -77,6 +78,7 @@ impl CpuIndices {
 /// The CPU as a backend.
 pub struct CpuBackend {
     isa: Isa,
+    numerics: Numerics,
     pool: Pool,
     work: Mutex<Work>,
 }
@@ -88,17 +90,36 @@ struct Work {
     intermediate: Vec<f32>,
     /// Index scores.
     scores: Vec<f32>,
+    /// Input of a matrix product, and of the down projections that follow it.
+    input: Activations,
+    routed: Activations,
+    shared: Activations,
 }
 
 impl CpuBackend {
-    /// A backend with `n_threads` threads and the best kernels of this processor.
-    pub fn new(n_threads: usize) -> CpuBackend {
-        CpuBackend::with_isa(n_threads, Isa::detect())
+    /// A backend with `n_threads` threads, the given numerics and the best kernels of this processor.
+    pub fn new(n_threads: usize, numerics: Numerics) -> CpuBackend {
+        CpuBackend::with_isa(n_threads, numerics, Isa::detect())
     }
 
     /// A backend with given kernels; `Isa::Scalar` is the oracle.
-    pub fn with_isa(n_threads: usize, isa: Isa) -> CpuBackend {
-        CpuBackend { isa, pool: Pool::new(n_threads), work: Mutex::default() }
+    pub fn with_isa(n_threads: usize, numerics: Numerics, isa: Isa) -> CpuBackend {
+        CpuBackend { isa, numerics, pool: Pool::new(n_threads), work: Mutex::default() }
+    }
+
+    /// The numerics that are fastest without quantising activations.
+    pub fn default_numerics() -> Numerics {
+        if Isa::detect().has_bf16() { Numerics::Bf16 } else { Numerics::F32 }
+    }
+
+    /// Numerics in use.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
+    /// The worker threads.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// Kernels in use.
@@ -109,6 +130,11 @@ impl CpuBackend {
     /// Threads in use.
     pub fn n_threads(&self) -> usize {
         self.pool.n_threads()
+    }
+
+    /// The reference numerics keep cached vectors in f32, the others in bf16.
+    fn exact_cache(&self) -> bool {
+        self.numerics == Numerics::F32
     }
 
     fn work(&self) -> std::sync::MutexGuard<'_, Work> {
@@ -145,8 +171,20 @@ fn tasks<'a>(products: impl Iterator<Item = &'a Product<'a>>) -> Vec<Task> {
 }
 
 impl CpuBackend {
+    /// Takes rows of `width` elements in the forms that `matrices` need.
+    fn prepare<'a>(
+        &self,
+        to: &mut Activations,
+        rows: impl Iterator<Item = &'a [f32]>,
+        width: usize,
+        matrices: impl Iterator<Item = &'a MatrixData> + Clone,
+    ) {
+        let kernels = matrices.map(|m| (Kernel::choose(m.dtype, self.numerics, self.isa), m.dtype));
+        to.prepare(rows, width, kernels);
+    }
+
     /// Runs products over the pool; `store(product, row, token index, value)` may be called from any thread.
-    fn products(&self, products: &[Product<'_>], x: &Activations<'_>, store: impl Fn(usize, usize, usize, f32) + Sync) {
+    fn products(&self, products: &[Product<'_>], x: &Activations, store: impl Fn(usize, usize, usize, f32) + Sync) {
         let tasks = tasks(products.iter());
         self.pool.chunks(tasks.len(), 1, |range| {
             for task in &tasks[range] {
@@ -154,7 +192,7 @@ impl CpuBackend {
                 let view = p.matrix.view(p.part);
                 for (block, tokens) in p.tokens.chunks(TOKEN_BLOCK).enumerate() {
                     with_scratch(task.n_rows * tokens.len(), |out| {
-                        matrix_rows(self.isa, &view, task.first_row, task.n_rows, x, tokens, out);
+                        matrix_rows(self.isa, self.numerics, &view, task.first_row, task.n_rows, x, tokens, out);
                         for (i, values) in out.chunks_exact(tokens.len()).enumerate() {
                             for (t, value) in values.iter().enumerate() {
                                 store(task.product, task.first_row + i, block * TOKEN_BLOCK + t, *value);
@@ -177,19 +215,19 @@ impl CpuBackend {
             total += e.tokens.len() * e.mlp.gate.rows;
         }
         let mut work = self.work();
-        work.intermediate.resize(2 * total, 0.0);
-        let (gate, up) = work.intermediate.split_at_mut(total);
+        let Work { intermediate, input, routed, shared, .. } = &mut *work;
+        intermediate.resize(2 * total, 0.0);
+        let (gate, up) = intermediate.split_at_mut(total);
 
-        let input = Activations::new(&x.data, x.width);
+        let matrices = experts.iter().flat_map(|e| [&e.mlp.gate, &e.mlp.up]);
+        self.prepare(input, (0..n_rows).map(|r| x.row(r)), x.width, matrices);
         let products: Vec<Product<'_>> = experts
             .iter()
-            .flat_map(|e| {
-                [&e.mlp.gate, &e.mlp.up].map(|matrix| Product { matrix, part: e.part, tokens: &e.tokens })
-            })
+            .flat_map(|e| [&e.mlp.gate, &e.mlp.up].map(|matrix| Product { matrix, part: e.part, tokens: &e.tokens }))
             .collect();
         {
             let (gate, up) = (SharedMut::new(gate), SharedMut::new(up));
-            self.products(&products, &input, |product, row, t, value| {
+            self.products(&products, input, |product, row, t, value| {
                 let e = product / 2;
                 let side = if product % 2 == 0 { &gate } else { &up };
                 // SAFETY: each (product, row, token) is stored once.
@@ -209,9 +247,19 @@ impl CpuBackend {
                 silu_mul(gate, &up[range]);
             });
         }
+        // Routed experts come first and have one width; the shared one, last, may have another.
+        let n_routed = experts.iter().take_while(|e| e.mlp.down.cols == first.mlp.down.cols).count();
+        let split = starts.get(n_routed).copied().unwrap_or(total);
+        for (to, experts, range) in
+            [(&mut *routed, &experts[..n_routed], 0..split), (&mut *shared, &experts[n_routed..], split..total)]
+        {
+            if let Some(e) = experts.first() {
+                let width = e.mlp.down.cols;
+                self.prepare(to, gate[range].chunks_exact(width), width, experts.iter().map(|e| &e.mlp.down));
+            }
+        }
         // Down projections: a task owns a range of output columns for every expert, so that sums need no lock.
         let hidden = first.mlp.down.rows;
-        let activated = &*gate;
         let bytes: usize =
             experts.iter().map(|e| e.mlp.down.dtype.total_bytes(1, e.mlp.down.cols.next_multiple_of(128))).sum();
         let step = (TASK_BYTES / bytes.max(1)).clamp(4, 256).next_multiple_of(4);
@@ -222,17 +270,19 @@ impl CpuBackend {
                 let (first_row, n) = (chunk * step, step.min(hidden - chunk * step));
                 with_scratch(n_rows * n, |sums| {
                     sums.fill(0.0);
-                    for (e, start) in experts.iter().zip(&starts) {
-                        let inter = e.mlp.gate.rows;
-                        let own = Activations::new(&activated[*start..start + e.tokens.len() * inter], inter);
+                    for (i, (e, start)) in experts.iter().zip(&starts).enumerate() {
+                        let (own, base) = if i < n_routed { (&*routed, 0) } else { (&*shared, split) };
+                        let first_input = (start - base) / e.mlp.down.cols;
                         let view = e.mlp.down.view(e.part);
                         for (block, tokens) in e.tokens.chunks(TOKEN_BLOCK).enumerate() {
-                            let local: Vec<u32> = (0..tokens.len()).map(|t| (block * TOKEN_BLOCK + t) as u32).collect();
+                            let weights = &e.weights[block * TOKEN_BLOCK..];
+                            let first_input = first_input + block * TOKEN_BLOCK;
+                            let local: Vec<u32> = (0..tokens.len()).map(|t| (first_input + t) as u32).collect();
                             with_scratch(n * tokens.len(), |values| {
-                                matrix_rows(self.isa, &view, first_row, n, &own, &local, values);
+                                matrix_rows(self.isa, self.numerics, &view, first_row, n, own, &local, values);
                                 for (i, values) in values.chunks_exact(tokens.len()).enumerate() {
-                                    for ((t, value), l) in tokens.iter().zip(values).zip(&local) {
-                                        sums[*t as usize * n + i] += e.weights[*l as usize] * value;
+                                    for ((t, value), weight) in tokens.iter().zip(values).zip(weights) {
+                                        sums[*t as usize * n + i] += weight * value;
                                     }
                                 }
                             });
@@ -420,11 +470,11 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_cache(&self, _kind: CacheKind, n_slots: usize, width: usize) -> CpuCache {
-        CpuCache::new(true, n_slots, width)
+        CpuCache::new(self.exact_cache(), n_slots, width)
     }
 
     fn cache_bytes(&self, _kind: CacheKind, width: usize) -> usize {
-        width * 4
+        width * if self.exact_cache() { 4 } else { 2 }
     }
 
     fn load_matrix(&self, data: MatrixData) -> MatrixData {
@@ -478,7 +528,15 @@ impl Backend for CpuBackend {
         let widths: Vec<usize> = outputs.iter().map(|(_, out)| out.width).collect();
         let targets: Vec<SharedMut<'_, f32>> =
             outputs.iter_mut().map(|(_, out)| SharedMut::new(&mut out.data)).collect();
-        self.products(&products, &Activations::new(&x.data, x.width), |product, row, t, value| {
+        let mut work = self.work();
+        let width = products.first().map_or(0, |p| p.matrix.cols);
+        self.prepare(
+            &mut work.input,
+            (0..n_rows).map(|r| &x.row(r)[..width]),
+            width,
+            products.iter().map(|p| p.matrix),
+        );
+        self.products(&products, &work.input, |product, row, t, value| {
             // SAFETY: each (product, row, token) is stored once.
             #[allow(unsafe_code)]
             unsafe {
@@ -493,16 +551,14 @@ impl Backend for CpuBackend {
         self.pool.chunks(from.n, 1, |range| {
             for head in range {
                 let view = w.view(head);
-                with_scratch(n_rows * from.width, |packed| {
-                    for (r, row) in packed.chunks_exact_mut(from.width).enumerate() {
-                        let start = from.offset + head * from.stride;
-                        row.copy_from_slice(&x.row(r)[start..start + from.width]);
-                    }
-                    let input = Activations::new(packed, from.width);
+                with_activations(|input| {
+                    let start = from.offset + head * from.stride;
+                    let rows = (0..n_rows).map(|r| &x.row(r)[start..start + from.width]);
+                    self.prepare(input, rows, from.width, std::iter::once(w));
                     let all: Vec<u32> = (0..n_rows as u32).collect();
                     for tokens in all.chunks(TOKEN_BLOCK) {
                         with_scratch(w.rows * tokens.len(), |values| {
-                            matrix_rows(self.isa, &view, 0, w.rows, &input, tokens, values);
+                            matrix_rows(self.isa, self.numerics, &view, 0, w.rows, input, tokens, values);
                             for (t, token) in tokens.iter().enumerate() {
                                 let start = *token as usize * width + to.offset + head * to.stride;
                                 // SAFETY: one task per head.
@@ -581,9 +637,8 @@ impl Backend for CpuBackend {
         out: &mut CpuBuffer,
     ) {
         let n_experts = experts.gate.parts.len();
-        let mut chosen: Vec<Expert<'_>> = (0..n_experts)
-            .map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] })
-            .collect();
+        let mut chosen: Vec<Expert<'_>> =
+            (0..n_experts).map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] }).collect();
         for r in 0..n_rows {
             for (id, weight) in ids.row(r).iter().zip(weights.row(r)) {
                 let expert = &mut chosen[*id as usize];

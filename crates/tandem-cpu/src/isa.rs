@@ -21,6 +21,22 @@ impl Isa {
         *Isa::available().last().unwrap_or(&Isa::Scalar)
     }
 
+    /// The processor multiplies bf16 pairs (AVX512-BF16).
+    pub fn has_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// The processor has 512-bit integer dot products and byte permutations (VNNI).
+    pub fn has_vnni(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Isa::Avx512 && is_x86_feature_detected!("avx512vnni");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Every variant this processor can run, the slowest first.
     pub fn available() -> Vec<Isa> {
         let mut isas = vec![Isa::Scalar];

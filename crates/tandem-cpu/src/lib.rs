@@ -13,4 +13,5 @@ mod shared_mut;
 pub use backend::{CpuBackend, CpuBuffer, CpuError, CpuIndices};
 pub use cache::CpuCache;
 pub use isa::Isa;
+pub use kernels::activations::Numerics;
 pub use pool::Pool;

@@ -2,8 +2,11 @@
 
 use std::cell::RefCell;
 
+use crate::kernels::activations::Activations;
+
 thread_local! {
     static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    static ACTIVATIONS: RefCell<Option<Activations>> = const { RefCell::new(None) };
 }
 
 /// Calls `body` with `len` floats of unspecified content. Nested calls get separate memory.
@@ -14,5 +17,13 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) ->
     }
     let result = body(&mut buffer[..len]);
     FREE.with(|free| free.borrow_mut().push(buffer));
+    result
+}
+
+/// Calls `body` with this thread's activations, to be prepared anew.
+pub(crate) fn with_activations<R>(body: impl FnOnce(&mut Activations) -> R) -> R {
+    let mut activations = ACTIVATIONS.with(|a| a.borrow_mut().take()).unwrap_or_default();
+    let result = body(&mut activations);
+    ACTIVATIONS.with(|a| *a.borrow_mut() = Some(activations));
     result
 }

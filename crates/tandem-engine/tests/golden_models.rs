@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use tandem_core::{Checkpoint, ModelConfig};
-use tandem_cpu::{CpuBackend, Isa};
+use tandem_cpu::{CpuBackend, Isa, Numerics};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::Limits;
 
@@ -123,10 +123,10 @@ fn check_all(backend: impl Fn() -> CpuBackend) {
 
 #[test]
 fn vector_kernels_match_the_reference_logits_on_every_path() {
-    check_all(|| CpuBackend::new(2));
+    check_all(|| CpuBackend::new(2, Numerics::F32));
 }
 
 #[test]
 fn scalar_kernels_match_the_reference_logits_on_every_path() {
-    check_all(|| CpuBackend::with_isa(1, Isa::Scalar));
+    check_all(|| CpuBackend::with_isa(1, Numerics::F32, Isa::Scalar));
 }

@@ -163,7 +163,8 @@ impl<B: Backend> Model<B> for DeepseekV32<B> {
     fn cache_bytes_per_token(&self, backend: &B) -> usize {
         let mla = &self.dims.mla;
         let latent = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
-        let index = self.dims.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
+        let index =
+            self.dims.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
         let n_indexers = self.layers.iter().filter(|l| l.attention.indexer.is_some()).count();
         self.layers.len() * latent + n_indexers * index
     }
@@ -243,7 +244,14 @@ impl<B: Backend> Attention<B> {
         b.mla_attention(&s.q_latent, n_heads, mla.kv_lora_rank, scale, batch, latent, selected, &mut s.attended);
 
         let attended = Heads::packed(n_heads, mla.kv_lora_rank);
-        b.head_linear(&s.attended, attended, &self.unembed_out, n, &mut s.values, Heads::packed(n_heads, mla.v_head_dim));
+        b.head_linear(
+            &s.attended,
+            attended,
+            &self.unembed_out,
+            n,
+            &mut s.values,
+            Heads::packed(n_heads, mla.v_head_dim),
+        );
         b.linear(&s.values, n, &mut [(&self.o_proj, &mut s.block)]);
     }
 }
@@ -269,9 +277,8 @@ impl<B: Backend> DeepseekV32<B> {
     /// The checkpoint is damaged.
     pub fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, limits: Limits) -> Result<Self, CheckpointError> {
         let dims = Dims::new(config);
-        let layers = (0..config.num_hidden_layers)
-            .map(|l| load_layer(loader, config, l))
-            .collect::<Result<Vec<_>, _>>()?;
+        let layers =
+            (0..config.num_hidden_layers).map(|l| load_layer(loader, config, l)).collect::<Result<Vec<_>, _>>()?;
         Ok(DeepseekV32 {
             embed_tokens: loader.matrix("model.embed_tokens")?,
             layers,
@@ -448,8 +455,9 @@ fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
     let a = format!("{p}.self_attn");
     let (nope, rope, v, kv_lora) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
     let norm = |module: String, len: usize| WeightSpec::vector(module, "weight", len, ModuleKind::Norms);
-    let attention =
-        |name: &str, shape: &[usize], form: Form| WeightSpec::matrix(format!("{a}.{name}"), shape, ModuleKind::Attention, form);
+    let attention = |name: &str, shape: &[usize], form: Form| {
+        WeightSpec::matrix(format!("{a}.{name}"), shape, ModuleKind::Attention, form)
+    };
 
     let mut specs = vec![
         norm(format!("{p}.input_layernorm"), hidden),
@@ -481,7 +489,9 @@ fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
         ]);
     }
     let mut mlp = |module: String, stack: Option<usize>, width: usize, kind: ModuleKind| {
-        for (name, rows, cols) in [("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)] {
+        for (name, rows, cols) in
+            [("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)]
+        {
             let module = format!("{module}.{name}");
             specs.push(match stack {
                 Some(n) => WeightSpec::matrix(module, &[n, rows, cols], kind, Form::Experts),

@@ -209,7 +209,8 @@ impl<B: Backend> Llama<B> {
 /// Every weight of the decoder.
 pub(crate) fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
     let (vocab, hidden, intermediate) = (config.vocab_size, config.hidden_size, config.intermediate_size);
-    let (q_width, k_width) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    let (q_width, k_width) =
+        (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
     let mut specs = vec![
         WeightSpec::matrix("model.embed_tokens", &[vocab, hidden], ModuleKind::Embed, Form::Matrix),
         WeightSpec::vector("model.norm", "weight", hidden, ModuleKind::Norms),
@@ -235,9 +236,11 @@ pub(crate) fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
             }
             specs.push(WeightSpec::matrix(module, &[rows, cols], ModuleKind::Attention, Form::Matrix));
         }
-        for (name, rows, cols) in
-            [("gate_proj", intermediate, hidden), ("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)]
-        {
+        for (name, rows, cols) in [
+            ("gate_proj", intermediate, hidden),
+            ("up_proj", intermediate, hidden),
+            ("down_proj", hidden, intermediate),
+        ] {
             let module = format!("{p}.mlp.{name}");
             specs.push(WeightSpec::matrix(module, &[rows, cols], ModuleKind::DenseMlp, Form::Matrix));
         }

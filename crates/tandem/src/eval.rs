@@ -198,7 +198,9 @@ fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
     if args.json {
         let kinds: BTreeMap<&str, Value> = scores
             .iter()
-            .map(|(kind, (right, n))| (*kind, json!({"right": right, "total": n, "accuracy": *right as f64 / *n as f64})))
+            .map(|(kind, (right, n))| {
+                (*kind, json!({"right": right, "total": n, "accuracy": *right as f64 / *n as f64}))
+            })
             .collect();
         return print_json(&json!({ "kinds": kinds }));
     }

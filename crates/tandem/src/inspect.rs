@@ -1,8 +1,8 @@
 //! `tandem inspect`: what a checkpoint is, without reading its weights.
 
 use serde_json::json;
-use tandem_core::{Checkpoint, ModelConfig};
 use tandem_core::weights::ModuleKind;
+use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::Accounting;
 
 use crate::cli::InspectArgs;
@@ -68,7 +68,12 @@ fn as_json(
 }
 
 fn print(config: &ModelConfig, checkpoint: &Checkpoint, accounting: &Accounting, has_mtp: bool) {
-    println!("{} with {} layers, hidden size {}", config.model_type.name(), config.num_hidden_layers, config.hidden_size);
+    println!(
+        "{} with {} layers, hidden size {}",
+        config.model_type.name(),
+        config.num_hidden_layers,
+        config.hidden_size
+    );
     if let Some(moe) = &config.moe {
         let dense = moe.sparse_layers.iter().filter(|sparse| !**sparse).count();
         println!(

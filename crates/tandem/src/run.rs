@@ -93,8 +93,7 @@ impl Session {
         let tools = match &args.tools {
             None => None,
             Some(path) => {
-                let text =
-                    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
                 Some(serde_json::from_str(&text).with_context(|| {
                     format!("{} must be a JSON array of tools, [{{\"type\": \"function\", ...}}]", path.display())
                 })?)
@@ -155,8 +154,7 @@ impl Session {
         engine.truncate(&mut self.sequence, cached_tokens);
 
         let start = Instant::now();
-        let logits =
-            engine.run(&mut self.sequence, &ids[cached_tokens..], self.loaded.prefill_chunk, Logits::Last)?;
+        let logits = engine.run(&mut self.sequence, &ids[cached_tokens..], self.loaded.prefill_chunk, Logits::Last)?;
         let prefill = start.elapsed();
 
         let start = Instant::now();
@@ -199,16 +197,7 @@ impl Session {
         let decode = start.elapsed();
         let context = self.sequence.tokens().len();
         let read_bytes = self.loaded.accounting.read_bytes_at(&self.loaded.config, context);
-        Ok(Answer {
-            text,
-            tokens,
-            finish_reason,
-            prompt_tokens: ids.len(),
-            cached_tokens,
-            prefill,
-            decode,
-            read_bytes,
-        })
+        Ok(Answer { text, tokens, finish_reason, prompt_tokens: ids.len(), cached_tokens, prefill, decode, read_bytes })
     }
 
     /// The chat REPL.

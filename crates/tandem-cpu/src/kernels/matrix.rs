@@ -2,35 +2,62 @@
 
 use tandem_core::quant::PackedView;
 
+use super::activations::{Activations, Kernel, Numerics};
 use super::vector::dot;
+#[cfg(target_arch = "x86_64")]
+use super::{byte_rows, nibble_rows};
 use crate::isa::Isa;
 use crate::scratch::with_scratch;
 
-/// Activations of one operation, in every form that the kernels it will call need.
-pub struct Activations<'a> {
-    /// `[n_rows, width]`
-    x: &'a [f32],
-    width: usize,
-}
-
-impl<'a> Activations<'a> {
-    /// Activations `[n_rows, width]`.
-    pub fn new(x: &'a [f32], width: usize) -> Activations<'a> {
-        Activations { x, width }
-    }
-
-    fn row(&self, row: usize) -> &[f32] {
-        &self.x[row * self.width..(row + 1) * self.width]
-    }
-}
+/// Rows that the vector kernels take at once: they share the loads of the activations.
+const ROW_BLOCK: usize = 4;
 
 /// `out[i * tokens.len() + t] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
+///
+/// A value depends on its row and token alone, not on what else is asked for.
+#[allow(clippy::too_many_arguments)]
 pub fn matrix_rows(
+    isa: Isa,
+    numerics: Numerics,
+    matrix: &PackedView<'_>,
+    first_row: usize,
+    n_rows: usize,
+    x: &Activations,
+    tokens: &[u32],
+    out: &mut [f32],
+) {
+    let kernel = Kernel::choose(matrix.dtype, numerics, isa);
+    if kernel == Kernel::Generic {
+        return generic_rows(isa, matrix, first_row, n_rows, x, tokens, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    for start in (0..n_rows).step_by(ROW_BLOCK) {
+        let n = ROW_BLOCK.min(n_rows - start);
+        for (t, token) in tokens.iter().enumerate() {
+            let mut values = [0.0f32; ROW_BLOCK];
+            let (first, token) = (first_row + start, *token as usize);
+            match kernel {
+                Kernel::NibbleF32 => nibble_rows::f32_rows(matrix, first, n, x, token, &mut values),
+                Kernel::NibbleBf16 => nibble_rows::bf16_rows(matrix, first, n, x, token, &mut values),
+                Kernel::NibbleInt8 => nibble_rows::int8_rows(matrix, first, n, x, token, &mut values),
+                Kernel::ByteF32 => byte_rows::f32_rows(matrix, first, n, x, token, &mut values),
+                Kernel::ByteInt8 => byte_rows::int8_rows(matrix, first, n, x, token, &mut values),
+                Kernel::Generic => unreachable!("handled above"),
+            }
+            for (i, value) in values[..n].iter().enumerate() {
+                out[(start + i) * tokens.len() + t] = *value;
+            }
+        }
+    }
+}
+
+/// Any format: decodes a row, then takes dot products.
+fn generic_rows(
     isa: Isa,
     matrix: &PackedView<'_>,
     first_row: usize,
     n_rows: usize,
-    x: &Activations<'_>,
+    x: &Activations,
     tokens: &[u32],
     out: &mut [f32],
 ) {

@@ -1,8 +1,15 @@
 //! One operation per file; each file has the scalar definition that its vector variants are tested against.
 
+pub mod activations;
+#[cfg(target_arch = "x86_64")]
+mod affine;
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod byte_rows;
 pub mod index_select;
 pub mod matrix;
+#[cfg(target_arch = "x86_64")]
+mod nibble_rows;
 pub mod norm;
 pub mod rope;
 pub mod router_topk;

@@ -231,11 +231,7 @@ mod neon {
     unsafe fn load4<E: Element>(p: *const E) -> float32x4_t {
         // SAFETY: the caller has 4 elements at p.
         unsafe {
-            if E::IS_BF16 {
-                vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast())))
-            } else {
-                vld1q_f32(p.cast())
-            }
+            if E::IS_BF16 { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) } else { vld1q_f32(p.cast()) }
         }
     }
 
