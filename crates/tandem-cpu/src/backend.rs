@@ -23,8 +23,11 @@ use crate::shared_mut::SharedMut;
 
 /// Packed bytes of one task of a matrix product: large enough to hide the hand-out, small enough to balance.
 const TASK_BYTES: usize = 64 << 10;
-/// Tokens whose results one task keeps while it passes over its rows.
-const TOKEN_BLOCK: usize = 64;
+/// Rows of the largest batch whose rows must not depend on each other, bit for bit: decoding, drafts included. Larger
+/// batches are prefill.
+const DECODE_ROWS: usize = 64;
+/// Matrix rows that one task of a prefill takes at least.
+const PREFILL_TASK_ROWS: usize = 32;
 /// Heads of one attention task: they share each cached vector while it is in the first-level cache.
 const HEAD_BLOCK: usize = 8;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
@@ -158,11 +161,12 @@ struct Task {
 }
 
 /// Cuts products into tasks of about [`TASK_BYTES`].
-fn tasks<'a>(products: impl Iterator<Item = &'a Product<'a>>) -> Vec<Task> {
+fn tasks<'a>(products: impl Iterator<Item = &'a Product<'a>>, many: bool) -> Vec<Task> {
+    let at_least = if many { PREFILL_TASK_ROWS } else { 4 };
     let mut tasks = vec![];
     for (product, p) in products.enumerate() {
         let row_bytes = p.matrix.dtype.total_bytes(p.matrix.rows.min(128), p.matrix.cols) / p.matrix.rows.min(128);
-        let step = (TASK_BYTES / row_bytes.max(1)).clamp(1, p.matrix.rows).next_multiple_of(4);
+        let step = (TASK_BYTES / row_bytes.max(1)).clamp(1, p.matrix.rows).next_multiple_of(at_least);
         for first_row in (0..p.matrix.rows).step_by(step) {
             tasks.push(Task { product, first_row, n_rows: step.min(p.matrix.rows - first_row) });
         }
@@ -171,35 +175,44 @@ fn tasks<'a>(products: impl Iterator<Item = &'a Product<'a>>) -> Vec<Task> {
 }
 
 impl CpuBackend {
+    fn kernel(&self, matrix: &MatrixData, many: bool) -> Kernel {
+        Kernel::choose(matrix.dtype, self.numerics, self.isa, many)
+    }
+
     /// Takes rows of `width` elements in the forms that `matrices` need.
     fn prepare<'a>(
         &self,
         to: &mut Activations,
+        many: bool,
         rows: impl Iterator<Item = &'a [f32]>,
         width: usize,
         matrices: impl Iterator<Item = &'a MatrixData> + Clone,
     ) {
-        let kernels = matrices.map(|m| (Kernel::choose(m.dtype, self.numerics, self.isa), m.dtype));
+        let kernels = matrices.map(|m| (self.kernel(m, many), m.dtype));
         to.prepare(rows, width, kernels);
     }
 
     /// Runs products over the pool; `store(product, row, token index, value)` may be called from any thread.
-    fn products(&self, products: &[Product<'_>], x: &Activations, store: impl Fn(usize, usize, usize, f32) + Sync) {
-        let tasks = tasks(products.iter());
+    fn products(
+        &self,
+        products: &[Product<'_>],
+        x: &Activations,
+        many: bool,
+        store: impl Fn(usize, usize, usize, f32) + Sync,
+    ) {
+        let tasks = tasks(products.iter(), many);
         self.pool.chunks(tasks.len(), 1, |range| {
             for task in &tasks[range] {
                 let p = &products[task.product];
-                let view = p.matrix.view(p.part);
-                for (block, tokens) in p.tokens.chunks(TOKEN_BLOCK).enumerate() {
-                    with_scratch(task.n_rows * tokens.len(), |out| {
-                        matrix_rows(self.isa, self.numerics, &view, task.first_row, task.n_rows, x, tokens, out);
-                        for (i, values) in out.chunks_exact(tokens.len()).enumerate() {
-                            for (t, value) in values.iter().enumerate() {
-                                store(task.product, task.first_row + i, block * TOKEN_BLOCK + t, *value);
-                            }
+                let (view, kernel) = (p.matrix.view(p.part), self.kernel(p.matrix, many));
+                with_scratch(task.n_rows * p.tokens.len(), |out| {
+                    matrix_rows(self.isa, kernel, &view, task.first_row, task.n_rows, x, p.tokens, out);
+                    for (i, values) in out.chunks_exact(p.tokens.len()).enumerate() {
+                        for (t, value) in values.iter().enumerate() {
+                            store(task.product, task.first_row + i, t, *value);
                         }
-                    });
-                }
+                    }
+                });
             }
         });
     }
@@ -208,6 +221,7 @@ impl CpuBackend {
     /// given per row, so that a row's result does not depend on the rest of the batch.
     fn experts(&self, x: &CpuBuffer, experts: &[Expert<'_>], n_rows: usize, out: &mut CpuBuffer) {
         let Some(first) = experts.first() else { return };
+        let many = n_rows > DECODE_ROWS;
         let mut starts = Vec::with_capacity(experts.len());
         let mut total = 0;
         for e in experts {
@@ -220,14 +234,14 @@ impl CpuBackend {
         let (gate, up) = intermediate.split_at_mut(total);
 
         let matrices = experts.iter().flat_map(|e| [&e.mlp.gate, &e.mlp.up]);
-        self.prepare(input, (0..n_rows).map(|r| x.row(r)), x.width, matrices);
+        self.prepare(input, many, (0..n_rows).map(|r| x.row(r)), x.width, matrices);
         let products: Vec<Product<'_>> = experts
             .iter()
             .flat_map(|e| [&e.mlp.gate, &e.mlp.up].map(|matrix| Product { matrix, part: e.part, tokens: &e.tokens }))
             .collect();
         {
             let (gate, up) = (SharedMut::new(gate), SharedMut::new(up));
-            self.products(&products, input, |product, row, t, value| {
+            self.products(&products, input, many, |product, row, t, value| {
                 let e = product / 2;
                 let side = if product % 2 == 0 { &gate } else { &up };
                 // SAFETY: each (product, row, token) is stored once.
@@ -255,14 +269,15 @@ impl CpuBackend {
         {
             if let Some(e) = experts.first() {
                 let width = e.mlp.down.cols;
-                self.prepare(to, gate[range].chunks_exact(width), width, experts.iter().map(|e| &e.mlp.down));
+                self.prepare(to, many, gate[range].chunks_exact(width), width, experts.iter().map(|e| &e.mlp.down));
             }
         }
         // Down projections: a task owns a range of output columns for every expert, so that sums need no lock.
         let hidden = first.mlp.down.rows;
         let bytes: usize =
             experts.iter().map(|e| e.mlp.down.dtype.total_bytes(1, e.mlp.down.cols.next_multiple_of(128))).sum();
-        let step = (TASK_BYTES / bytes.max(1)).clamp(4, 256).next_multiple_of(4);
+        let at_least = if many { PREFILL_TASK_ROWS } else { 4 };
+        let step = (TASK_BYTES / bytes.max(1)).clamp(4, 256).next_multiple_of(at_least);
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.pool.chunks(hidden.div_ceil(step), 1, |range| {
@@ -273,20 +288,17 @@ impl CpuBackend {
                     for (i, (e, start)) in experts.iter().zip(&starts).enumerate() {
                         let (own, base) = if i < n_routed { (&*routed, 0) } else { (&*shared, split) };
                         let first_input = (start - base) / e.mlp.down.cols;
-                        let view = e.mlp.down.view(e.part);
-                        for (block, tokens) in e.tokens.chunks(TOKEN_BLOCK).enumerate() {
-                            let weights = &e.weights[block * TOKEN_BLOCK..];
-                            let first_input = first_input + block * TOKEN_BLOCK;
-                            let local: Vec<u32> = (0..tokens.len()).map(|t| (first_input + t) as u32).collect();
-                            with_scratch(n * tokens.len(), |values| {
-                                matrix_rows(self.isa, self.numerics, &view, first_row, n, own, &local, values);
-                                for (i, values) in values.chunks_exact(tokens.len()).enumerate() {
-                                    for ((t, value), weight) in tokens.iter().zip(values).zip(weights) {
-                                        sums[*t as usize * n + i] += weight * value;
-                                    }
+                        let (view, kernel) = (e.mlp.down.view(e.part), self.kernel(&e.mlp.down, many));
+                        let n_tokens = e.tokens.len();
+                        let inputs: Vec<u32> = (first_input..first_input + n_tokens).map(|t| t as u32).collect();
+                        with_scratch(n * n_tokens, |values| {
+                            matrix_rows(self.isa, kernel, &view, first_row, n, own, &inputs, values);
+                            for (i, values) in values.chunks_exact(n_tokens).enumerate() {
+                                for ((t, value), weight) in e.tokens.iter().zip(values).zip(&e.weights) {
+                                    sums[*t as usize * n + i] += weight * value;
                                 }
-                            });
-                        }
+                            }
+                        });
                     }
                     for (row, sums) in sums.chunks_exact(n).enumerate() {
                         // SAFETY: this task alone writes these columns.
@@ -530,13 +542,10 @@ impl Backend for CpuBackend {
             outputs.iter_mut().map(|(_, out)| SharedMut::new(&mut out.data)).collect();
         let mut work = self.work();
         let width = products.first().map_or(0, |p| p.matrix.cols);
-        self.prepare(
-            &mut work.input,
-            (0..n_rows).map(|r| &x.row(r)[..width]),
-            width,
-            products.iter().map(|p| p.matrix),
-        );
-        self.products(&products, &work.input, |product, row, t, value| {
+        let many = n_rows > DECODE_ROWS;
+        let rows = (0..n_rows).map(|r| &x.row(r)[..width]);
+        self.prepare(&mut work.input, many, rows, width, products.iter().map(|p| p.matrix));
+        self.products(&products, &work.input, many, |product, row, t, value| {
             // SAFETY: each (product, row, token) is stored once.
             #[allow(unsafe_code)]
             unsafe {
@@ -547,6 +556,8 @@ impl Backend for CpuBackend {
 
     fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &MatrixData, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
         let width = out.width;
+        let many = n_rows > DECODE_ROWS;
+        let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let target = SharedMut::new(&mut out.data);
         self.pool.chunks(from.n, 1, |range| {
             for head in range {
@@ -554,22 +565,18 @@ impl Backend for CpuBackend {
                 with_activations(|input| {
                     let start = from.offset + head * from.stride;
                     let rows = (0..n_rows).map(|r| &x.row(r)[start..start + from.width]);
-                    self.prepare(input, rows, from.width, std::iter::once(w));
-                    let all: Vec<u32> = (0..n_rows as u32).collect();
-                    for tokens in all.chunks(TOKEN_BLOCK) {
-                        with_scratch(w.rows * tokens.len(), |values| {
-                            matrix_rows(self.isa, self.numerics, &view, 0, w.rows, input, tokens, values);
-                            for (t, token) in tokens.iter().enumerate() {
-                                let start = *token as usize * width + to.offset + head * to.stride;
-                                // SAFETY: one task per head.
-                                #[allow(unsafe_code)]
-                                let out = unsafe { target.slice(start, to.width) };
-                                for (i, out) in out.iter_mut().enumerate() {
-                                    *out = values[i * tokens.len() + t];
-                                }
+                    self.prepare(input, many, rows, from.width, std::iter::once(w));
+                    with_scratch(w.rows * n_rows, |values| {
+                        matrix_rows(self.isa, self.kernel(w, many), &view, 0, w.rows, input, &tokens, values);
+                        for t in 0..n_rows {
+                            // SAFETY: one task per head.
+                            #[allow(unsafe_code)]
+                            let out = unsafe { target.slice(t * width + to.offset + head * to.stride, to.width) };
+                            for (i, out) in out.iter_mut().enumerate() {
+                                *out = values[i * n_rows + t];
                             }
-                        });
-                    }
+                        }
+                    });
                 });
             }
         });

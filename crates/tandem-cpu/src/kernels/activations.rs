@@ -33,7 +33,7 @@ pub const NIBBLE_BLOCK: usize = 128;
 /// Elements of one step of the kernels for 8-bit weights.
 pub const BYTE_BLOCK: usize = 64;
 
-/// Which kernel family multiplies a matrix, decided by its format, the numerics and the processor.
+/// Which kernel family multiplies a matrix, decided by its format, the numerics, the processor and the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
     /// Decode each row to f32, then a dot product: any format on any processor.
@@ -48,12 +48,20 @@ pub(crate) enum Kernel {
     ByteF32,
     /// 8-bit codes, integer products.
     ByteInt8,
+    /// Tiles of rows shared by many tokens.
+    #[cfg(target_arch = "x86_64")]
+    Gemm(super::gemm::Operand),
 }
 
 impl Kernel {
-    pub(crate) fn choose(dtype: DType, numerics: Numerics, isa: Isa) -> Kernel {
+    /// `many` rows of activations allow kernels whose sums run in another order than a single row's.
+    pub(crate) fn choose(dtype: DType, numerics: Numerics, isa: Isa, many: bool) -> Kernel {
         if isa != Isa::Avx512 {
             return Kernel::Generic;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if many {
+            return Kernel::Gemm(super::gemm::Operand::choose(dtype, numerics, isa));
         }
         match (dtype, numerics) {
             (DType::Mxfp4, Numerics::Bf16) if isa.has_bf16() => Kernel::NibbleBf16,
@@ -62,6 +70,56 @@ impl Kernel {
             (DType::Affine { bits: 8, .. }, Numerics::Int8) if isa.has_vnni() => Kernel::ByteInt8,
             (DType::Affine { bits: 8, .. }, _) => Kernel::ByteF32,
             _ => Kernel::Generic,
+        }
+    }
+
+    /// The forms of the activations that this kernel reads for a matrix of this format.
+    fn forms(self, dtype: DType) -> Forms {
+        let nibbles = dtype.bits() == 4;
+        let mut forms = Forms::default();
+        match self {
+            Kernel::Generic => {}
+            Kernel::NibbleF32 => forms.nibble_f32 = true,
+            Kernel::NibbleBf16 => forms.nibble_bf16 = true,
+            Kernel::NibbleInt8 => forms.nibble_q8 = true,
+            Kernel::ByteF32 => {}
+            Kernel::ByteInt8 => forms.byte_q8 = true,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Gemm(operand) => match operand {
+                super::gemm::Operand::Int8 if nibbles => forms.nibble_q8 = true,
+                super::gemm::Operand::Int8 => forms.byte_q8 = true,
+                super::gemm::Operand::Bf16 if nibbles => forms.nibble_bf16 = true,
+                super::gemm::Operand::Bf16 => forms.plain_bf16 = true,
+                super::gemm::Operand::F32 => {}
+            },
+        }
+        if let DType::Affine { group_size, .. } = dtype {
+            forms.sums[group_size.trailing_zeros() as usize - 5] = true;
+        }
+        forms
+    }
+}
+
+/// Forms of activations, see the fields of [`Activations`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Forms {
+    sums: [bool; 3],
+    nibble_f32: bool,
+    nibble_bf16: bool,
+    nibble_q8: bool,
+    byte_q8: bool,
+    plain_bf16: bool,
+}
+
+impl Forms {
+    fn or(self, other: Forms) -> Forms {
+        Forms {
+            sums: std::array::from_fn(|i| self.sums[i] || other.sums[i]),
+            nibble_f32: self.nibble_f32 || other.nibble_f32,
+            nibble_bf16: self.nibble_bf16 || other.nibble_bf16,
+            nibble_q8: self.nibble_q8 || other.nibble_q8,
+            byte_q8: self.byte_q8 || other.byte_q8,
+            plain_bf16: self.plain_bf16 || other.plain_bf16,
         }
     }
 }
@@ -91,9 +149,12 @@ pub struct Activations {
     byte_q8: Vec<i8>,
     /// Scale of each 32-bit lane of a 64-block, `[n_rows, blocks * 16]`.
     byte_scales: Vec<f32>,
-    /// `[n_rows, width]` and `[n_rows, width / 32]`, before reordering.
+    /// `[n_rows, blocks * 128]`, in order.
+    plain_bf16: Vec<u16>,
+    /// `[n_rows, width]`, and per group of 32 the scale and the sum of the integers.
     q8: Vec<i8>,
     q8_scales: Vec<f32>,
+    q8_group_sums: Vec<i32>,
 }
 
 impl Activations {
@@ -102,35 +163,33 @@ impl Activations {
         &mut self,
         rows: impl Iterator<Item = &'a [f32]>,
         width: usize,
-        kernels: impl Iterator<Item = (Kernel, DType)> + Clone,
+        kernels: impl Iterator<Item = (Kernel, DType)>,
     ) {
         self.width = width;
         self.plain.clear();
         rows.for_each(|row| self.plain.extend_from_slice(row));
         self.n_rows = self.plain.len() / width.max(1);
-        let needs = |wanted: &[Kernel]| kernels.clone().any(|(k, _)| wanted.contains(&k));
+        let forms = kernels.fold(Forms::default(), |forms, (kernel, dtype)| forms.or(kernel.forms(dtype)));
         for (i, group) in [32usize, 64, 128].into_iter().enumerate() {
-            let affine = |wanted: &[Kernel]| {
-                kernels.clone().any(|(k, dtype)| {
-                    wanted.contains(&k)
-                        && matches!(dtype, DType::Affine { group_size, .. } if group_size as usize == group)
-                })
-            };
-            if affine(&[Kernel::NibbleF32, Kernel::ByteF32]) {
+            if forms.sums[i] {
                 self.sums[i].clear();
                 self.sums[i].extend(self.plain.chunks_exact(group).map(sum));
             }
         }
-        if needs(&[Kernel::NibbleF32]) {
+        let bf16 = |v: f32| half::bf16::from_f32(v).to_bits();
+        if forms.nibble_f32 {
             reorder(&self.plain, width, NIBBLE_BLOCK, 8, &mut self.nibble_f32, |v| v);
         }
-        if needs(&[Kernel::NibbleBf16]) {
-            reorder(&self.plain, width, NIBBLE_BLOCK, 4, &mut self.nibble_bf16, |v| half::bf16::from_f32(v).to_bits());
+        if forms.nibble_bf16 {
+            reorder(&self.plain, width, NIBBLE_BLOCK, 4, &mut self.nibble_bf16, bf16);
         }
-        if needs(&[Kernel::NibbleInt8, Kernel::ByteInt8]) {
+        if forms.plain_bf16 {
+            reorder(&self.plain, width, NIBBLE_BLOCK, 1, &mut self.plain_bf16, bf16);
+        }
+        if forms.nibble_q8 || forms.byte_q8 {
             self.quantize();
         }
-        if needs(&[Kernel::NibbleInt8]) {
+        if forms.nibble_q8 {
             reorder(&self.q8, width, NIBBLE_BLOCK, 2, &mut self.nibble_q8, |v| v);
             lanes(&self.q8_scales, width, NIBBLE_BLOCK, &mut self.nibble_scales);
             self.nibble_lane_sums.clear();
@@ -140,7 +199,7 @@ impl Activations {
                 })
             }));
         }
-        if needs(&[Kernel::ByteInt8]) {
+        if forms.byte_q8 {
             reorder(&self.q8, width, BYTE_BLOCK, 1, &mut self.byte_q8, |v| v);
             lanes(&self.q8_scales, width, BYTE_BLOCK, &mut self.byte_scales);
         }
@@ -156,20 +215,20 @@ impl Activations {
             self.q8_scales.push(scale);
             self.q8.extend(group.iter().map(|v| (v * inverse).round_ties_even() as i8));
         }
+        self.q8_group_sums.clear();
+        for row in self.q8.chunks_exact(self.width) {
+            self.q8_group_sums.extend(row.chunks(Q8_GROUP).map(|g| g.iter().map(|q| i32::from(*q)).sum::<i32>()));
+        }
         let per_row = self.width.div_ceil(Q8_GROUP);
         for (i, groups) in [1usize, 2, 4].into_iter().enumerate() {
             self.q8_sums[i].clear();
             if !self.width.is_multiple_of(groups * Q8_GROUP) {
                 continue;
             }
-            for row in 0..self.n_rows {
-                let sums = (0..per_row).map(|g| {
-                    let start = row * self.width + g * Q8_GROUP;
-                    let total: i32 = self.q8[start..start + Q8_GROUP].iter().map(|q| i32::from(*q)).sum();
-                    total as f32 * self.q8_scales[row * per_row + g]
-                });
-                let sums: Vec<f32> = sums.collect();
-                self.q8_sums[i].extend(sums.chunks_exact(groups).map(|s| s.iter().sum::<f32>()));
+            let dequantized = self.q8_group_sums.iter().zip(&self.q8_scales).map(|(sum, scale)| *sum as f32 * scale);
+            let dequantized: Vec<f32> = dequantized.collect();
+            for row in dequantized.chunks_exact(per_row) {
+                self.q8_sums[i].extend(row.chunks_exact(groups).map(|s| s.iter().sum::<f32>()));
             }
         }
     }
@@ -191,6 +250,18 @@ impl Activations {
 
     pub(crate) fn nibble_bf16(&self, row: usize) -> &[u16] {
         block_row(&self.nibble_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
+    }
+
+    pub(crate) fn plain_bf16(&self, row: usize) -> &[u16] {
+        block_row(&self.plain_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
+    }
+
+    /// Scales and integer sums of the groups of 32.
+    pub(crate) fn q8_groups(&self, row: usize) -> (&[f32], &[i32]) {
+        (
+            block_row(&self.q8_scales, row, self.width, Q8_GROUP, 1),
+            block_row(&self.q8_group_sums, row, self.width, Q8_GROUP, 1),
+        )
     }
 
     /// Integers, lane scales and lane sums.

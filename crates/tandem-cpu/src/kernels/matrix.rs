@@ -2,10 +2,10 @@
 
 use tandem_core::quant::PackedView;
 
-use super::activations::{Activations, Kernel, Numerics};
+use super::activations::{Activations, Kernel};
 use super::vector::dot;
 #[cfg(target_arch = "x86_64")]
-use super::{byte_rows, nibble_rows};
+use super::{byte_rows, gemm, nibble_rows};
 use crate::isa::Isa;
 use crate::scratch::with_scratch;
 
@@ -14,11 +14,11 @@ const ROW_BLOCK: usize = 4;
 
 /// `out[i * tokens.len() + t] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
 ///
-/// A value depends on its row and token alone, not on what else is asked for.
+/// Except for `Kernel::Gemm`, a value depends on its row and token alone, not on what else is asked for.
 #[allow(clippy::too_many_arguments)]
-pub fn matrix_rows(
+pub(crate) fn matrix_rows(
     isa: Isa,
-    numerics: Numerics,
+    kernel: Kernel,
     matrix: &PackedView<'_>,
     first_row: usize,
     n_rows: usize,
@@ -26,9 +26,12 @@ pub fn matrix_rows(
     tokens: &[u32],
     out: &mut [f32],
 ) {
-    let kernel = Kernel::choose(matrix.dtype, numerics, isa);
     if kernel == Kernel::Generic {
         return generic_rows(isa, matrix, first_row, n_rows, x, tokens, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Kernel::Gemm(operand) = kernel {
+        return gemm::gemm_rows(operand, matrix, first_row, n_rows, x, tokens, out);
     }
     #[cfg(target_arch = "x86_64")]
     for start in (0..n_rows).step_by(ROW_BLOCK) {
@@ -42,7 +45,7 @@ pub fn matrix_rows(
                 Kernel::NibbleInt8 => nibble_rows::int8_rows(matrix, first, n, x, token, &mut values),
                 Kernel::ByteF32 => byte_rows::f32_rows(matrix, first, n, x, token, &mut values),
                 Kernel::ByteInt8 => byte_rows::int8_rows(matrix, first, n, x, token, &mut values),
-                Kernel::Generic => unreachable!("handled above"),
+                Kernel::Generic | Kernel::Gemm(_) => unreachable!("handled above"),
             }
             for (i, value) in values[..n].iter().enumerate() {
                 out[(start + i) * tokens.len() + t] = *value;

@@ -6,6 +6,8 @@ mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod byte_rows;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod gemm;
 pub mod index_select;
 pub mod matrix;
 #[cfg(target_arch = "x86_64")]
