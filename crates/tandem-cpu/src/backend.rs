@@ -9,8 +9,8 @@ use tandem_core::weights::MatrixData;
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
 use crate::kernels::activations::{Activations, Kernel, Numerics};
-use crate::kernels::attention::attend;
-use crate::kernels::index_select::{scores, select};
+use crate::kernels::attention::{HEAD_BLOCK, attend};
+use crate::kernels::index_select::{Int8Query, scores, scores_int8, select};
 use crate::kernels::matrix::matrix_rows;
 use crate::kernels::norm::{layer_norm, rms_norm};
 use crate::kernels::rope::{angles, rotate};
@@ -28,8 +28,8 @@ const TASK_BYTES: usize = 64 << 10;
 const DECODE_ROWS: usize = 64;
 /// Matrix rows that one task of a prefill takes at least.
 const PREFILL_TASK_ROWS: usize = 32;
-/// Heads of one attention task: they share each cached vector while it is in the first-level cache.
-const HEAD_BLOCK: usize = 8;
+/// Positions that one task of the indexer scores.
+const SCORE_SPAN: usize = 512;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 4 << 20;
 
@@ -133,11 +133,6 @@ impl CpuBackend {
     /// Threads in use.
     pub fn n_threads(&self) -> usize {
         self.pool.n_threads()
-    }
-
-    /// The reference numerics keep cached vectors in f32, the others in bf16.
-    fn exact_cache(&self) -> bool {
-        self.numerics == Numerics::F32
     }
 
     fn work(&self) -> std::sync::MutexGuard<'_, Work> {
@@ -258,7 +253,7 @@ impl CpuBackend {
                 // SAFETY: ranges are disjoint.
                 #[allow(unsafe_code)]
                 let gate = unsafe { gate.slice(range.start, range.len()) };
-                silu_mul(gate, &up[range]);
+                silu_mul(self.isa, gate, &up[range]);
             });
         }
         // Routed experts come first and have one width; the shared one, last, may have another.
@@ -339,11 +334,9 @@ impl CpuBackend {
             #[allow(unsafe_code)]
             let out = unsafe { target.slice(row * width + first * out_width, n * out_width) };
             let q = &q.row(row)[first * q_width..(first + n) * q_width];
-            with_scratch(n * n_positions, |scores| {
-                let key = |i| cache.row(slot(i));
-                let value = |i| &cache.row(slot(i))[..a.latent];
-                attend(self.isa, q, n, a.scale, n_positions, key, value, scores, out);
-            });
+            let key = |i| cache.row(slot(i));
+            let value = |i| &cache.row(slot(i))[..a.latent];
+            attend(self.isa, q, n, a.scale, n_positions, key, value, out);
         });
     }
 
@@ -364,59 +357,46 @@ impl CpuBackend {
         self.head_blocks(batch.n_rows(), n_kv_heads, 1, |row, kv_head, _| {
             let sequence = batch.sequences[row] as usize;
             let n_positions = batch.positions[row] as usize + 1;
-            let first = kv_head * group;
-            // SAFETY: one task per (row, key head).
-            #[allow(unsafe_code)]
-            let out = unsafe { target.slice(row * width + first * dim, group * dim) };
-            let q = &q.row(row)[first * dim..(first + group) * dim];
-            with_scratch(group * n_positions, |scores| {
-                let head = |rows: &'_ Rows<E>, i: usize| -> *const [E] {
-                    &rows.row(batch.slot(sequence, i))[kv_head * dim..(kv_head + 1) * dim]
-                };
-                // SAFETY: the rows outlive this call; the pointers only shed a closure lifetime.
+            let part = kv_head * dim..(kv_head + 1) * dim;
+            let key = |i| &keys.row(batch.slot(sequence, i))[part.clone()];
+            let value = |i| &values.row(batch.slot(sequence, i))[part.clone()];
+            for first in (0..group).step_by(HEAD_BLOCK) {
+                let n = HEAD_BLOCK.min(group - first);
+                let start = (kv_head * group + first) * dim;
+                // SAFETY: one task per (row, key head).
                 #[allow(unsafe_code)]
-                let (key, value) = (|i| unsafe { &*head(keys, i) }, |i| unsafe { &*head(values, i) });
-                attend(self.isa, q, group, scale, n_positions, key, value, scores, out);
-            });
+                let out = unsafe { target.slice(row * width + start, n * dim) };
+                attend(self.isa, &q.row(row)[start..start + n * dim], n, scale, n_positions, key, value, out);
+            }
         });
     }
 
-    fn select<E: Element>(
-        &self,
-        q: &CpuBuffer,
-        weights: &CpuBuffer,
-        n_heads: usize,
-        batch: &Batch,
-        cache: &Rows<E>,
-        selected: &mut CpuIndices,
-    ) {
+    /// Chooses positions for every row; `score(row, first position, out)` computes the scores of a span.
+    fn select(&self, batch: &Batch, selected: &mut CpuIndices, score: impl Fn(usize, usize, &mut [f32]) + Sync) {
         let context = batch.max_context();
         let block = (SCORE_FLOATS / context.max(1)).clamp(1, batch.n_rows());
         let mut work = self.work();
         work.scores.resize(block * context, 0.0);
+        let k = selected.width;
         for first in (0..batch.n_rows()).step_by(block) {
             let n = block.min(batch.n_rows() - first);
-            let spans = context.div_ceil(256);
+            let spans = context.div_ceil(SCORE_SPAN);
             {
                 let all = SharedMut::new(&mut work.scores);
                 self.pool.chunks(n * spans, 1, |range| {
                     for i in range {
-                        let (row, start) = (first + i / spans, i % spans * 256);
+                        let (row, start) = (first + i / spans, i % spans * SCORE_SPAN);
                         let visible = batch.positions[row] as usize + 1;
-                        if start >= visible || visible <= selected.width {
+                        if start >= visible || visible <= k {
                             continue;
                         }
-                        let end = (start + 256).min(visible);
-                        let sequence = batch.sequences[row] as usize;
+                        let n = (visible - start).min(SCORE_SPAN);
                         // SAFETY: one task per (row, span).
                         #[allow(unsafe_code)]
-                        let out = unsafe { all.slice((row - first) * context + start, end - start) };
-                        let keys = (start..end).map(|p| cache.row(batch.slot(sequence, p)));
-                        scores(self.isa, q.row(row), &weights.row(row)[..n_heads], keys, out);
+                        score(row, start, unsafe { all.slice((row - first) * context + start, n) });
                     }
                 });
             }
-            let k = selected.width;
             let target = SharedMut::new(&mut selected.data);
             let all = &work.scores;
             self.pool.chunks(n, 1, |range| {
@@ -481,12 +461,20 @@ impl Backend for CpuBackend {
         CpuIndices { data: vec![0; rows * width], width }
     }
 
-    fn alloc_cache(&self, _kind: CacheKind, n_slots: usize, width: usize) -> CpuCache {
-        CpuCache::new(self.exact_cache(), n_slots, width)
+    fn alloc_cache(&self, kind: CacheKind, n_slots: usize, width: usize) -> CpuCache {
+        match (self.numerics, kind) {
+            (Numerics::F32, _) => CpuCache::f32(n_slots, width),
+            (_, CacheKind::IndexKey) if width.is_multiple_of(4) => CpuCache::int8(n_slots, width),
+            _ => CpuCache::bf16(n_slots, width),
+        }
     }
 
-    fn cache_bytes(&self, _kind: CacheKind, width: usize) -> usize {
-        width * if self.exact_cache() { 4 } else { 2 }
+    fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize {
+        match (self.numerics, kind) {
+            (Numerics::F32, _) => width * 4,
+            (_, CacheKind::IndexKey) if width.is_multiple_of(4) => width + 4,
+            _ => width * 2,
+        }
     }
 
     fn load_matrix(&self, data: MatrixData) -> MatrixData {
@@ -716,9 +704,24 @@ impl Backend for CpuBackend {
         cache: &CpuCache,
         selected: &mut CpuIndices,
     ) {
+        let slot = |row: usize, position: usize| batch.slot(batch.sequences[row] as usize, position);
+        let heads = |row: usize| &weights.row(row)[..n_heads];
         match cache {
-            CpuCache::F32(rows) => self.select(q, weights, n_heads, batch, rows, selected),
-            CpuCache::Bf16(rows) => self.select(q, weights, n_heads, batch, rows, selected),
+            CpuCache::F32(rows) => self.select(batch, selected, |row, first, out| {
+                let keys = (first..first + out.len()).map(|p| rows.row(slot(row, p)));
+                scores(self.isa, q.row(row), heads(row), keys, out);
+            }),
+            CpuCache::Bf16(rows) => self.select(batch, selected, |row, first, out| {
+                let keys = (first..first + out.len()).map(|p| rows.row(slot(row, p)));
+                scores(self.isa, q.row(row), heads(row), keys, out);
+            }),
+            CpuCache::Int8(rows) => {
+                let queries: Vec<Int8Query> =
+                    (0..batch.n_rows()).map(|row| Int8Query::new(q.row(row), heads(row))).collect();
+                self.select(batch, selected, |row, first, out| {
+                    scores_int8(self.isa, &queries[row], |p| rows.row(slot(row, first + p)), out);
+                });
+            }
         }
     }
 
@@ -737,6 +740,7 @@ impl Backend for CpuBackend {
         match cache {
             CpuCache::F32(rows) => self.mla(q, &args, rows, out),
             CpuCache::Bf16(rows) => self.mla(q, &args, rows, out),
+            CpuCache::Int8(_) => unreachable!("latents are not kept in 8 bits"),
         }
     }
 

@@ -130,3 +130,36 @@ fn vector_kernels_match_the_reference_logits_on_every_path() {
 fn scalar_kernels_match_the_reference_logits_on_every_path() {
     check_all(|| CpuBackend::with_isa(1, Numerics::F32, Isa::Scalar));
 }
+
+/// Quality of the fast numerics on random weights, whose selections flip easily: README of the fixtures, section 2.
+fn check_fast(numerics: Numerics) {
+    for dir in fixtures() {
+        let mut engine = engine(&dir, CpuBackend::new(2, numerics));
+        for golden in goldens(&dir) {
+            let Some(expected) = &golden.logits else { continue };
+            let n = golden.tokens.len();
+            for (chunk, decode_from) in [(256, n), (7, n), (256, 0)] {
+                let found = all_logits(&mut engine, &golden.tokens, chunk, decode_from);
+                let square = |x: f32| f64::from(x) * f64::from(x);
+                let error: f64 = found.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
+                let size: f64 = expected.iter().map(|v| square(*v)).sum();
+                let vocab = engine.vocab_size();
+                let rows = found.chunks_exact(vocab).zip(expected.chunks_exact(vocab));
+                let agree = rows.filter(|(a, b)| argmax(a) == argmax(b)).count() as f64 / n as f64;
+                let relative = (error / size).sqrt();
+                let what = format!("{} {numerics:?} chunk {chunk} decode from {decode_from}", golden.name);
+                assert!(relative <= 0.15 && agree >= 0.85, "{what}: relative error {relative}, argmax agrees {agree}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_activations_stay_within_the_fixtures_tolerance() {
+    check_fast(Numerics::Bf16);
+}
+
+#[test]
+fn int8_activations_stay_within_the_fixtures_tolerance() {
+    check_fast(Numerics::Int8);
+}

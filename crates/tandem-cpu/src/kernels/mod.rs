@@ -5,7 +5,11 @@ pub mod activations;
 mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
+mod attention_avx512;
+#[cfg(target_arch = "x86_64")]
 mod byte_rows;
+#[cfg(target_arch = "x86_64")]
+mod exp;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod gemm;
 pub mod index_select;
