@@ -169,7 +169,9 @@ fn add_module(
         5 => file.add(weight, "BF16", 16, &last(cols + 1)),
         6 => {
             file.add(weight, "F8_E4M3", 8, shape);
-            let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(128)).collect();
+            let stacked = shape.len().saturating_sub(2) * usize::from(choices.next() & 1 == 0);
+            let block = |(i, n): (usize, &usize)| if i < stacked { *n } else { n.div_ceil(128) };
+            let blocks: Vec<usize> = shape.iter().enumerate().map(block).collect();
             file.add(format!("{module}.weight_scale_inv"), "F32", 32, &blocks);
         }
         _ => {
