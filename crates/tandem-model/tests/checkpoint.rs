@@ -304,7 +304,10 @@ fn mtp_layers_are_whole_or_absent() {
     // Nothing is left but the copies: still a layer that began.
     let mut model = Model::fixture(HF);
     model.shards[0].retain(|n, _| !n.starts_with(mtp) || n.ends_with("embed_tokens.weight"));
-    check_refused(model.write().path(), &["model.layers.2.hnorm.weight is missing", "more"]);
+    check_refused(
+        model.write().path(),
+        &["27 problems", "model.layers.2.self_attn.embed_q.weight is missing", "and 7 more"],
+    );
     // A config that announces no MTP layer has no use for one.
     let mut model = Model::fixture(HF);
     model.config["num_nextn_predict_layers"] = json!(0);
