@@ -37,7 +37,10 @@ pub enum CheckpointError {
         problems: Vec<String>,
     },
     /// A value that no correct checkpoint holds.
-    #[error("{tensor} has a scale that is not a number (entry {index}); the file is damaged or was converted wrongly")]
+    #[error(
+        "{tensor} has a scale that is not a finite number (entry {index}); the file is damaged or was converted wrongly: \
+         download or convert it again"
+    )]
     BadScale {
         /// Tensor or module.
         tensor: String,

@@ -496,8 +496,10 @@ struct RawConfig {
     quantization_config: Option<BTreeMap<String, Value>>,
 }
 
-/// Sizes above this are a damaged file, not a model; it keeps products of sizes far from overflow.
+/// Sizes above this are a damaged file, not a model; it keeps products of two sizes far from overflow.
 const MAX_SIZE: usize = 1 << 24;
+/// More parameters than this are a damaged file too; it keeps sums of bytes far from overflow.
+const MAX_PARAMETERS: f64 = 1e14;
 
 impl ModelConfig {
     /// Reads and validates `dir/config.json`.
@@ -539,6 +541,29 @@ impl ModelConfig {
             }
             None => (self.head_dim as f32).powf(-0.5),
         }
+    }
+
+    /// An upper bound of the parameters, every layer taken as dense and sparse; in f64, which cannot overflow.
+    fn most_parameters(&self) -> f64 {
+        let f = |n: usize| n as f64;
+        let hidden = f(self.hidden_size);
+        let mut layer = 3.0 * hidden * f(self.intermediate_size)
+            + 2.0 * hidden * f(self.head_dim) * (f(self.num_attention_heads) + f(self.num_key_value_heads));
+        let q_rank = self.mla.as_ref().and_then(|m| m.q_lora_rank).map_or(hidden, f);
+        if let Some(mla) = &self.mla {
+            let head = f(mla.qk_nope_head_dim) + f(mla.qk_rope_head_dim) + f(mla.v_head_dim);
+            let width = q_rank + f(mla.kv_lora_rank) + hidden;
+            layer += f(self.num_attention_heads) * head * width + hidden * (width + f(mla.qk_rope_head_dim));
+        }
+        if let Some(moe) = &self.moe {
+            let experts = f(moe.n_routed_experts) + f(moe.n_shared_experts);
+            layer += 3.0 * experts * f(moe.moe_intermediate_size) * hidden + f(moe.n_routed_experts) * hidden;
+        }
+        if let Some(indexer) = &self.indexer {
+            let (heads, dim) = (f(indexer.index_n_heads), f(indexer.index_head_dim));
+            layer += heads * dim * q_rank + (heads + dim) * hidden;
+        }
+        f(self.num_hidden_layers + self.num_nextn_predict_layers) * (layer + 2.0 * hidden * (hidden + f(self.vocab_size)))
     }
 
     /// True when decoder layer `layer` routes tokens to experts (MTP layers always do, in a MoE model).
@@ -624,7 +649,7 @@ impl Fields<'_> {
             Some("float16") => Float::F16,
             _ => Float::BF16,
         };
-        Ok(ModelConfig {
+        let config = ModelConfig {
             model_type: self.model_type,
             hidden_size,
             intermediate_size: self.size("intermediate_size", raw.intermediate_size)?,
@@ -654,7 +679,14 @@ impl Fields<'_> {
                 None
             },
             quantization: QuantizationConfig::parse(raw)?,
-        })
+        };
+        let parameters = config.most_parameters();
+        if parameters > MAX_PARAMETERS {
+            return Err(ConfigError::Invalid(format!(
+                "the sizes amount to {parameters:.1e} parameters, expected at most {MAX_PARAMETERS:.0e}; one of them is wrong"
+            )));
+        }
+        Ok(config)
     }
 
     fn mla(&self) -> Result<MlaConfig, ConfigError> {

@@ -479,7 +479,10 @@ impl Resolver<'_> {
                 self.expect(source.scales.as_deref().unwrap_or_default(), &types, &groups);
             }
             DType::Fp8Block => {
-                let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(FP8_BLOCK)).collect();
+                // Blocks span rows and columns; a stack keeps one grid per matrix.
+                let n_stack = shape.len().saturating_sub(2);
+                let mut blocks = shape.to_vec();
+                blocks[n_stack..].iter_mut().for_each(|n| *n = n.div_ceil(FP8_BLOCK));
                 self.expect(source.scales.as_deref().unwrap_or_default(), &[TensorDType::F32], &blocks);
             }
         }

@@ -90,7 +90,7 @@ fn active(kind: ModuleKind, amount: u64, config: &ModelConfig) -> u64 {
     match (kind, &config.moe) {
         (ModuleKind::Mtp, _) => 0,
         (ModuleKind::Embed, _) => amount / config.vocab_size as u64,
-        (ModuleKind::RoutedExperts, Some(moe)) => amount * moe.num_experts_per_tok as u64 / moe.n_routed_experts as u64,
+        (ModuleKind::RoutedExperts, Some(moe)) => amount / moe.n_routed_experts as u64 * moe.num_experts_per_tok as u64,
         _ => amount,
     }
 }

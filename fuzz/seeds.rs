@@ -1,0 +1,101 @@
+//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint}`: `cargo run --bin seeds`.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+/// Sizes that keep a made-up file of the same structure small.
+const SMALL: [(&str, usize); 16] = [
+    ("vocab_size", 64),
+    ("hidden_size", 64),
+    ("intermediate_size", 64),
+    ("moe_intermediate_size", 64),
+    ("num_hidden_layers", 2),
+    ("first_k_dense_replace", 1),
+    ("num_attention_heads", 2),
+    ("num_key_value_heads", 2),
+    ("q_lora_rank", 64),
+    ("kv_lora_rank", 64),
+    ("qk_nope_head_dim", 64),
+    ("v_head_dim", 64),
+    ("n_routed_experts", 8),
+    ("index_n_heads", 2),
+    ("num_experts_per_tok", 2),
+    ("head_dim", 32),
+];
+
+fn main() -> std::io::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for target in ["config", "checkpoint"] {
+        std::fs::create_dir_all(root.join("corpus").join(target))?;
+    }
+    let write =
+        |target: &str, name: String, bytes: &[u8]| std::fs::write(root.join("corpus").join(target).join(name), bytes);
+    for entry in std::fs::read_dir(root.join("../tests/golden/models"))? {
+        let dir = entry?.path();
+        let name = dir.file_name().unwrap_or_default().to_string_lossy().to_string();
+        let text = std::fs::read_to_string(dir.join("config.json"))?;
+        write("config", name.clone(), text.as_bytes())?;
+        let small = shrink(&text)?;
+        write("config", format!("{name}-small"), small.as_bytes())?;
+        for (variant, choices) in variants().iter().enumerate() {
+            write("checkpoint", format!("{name}-{variant}"), &input(1, &small, choices))?;
+        }
+        // The header of a real file, with the first bytes of its data and without the rest.
+        if let Ok(file) = std::fs::read(dir.join("model.safetensors")) {
+            let n = file.first_chunk::<8>().map_or(0, |b| u64::from_le_bytes(*b) as usize) + 8;
+            write("checkpoint", format!("{name}-header"), &input(0, &small, &file[..(n + 64).min(file.len())]))?;
+        }
+    }
+    let empty = json!({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).to_string();
+    let mut file = (empty.len() as u64).to_le_bytes().to_vec();
+    file.extend(empty.bytes());
+    file.extend([0; 4]);
+    write("checkpoint", "tiny-file".to_string(), &input(0, "{}", &file))
+}
+
+fn input(mode: u8, config: &str, rest: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![mode];
+    bytes.extend((config.len() as u16).to_le_bytes());
+    bytes.extend(config.bytes());
+    bytes.extend(rest);
+    bytes
+}
+
+/// The choices of `fitting_file`: fill, MTP, then one byte per weight.
+fn variants() -> Vec<Vec<u8>> {
+    let constant = |fill: u8, mtp: u8, choice: u8| [vec![fill, mtp], vec![choice; 400]].concat();
+    vec![
+        constant(0, 0, 0x00),
+        constant(0x3f, 1, 0x00),
+        constant(0x3f, 1, 0x10),
+        constant(0x10, 0, 0x16),
+        constant(0x77, 1, 0x07),
+        constant(0xff, 0, 0x08),
+        constant(0x01, 0, 0x1d),
+        constant(0x01, 0, 0x04),
+    ]
+}
+
+fn shrink(text: &str) -> std::io::Result<String> {
+    let mut config: Value = serde_json::from_str(text)?;
+    for (key, size) in SMALL {
+        if let Some(value) = config.get_mut(key)
+            && value.is_u64()
+        {
+            *value = json!(size);
+        }
+    }
+    if let Some(quantization) = config.get_mut("quantization").and_then(Value::as_object_mut) {
+        quantization.retain(|key, value| !value.is_object() || key.contains("layers.1."));
+    }
+    if let Some(object) = config.as_object_mut() {
+        object.remove("quantization_config");
+        for list in ["mlp_layer_types", "indexer_types"] {
+            if let Some(Value::Array(values)) = object.get_mut(list) {
+                values.truncate(2);
+            }
+        }
+    }
+    Ok(config.to_string())
+}
