@@ -92,7 +92,9 @@ def commit():
 
 def versions(python):
     code = ("import importlib.metadata as m, json\nd = {}\n"
-            f"for p in {VERSIONS!r}:\n try: d[p] = m.version(p)\n except m.PackageNotFoundError: pass\nprint(json.dumps(d))")
+            f"for p in {VERSIONS!r}:\n try: d[p] = m.version(p)\n except m.PackageNotFoundError: pass\n"
+            "if 'llama_cpp_python' not in d:\n try:\n  import llama_cpp\n  d['llama_cpp_python'] = llama_cpp.__version__\n except Exception: pass\n"
+            "print(json.dumps(d))")
     return json.loads(output([str(python), "-c", code]) or "{}")
 
 
