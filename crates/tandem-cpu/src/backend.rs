@@ -187,13 +187,13 @@ impl CpuBackend {
         to.prepare(rows, width, kernels);
     }
 
-    /// Runs products over the pool; `store(product, row, token index, value)` may be called from any thread.
+    /// Runs products over the pool; `store(product, first row, token index, values)` may be called from any thread.
     fn products(
         &self,
         products: &[Product<'_>],
         x: &Activations,
         many: bool,
-        store: impl Fn(usize, usize, usize, f32) + Sync,
+        store: impl Fn(usize, usize, usize, &[f32]) + Sync,
     ) {
         let tasks = tasks(products.iter(), many);
         self.pool.chunks(tasks.len(), 1, |range| {
@@ -202,10 +202,8 @@ impl CpuBackend {
                 let (view, kernel) = (p.matrix.view(p.part), self.kernel(p.matrix, many));
                 with_scratch(task.n_rows * p.tokens.len(), |out| {
                     matrix_rows(self.isa, kernel, &view, task.first_row, task.n_rows, x, p.tokens, out);
-                    for (i, values) in out.chunks_exact(p.tokens.len()).enumerate() {
-                        for (t, value) in values.iter().enumerate() {
-                            store(task.product, task.first_row + i, t, *value);
-                        }
+                    for (t, values) in out.chunks_exact(task.n_rows).enumerate() {
+                        store(task.product, task.first_row, t, values);
                     }
                 });
             }
@@ -236,13 +234,14 @@ impl CpuBackend {
             .collect();
         {
             let (gate, up) = (SharedMut::new(gate), SharedMut::new(up));
-            self.products(&products, input, many, |product, row, t, value| {
+            self.products(&products, input, many, |product, first_row, t, values| {
                 let e = product / 2;
                 let side = if product % 2 == 0 { &gate } else { &up };
-                // SAFETY: each (product, row, token) is stored once.
+                // SAFETY: each (product, range of rows, token) is stored once.
                 #[allow(unsafe_code)]
                 unsafe {
-                    side.slice(starts[e] + t * experts[e].mlp.gate.rows + row, 1)[0] = value;
+                    let start = starts[e] + t * experts[e].mlp.gate.rows + first_row;
+                    side.slice(start, values.len()).copy_from_slice(values);
                 }
             });
         }
@@ -288,9 +287,10 @@ impl CpuBackend {
                         let inputs: Vec<u32> = (first_input..first_input + n_tokens).map(|t| t as u32).collect();
                         with_scratch(n * n_tokens, |values| {
                             matrix_rows(self.isa, kernel, &view, first_row, n, own, &inputs, values);
-                            for (i, values) in values.chunks_exact(n_tokens).enumerate() {
-                                for ((t, value), weight) in e.tokens.iter().zip(values).zip(&e.weights) {
-                                    sums[*t as usize * n + i] += weight * value;
+                            for ((t, values), weight) in e.tokens.iter().zip(values.chunks_exact(n)).zip(&e.weights) {
+                                let sums = &mut sums[*t as usize * n..][..n];
+                                for (sum, value) in sums.iter_mut().zip(values) {
+                                    *sum += weight * value;
                                 }
                             }
                         });
@@ -533,11 +533,11 @@ impl Backend for CpuBackend {
         let many = n_rows > DECODE_ROWS;
         let rows = (0..n_rows).map(|r| &x.row(r)[..width]);
         self.prepare(&mut work.input, many, rows, width, products.iter().map(|p| p.matrix));
-        self.products(&products, &work.input, many, |product, row, t, value| {
-            // SAFETY: each (product, row, token) is stored once.
+        self.products(&products, &work.input, many, |product, first_row, t, values| {
+            // SAFETY: each (product, range of rows, token) is stored once.
             #[allow(unsafe_code)]
             unsafe {
-                targets[product].slice(t * widths[product] + row, 1)[0] = value;
+                targets[product].slice(t * widths[product] + first_row, values.len()).copy_from_slice(values);
             }
         });
     }
@@ -560,9 +560,7 @@ impl Backend for CpuBackend {
                             // SAFETY: one task per head.
                             #[allow(unsafe_code)]
                             let out = unsafe { target.slice(t * width + to.offset + head * to.stride, to.width) };
-                            for (i, out) in out.iter_mut().enumerate() {
-                                *out = values[i * n_rows + t];
-                            }
+                            out.copy_from_slice(&values[t * w.rows..][..to.width]);
                         }
                     });
                 });

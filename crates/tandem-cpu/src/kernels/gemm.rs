@@ -46,7 +46,7 @@ impl Operand {
     }
 }
 
-/// `out[i * tokens.len() + t] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
+/// `out[t * n_rows + i] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
 pub(crate) fn gemm_rows(
     operand: Operand,
     matrix: &PackedView<'_>,
@@ -65,11 +65,8 @@ pub(crate) fn gemm_rows(
                 // SAFETY: chosen for processors with these instructions only (`Operand::choose`, `Isa::Avx512`).
                 unsafe { tile_sums(operand, matrix, first_row + start, rows, x, tokens, tile, sums) }
             });
-            for i in 0..rows {
-                let out = &mut out[(start + i) * tokens.len()..][..tokens.len()];
-                for (t, out) in out.iter_mut().enumerate() {
-                    *out = sums[t * TILE_ROWS + i];
-                }
+            for (t, sums) in sums.chunks_exact(TILE_ROWS).take(tokens.len()).enumerate() {
+                out[t * n_rows + start..][..rows].copy_from_slice(&sums[..rows]);
             }
         });
     }

@@ -12,7 +12,7 @@ use crate::scratch::with_scratch;
 /// Rows that the vector kernels take at once: they share the loads of the activations.
 const ROW_BLOCK: usize = 4;
 
-/// `out[i * tokens.len() + t] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
+/// `out[t * n_rows + i] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
 ///
 /// Except for `Kernel::Gemm`, a value depends on its row and token alone, not on what else is asked for.
 #[allow(clippy::too_many_arguments)]
@@ -47,9 +47,7 @@ pub(crate) fn matrix_rows(
                 Kernel::ByteInt8 => byte_rows::int8_rows(matrix, first, n, x, token, &mut values),
                 Kernel::Generic | Kernel::Gemm(_) => unreachable!("handled above"),
             }
-            for (i, value) in values[..n].iter().enumerate() {
-                out[(start + i) * tokens.len() + t] = *value;
-            }
+            out[t * n_rows + start..][..n].copy_from_slice(&values[..n]);
         }
     }
 }
@@ -65,10 +63,10 @@ fn generic_rows(
     out: &mut [f32],
 ) {
     with_scratch(matrix.cols, |row| {
-        for (i, out) in out.chunks_exact_mut(tokens.len()).take(n_rows).enumerate() {
+        for i in 0..n_rows {
             matrix.dequantize_row(first_row + i, row);
-            for (out, token) in out.iter_mut().zip(tokens) {
-                *out = dot(isa, x.row(*token as usize), &*row);
+            for (t, token) in tokens.iter().enumerate() {
+                out[t * n_rows + i] = dot(isa, x.row(*token as usize), &*row);
             }
         }
     });

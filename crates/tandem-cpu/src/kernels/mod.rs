@@ -1,8 +1,6 @@
 //! One operation per file; each file has the scalar definition that its vector variants are tested against.
 
 pub mod activations;
-#[cfg(target_arch = "x86_64")]
-mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_avx512;
@@ -19,5 +17,7 @@ mod nibble_rows;
 pub mod norm;
 pub mod rope;
 pub mod router_topk;
+#[cfg(target_arch = "x86_64")]
+mod rows;
 pub mod silu_mul;
 pub mod vector;

@@ -13,9 +13,19 @@ use tandem_core::quant::PackedView;
 use tandem_core::quant::minifloat::E2M1;
 
 use super::activations::{Activations, NIBBLE_BLOCK};
-use super::affine::{bias_dot, spread_params};
+use super::rows::{ROWS, Rows, spread};
+use crate::scratch::with_scratch;
 
-const ROWS: usize = 4;
+/// Calls `$kernel::<scales per block>`.
+macro_rules! with_parts {
+    ($rows:expr, $kernel:ident ( $($arg:expr),* )) => {
+        match NIBBLE_BLOCK / $rows.dtype.group_size() {
+            1 => $kernel::<1>($($arg),*),
+            2 => $kernel::<2>($($arg),*),
+            _ => $kernel::<4>($($arg),*),
+        }
+    };
+}
 
 /// f32 products. `out[i] = matrix[first_row + i] . x[token]` for `n_rows` (at most 4) rows.
 pub(crate) fn f32_rows(
@@ -27,8 +37,11 @@ pub(crate) fn f32_rows(
     out: &mut [f32; ROWS],
 ) {
     let rows = Rows::new(matrix, first_row, n_rows);
-    // SAFETY: the kernel was chosen because the processor has AVX-512; `Rows` checked the lengths.
-    unsafe { f32_kernel(&rows, x.nibble_f32(token), out) };
+    with_scratch(rows.scales_len(), |scales| {
+        rows.expand(scales);
+        // SAFETY: the kernel was chosen because the processor has AVX-512; `Rows` checked the lengths.
+        unsafe { with_parts!(rows, f32_kernel(&rows, scales, x.nibble_f32(token), out)) };
+    });
     rows.add_biases(|group| x.sums(token, group, false), out);
 }
 
@@ -42,8 +55,11 @@ pub(crate) fn bf16_rows(
     out: &mut [f32; ROWS],
 ) {
     let rows = Rows::new(matrix, first_row, n_rows);
-    // SAFETY: as in `f32_rows`, with AVX512-BF16.
-    unsafe { bf16_kernel(&rows, x.nibble_bf16(token), out) };
+    with_scratch(rows.scales_len(), |scales| {
+        rows.expand(scales);
+        // SAFETY: as in `f32_rows`, with AVX512-BF16.
+        unsafe { bf16_kernel(&rows, scales, x.nibble_bf16(token), out) };
+    });
 }
 
 /// Integer products per group of 32.
@@ -56,117 +72,54 @@ pub(crate) fn int8_rows(
     out: &mut [f32; ROWS],
 ) {
     let rows = Rows::new(matrix, first_row, n_rows);
-    let (q, scales, sums) = x.nibble_q8(token);
-    // SAFETY: as in `f32_rows`, with VNNI.
-    unsafe { int8_kernel(&rows, q, scales, sums, out) };
+    let (q, x_scales, sums) = x.nibble_q8(token);
+    with_scratch(rows.scales_len(), |scales| {
+        rows.expand(scales);
+        // SAFETY: as in `f32_rows`, with VNNI.
+        unsafe { with_parts!(rows, int8_kernel(&rows, scales, q, x_scales, sums, out)) };
+    });
     rows.add_biases(|group| x.sums(token, group, true), out);
 }
 
-/// Up to four rows of a 4-bit matrix, lengths checked.
-struct Rows<'a> {
-    /// Packed codes of each row; rows beyond `n` repeat the last.
-    codes: [&'a [u8]; ROWS],
-    scales: [&'a [u8]; ROWS],
-    biases: [&'a [u8]; ROWS],
-    n: usize,
-    cols: usize,
-    dtype: DType,
-}
-
-impl<'a> Rows<'a> {
-    fn new(matrix: &PackedView<'a>, first_row: usize, n: usize) -> Rows<'a> {
-        assert!((1..=ROWS).contains(&n) && first_row + n <= matrix.rows && matrix.cols.is_multiple_of(32));
-        let row = |bytes: &'a [u8], size: usize, i: usize| {
-            let start = (first_row + i.min(n - 1)) * size;
-            &bytes[start..start + size]
-        };
-        let (code_bytes, scale_bytes) =
-            (matrix.dtype.weight_bytes(1, matrix.cols), matrix.dtype.scale_bytes(1, matrix.cols));
-        let bias_bytes = matrix.dtype.bias_bytes(1, matrix.cols);
-        Rows {
-            codes: std::array::from_fn(|i| row(matrix.weight, code_bytes, i)),
-            scales: std::array::from_fn(|i| row(matrix.scales, scale_bytes, i)),
-            biases: std::array::from_fn(|i| row(matrix.biases, bias_bytes, i)),
-            n,
-            cols: matrix.cols,
-            dtype: matrix.dtype,
-        }
-    }
-
-    fn add_biases<'s>(&self, sums: impl Fn(usize) -> &'s [f32], out: &mut [f32; ROWS]) {
-        if let DType::Affine { group_size, params, .. } = self.dtype {
-            let sums = sums(group_size as usize);
-            for (out, biases) in out.iter_mut().zip(&self.biases[..self.n]) {
-                *out += bias_dot(params, biases, sums);
-            }
-        }
-    }
-
-    /// 64 bytes of codes of row `row`, zeros (code 0) beyond its end.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    fn load(&self, row: usize, block: usize) -> __m512i {
-        let start = block * (NIBBLE_BLOCK / 2);
-        let codes = &self.codes[row][start..];
-        if codes.len() >= 64 {
-            // SAFETY: 64 bytes are there.
-            unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) }
-        } else {
-            // SAFETY: the mask covers the bytes that are there.
-            unsafe { _mm512_maskz_loadu_epi8((1u64 << codes.len()) - 1, codes.as_ptr().cast()) }
-        }
-    }
-
-    /// Scales of a block's groups, spread over the 32-bit lanes of their codes.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    fn scale(&self, row: usize, block: usize) -> __m512 {
-        match self.dtype {
-            DType::Affine { group_size, params, .. } => {
-                spread_params(params, self.scales[row], group_size as usize, block, NIBBLE_BLOCK)
-            }
-            _ => e8m0_lanes(&self.scales[row][block * 4..]),
-        }
-    }
-
-    /// Values of the 16 codes.
-    fn table(&self) -> [f32; 16] {
-        match self.dtype {
-            DType::Affine { .. } => std::array::from_fn(|i| i as f32),
-            _ => E2M1,
-        }
-    }
-
-    fn n_blocks(&self) -> usize {
-        self.cols.div_ceil(NIBBLE_BLOCK)
+/// Values of the 16 codes.
+fn table(dtype: DType) -> [f32; 16] {
+    match dtype {
+        DType::Affine { .. } => std::array::from_fn(|i| i as f32),
+        _ => E2M1,
     }
 }
 
-/// Up to four e8m0 bytes as powers of two, four lanes each. Byte 0 is the subnormal 2^-127, byte 255 infinity.
+/// 64 bytes of codes, zeros (code 0) beyond the row's end.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn e8m0_lanes(bytes: &[u8]) -> __m512 {
-    let word = match bytes {
-        [a, b, c, d, ..] => u32::from_le_bytes([*a, *b, *c, *d]),
-        short => short.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte)),
-    };
-    let spread =
-        _mm_shuffle_epi8(_mm_cvtsi32_si128(word as i32), _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
-    let exponent = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(spread));
-    _mm512_castsi512_ps(_mm512_max_epu32(exponent, _mm512_set1_epi32(0x0040_0000)))
+fn load(codes: &[u8], block: usize) -> __m512i {
+    let codes = &codes[block * (NIBBLE_BLOCK / 2)..];
+    if codes.len() >= 64 {
+        // SAFETY: 64 bytes are there.
+        unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) }
+    } else {
+        // SAFETY: the mask covers the bytes that are there.
+        unsafe { _mm512_maskz_loadu_epi8((1u64 << codes.len()) - 1, codes.as_ptr().cast()) }
+    }
+}
+
+/// Blocks of a row; checks that activations and scales cover them.
+fn n_blocks(rows: &Rows<'_>, x_len: usize, scales: &[f32]) -> usize {
+    let n = rows.cols.div_ceil(NIBBLE_BLOCK);
+    assert!(x_len >= n * NIBBLE_BLOCK && scales.len() >= rows.scales_len());
+    n
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
-    assert!(x.len() >= rows.n_blocks() * NIBBLE_BLOCK);
+unsafe fn f32_kernel<const PARTS: usize>(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32; ROWS]) {
+    let (n_blocks, pitch) = (n_blocks(rows, x.len(), scales), rows.scales_pitch());
     // SAFETY: 16 floats.
-    let table = unsafe { _mm512_loadu_ps(rows.table().as_ptr()) };
+    let table = unsafe { _mm512_loadu_ps(table(rows.dtype).as_ptr()) };
     let mut sums = [_mm512_setzero_ps(); ROWS];
-    for block in 0..rows.n_blocks() {
-        // No closures here: they would be compiled without this function's instructions.
+    for block in 0..n_blocks {
         let mut codes = [_mm512_setzero_si512(); ROWS];
         for (r, codes) in codes.iter_mut().enumerate() {
-            *codes = rows.load(r, block);
+            *codes = load(rows.codes[r], block);
         }
         let mut partial = [_mm512_setzero_ps(); ROWS];
         for j in 0..8 {
@@ -179,7 +132,9 @@ unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
             }
         }
         for r in 0..ROWS {
-            sums[r] = _mm512_fmadd_ps(partial[r], rows.scale(r, block), sums[r]);
+            // SAFETY: scales have four readable floats for every block.
+            let scale = unsafe { spread::<PARTS>(scales.as_ptr().add(r * pitch + block * PARTS)) };
+            sums[r] = _mm512_fmadd_ps(partial[r], scale, sums[r]);
         }
     }
     for (out, sum) in out.iter_mut().zip(sums) {
@@ -188,18 +143,21 @@ unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
-    assert!(x.len() >= rows.n_blocks() * NIBBLE_BLOCK);
+unsafe fn bf16_kernel(rows: &Rows<'_>, scales: &[f32], x: &[u16], out: &mut [f32; ROWS]) {
+    let (n_blocks, pitch) = (n_blocks(rows, x.len(), scales), rows.scales_pitch());
     // Twice the 16 values: the permutation reads five bits, of which the fifth belongs to the next code.
-    let table: [u16; 32] = std::array::from_fn(|i| half::bf16::from_f32(rows.table()[i % 16]).to_bits());
+    let values = table(rows.dtype);
+    let mut table = [0u16; 32];
+    for (i, entry) in table.iter_mut().enumerate() {
+        *entry = half::bf16::from_f32(values[i % 16]).to_bits();
+    }
     // SAFETY: 64 bytes.
     let table = unsafe { _mm512_loadu_si512(table.as_ptr().cast()) };
     let mut sums = [_mm512_setzero_ps(); ROWS];
-    for block in 0..rows.n_blocks() {
-        // No closures here: they would be compiled without this function's instructions.
+    for block in 0..n_blocks {
         let mut codes = [_mm512_setzero_si512(); ROWS];
         for (r, codes) in codes.iter_mut().enumerate() {
-            *codes = rows.load(r, block);
+            *codes = load(rows.codes[r], block);
         }
         let mut partial = [_mm512_setzero_ps(); ROWS];
         for j in 0..4 {
@@ -215,7 +173,9 @@ unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
             }
         }
         for r in 0..ROWS {
-            sums[r] = _mm512_fmadd_ps(partial[r], rows.scale(r, block), sums[r]);
+            // SAFETY: scales have four readable floats for every block.
+            let scale = unsafe { spread::<4>(scales.as_ptr().add(r * pitch + block * 4)) };
+            sums[r] = _mm512_fmadd_ps(partial[r], scale, sums[r]);
         }
     }
     for (out, sum) in out.iter_mut().zip(sums) {
@@ -225,13 +185,24 @@ unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
 
 /// Codes become unsigned bytes: affine ones as they are, e2m1 as twice the value plus 12.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn int8_kernel(rows: &Rows<'_>, x: &[i8], scales: &[f32], lane_sums: &[i32], out: &mut [f32; ROWS]) {
-    let n_blocks = rows.n_blocks();
-    assert!(x.len() >= n_blocks * NIBBLE_BLOCK && scales.len() >= n_blocks * 16 && lane_sums.len() >= n_blocks * 16);
+unsafe fn int8_kernel<const PARTS: usize>(
+    rows: &Rows<'_>,
+    scales: &[f32],
+    x: &[i8],
+    x_scales: &[f32],
+    lane_sums: &[i32],
+    out: &mut [f32; ROWS],
+) {
+    let (n_blocks, pitch) = (n_blocks(rows, x.len(), scales), rows.scales_pitch());
+    assert!(x_scales.len() >= n_blocks * 16 && lane_sums.len() >= n_blocks * 16);
     let is_mx = rows.dtype == DType::Mxfp4;
     let offset = if is_mx { 12 } else { 0 };
     let unit = if is_mx { 2.0 } else { 1.0 };
-    let table: [i8; 16] = std::array::from_fn(|i| (rows.table()[i] * unit) as i8 + offset);
+    let values = table(rows.dtype);
+    let mut table = [0i8; 16];
+    for (entry, value) in table.iter_mut().zip(values) {
+        *entry = (value * unit) as i8 + offset;
+    }
     // SAFETY: 16 bytes.
     let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
     let low = _mm512_set1_epi8(0x0f);
@@ -240,22 +211,23 @@ unsafe fn int8_kernel(rows: &Rows<'_>, x: &[i8], scales: &[f32], lane_sums: &[i3
     let mut sums = [_mm512_setzero_ps(); ROWS];
     for block in 0..n_blocks {
         // SAFETY: within the block, whose lengths were checked above.
-        let (x_low, x_high, scale, lane_sum) = unsafe {
+        let (x_low, x_high, x_scale, lane_sum) = unsafe {
             (
                 _mm512_loadu_si512(x.as_ptr().add(block * NIBBLE_BLOCK).cast()),
                 _mm512_loadu_si512(x.as_ptr().add(block * NIBBLE_BLOCK + 64).cast()),
-                _mm512_mul_ps(unit, _mm512_loadu_ps(scales.as_ptr().add(block * 16))),
+                _mm512_mul_ps(unit, _mm512_loadu_ps(x_scales.as_ptr().add(block * 16))),
                 _mm512_loadu_si512(lane_sums.as_ptr().add(block * 16).cast()),
             )
         };
         let start = _mm512_mullo_epi32(lane_sum, offset);
         for r in 0..ROWS {
-            let codes = rows.load(r, block);
+            let codes = load(rows.codes[r], block);
             let even = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low));
             let odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low));
             let dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, even, x_low), odd, x_high);
-            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale);
-            sums[r] = _mm512_fmadd_ps(scaled, rows.scale(r, block), sums[r]);
+            // SAFETY: scales have four readable floats for every block.
+            let scale = unsafe { spread::<PARTS>(scales.as_ptr().add(r * pitch + block * PARTS)) };
+            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(x_scale, scale), sums[r]);
         }
     }
     for (out, sum) in out.iter_mut().zip(sums) {
