@@ -564,7 +564,8 @@ impl ModelConfig {
             let (heads, dim) = (f(indexer.index_n_heads), f(indexer.index_head_dim));
             layer += heads * dim * q_rank + (heads + dim) * hidden;
         }
-        f(self.num_hidden_layers + self.num_nextn_predict_layers) * (layer + 2.0 * hidden * (hidden + f(self.vocab_size)))
+        f(self.num_hidden_layers + self.num_nextn_predict_layers)
+            * (layer + 2.0 * hidden * (hidden + f(self.vocab_size)))
     }
 
     /// True when decoder layer `layer` routes tokens to experts (MTP layers always do, in a MoE model).
