@@ -420,6 +420,12 @@ impl Resolver<'_> {
         } else if let Some(scales) = optional(self.checkpoint, "weight_scale_inv") {
             source.scales = Some(scales);
             source.dtype = DType::Fp8Block;
+        } else if let (true, Some(Some(settings))) = (quantizable, self.quantization.modules.get(module)) {
+            // Without this, names alone (no weight files) would pass for an unquantised module.
+            let (mode, bits) = (&settings.mode, settings.bits);
+            self.problems.push(format!("{module}.scales is missing (config.json says {mode} with {bits} bits)"));
+            self.claimed.extend(source.names().cloned());
+            return None;
         } else if let Some(float) = self.float_of(&source.weight) {
             source.dtype = DType::Float(float);
         } else if leaf == "e_score_correction_bias" {

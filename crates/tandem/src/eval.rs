@@ -74,6 +74,9 @@ fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
                     score.add(&mut engine, &tokens[..tokens.len() - 1], &tokens[1..], prefill_chunk)?;
                 }
             }
+            if score.n == 0 {
+                bail!("{} has no text of at least 2 tokens; perplexity needs one", args.text.display());
+            }
             engine.context()
         }
         None => {

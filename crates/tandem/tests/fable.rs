@@ -6,6 +6,9 @@ use common::{file, golden, root, tandem, temporary};
 use serde_json::{Value, json};
 
 const MODEL: &str = "models/fable-30m-MXFP4-Q8";
+/// The first five chats of each kind.
+const SLICE_PERPLEXITY: f64 = 1.615_803;
+const SLICE_TOKENS: u64 = 3516;
 
 fn reference() -> Value {
     let text = std::fs::read_to_string(golden("fable-30m/golden.json")).expect("golden.json");
@@ -58,21 +61,17 @@ fn chat_perplexity_of_a_slice() {
     check_perplexity(&file(&dir, "chats.json", chats.to_string()), SLICE_PERPLEXITY, SLICE_TOKENS);
 }
 
-const SLICE_PERPLEXITY: f64 = 1.615_803;
-const SLICE_TOKENS: u64 = 3516;
-
 #[test]
 fn tasks_score_as_the_reference() {
     let all = std::fs::read_to_string(golden("fable-30m/tasks.jsonl")).expect("tasks.jsonl");
     // The reference solves every task of these kinds.
     for (kind, n) in [("arithmetic", 4), ("json", 4), ("tool call", 3)] {
-        let start = json!({"kind": kind}).to_string();
         let lines: Vec<&str> = all
             .lines()
             .filter(|line| serde_json::from_str::<Value>(line).is_ok_and(|task| task["kind"] == kind))
             .take(n)
             .collect();
-        assert_eq!(lines.len(), n, "{start}");
+        assert_eq!(lines.len(), n, "{kind}");
         let dir = temporary();
         let tasks = file(&dir, "tasks.jsonl", lines.join("\n"));
         let found = tandem(&["eval", "tasks", "--model", MODEL, "--tasks", &tasks, "--json"]).json();

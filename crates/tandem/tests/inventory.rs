@@ -123,7 +123,7 @@ fn the_strict_check_sees_what_is_missing() {
     inventory.tensors.remove("model.layers.40.mlp.switch_mlp.down_proj.scales").expect("was there");
     for shards in [true, false] {
         let done = tandem(&["inspect", &text(write(&inventory, shards).path())]);
-        assert_eq!(done.code, Some(1));
-        assert!(done.stderr.contains("model.layers.40.mlp.switch_mlp.down_proj"), "{}", done.stderr);
+        assert_eq!(done.code, Some(1), "shards {shards}");
+        assert!(done.stderr.contains("model.layers.40.mlp.switch_mlp.down_proj.scales is missing"), "{}", done.stderr);
     }
 }

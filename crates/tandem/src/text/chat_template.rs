@@ -205,9 +205,11 @@ impl ChatTemplate {
     }
 
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TemplateError> {
-        self.environment
-            .add_template_owned(name, replace_generation_tags(source))
-            .map_err(|error| TemplateError::Syntax { line: error.line().unwrap_or(1), cause: describe(&error) })
+        self.environment.add_template_owned(name, replace_generation_tags(source)).map_err(|error| {
+            let cause = describe(&error);
+            let cause = cause.strip_prefix("syntax error: ").unwrap_or(&cause).to_string();
+            TemplateError::Syntax { line: error.line().unwrap_or(1), cause }
+        })
     }
 }
 
