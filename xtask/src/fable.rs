@@ -35,9 +35,10 @@ pub(crate) fn fable(models: &Path) -> Result<()> {
         eprintln!("{dir}: greedy");
         let golden = &goldens[golden_key];
         let mut checks = tandem.greedy(&model, golden)?;
-        for (file, perplexity, tokens) in
-            [("held-chats.json", "chat_perplexity", "chat_tokens"), ("held-text.txt", "text_perplexity_512", "text_tokens")]
-        {
+        for (file, perplexity, tokens) in [
+            ("held-chats.json", "chat_perplexity", "chat_tokens"),
+            ("held-text.txt", "text_perplexity_512", "text_tokens"),
+        ] {
             eprintln!("{dir}: perplexity of {file}");
             let found = tandem.json(&model, &["eval", "perplexity", "--text", path(&golden_dir.join(file))?])?;
             let (a, b) = (number(&found["perplexity"]), number(&golden[perplexity]));
@@ -61,8 +62,11 @@ pub(crate) fn fable(models: &Path) -> Result<()> {
             }));
         }
         for check in &checks {
+            let [name, found, expected] = ["check", "found", "expected"].map(|key| plain(&check[key]));
             let mark = if check["ok"] == true { "yes" } else { "NO" };
-            rows.push(format!("| {dir} | {} | {} | {} | {mark} |", plain(&check["check"]), plain(&check["found"]), plain(&check["expected"])));
+            let row = format!("| {dir} | {name} | {found} | {expected} | {mark} |");
+            println!("{row}");
+            rows.push(row);
         }
         versions.insert(dir.to_string(), Value::Array(checks));
     }
