@@ -62,13 +62,11 @@ pub(crate) fn fable(models: &Path) -> Result<()> {
             }));
         }
         for check in &checks {
+            let [name, found, expected] = ["check", "found", "expected"].map(|key| plain(&check[key]));
             let mark = if check["ok"] == true { "yes" } else { "NO" };
-            rows.push(format!(
-                "| {dir} | {} | {} | {} | {mark} |",
-                plain(&check["check"]),
-                plain(&check["found"]),
-                plain(&check["expected"])
-            ));
+            let row = format!("| {dir} | {name} | {found} | {expected} | {mark} |");
+            println!("{row}");
+            rows.push(row);
         }
         versions.insert(dir.to_string(), Value::Array(checks));
     }

@@ -43,10 +43,11 @@ fn main() -> ExitCode {
 }
 
 fn fixtures(dir: &Path) -> Result<()> {
-    // Tests run in their package's directory, so the path must not depend on ours.
+    // Tests run in their package's directory, so the path must not depend on ours. The whole workspace, since one package
+    // alone has other features and would build its dependencies again.
     let dir = dir.canonicalize().map_err(|e| format!("cannot use {}: {e}", dir.display()))?;
     let mut test = Command::new("cargo");
-    test.args(["test", "--package", "tandem-engine", "--test", "golden_models"]);
+    test.args(["test", "--workspace", "--test", "golden_models"]);
     run(test.env("TANDEM_FIXTURES", dir).current_dir(root()))
 }
 
