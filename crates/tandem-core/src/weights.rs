@@ -184,6 +184,8 @@ enum Place {
     PerExpert(Vec<Source>),
     /// Part of `kv_b_proj`, `[n_heads * (nope + v), kv_lora]`.
     KvB(Source),
+    /// In no checkpoint.
+    Nowhere,
 }
 
 /// A weight and where it was found.
@@ -197,6 +199,21 @@ pub struct Weight {
 }
 
 impl Weight {
+    /// A weight of no checkpoint, for accounting and for made-up values; [`Weight::matrix`] fails on it.
+    pub fn nowhere(spec: WeightSpec, dtype: DType) -> Weight {
+        Weight { spec, dtype, place: Place::Nowhere }
+    }
+
+    /// The matrix whose stacked tensors are `whole`, laid out as in an MLX checkpoint.
+    ///
+    /// # Panics
+    /// When the byte lengths do not fit shape and format.
+    pub fn matrix_of(&self, whole: &MatrixPart) -> MatrixData {
+        let (stack, rows, cols) = self.spec.dims();
+        let parts = split_stack(whole, self.dtype, stack, rows, cols);
+        MatrixData { name: self.spec.module.clone(), dtype: self.dtype, rows, cols, parts }
+    }
+
     /// Bytes in the checkpoint: elements, scales and biases.
     pub fn bytes(&self) -> usize {
         let (stack, rows, cols) = self.spec.dims();
@@ -371,6 +388,7 @@ impl Resolver<'_> {
             Place::Whole(source) => source.dtype,
             Place::PerExpert(sources) => sources[0].dtype,
             Place::KvB(source) => split_dtype(source.dtype),
+            Place::Nowhere => unreachable!("found above"),
         };
         Some((dtype, place))
     }
@@ -546,6 +564,11 @@ impl Weight {
             Place::Whole(source) => split_stack(&load(checkpoint, source)?, source.dtype, stack, rows, cols),
             Place::PerExpert(sources) => sources.iter().map(|s| load(checkpoint, s)).collect::<Result<_, _>>()?,
             Place::KvB(source) => self.split_kv_b(checkpoint, source)?,
+            Place::Nowhere => {
+                return Err(CheckpointError::Mismatch {
+                    problems: vec![format!("{} has no data", self.spec.tensor())],
+                });
+            }
         };
         let data = MatrixData { name: self.spec.module.clone(), dtype: self.dtype, rows, cols, parts };
         if data.dtype.is_quantized() {

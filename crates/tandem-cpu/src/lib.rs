@@ -1,5 +1,6 @@
 //! The CPU backend: vector kernels chosen at run time, a fork-join pool, weights read where they are mapped.
 
+pub mod bandwidth;
 pub mod isa;
 pub mod kernels;
 pub mod pool;

@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = ModelConfig::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let limits = Limits { max_rows: CHUNK, max_logits_rows: 1 };
-    let backend = CpuBackend::new(system::default_threads());
+    let backend = CpuBackend::new(system::default_threads(), CpuBackend::default_numerics());
     let model = tandem_model::load(&backend, &config, &checkpoint, limits, &mut |_| {})?;
 
     let blocks = BlockManager::for_tokens(CONTEXT);

@@ -3,11 +3,13 @@
 mod block_manager;
 mod engine;
 mod generation_config;
+mod profiled;
 mod runner;
 mod sampler;
 
 pub use block_manager::BlockManager;
 pub use engine::{Engine, EngineError, FinishReason, Logits, Sequence, StopConditions};
 pub use generation_config::*;
+pub use profiled::{Operation, Profile, Profiled};
 pub use runner::{ModelRunner, Runner};
 pub use sampler::*;

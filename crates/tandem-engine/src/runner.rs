@@ -1,6 +1,6 @@
 //! Runs one batch through a model on a backend.
 
-use tandem_core::{Backend, Batch};
+use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, Limits, Model, StepShape};
 
 use crate::EngineError;
@@ -32,6 +32,21 @@ impl<B: Backend> ModelRunner<B> {
     pub fn new(backend: B, model: Box<dyn Model<B>>, limits: Limits, vocab_size: usize, n_slots: usize) -> Self {
         let cache = model.new_cache(&backend, n_slots);
         ModelRunner { backend, model, cache, limits, vocab_size }
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Fills the first `n_slots` slots of every layer's cache with random vectors, to measure long contexts without
+    /// running them.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn fill_cache_random(&mut self, config: &ModelConfig, n_slots: usize, seed: u64) -> Result<(), EngineError> {
+        self.cache.fill_random(&self.backend, config, n_slots, seed);
+        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
     }
 }
 

@@ -3,7 +3,9 @@
 //! A family is one file: its table of weights and its forward pass. Nothing here knows which backend runs it.
 
 mod accounting;
+mod cache_fill;
 mod deepseek_v32;
+mod dummy;
 mod llama;
 mod loader;
 
@@ -13,8 +15,9 @@ use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
 pub use accounting::{Accounting, KindShare};
 pub use deepseek_v32::DeepseekV32;
+pub use dummy::{DummyWeights, Recipe};
 pub use llama::Llama;
-pub use loader::Loader;
+pub use loader::{CheckpointWeights, Loader, WeightSource};
 
 /// Sizes fixed when a model is loaded.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +119,22 @@ pub fn load<B: Backend + 'static>(
     limits: Limits,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
-    let mut loader = Loader::new(backend, checkpoint, resolve(checkpoint, config)?, progress);
+    let source = CheckpointWeights::new(checkpoint, resolve(checkpoint, config)?);
+    load_from(backend, config, &source, limits, progress)
+}
+
+/// [`load`] with weights from anywhere.
+///
+/// # Errors
+/// The source fails.
+pub fn load_from<B: Backend + 'static>(
+    backend: &B,
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    limits: Limits,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Box<dyn Model<B>>, CheckpointError> {
+    let mut loader = Loader::new(backend, source, progress);
     Ok(match config.mla {
         Some(_) => Box::new(DeepseekV32::load(&mut loader, config, limits)?),
         None => Box::new(Llama::load(&mut loader, config, limits)?),

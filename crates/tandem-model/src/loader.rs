@@ -1,30 +1,76 @@
-//! Hands weights from a checkpoint to a backend by module name.
+//! Hands weights from where they are to a backend by module name.
 
 use std::collections::HashMap;
 
 use tandem_core::backend::{Backend, Mlp};
-use tandem_core::weights::Weight;
+use tandem_core::weights::{MatrixData, Weight};
 use tandem_core::{Checkpoint, CheckpointError};
 
-/// A checkpoint whose weights are found, on its way to a backend.
+/// Where weights come from, by module name.
+pub trait WeightSource {
+    /// The matrix or stack `module.weight`.
+    ///
+    /// # Errors
+    /// The file is damaged.
+    fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError>;
+    /// The vector `module.leaf`.
+    ///
+    /// # Errors
+    /// The file is damaged.
+    fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError>;
+}
+
+/// Weights by tensor name.
+pub(crate) struct WeightTable(HashMap<String, Weight>);
+
+impl WeightTable {
+    pub(crate) fn new(weights: Vec<Weight>) -> WeightTable {
+        WeightTable(weights.into_iter().map(|w| (format!("{}.{}", w.spec.module, w.spec.leaf), w)).collect())
+    }
+
+    pub(crate) fn get(&self, module: &str, leaf: &str) -> Result<&Weight, CheckpointError> {
+        let name = format!("{module}.{leaf}");
+        self.0
+            .get(&name)
+            .ok_or_else(|| CheckpointError::Mismatch { problems: vec![format!("{name} is not in the model's table")] })
+    }
+}
+
+/// The weights of a checkpoint, as [`crate::resolve`] found them.
+pub struct CheckpointWeights<'a> {
+    checkpoint: &'a Checkpoint,
+    weights: WeightTable,
+}
+
+impl<'a> CheckpointWeights<'a> {
+    /// Pairs the checkpoint with what was found in it.
+    pub fn new(checkpoint: &'a Checkpoint, weights: Vec<Weight>) -> Self {
+        CheckpointWeights { checkpoint, weights: WeightTable::new(weights) }
+    }
+}
+
+impl WeightSource for CheckpointWeights<'_> {
+    fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
+        self.weights.get(module, "weight")?.matrix(self.checkpoint)
+    }
+
+    fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
+        self.weights.get(module, leaf)?.vector(self.checkpoint)
+    }
+}
+
+/// Weights on their way to a backend.
 pub struct Loader<'a, B: Backend> {
     /// Where the weights go.
     pub backend: &'a B,
-    checkpoint: &'a Checkpoint,
-    weights: HashMap<String, Weight>,
+    source: &'a dyn WeightSource,
     progress: &'a mut dyn FnMut(usize),
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
-    /// Weights as [`crate::resolve`] found them.
-    pub fn new(
-        backend: &'a B,
-        checkpoint: &'a Checkpoint,
-        weights: Vec<Weight>,
-        progress: &'a mut dyn FnMut(usize),
-    ) -> Self {
-        let weights = weights.into_iter().map(|w| (format!("{}.{}", w.spec.module, w.spec.leaf), w)).collect();
-        Loader { backend, checkpoint, weights, progress }
+    /// From `source` to `backend`; `progress` gets the bytes of each matrix.
+    pub fn new(backend: &'a B, source: &'a dyn WeightSource, progress: &'a mut dyn FnMut(usize)) -> Self {
+        Loader { backend, source, progress }
     }
 
     /// The matrix or stack `module.weight`.
@@ -32,7 +78,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// # Errors
     /// The file is damaged.
     pub fn matrix(&mut self, module: &str) -> Result<B::Matrix, CheckpointError> {
-        let data = self.weight(module, "weight")?.matrix(self.checkpoint)?;
+        let data = self.source.matrix(module)?;
         let bytes = data.bytes();
         let matrix = self.backend.load_matrix(data);
         (self.progress)(bytes);
@@ -44,7 +90,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// # Errors
     /// The file is damaged.
     pub fn vector(&mut self, module: &str, leaf: &str) -> Result<B::Buffer, CheckpointError> {
-        let values = self.weight(module, leaf)?.vector(self.checkpoint)?;
+        let values = self.source.vector(module, leaf)?;
         Ok(self.backend.load_vector(&values))
     }
 
@@ -58,12 +104,5 @@ impl<'a, B: Backend> Loader<'a, B> {
             up: self.matrix(&format!("{module}.up_proj"))?,
             down: self.matrix(&format!("{module}.down_proj"))?,
         })
-    }
-
-    fn weight(&self, module: &str, leaf: &str) -> Result<&Weight, CheckpointError> {
-        let name = format!("{module}.{leaf}");
-        self.weights
-            .get(&name)
-            .ok_or_else(|| CheckpointError::Mismatch { problems: vec![format!("{name} is not in the model's table")] })
     }
 }

@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Measure a model's outputs.
     Eval(EvalArgs),
+    /// Measure speed against what this machine's memory allows.
+    Bench(BenchArgs),
 }
 
 /// Which model, and how it runs.
@@ -206,4 +208,136 @@ pub(crate) struct TasksArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Token-by-token decoding: ms per token, bytes read, fraction of the memory's bandwidth.
+    Decode(BenchDecodeArgs),
+    /// Prompt processing: tokens per second, GFLOP/s.
+    Prefill(BenchPrefillArgs),
+}
+
+/// What is measured, and how.
+#[derive(Debug, Args)]
+pub(crate) struct BenchModelArgs {
+    /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
+    #[arg(long, value_name = "DIR|ID", conflicts_with = "config")]
+    pub(crate) model: Option<String>,
+    /// Shapes to measure without a checkpoint: glm-5.1, deepseek-v3.2, llama-3.2-3b or a config.json.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) config: Option<String>,
+    /// Read weights from the checkpoint, or make random ones in memory.
+    #[arg(long, value_enum, default_value_t = LoadFormatArg::Checkpoint)]
+    pub(crate) load_format: LoadFormatArg,
+    /// Formats of random weights.
+    #[arg(long, value_enum, default_value_t = QuantArg::Mxfp4Q8)]
+    pub(crate) quant: QuantArg,
+    /// Layers, with random weights.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_layers: Option<usize>,
+    /// Leading layers without experts, with random weights.
+    #[arg(long, value_name = "K")]
+    pub(crate) first_dense: Option<usize>,
+    /// Vocabulary size, with random weights.
+    #[arg(long, value_name = "V")]
+    pub(crate) vocab: Option<usize>,
+    /// Threads; one per core if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Numerics of the activations that meet quantised weights.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
+    pub(crate) activations: ActivationsArg,
+    /// Device to run on.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Draw the result.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LoadFormatArg {
+    /// The weights of the checkpoint.
+    Checkpoint,
+    /// Random weights of true shapes and formats.
+    Dummy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QuantArg {
+    /// Routed experts mxfp4, the rest affine 8-bit.
+    Mxfp4Q8,
+    /// Affine 4-bit in groups of 64.
+    Affine4,
+    /// Affine 8-bit in groups of 64.
+    Affine8,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchDecodeArgs {
+    #[command(flatten)]
+    pub(crate) model: BenchModelArgs,
+    /// Tokens in the cache before each step (random vectors).
+    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
+    pub(crate) context: usize,
+    /// Measure at several contexts, e.g. 1k,8k,32k,128k.
+    #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = token_count, conflicts_with = "context")]
+    pub(crate) sweep_context: Vec<usize>,
+    /// Sequences that decode together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) batch: usize,
+    /// Steps measured.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) steps: usize,
+    /// Steps before that.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) warmup: usize,
+    /// Acceptance rates of drafted tokens.
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    pub(crate) force_acceptance: Vec<f64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchPrefillArgs {
+    #[command(flatten)]
+    pub(crate) model: BenchModelArgs,
+    /// Tokens in the cache before the prompt (random vectors).
+    #[arg(long, value_name = "N", default_value = "0", value_parser = token_count)]
+    pub(crate) context: usize,
+    /// Tokens of the prompt.
+    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
+    pub(crate) prompt_tokens: usize,
+    /// Tokens run at once.
+    #[arg(long, value_name = "N", default_value = "256", value_parser = token_count)]
+    pub(crate) prefill_chunk: usize,
+    /// Prompts measured.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) steps: usize,
+    /// Prompts before that.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) warmup: usize,
+}
+
+/// `4096`, `4k` (4096) or `1m`.
+fn token_count(text: &str) -> Result<usize, String> {
+    let lower = text.to_ascii_lowercase();
+    let (digits, factor) = match lower.strip_suffix('k') {
+        Some(digits) => (digits, 1 << 10),
+        None => lower.strip_suffix('m').map_or((lower.as_str(), 1), |digits| (digits, 1 << 20)),
+    };
+    digits
+        .parse::<usize>()
+        .ok()
+        .and_then(|n| n.checked_mul(factor))
+        .ok_or_else(|| format!("expected a number of tokens such as 512 or 8k, found {text:?}"))
 }

@@ -53,38 +53,35 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
         Some(n) => n,
         None => config.max_position_embeddings.min(DEFAULT_CONTEXT),
     };
-    let numerics = match args.activations {
-        ActivationsArg::F32 => Numerics::F32,
-        ActivationsArg::Bf16 => Numerics::Bf16,
-        ActivationsArg::Int8 => Numerics::Int8,
-        ActivationsArg::Auto => CpuBackend::default_numerics(),
-    };
     let checkpoint = Checkpoint::open(&dir)?;
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
     let max_rows = args.prefill_chunk.clamp(1, context);
     let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
 
-    let backend = CpuBackend::new(args.threads.unwrap_or_else(system::default_threads).max(1), numerics);
+    let (backend, numerics) = cpu_backend(args.threads, args.activations);
     let bar = progress_bar(accounting.total(|k| k.resident_bytes));
     let model = tandem_model::load(&backend, &config, &checkpoint, limits, &mut |bytes| bar.inc(bytes as u64))?;
     bar.finish_and_clear();
     let blocks = BlockManager::for_tokens(context);
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
     let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
-    Ok(Loaded {
-        dir,
-        config,
-        engine,
-        accounting,
-        load_time: start.elapsed(),
-        prefill_chunk: max_rows,
-        numerics: numerics.name(),
-    })
+    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
+}
+
+/// The processor as a backend, and the name of the activations' numerics.
+pub(crate) fn cpu_backend(threads: Option<usize>, activations: ActivationsArg) -> (CpuBackend, &'static str) {
+    let numerics = match activations {
+        ActivationsArg::F32 => Numerics::F32,
+        ActivationsArg::Bf16 => Numerics::Bf16,
+        ActivationsArg::Int8 => Numerics::Int8,
+        ActivationsArg::Auto => CpuBackend::default_numerics(),
+    };
+    (CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics), numerics.name())
 }
 
 /// A load bar with GB/s on stderr, silent when that is not a terminal.
-fn progress_bar(total: u64) -> ProgressBar {
+pub(crate) fn progress_bar(total: u64) -> ProgressBar {
     let target =
         if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(Some(total), target);

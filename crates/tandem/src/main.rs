@@ -1,5 +1,6 @@
 //! The `tandem` command.
 
+mod bench;
 mod cli;
 mod eval;
 mod inspect;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         cli::Command::Run(args) => run::run(&args),
         cli::Command::Inspect(args) => inspect::inspect(&args),
         cli::Command::Eval(args) => eval::eval(&args),
+        cli::Command::Bench(args) => bench::bench(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

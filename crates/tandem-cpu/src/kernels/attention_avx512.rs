@@ -4,6 +4,8 @@
 //! across heads in lanes, and the weighted sum keeps 8 heads x 32 dimensions in registers over a block of positions.
 
 #![allow(unsafe_code)]
+// Rows, tokens and heads run over several arrays at once; an index says so best.
+#![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 

@@ -4,6 +4,8 @@
 //! sums of the activations' groups, which all rows share.
 
 #![allow(unsafe_code)]
+// Rows, tokens and heads run over several arrays at once; an index says so best.
+#![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 

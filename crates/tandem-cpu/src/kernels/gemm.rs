@@ -6,6 +6,8 @@
 //! columns, as in the row kernels; sums run in another order, so results agree with theirs to rounding.
 
 #![allow(unsafe_code)]
+// Rows, tokens and heads run over several arrays at once; an index says so best.
+#![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 

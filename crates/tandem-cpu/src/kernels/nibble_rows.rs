@@ -5,6 +5,8 @@
 //! step. Activations come in the order that shifting the packed words yields (see [`super::activations`]).
 
 #![allow(unsafe_code)]
+// Rows, tokens and heads run over several arrays at once; an index says so best.
+#![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 
@@ -168,7 +170,8 @@ unsafe fn bf16_kernel(rows: &Rows<'_>, scales: &[f32], x: &[u16], out: &mut [f32
             for r in 0..ROWS {
                 let values = _mm512_permutexvar_epi16(codes[r], table);
                 // SAFETY: both types are 512 bits of bf16.
-                partial[r] = _mm512_dpbf16_ps(partial[r], unsafe { std::mem::transmute(values) }, x);
+                partial[r] =
+                    _mm512_dpbf16_ps(partial[r], unsafe { std::mem::transmute::<__m512i, __m512bh>(values) }, x);
                 codes[r] = _mm512_srli_epi16::<4>(codes[r]);
             }
         }

@@ -70,13 +70,6 @@ pub(crate) enum TemplateError {
     },
 }
 
-impl TemplateError {
-    /// Whether the conversation, not the template, is at fault as far as the template can tell (an HTTP 400).
-    pub(crate) fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused { .. })
-    }
-}
-
 /// The special tokens that a template may name; absent ones are undefined, as in Hugging Face.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TemplateTokens {
@@ -994,7 +987,7 @@ mod tests {
     fn refusals_and_failures_say_what_to_do() {
         let error = try_render("a\n{% if true %}\n{{ raise_exception('roles must alternate') }}{% endif %}", json!({}));
         let error = error.unwrap_err();
-        assert!(error.is_refusal());
+        assert!(matches!(error, TemplateError::Refused { .. }));
         assert_eq!(
             error.to_string(),
             "chat template, line 3: the template refused the conversation: \"roles must alternate\"; \

@@ -149,32 +149,9 @@ impl Tokenizer {
         }
     }
 
-    /// The id of a token as it stands in the vocabulary.
-    pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
-    }
-
     /// The token as it stands in the vocabulary (byte-level tokens are not readable text).
     pub(crate) fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
-    }
-
-    /// Whether `decode` with `skip_special_tokens` leaves this id out.
-    pub(crate) fn is_special(&self, id: u32) -> bool {
-        self.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
-    }
-
-    /// The bytes that one token stands for, where that is independent of its neighbours (byte-level tokenizers and
-    /// added tokens); what `logprobs.bytes` and grammar tries need.
-    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
-        let token = self.id_to_token(id)?;
-        match self.decoder_kind {
-            DecoderKind::ByteLevel => Some(byte_level_bytes(&token)),
-            DecoderKind::Contextual => match parse_byte_token(&token) {
-                Some(byte) => Some(vec![byte]),
-                None => Some(token.replace('\u{2581}', " ").into_bytes()),
-            },
-        }
     }
 
     /// Number of tokens, added ones included. The model's logits may have more rows (padding).
@@ -682,13 +659,10 @@ What is the weather in Paris?<|assistant|></think>"#;
     fn sentencepiece_config_is_honoured() {
         let tokenizer = sentencepiece();
         assert_eq!(tokenizer.vocab_size(), 12);
-        assert_eq!(tokenizer.token_to_id("<extra>"), Some(11));
-        assert!(tokenizer.is_special(11) && tokenizer.is_special(1) && !tokenizer.is_special(3));
+        assert_eq!(tokenizer.inner.token_to_id("<extra>"), Some(11));
         assert_eq!(tokenizer.encode("aaa<extra>a", true).unwrap(), [1, 6, 6, 6, 11, 6], "bos added, nothing truncated");
         assert_eq!(tokenizer.encode("<s>a", true).unwrap(), [1, 6], "no second bos");
         assert_eq!(tokenizer.encode("a", false).unwrap(), [6]);
-        assert_eq!(tokenizer.token_bytes(7), Some(vec![0xE6]));
-        assert_eq!(tokenizer.token_bytes(3), Some(b" hi".to_vec()));
         check_stream(&tokenizer, &[3, 1, 5, 4, 7, 8, 9, 10, 7, 6, 2, 2, 5]);
     }
 

@@ -1,0 +1,341 @@
+//! A backend that times every operation of another.
+//!
+//! It relies on operations that have finished when they return, as on a CPU. Labels follow from the order in which a
+//! forward pass calls operations, not from the weights, so that matrices pass through as they are and a profiled model
+//! is the very model that the unprofiled figures come from.
+
+use std::cell::{Cell, RefCell};
+use std::time::{Duration, Instant};
+
+use tandem_core::Backend;
+use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::weights::MatrixData;
+
+/// What time is spent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Query, key-value, latent and output projections; the indexer's too, which run in the same calls.
+    AttentionProjections,
+    /// Caching, rotating, scoring and selecting index keys.
+    Indexer,
+    /// Rotation, caching and attention proper, sparse or not.
+    SparseAttention,
+    /// Router gate and choice.
+    Router,
+    /// Routed and shared experts, which run fused.
+    Experts,
+    /// MLPs of dense layers.
+    DenseMlp,
+    /// Norms.
+    Norms,
+    /// Output projection.
+    LmHead,
+    /// Embedding, residual additions, transfers.
+    Other,
+}
+
+impl Operation {
+    /// Every operation, in the order reports use.
+    pub const ALL: [Operation; 9] = [
+        Operation::AttentionProjections,
+        Operation::Indexer,
+        Operation::SparseAttention,
+        Operation::Router,
+        Operation::Experts,
+        Operation::DenseMlp,
+        Operation::Norms,
+        Operation::LmHead,
+        Operation::Other,
+    ];
+
+    /// Name in reports and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Operation::AttentionProjections => "attention_projections",
+            Operation::Indexer => "indexer",
+            Operation::SparseAttention => "sparse_attention",
+            Operation::Router => "router",
+            Operation::Experts => "experts",
+            Operation::DenseMlp => "dense_mlp",
+            Operation::Norms => "norms",
+            Operation::LmHead => "lm_head",
+            Operation::Other => "other",
+        }
+    }
+}
+
+/// What one or more profiled steps did.
+#[derive(Clone, Debug, Default)]
+pub struct Profile {
+    calls: Vec<(Operation, Duration)>,
+    /// Between the gathering of logits rows and the next embedding.
+    in_head: bool,
+    experts_touched: u64,
+    moe_calls: u64,
+}
+
+impl Profile {
+    /// Time spent on `operation`.
+    pub fn time(&self, operation: Operation) -> Duration {
+        self.calls.iter().filter(|(o, _)| *o == operation).map(|(_, time)| *time).sum()
+    }
+
+    /// Time spent on all operations.
+    pub fn total(&self) -> Duration {
+        self.calls.iter().map(|(_, time)| *time).sum()
+    }
+
+    /// Different routed experts that one MoE layer ran in one step, on average.
+    pub fn experts_per_layer(&self) -> Option<f64> {
+        (self.moe_calls > 0).then(|| self.experts_touched as f64 / self.moe_calls as f64)
+    }
+
+    fn relabel_last(&mut self, operation: Operation) {
+        if let Some(last) = self.calls.last_mut() {
+            last.0 = operation;
+        }
+    }
+}
+
+/// Counts the different values in the first rows of indices.
+type CountDistinct<B> = fn(&<B as Backend>::Indices, usize) -> usize;
+
+/// `B` with a stopwatch, which is off at first.
+pub struct Profiled<B: Backend> {
+    inner: B,
+    count_distinct: CountDistinct<B>,
+    on: Cell<bool>,
+    profile: RefCell<Profile>,
+}
+
+impl<B: Backend> Profiled<B> {
+    /// Wraps a backend; `count_distinct` counts the experts that a step touches.
+    pub fn new(inner: B, count_distinct: CountDistinct<B>) -> Profiled<B> {
+        Profiled { inner, count_distinct, on: Cell::new(false), profile: RefCell::default() }
+    }
+
+    /// The backend inside.
+    pub fn inner(&self) -> &B {
+        &self.inner
+    }
+
+    /// Starts an empty profile.
+    pub fn start(&self) {
+        self.profile.take();
+        self.on.set(true);
+    }
+
+    /// Stops and returns the profile.
+    pub fn stop(&self) -> Profile {
+        self.on.set(false);
+        self.profile.take()
+    }
+
+    fn timed<R>(&self, operation: Operation, call: impl FnOnce(&B) -> R) -> R {
+        if !self.on.get() {
+            return call(&self.inner);
+        }
+        let start = Instant::now();
+        let result = call(&self.inner);
+        let time = start.elapsed();
+        self.profile.borrow_mut().calls.push((operation, time));
+        result
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Profile)) {
+        if self.on.get() {
+            change(&mut self.profile.borrow_mut());
+        }
+    }
+}
+
+impl<B: Backend> Backend for Profiled<B> {
+    type Buffer = B::Buffer;
+    type Indices = B::Indices;
+    type Matrix = B::Matrix;
+    type Batch = B::Batch;
+    type Cache = B::Cache;
+    type Error = B::Error;
+
+    fn alloc(&self, rows: usize, width: usize) -> B::Buffer {
+        self.inner.alloc(rows, width)
+    }
+
+    fn alloc_indices(&self, rows: usize, width: usize) -> B::Indices {
+        self.inner.alloc_indices(rows, width)
+    }
+
+    fn alloc_cache(&self, kind: CacheKind, n_slots: usize, width: usize) -> B::Cache {
+        self.inner.alloc_cache(kind, n_slots, width)
+    }
+
+    fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize {
+        self.inner.cache_bytes(kind, width)
+    }
+
+    fn load_matrix(&self, data: MatrixData) -> B::Matrix {
+        self.inner.load_matrix(data)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> B::Buffer {
+        self.inner.load_vector(values)
+    }
+
+    fn upload(&self, batch: Batch) -> B::Batch {
+        self.timed(Operation::Other, |b| b.upload(batch))
+    }
+
+    fn download(&self, buffer: &B::Buffer, out: &mut [f32]) {
+        self.timed(Operation::Other, |b| b.download(buffer, out));
+    }
+
+    fn sync(&self) -> Result<(), B::Error> {
+        self.timed(Operation::Other, B::sync)
+    }
+
+    fn embed(&self, table: &B::Matrix, batch: &B::Batch, out: &mut B::Buffer) {
+        self.note(|p| p.in_head = false);
+        self.timed(Operation::Other, |b| b.embed(table, batch, out));
+    }
+
+    fn gather_logits_rows(&self, x: &B::Buffer, batch: &B::Batch, out: &mut B::Buffer) {
+        self.note(|p| p.in_head = true);
+        self.timed(Operation::Other, |b| b.gather_logits_rows(x, batch, out));
+    }
+
+    fn rms_norm(&self, x: &B::Buffer, weight: &B::Buffer, eps: f32, n_rows: usize, out: &mut B::Buffer) {
+        self.timed(Operation::Norms, |b| b.rms_norm(x, weight, eps, n_rows, out));
+    }
+
+    fn linear(&self, x: &B::Buffer, n_rows: usize, outputs: &mut [(&B::Matrix, &mut B::Buffer)]) {
+        let in_head = self.profile.borrow().in_head;
+        let operation = if in_head { Operation::LmHead } else { Operation::AttentionProjections };
+        self.timed(operation, |b| b.linear(x, n_rows, outputs));
+    }
+
+    fn head_linear(&self, x: &B::Buffer, from: Heads, w: &B::Matrix, n_rows: usize, out: &mut B::Buffer, to: Heads) {
+        self.timed(Operation::AttentionProjections, |b| b.head_linear(x, from, w, n_rows, out, to));
+    }
+
+    fn rope(&self, x: &B::Buffer, from: Heads, rope: &Rope, batch: &B::Batch, out: &mut B::Buffer, to: Heads) {
+        self.timed(Operation::SparseAttention, |b| b.rope(x, from, rope, batch, out, to));
+    }
+
+    fn add(&self, x: &mut B::Buffer, y: &B::Buffer, n_rows: usize) {
+        self.timed(Operation::Other, |b| b.add(x, y, n_rows));
+    }
+
+    fn add_bias(&self, x: &mut B::Buffer, bias: &B::Buffer, n_rows: usize) {
+        self.timed(Operation::AttentionProjections, |b| b.add_bias(x, bias, n_rows));
+    }
+
+    fn mlp(&self, x: &B::Buffer, mlp: &Mlp<B::Matrix>, n_rows: usize, out: &mut B::Buffer) {
+        self.timed(Operation::DenseMlp, |b| b.mlp(x, mlp, n_rows, out));
+    }
+
+    fn router_topk(
+        &self,
+        logits: &B::Buffer,
+        bias: &B::Buffer,
+        routing: &Routing,
+        n_rows: usize,
+        ids: &mut B::Indices,
+        weights: &mut B::Buffer,
+    ) {
+        // The product before it was the gate.
+        self.note(|p| p.relabel_last(Operation::Router));
+        self.timed(Operation::Router, |b| b.router_topk(logits, bias, routing, n_rows, ids, weights));
+    }
+
+    fn moe(
+        &self,
+        x: &B::Buffer,
+        experts: &Mlp<B::Matrix>,
+        shared: Option<&Mlp<B::Matrix>>,
+        ids: &B::Indices,
+        weights: &B::Buffer,
+        n_rows: usize,
+        out: &mut B::Buffer,
+    ) {
+        self.timed(Operation::Experts, |b| b.moe(x, experts, shared, ids, weights, n_rows, out));
+        self.note(|p| {
+            p.experts_touched += (self.count_distinct)(ids, n_rows) as u64;
+            p.moe_calls += 1;
+        });
+    }
+
+    fn write_latent(
+        &self,
+        kv_a: &B::Buffer,
+        norm: &B::Buffer,
+        eps: f32,
+        rope: &Rope,
+        batch: &B::Batch,
+        cache: &mut B::Cache,
+    ) {
+        self.timed(Operation::SparseAttention, |b| b.write_latent(kv_a, norm, eps, rope, batch, cache));
+    }
+
+    fn write_index_key(
+        &self,
+        k: &B::Buffer,
+        norm: &B::Buffer,
+        norm_bias: &B::Buffer,
+        eps: f32,
+        rope: &Rope,
+        batch: &B::Batch,
+        cache: &mut B::Cache,
+    ) {
+        self.timed(Operation::Indexer, |b| b.write_index_key(k, norm, norm_bias, eps, rope, batch, cache));
+    }
+
+    fn write_cache(&self, x: &B::Buffer, batch: &B::Batch, cache: &mut B::Cache) {
+        self.timed(Operation::SparseAttention, |b| b.write_cache(x, batch, cache));
+    }
+
+    fn index_select(
+        &self,
+        q: &B::Buffer,
+        weights: &B::Buffer,
+        n_heads: usize,
+        batch: &B::Batch,
+        cache: &B::Cache,
+        selected: &mut B::Indices,
+    ) {
+        // The rotation before it was of the index queries.
+        self.note(|p| p.relabel_last(Operation::Indexer));
+        self.timed(Operation::Indexer, |b| b.index_select(q, weights, n_heads, batch, cache, selected));
+    }
+
+    fn mla_attention(
+        &self,
+        q: &B::Buffer,
+        n_heads: usize,
+        latent: usize,
+        scale: f32,
+        batch: &B::Batch,
+        cache: &B::Cache,
+        selected: Option<&B::Indices>,
+        out: &mut B::Buffer,
+    ) {
+        self.timed(Operation::SparseAttention, |b| {
+            b.mla_attention(q, n_heads, latent, scale, batch, cache, selected, out);
+        });
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &B::Buffer,
+        n_heads: usize,
+        n_kv_heads: usize,
+        scale: f32,
+        batch: &B::Batch,
+        keys: &B::Cache,
+        values: &B::Cache,
+        out: &mut B::Buffer,
+    ) {
+        self.timed(Operation::SparseAttention, |b| {
+            b.gqa_attention(q, n_heads, n_kv_heads, scale, batch, keys, values, out);
+        });
+    }
+}

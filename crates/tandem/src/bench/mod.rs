@@ -1,0 +1,413 @@
+//! `tandem bench`: speed, and how far it is from what the memory allows.
+//!
+//! The headline figures come from unprofiled steps; a second, shorter run of the same model with a stopwatch around every
+//! operation gives the breakdown. Every decode step runs at the same position with other tokens, so that all steps see
+//! exactly the context asked for.
+
+mod bytes_read;
+mod model;
+mod plot;
+
+use std::time::Instant;
+
+use anyhow::{bail, ensure};
+use serde_json::{Map, Value, json};
+use tandem_core::Batch;
+use tandem_core::backend::PAGE_SIZE;
+use tandem_cpu::Pool;
+use tandem_cpu::bandwidth::measure_read_bandwidth;
+use tandem_engine::{Operation, Profile, Runner};
+
+use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
+use crate::report::{bytes, print_json};
+use bytes_read::BytesRead;
+use model::BenchModel;
+
+/// Read for the bandwidth.
+const BANDWIDTH_BYTES: usize = 1 << 30;
+/// Steps of the profiled run, at most.
+const PROFILED_STEPS: usize = 8;
+
+/// Runs the command.
+pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+    match &args.command {
+        BenchCommand::Decode(args) => decode(args),
+        BenchCommand::Prefill(args) => prefill(args),
+    }
+}
+
+fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
+    if !args.force_acceptance.is_empty() {
+        bail!("--force-acceptance comes with drafting, which is not built yet; leave it out");
+    }
+    ensure!(args.batch >= 1, "--batch must be at least 1");
+    ensure!(args.steps >= 1, "--steps must be at least 1");
+    let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
+    let longest = contexts.iter().copied().max().unwrap_or(0);
+    let bandwidth_before = bandwidth(args.model.threads);
+    let sequences = Sequences::new(args.batch, longest + 1);
+    let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
+    model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
+
+    let mut points = vec![];
+    for context in &contexts {
+        let point = decode_point(&mut model, &sequences, *context, args)?;
+        eprintln!("context {context}: {:.2} ms per step, {:.2} tokens/s", point.ms.median, point.tokens_per_second);
+        points.push(point);
+    }
+    let measured = bandwidth_before.max(bandwidth(args.model.threads));
+
+    let mut report = model.describe();
+    report.insert("command".into(), json!("decode"));
+    report.insert("batch".into(), json!(args.batch));
+    report.insert("steps".into(), json!(args.steps));
+    report.insert("measured_bandwidth_gb_per_s".into(), json!(measured / 1e9));
+    let mut results: Vec<Map<String, Value>> = points.iter().map(|p| p.json(measured)).collect();
+    if args.sweep_context.is_empty() {
+        report.append(&mut results[0]);
+    } else {
+        report.insert("sweep".into(), json!(results));
+    }
+    if let Some(file) = &args.model.plot {
+        let curve: Vec<(f64, f64)> = points.iter().map(|p| (p.context as f64, p.tokens_per_second)).collect();
+        let bars: Vec<(String, Vec<(&str, f64)>)> =
+            points.iter().map(|p| (format!("{} tokens", p.context), p.breakdown.rows.clone())).collect();
+        plot::draw(file, &model.title, &curve, &bars)?;
+    }
+    if args.model.json {
+        print_json(&report)?;
+    } else {
+        model.print();
+        for point in &points {
+            point.print(measured);
+        }
+    }
+    for point in &points {
+        let fraction = point.bytes_per_second() / measured;
+        if fraction > 1.0 {
+            bail!(
+                "decoding at context {} reads {:.1} GB/s, more than the {:.1} GB/s that this machine was measured to \
+                 deliver, so the measurement is wrong: something else kept the memory busy while bandwidth was \
+                 measured, or the weights ({} per step) stay in the processor's cache. Close other programs and run \
+                 again, or measure a larger model",
+                point.context,
+                point.bytes_per_second() / 1e9,
+                measured / 1e9,
+                bytes(point.bytes.total() as u64)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Decoding at one context.
+struct DecodePoint {
+    context: usize,
+    batch: usize,
+    ms: Spread,
+    tokens_per_second: f64,
+    bytes: BytesRead,
+    breakdown: Breakdown,
+}
+
+fn decode_point(
+    model: &mut BenchModel,
+    sequences: &Sequences,
+    context: usize,
+    args: &BenchDecodeArgs,
+) -> anyhow::Result<DecodePoint> {
+    let mut random = Random::new(context as u64);
+    let vocab_size = model.config.vocab_size;
+    let mut logits = vec![];
+    let mut step = |model: &mut BenchModel| -> anyhow::Result<f64> {
+        let batch = sequences.decode_batch(context, &mut random, vocab_size);
+        logits.clear();
+        let start = Instant::now();
+        model.runner.step(batch, &mut logits)?;
+        let ms = start.elapsed().as_secs_f64() * 1e3;
+        ensure!(logits.iter().all(|l| l.is_finite()), "the model's logits are not finite; its weights are damaged");
+        Ok(ms)
+    };
+    for _ in 0..args.warmup {
+        step(model)?;
+    }
+    let times = (0..args.steps).map(|_| step(model)).collect::<anyhow::Result<Vec<f64>>>()?;
+    let n_profiled = args.steps.min(PROFILED_STEPS);
+    model.runner.backend().start();
+    let mut profiled_ms = 0.0;
+    for _ in 0..n_profiled {
+        profiled_ms += step(model)?;
+    }
+    let profile = model.runner.backend().stop();
+    let ms = Spread::of(times);
+    Ok(DecodePoint {
+        context,
+        batch: args.batch,
+        tokens_per_second: args.batch as f64 * 1e3 / ms.median,
+        bytes: BytesRead::of_decode_step(model, context + 1, args.batch, profile.experts_per_layer()),
+        breakdown: Breakdown::new(&profile, profiled_ms, n_profiled),
+        ms,
+    })
+}
+
+impl DecodePoint {
+    fn bytes_per_second(&self) -> f64 {
+        self.bytes.total() / (self.ms.median / 1e3)
+    }
+
+    fn json(&self, measured: f64) -> Map<String, Value> {
+        let mut map = Map::new();
+        map.insert("context".into(), json!(self.context));
+        map.insert("decode_ms_median".into(), json!(self.ms.median));
+        map.insert("decode_ms_p10".into(), json!(self.ms.p10));
+        map.insert("decode_ms_p90".into(), json!(self.ms.p90));
+        map.insert("tokens_per_second".into(), json!(self.tokens_per_second));
+        map.insert("bytes_per_step".into(), json!(self.bytes.total().round() as u64));
+        map.insert("bytes_per_token".into(), self.bytes.json(self.batch));
+        map.insert("experts_read_per_layer".into(), json!(self.bytes.experts_per_layer));
+        map.insert("achieved_gb_per_s".into(), json!(self.bytes_per_second() / 1e9));
+        map.insert("bandwidth_fraction".into(), json!(self.bytes_per_second() / measured));
+        self.breakdown.insert_json(&mut map);
+        map
+    }
+
+    fn print(&self, measured: f64) {
+        println!();
+        println!("decode at context {}, batch {}", self.context, self.batch);
+        println!(
+            "  {:.2} ms per step (median; p10 {:.2}, p90 {:.2}), {:.2} tokens/s",
+            self.ms.median, self.ms.p10, self.ms.p90, self.tokens_per_second
+        );
+        println!(
+            "  {} per step at {:.2} GB/s of {:.2} GB/s measured: {:.1} %",
+            bytes(self.bytes.total() as u64),
+            self.bytes_per_second() / 1e9,
+            measured / 1e9,
+            100.0 * self.bytes_per_second() / measured
+        );
+        println!("  bytes per step");
+        for (name, n) in &self.bytes.kinds {
+            println!("    {name:<24}{:>12}{:>8.1} %", bytes(*n as u64), 100.0 * n / self.bytes.total());
+        }
+        self.breakdown.print();
+    }
+}
+
+fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
+    ensure!(args.steps >= 1, "--steps must be at least 1");
+    ensure!(args.prompt_tokens >= 1, "--prompt-tokens must be at least 1");
+    ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
+    let chunk = args.prefill_chunk.min(args.prompt_tokens);
+    let length = args.context + args.prompt_tokens;
+    let measured = bandwidth(args.model.threads);
+    let sequences = Sequences::new(1, length);
+    let mut model = BenchModel::load(&args.model, chunk, 1, length, sequences.n_slots())?;
+    model.fill_cache(args.context)?;
+
+    let mut random = Random::new(args.prompt_tokens as u64);
+    let vocab_size = model.config.vocab_size;
+    let mut chunk_times = vec![];
+    let mut logits = vec![];
+    let mut prompt = |model: &mut BenchModel, chunk_times: &mut Vec<f64>| -> anyhow::Result<f64> {
+        let start = Instant::now();
+        for first in (args.context..length).step_by(chunk) {
+            let end = (first + chunk).min(length);
+            let batch = sequences.prefill_batch(first..end, end == length, &mut random, vocab_size);
+            let chunk_start = Instant::now();
+            logits.clear();
+            model.runner.step(batch, &mut logits)?;
+            chunk_times.push(chunk_start.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    };
+    for _ in 0..args.warmup {
+        prompt(&mut model, &mut vec![])?;
+    }
+    let mut times = vec![];
+    for step in 0..args.steps {
+        times.push(prompt(&mut model, &mut chunk_times)?);
+        eprintln!("prompt {} of {}: {:.1} ms", step + 1, args.steps, times[step]);
+    }
+    model.runner.backend().start();
+    let profiled_ms = prompt(&mut model, &mut vec![])?;
+    let breakdown = Breakdown::new(&model.runner.backend().stop(), profiled_ms, 1);
+
+    let ms = Spread::of(times);
+    let chunk_ms = Spread::of(chunk_times);
+    let tokens_per_second = args.prompt_tokens as f64 * 1e3 / ms.median;
+    let flop = bytes_read::prefill_flop(&model, args.context, args.prompt_tokens, chunk);
+    let gflop_per_s = flop / 1e9 / (ms.median / 1e3);
+    if let Some(file) = &args.model.plot {
+        let bars = [(format!("{} tokens in chunks of {chunk}", args.prompt_tokens), breakdown.rows.clone())];
+        plot::draw(file, &model.title, &[], &bars)?;
+    }
+    if args.model.json {
+        let mut report = model.describe();
+        for (name, value) in [
+            ("command", json!("prefill")),
+            ("context", json!(args.context)),
+            ("prompt_tokens", json!(args.prompt_tokens)),
+            ("prefill_chunk", json!(chunk)),
+            ("steps", json!(args.steps)),
+            ("measured_bandwidth_gb_per_s", json!(measured / 1e9)),
+            ("prefill_ms_median", json!(ms.median)),
+            ("prefill_ms_p10", json!(ms.p10)),
+            ("prefill_ms_p90", json!(ms.p90)),
+            ("chunk_ms_median", json!(chunk_ms.median)),
+            ("chunk_ms_p10", json!(chunk_ms.p10)),
+            ("chunk_ms_p90", json!(chunk_ms.p90)),
+            ("tokens_per_second", json!(tokens_per_second)),
+            ("gflop", json!(flop / 1e9)),
+            ("gflop_counted", json!("2 per active weight and token; attention over cached positions not counted")),
+            ("achieved_gflop_per_s", json!(gflop_per_s)),
+        ] {
+            report.insert(name.to_string(), value);
+        }
+        breakdown.insert_json(&mut report);
+        return print_json(&report);
+    }
+    model.print();
+    println!();
+    println!("prefill of {} tokens in chunks of {chunk} after {} cached", args.prompt_tokens, args.context);
+    println!("  {:.1} ms (median; p10 {:.1}, p90 {:.1})", ms.median, ms.p10, ms.p90);
+    println!("  {:.1} ms per chunk (median; p10 {:.1}, p90 {:.1})", chunk_ms.median, chunk_ms.p10, chunk_ms.p90);
+    println!("  {tokens_per_second:.1} tokens/s, {gflop_per_s:.1} GFLOP/s (2 per active weight and token)");
+    breakdown.print();
+    Ok(())
+}
+
+/// Bytes per second, with as many threads as the model gets.
+fn bandwidth(threads: Option<usize>) -> f64 {
+    let pool = Pool::new(model::n_threads(threads));
+    let bandwidth = measure_read_bandwidth(&pool, BANDWIDTH_BYTES);
+    eprintln!("read bandwidth with {} threads: {:.2} GB/s", pool.n_threads(), bandwidth / 1e9);
+    bandwidth
+}
+
+/// Sequences with consecutive pages.
+struct Sequences {
+    block_tables: Vec<Vec<u32>>,
+}
+
+impl Sequences {
+    fn new(n: usize, n_tokens: usize) -> Sequences {
+        let n_pages = n_tokens.div_ceil(PAGE_SIZE) as u32;
+        Sequences { block_tables: (0..n as u32).map(|s| (s * n_pages..(s + 1) * n_pages).collect()).collect() }
+    }
+
+    fn n_slots(&self) -> usize {
+        self.block_tables.iter().map(Vec::len).sum::<usize>() * PAGE_SIZE
+    }
+
+    /// One new token per sequence after `context` cached ones.
+    fn decode_batch(&self, context: usize, random: &mut Random, vocab_size: usize) -> Batch {
+        let n = self.block_tables.len();
+        Batch {
+            tokens: (0..n).map(|_| random.below(vocab_size)).collect(),
+            positions: vec![context as u32; n],
+            sequences: (0..n as u32).collect(),
+            block_tables: self.block_tables.clone(),
+            logits_rows: (0..n as u32).collect(),
+        }
+    }
+
+    /// Tokens at `positions` of the first sequence.
+    fn prefill_batch(
+        &self,
+        positions: std::ops::Range<usize>,
+        last: bool,
+        random: &mut Random,
+        vocab_size: usize,
+    ) -> Batch {
+        let n = positions.len();
+        Batch {
+            tokens: (0..n).map(|_| random.below(vocab_size)).collect(),
+            positions: positions.map(|p| p as u32).collect(),
+            sequences: vec![0; n],
+            block_tables: self.block_tables.clone(),
+            logits_rows: if last { vec![n as u32 - 1] } else { vec![] },
+        }
+    }
+}
+
+/// splitmix64: tokens that differ from step to step and agree from run to run.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    fn below(&mut self, n: usize) -> u32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((x ^ (x >> 31)) % n as u64) as u32
+    }
+}
+
+/// Order statistics of times in ms.
+struct Spread {
+    median: f64,
+    p10: f64,
+    p90: f64,
+}
+
+impl Spread {
+    fn of(mut times: Vec<f64>) -> Spread {
+        times.sort_by(f64::total_cmp);
+        let at = |q: f64| {
+            let place = q * (times.len() - 1) as f64;
+            let (low, high) = (times[place.floor() as usize], times[place.ceil() as usize]);
+            low + (high - low) * place.fract()
+        };
+        Spread { median: at(0.5), p10: at(0.1), p90: at(0.9) }
+    }
+}
+
+/// Mean ms per profiled step by operation.
+struct Breakdown {
+    rows: Vec<(&'static str, f64)>,
+    total: f64,
+}
+
+impl Breakdown {
+    fn new(profile: &Profile, total_ms: f64, n_steps: usize) -> Breakdown {
+        let per_step = |ms: f64| ms / n_steps as f64;
+        let unaccounted = (total_ms - profile.total().as_secs_f64() * 1e3).max(0.0);
+        let rows = Operation::ALL
+            .iter()
+            .map(|operation| {
+                let extra = if *operation == Operation::Other { unaccounted } else { 0.0 };
+                (operation.name(), per_step(profile.time(*operation).as_secs_f64() * 1e3 + extra))
+            })
+            .collect();
+        Breakdown { rows, total: per_step(total_ms) }
+    }
+
+    fn insert_json(&self, map: &mut Map<String, Value>) {
+        let rows: Map<String, Value> = self.rows.iter().map(|(name, ms)| (name.to_string(), json!(ms))).collect();
+        map.insert("breakdown_ms".into(), Value::Object(rows));
+        map.insert("breakdown_total_ms".into(), json!(self.total));
+    }
+
+    fn print(&self) {
+        println!("  operations of a profiled step, {:.2} ms", self.total);
+        for (name, ms) in &self.rows {
+            println!("    {name:<24}{ms:>9.3} ms{:>8.1} %", 100.0 * ms / self.total);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spread_interpolates() {
+        let spread = Spread::of(vec![3.0, 1.0, 2.0, 4.0, 5.0]);
+        assert_eq!((spread.median, spread.p10, spread.p90), (3.0, 1.4, 4.6));
+        assert_eq!(Spread::of(vec![7.0]).p90, 7.0);
+    }
+}

@@ -1,0 +1,244 @@
+//! The model that a benchmark runs: from a checkpoint, or of a preset's shapes with random weights.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Map, Value, json};
+use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::{Checkpoint, ModelConfig};
+use tandem_cpu::system::{default_threads, peak_memory_bytes};
+use tandem_cpu::{CpuBackend, CpuIndices};
+use tandem_engine::{ModelRunner, Profiled};
+use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Recipe, WeightSource};
+
+use crate::cli::{BenchModelArgs, LoadFormatArg, QuantArg};
+use crate::load::{cpu_backend, model_dir, progress_bar};
+use crate::report::{bytes, count};
+
+/// Shapes of published models, from their config.json.
+const PRESETS: [(&str, &str); 3] = [
+    ("glm-5.1", include_str!("../presets/glm-5.1.json")),
+    ("deepseek-v3.2", include_str!("../presets/deepseek-v3.2.json")),
+    ("llama-3.2-3b", include_str!("../presets/llama-3.2-3b.json")),
+];
+
+/// A model ready to be measured.
+pub(super) struct BenchModel {
+    pub(super) config: ModelConfig,
+    pub(super) accounting: Accounting,
+    pub(super) runner: ModelRunner<Profiled<CpuBackend>>,
+    /// Parameters of the index queries, which short contexts do not need.
+    pub(super) index_query_parameters: u64,
+    /// One line that names model, formats and numerics.
+    pub(super) title: String,
+    name: String,
+    quant: Option<&'static str>,
+    numerics: &'static str,
+    load_seconds: f64,
+}
+
+/// Threads to use.
+pub(super) fn n_threads(asked: Option<usize>) -> usize {
+    asked.unwrap_or_else(default_threads).max(1)
+}
+
+impl BenchModel {
+    /// Loads or makes the model, for batches of `max_rows` and sequences of `length` tokens.
+    pub(super) fn load(
+        args: &BenchModelArgs,
+        max_rows: usize,
+        max_logits_rows: usize,
+        length: usize,
+        n_slots: usize,
+    ) -> anyhow::Result<BenchModel> {
+        let start = Instant::now();
+        let dummy = args.load_format == LoadFormatArg::Dummy;
+        if !dummy {
+            ensure!(args.config.is_none(), "--config gives shapes only; add --load-format dummy, or use --model DIR");
+            let changed = args.num_layers.or(args.first_dense).or(args.vocab);
+            ensure!(
+                changed.is_none(),
+                "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
+            );
+        }
+        let (backend, numerics) = cpu_backend(args.threads, args.activations);
+        let backend = Profiled::new(backend, count_distinct);
+        let limits = Limits { max_rows, max_logits_rows };
+        let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };
+        let (name, config) = match &dir {
+            Some(dir) => (name_of(dir), ModelConfig::load(dir)?),
+            None => {
+                let (name, text) = config_text(args)?;
+                (name, ModelConfig::parse(&overridden(&text, args)?)?)
+            }
+        };
+        ensure!(
+            length <= config.max_position_embeddings,
+            "{length} positions exceed the {} this model was made for; ask for a shorter context",
+            config.max_position_embeddings
+        );
+        let checkpoint = dir.as_deref().map(Checkpoint::open).transpose()?;
+        let (weights, source): (Vec<Weight>, Box<dyn WeightSource + '_>) = match &checkpoint {
+            Some(checkpoint) => {
+                let weights = tandem_model::resolve(checkpoint, &config)?;
+                (weights.clone(), Box::new(CheckpointWeights::new(checkpoint, weights)))
+            }
+            None => {
+                let made_up = DummyWeights::new(&config, recipe(args.quant));
+                (made_up.weights().to_vec(), Box::new(made_up))
+            }
+        };
+        let accounting = Accounting::new(&weights, &config);
+        let index_query_parameters = weights
+            .iter()
+            .filter(|w| w.spec.kind == ModuleKind::Indexer && !w.spec.module.ends_with("indexer.wk"))
+            .map(|w| w.spec.elements() as u64)
+            .sum();
+        let total = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
+        eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(total));
+        let bar = progress_bar(total);
+        let model = tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
+        bar.finish_and_clear();
+        let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
+        let quant = dummy.then(|| recipe(args.quant).name());
+        let title = format!(
+            "{name}, {} layers, {}, activations {numerics}",
+            config.num_hidden_layers,
+            quant.unwrap_or("checkpoint's formats")
+        );
+        let load_seconds = start.elapsed().as_secs_f64();
+        Ok(BenchModel {
+            config,
+            accounting,
+            runner,
+            index_query_parameters,
+            title,
+            name,
+            quant,
+            numerics,
+            load_seconds,
+        })
+    }
+
+    /// Puts random vectors into the first `n_slots` slots of the cache.
+    pub(super) fn fill_cache(&mut self, n_slots: usize) -> anyhow::Result<()> {
+        let start = Instant::now();
+        self.runner.fill_cache_random(&self.config, n_slots, 1)?;
+        eprintln!("cache filled with {n_slots} random vectors per layer in {:.1} s", start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// What was measured, for JSON.
+    pub(super) fn describe(&self) -> Map<String, Value> {
+        let cpu = self.runner.backend().inner();
+        let moe_layers = (0..self.config.num_hidden_layers).filter(|l| self.config.is_sparse(*l)).count();
+        let value = json!({
+            "tandem_version": env!("CARGO_PKG_VERSION"),
+            "model": self.name,
+            "weights": if self.quant.is_some() { "dummy" } else { "checkpoint" },
+            "quant": self.quant,
+            "num_hidden_layers": self.config.num_hidden_layers,
+            "moe_layers": moe_layers,
+            "vocab_size": self.config.vocab_size,
+            "resident_bytes": self.accounting.total(|k| k.resident_bytes),
+            "active_parameters": self.accounting.total(|k| k.active_parameters),
+            "numerics": self.numerics,
+            "threads": cpu.n_threads(),
+            "isa": cpu.isa().to_string(),
+            "load_seconds": self.load_seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        });
+        match value {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        }
+    }
+
+    /// The same for people.
+    pub(super) fn print(&self) {
+        let cpu = self.runner.backend().inner();
+        println!("{}; {} threads, {}", self.title, cpu.n_threads(), cpu.isa());
+        println!(
+            "{} parameters active per token, weights {}, peak memory {}",
+            count(self.accounting.total(|k| k.active_parameters)),
+            bytes(self.accounting.total(|k| k.resident_bytes)),
+            bytes(peak_memory_bytes())
+        );
+    }
+}
+
+fn recipe(quant: QuantArg) -> Recipe {
+    match quant {
+        QuantArg::Mxfp4Q8 => Recipe::Mxfp4Q8,
+        QuantArg::Affine4 => Recipe::Affine4,
+        QuantArg::Affine8 => Recipe::Affine8,
+    }
+}
+
+/// Different experts in the first rows.
+fn count_distinct(ids: &CpuIndices, n_rows: usize) -> usize {
+    (0..n_rows).flat_map(|row| ids.row(row)).collect::<HashSet<_>>().len()
+}
+
+/// A model directory's own name.
+fn name_of(dir: &Path) -> String {
+    dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Name and text of the configuration.
+fn config_text(args: &BenchModelArgs) -> anyhow::Result<(String, String)> {
+    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let Some(name) = &args.config else {
+        let dir = model_dir(args.model.as_deref())?;
+        return Ok((name_of(&dir), read(&dir.join("config.json"))?));
+    };
+    if let Some((name, text)) = PRESETS.iter().find(|(preset, _)| preset == name) {
+        return Ok((name.to_string(), text.to_string()));
+    }
+    let path = Path::new(name);
+    if !path.is_file() {
+        let known: Vec<&str> = PRESETS.iter().map(|(preset, _)| *preset).collect();
+        bail!("--config {name} is neither a file nor one of {}", known.join(", "));
+    }
+    Ok((name.clone(), read(path)?))
+}
+
+/// The configuration with the flags' shapes, as text, so that it is validated like any other.
+fn overridden(text: &str, args: &BenchModelArgs) -> anyhow::Result<String> {
+    let mut config: Map<String, Value> =
+        serde_json::from_str(text).context("the configuration is not a JSON object")?;
+    if let Some(n) = args.num_layers {
+        config.insert("num_hidden_layers".into(), json!(n));
+    }
+    if let Some(n) = args.first_dense {
+        ensure!(config.contains_key("n_routed_experts"), "--first-dense needs a model with experts");
+        config.remove("mlp_layer_types");
+        config.insert("first_k_dense_replace".into(), json!(n));
+    }
+    if let Some(n) = args.vocab {
+        config.insert("vocab_size".into(), json!(n));
+    }
+    Ok(serde_json::to_string(&config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_are_valid() {
+        for (name, text) in PRESETS {
+            let config = ModelConfig::parse(text).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let weights = DummyWeights::new(&config, Recipe::Mxfp4Q8);
+            let active = Accounting::new(weights.weights(), &config).total(|k| k.active_parameters);
+            let billions = match name {
+                "glm-5.1" => 40.0..42.0,
+                "deepseek-v3.2" => 36.0..39.0,
+                _ => 3.1..3.3,
+            };
+            assert!(billions.contains(&(active as f64 / 1e9)), "{name}: {active} active parameters");
+        }
+    }
+}
