@@ -49,13 +49,13 @@ fn run(bencher: Bencher<'_, '_>, case: &str, n_rows: usize) {
 
 /// One token: bounded by memory when faster than it.
 #[divan::bench(args = cases())]
-fn decode(bencher: Bencher<'_, '_>, case: &String) {
+fn decode(bencher: Bencher<'_, '_>, case: &str) {
     run(bencher, case, 1);
 }
 
 /// 128 tokens: bounded by arithmetic; 2 * 128 * 256 * 2048 operations a call.
 #[divan::bench(args = cases())]
-fn prefill_128(bencher: Bencher<'_, '_>, case: &String) {
+fn prefill_128(bencher: Bencher<'_, '_>, case: &str) {
     run(bencher, case, 128);
 }
 

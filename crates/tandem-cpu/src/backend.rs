@@ -174,17 +174,18 @@ impl CpuBackend {
         Kernel::choose(matrix.dtype, self.numerics, self.isa, many)
     }
 
-    /// Takes rows of `width` elements in the forms that `matrices` need.
+    /// Takes rows of `width` elements in the forms that `matrices` need; many rows over the pool.
     fn prepare<'a>(
         &self,
         to: &mut Activations,
         many: bool,
-        rows: impl Iterator<Item = &'a [f32]>,
+        n_rows: usize,
+        row: impl Fn(usize) -> &'a [f32] + Sync,
         width: usize,
-        matrices: impl Iterator<Item = &'a MatrixData> + Clone,
+        matrices: impl Iterator<Item = &'a MatrixData>,
     ) {
         let kernels = matrices.map(|m| (self.kernel(m, many), m.dtype));
-        to.prepare(rows, width, kernels);
+        to.prepare(many.then_some(&self.pool), self.isa, n_rows, row, width, kernels);
     }
 
     /// Runs products over the pool; `store(product, first row, token index, values)` may be called from any thread.
@@ -227,7 +228,7 @@ impl CpuBackend {
         let (gate, up) = intermediate.split_at_mut(total);
 
         let matrices = experts.iter().flat_map(|e| [&e.mlp.gate, &e.mlp.up]);
-        self.prepare(input, many, (0..n_rows).map(|r| x.row(r)), x.width, matrices);
+        self.prepare(input, many, n_rows, |r| x.row(r), x.width, matrices);
         let products: Vec<Product<'_>> = experts
             .iter()
             .flat_map(|e| [&e.mlp.gate, &e.mlp.up].map(|matrix| Product { matrix, part: e.part, tokens: &e.tokens }))
@@ -263,7 +264,10 @@ impl CpuBackend {
         {
             if let Some(e) = experts.first() {
                 let width = e.mlp.down.cols;
-                self.prepare(to, many, gate[range].chunks_exact(width), width, experts.iter().map(|e| &e.mlp.down));
+                let inputs = &gate[range];
+                let row = |r: usize| &inputs[r * width..(r + 1) * width];
+                let n_inputs = inputs.len() / width;
+                self.prepare(to, many, n_inputs, row, width, experts.iter().map(|e| &e.mlp.down));
             }
         }
         // Down projections: a task owns a range of output columns for every expert, so that sums need no lock.
@@ -531,8 +535,8 @@ impl Backend for CpuBackend {
         let mut work = self.work();
         let width = products.first().map_or(0, |p| p.matrix.cols);
         let many = n_rows > DECODE_ROWS;
-        let rows = (0..n_rows).map(|r| &x.row(r)[..width]);
-        self.prepare(&mut work.input, many, rows, width, products.iter().map(|p| p.matrix));
+        let row = |r: usize| &x.row(r)[..width];
+        self.prepare(&mut work.input, many, n_rows, row, width, products.iter().map(|p| p.matrix));
         self.products(&products, &work.input, many, |product, first_row, t, values| {
             // SAFETY: each (product, range of rows, token) is stored once.
             #[allow(unsafe_code)]
@@ -552,10 +556,12 @@ impl Backend for CpuBackend {
                 let view = w.view(head);
                 with_activations(|input| {
                     let start = from.offset + head * from.stride;
-                    let rows = (0..n_rows).map(|r| &x.row(r)[start..start + from.width]);
-                    self.prepare(input, many, rows, from.width, std::iter::once(w));
+                    let row = |r: usize| &x.row(r)[start..start + from.width];
+                    let kernel = self.kernel(w, many);
+                    // Not over the pool: this is one of its tasks.
+                    input.prepare(None, self.isa, n_rows, row, from.width, std::iter::once((kernel, w.dtype)));
                     with_scratch(w.rows * n_rows, |values| {
-                        matrix_rows(self.isa, self.kernel(w, many), &view, 0, w.rows, input, &tokens, values);
+                        matrix_rows(self.isa, kernel, &view, 0, w.rows, input, &tokens, values);
                         for t in 0..n_rows {
                             // SAFETY: one task per head.
                             #[allow(unsafe_code)]

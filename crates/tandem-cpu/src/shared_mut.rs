@@ -18,6 +18,10 @@ impl<'a, T> SharedMut<'a, T> {
         SharedMut { data: data.as_mut_ptr(), len: data.len(), lifetime: PhantomData }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// Elements `start..start + len`, for writing.
     ///
     /// # Safety

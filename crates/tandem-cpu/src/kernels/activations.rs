@@ -3,6 +3,8 @@
 use tandem_core::DType;
 
 use crate::isa::Isa;
+use crate::pool::Pool;
+use crate::shared_mut::SharedMut;
 
 /// Numerics of activations that meet quantised weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +130,6 @@ impl Forms {
 #[derive(Debug, Default)]
 pub struct Activations {
     width: usize,
-    n_rows: usize,
     /// `[n_rows, width]`
     plain: Vec<f32>,
     /// Sums per 32, 64 and 128 elements (what affine biases multiply), `[n_rows, width / group]` each.
@@ -151,85 +152,70 @@ pub struct Activations {
     byte_scales: Vec<f32>,
     /// `[n_rows, blocks * 128]`, in order.
     plain_bf16: Vec<u16>,
-    /// `[n_rows, width]`, and per group of 32 the scale and the sum of the integers.
-    q8: Vec<i8>,
+    /// Scale and sum of the integers of each group of 32, `[n_rows, groups]`.
     q8_scales: Vec<f32>,
     q8_group_sums: Vec<i32>,
 }
 
 impl Activations {
-    /// Takes `x [n_rows, width]` in the forms that `kernels` (each with the group size of its matrix) read.
+    /// Takes `x [n_rows, width]` in the forms that `kernels` (each with the format of its matrix) read; many rows are
+    /// shared out over `pool`.
     pub(crate) fn prepare<'a>(
         &mut self,
-        rows: impl Iterator<Item = &'a [f32]>,
+        pool: Option<&Pool>,
+        isa: Isa,
+        n_rows: usize,
+        row: impl Fn(usize) -> &'a [f32] + Sync,
         width: usize,
         kernels: impl Iterator<Item = (Kernel, DType)>,
     ) {
         self.width = width;
-        self.plain.clear();
-        rows.for_each(|row| self.plain.extend_from_slice(row));
-        self.n_rows = self.plain.len() / width.max(1);
         let forms = kernels.fold(Forms::default(), |forms, (kernel, dtype)| forms.or(kernel.forms(dtype)));
-        for (i, group) in [32usize, 64, 128].into_iter().enumerate() {
-            if forms.sums[i] {
-                self.sums[i].clear();
-                self.sums[i].extend(self.plain.chunks_exact(group).map(sum));
-            }
+        let quantized = forms.nibble_q8 || forms.byte_q8;
+        let lengths = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
+        let nibbles = width.div_ceil(NIBBLE_BLOCK) * NIBBLE_BLOCK;
+        let bytes = width.div_ceil(BYTE_BLOCK) * BYTE_BLOCK;
+        let groups = width.div_ceil(Q8_GROUP);
+        self.plain.resize(n_rows * width, 0.0);
+        for i in 0..3 {
+            self.sums[i].resize(lengths(forms.sums[i], width / (32 << i)), 0.0);
+            self.q8_sums[i].resize(lengths(forms.sums[i] && quantized, width / (32 << i)), 0.0);
         }
-        let bf16 = |v: f32| half::bf16::from_f32(v).to_bits();
-        if forms.nibble_f32 {
-            reorder(&self.plain, width, NIBBLE_BLOCK, 8, &mut self.nibble_f32, |v| v);
-        }
-        if forms.nibble_bf16 {
-            reorder(&self.plain, width, NIBBLE_BLOCK, 4, &mut self.nibble_bf16, bf16);
-        }
-        if forms.plain_bf16 {
-            reorder(&self.plain, width, NIBBLE_BLOCK, 1, &mut self.plain_bf16, bf16);
-        }
-        if forms.nibble_q8 || forms.byte_q8 {
-            self.quantize();
-        }
-        if forms.nibble_q8 {
-            reorder(&self.q8, width, NIBBLE_BLOCK, 2, &mut self.nibble_q8, |v| v);
-            lanes(&self.q8_scales, width, NIBBLE_BLOCK, &mut self.nibble_scales);
-            self.nibble_lane_sums.clear();
-            self.nibble_lane_sums.extend(self.nibble_q8.chunks_exact(NIBBLE_BLOCK).flat_map(|block| {
-                std::array::from_fn::<i32, 16, _>(|lane| {
-                    (0..4).map(|i| i32::from(block[4 * lane + i]) + i32::from(block[64 + 4 * lane + i])).sum()
-                })
-            }));
-        }
-        if forms.byte_q8 {
-            reorder(&self.q8, width, BYTE_BLOCK, 1, &mut self.byte_q8, |v| v);
-            lanes(&self.q8_scales, width, BYTE_BLOCK, &mut self.byte_scales);
-        }
-    }
+        self.nibble_f32.resize(lengths(forms.nibble_f32, nibbles), 0.0);
+        self.nibble_bf16.resize(lengths(forms.nibble_bf16, nibbles), 0);
+        self.plain_bf16.resize(lengths(forms.plain_bf16, nibbles), 0);
+        self.nibble_q8.resize(lengths(forms.nibble_q8, nibbles), 0);
+        self.nibble_scales.resize(lengths(forms.nibble_q8, nibbles / 8), 0.0);
+        self.nibble_lane_sums.resize(lengths(forms.nibble_q8, nibbles / 8), 0);
+        self.byte_q8.resize(lengths(forms.byte_q8, bytes), 0);
+        self.byte_scales.resize(lengths(forms.byte_q8, bytes / 4), 0.0);
+        self.q8_scales.resize(lengths(quantized, groups), 0.0);
+        self.q8_group_sums.resize(lengths(quantized, groups), 0);
 
-    /// 8-bit form of every row: per group of 32 `scale = max|x| / 127`, `q = round(x / scale)`.
-    fn quantize(&mut self) {
-        self.q8.clear();
-        self.q8_scales.clear();
-        for group in self.plain.chunks_exact(self.width).flat_map(|row| row.chunks(Q8_GROUP)) {
-            let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-            let (scale, inverse) = if largest > 0.0 { (largest / 127.0, 127.0 / largest) } else { (0.0, 0.0) };
-            self.q8_scales.push(scale);
-            self.q8.extend(group.iter().map(|v| (v * inverse).round_ties_even() as i8));
-        }
-        self.q8_group_sums.clear();
-        for row in self.q8.chunks_exact(self.width) {
-            self.q8_group_sums.extend(row.chunks(Q8_GROUP).map(|g| g.iter().map(|q| i32::from(*q)).sum::<i32>()));
-        }
-        let per_row = self.width.div_ceil(Q8_GROUP);
-        for (i, groups) in [1usize, 2, 4].into_iter().enumerate() {
-            self.q8_sums[i].clear();
-            if !self.width.is_multiple_of(groups * Q8_GROUP) {
-                continue;
+        let shared = Shared {
+            width,
+            plain: SharedMut::new(&mut self.plain),
+            sums: self.sums.each_mut().map(|v| SharedMut::new(v)),
+            q8_sums: self.q8_sums.each_mut().map(|v| SharedMut::new(v)),
+            nibble_f32: SharedMut::new(&mut self.nibble_f32),
+            nibble_bf16: SharedMut::new(&mut self.nibble_bf16),
+            plain_bf16: SharedMut::new(&mut self.plain_bf16),
+            nibble_q8: SharedMut::new(&mut self.nibble_q8),
+            nibble_scales: SharedMut::new(&mut self.nibble_scales),
+            nibble_lane_sums: SharedMut::new(&mut self.nibble_lane_sums),
+            byte_q8: SharedMut::new(&mut self.byte_q8),
+            byte_scales: SharedMut::new(&mut self.byte_scales),
+            q8_scales: SharedMut::new(&mut self.q8_scales),
+            q8_group_sums: SharedMut::new(&mut self.q8_group_sums),
+        };
+        let fill = |range: std::ops::Range<usize>| {
+            for r in range {
+                shared.fill(isa, forms, r, n_rows, row(r));
             }
-            let dequantized = self.q8_group_sums.iter().zip(&self.q8_scales).map(|(sum, scale)| *sum as f32 * scale);
-            let dequantized: Vec<f32> = dequantized.collect();
-            for row in dequantized.chunks_exact(per_row) {
-                self.q8_sums[i].extend(row.chunks_exact(groups).map(|s| s.iter().sum::<f32>()));
-            }
+        };
+        match pool {
+            Some(pool) => pool.chunks(n_rows, n_rows.div_ceil(8 * pool.n_threads()), fill),
+            None => fill(0..n_rows),
         }
     }
 
@@ -282,7 +268,129 @@ impl Activations {
     }
 }
 
-fn sum(values: &[f32]) -> f32 {
+/// Row `row` of data that has `per_block` entries for each block of `block` elements.
+fn block_row<T>(data: &[T], row: usize, width: usize, block: usize, per_block: usize) -> &[T] {
+    let n = width.div_ceil(block) * per_block;
+    &data[row * n..(row + 1) * n]
+}
+
+/// The forms being filled, each row by one worker.
+struct Shared<'a> {
+    width: usize,
+    plain: SharedMut<'a, f32>,
+    sums: [SharedMut<'a, f32>; 3],
+    q8_sums: [SharedMut<'a, f32>; 3],
+    nibble_f32: SharedMut<'a, f32>,
+    nibble_bf16: SharedMut<'a, u16>,
+    plain_bf16: SharedMut<'a, u16>,
+    nibble_q8: SharedMut<'a, i8>,
+    nibble_scales: SharedMut<'a, f32>,
+    nibble_lane_sums: SharedMut<'a, i32>,
+    byte_q8: SharedMut<'a, i8>,
+    byte_scales: SharedMut<'a, f32>,
+    q8_scales: SharedMut<'a, f32>,
+    q8_group_sums: SharedMut<'a, i32>,
+}
+
+impl Shared<'_> {
+    #[allow(unsafe_code)]
+    fn fill(&self, isa: Isa, forms: Forms, row: usize, n_rows: usize, x: &[f32]) {
+        match isa {
+            // SAFETY: the ISA is only available on processors that have it.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { self.fill_avx512(forms, row, n_rows, x) },
+            _ => self.fill_row(forms, row, n_rows, x),
+        }
+    }
+
+    /// The same loops, compiled for AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn fill_avx512(&self, forms: Forms, row: usize, n_rows: usize, x: &[f32]) {
+        self.fill_row(forms, row, n_rows, x);
+    }
+
+    #[inline(always)]
+    fn fill_row(&self, forms: Forms, row: usize, n_rows: usize, x: &[f32]) {
+        assert_eq!(x.len(), self.width);
+        own(&self.plain, row, n_rows).copy_from_slice(x);
+        for (i, sums) in self.sums.iter().enumerate() {
+            for (sum, values) in own(sums, row, n_rows).iter_mut().zip(x.chunks_exact(32 << i)) {
+                *sum = sum_of(values);
+            }
+        }
+        if forms.nibble_f32 {
+            reorder::<8, _, _>(x, NIBBLE_BLOCK, own(&self.nibble_f32, row, n_rows), |v| v);
+        }
+        if forms.nibble_bf16 {
+            reorder::<4, _, _>(x, NIBBLE_BLOCK, own(&self.nibble_bf16, row, n_rows), bf16_bits);
+        }
+        if forms.plain_bf16 {
+            reorder::<1, _, _>(x, NIBBLE_BLOCK, own(&self.plain_bf16, row, n_rows), bf16_bits);
+        }
+        if !forms.nibble_q8 && !forms.byte_q8 {
+            return;
+        }
+        let (scales, sums) = (own(&self.q8_scales, row, n_rows), own(&self.q8_group_sums, row, n_rows));
+        // Blocks of bytes are in order, so they hold the integers until nibbles are made of them.
+        let mut codes = [0i8; NIBBLE_BLOCK];
+        for (b, block) in x.chunks(NIBBLE_BLOCK).enumerate() {
+            codes.fill(0);
+            for (g, group) in block.chunks(Q8_GROUP).enumerate() {
+                let largest = group.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
+                let largest = f32::from_bits(largest);
+                let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+                let mut total = 0i32;
+                for (code, v) in codes[g * Q8_GROUP..].iter_mut().zip(group) {
+                    // Adding 1.5 * 2^23 leaves the value rounded to nearest even in the low bits.
+                    let q = (v * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
+                    total += q;
+                    *code = q as i8;
+                }
+                scales[b * 4 + g] = largest / 127.0;
+                sums[b * 4 + g] = total;
+            }
+            if forms.nibble_q8 {
+                let out = &mut own(&self.nibble_q8, row, n_rows)[b * NIBBLE_BLOCK..][..NIBBLE_BLOCK];
+                reorder::<2, _, _>(&codes, NIBBLE_BLOCK, out, |v| v);
+                let lane_sums = &mut own(&self.nibble_lane_sums, row, n_rows)[b * 16..][..16];
+                for (lane, sum) in lane_sums.iter_mut().enumerate() {
+                    *sum = codes[lane * 8..lane * 8 + 8].iter().map(|q| i32::from(*q)).sum();
+                }
+            }
+            if forms.byte_q8 {
+                let out = &mut own(&self.byte_q8, row, n_rows)[b * NIBBLE_BLOCK..];
+                let n = out.len().min(NIBBLE_BLOCK);
+                out[..n].copy_from_slice(&codes[..n]);
+            }
+        }
+        if forms.nibble_q8 {
+            lanes(scales, NIBBLE_BLOCK, own(&self.nibble_scales, row, n_rows));
+        }
+        if forms.byte_q8 {
+            lanes(scales, BYTE_BLOCK, own(&self.byte_scales, row, n_rows));
+        }
+        for (i, out) in self.q8_sums.iter().enumerate() {
+            let groups = scales.chunks_exact(1 << i).zip(sums.chunks_exact(1 << i));
+            for (out, (scales, sums)) in own(out, row, n_rows).iter_mut().zip(groups) {
+                *out = scales.iter().zip(sums).map(|(scale, sum)| scale * *sum as f32).sum();
+            }
+        }
+    }
+}
+
+/// The part of a form that belongs to `row`.
+#[inline(always)]
+#[allow(unsafe_code, clippy::mut_from_ref)]
+fn own<'a, T>(all: &'a SharedMut<'_, T>, row: usize, n_rows: usize) -> &'a mut [T] {
+    let n = all.len() / n_rows;
+    // SAFETY: each row is filled by one worker, which holds one part of a form at a time.
+    unsafe { all.slice(row * n, n) }
+}
+
+#[inline(always)]
+fn sum_of(values: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
     for chunk in values.chunks_exact(16) {
         for (lane, v) in lanes.iter_mut().zip(chunk) {
@@ -292,46 +400,46 @@ fn sum(values: &[f32]) -> f32 {
     lanes.iter().sum()
 }
 
-/// Row `row` of data that has `per_block` entries for each block of `block` elements.
-fn block_row<T>(data: &[T], row: usize, width: usize, block: usize, per_block: usize) -> &[T] {
-    let n = width.div_ceil(block) * per_block;
-    &data[row * n..(row + 1) * n]
+/// Rounds to nearest even; NaN stays NaN.
+#[inline(always)]
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    if value.is_nan() { 0x7fc0 } else { rounded as u16 }
 }
 
-/// Reorders each block so that element `planes * m + j` comes to `j * (block / planes) + m`; short blocks end in zeros.
-fn reorder<T: Copy, U: Copy + Default>(
+/// Reorders each block so that element `PLANES * m + j` comes to `j * (block / PLANES) + m`; short blocks end in zeros.
+#[inline(always)]
+fn reorder<const PLANES: usize, T: Copy + Default, U: Copy + Default>(
     x: &[T],
-    width: usize,
     block: usize,
-    planes: usize,
-    out: &mut Vec<U>,
+    out: &mut [U],
     convert: impl Fn(T) -> U,
 ) {
-    let per_row = width.div_ceil(block) * block;
-    let n_rows = x.len() / width.max(1);
-    out.clear();
-    out.resize(n_rows * per_row, U::default());
-    let plane = block / planes;
-    for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(per_row)) {
-        for (x, out) in row.chunks(block).zip(out.chunks_exact_mut(block)) {
-            for (m, values) in x.chunks(planes).enumerate() {
-                for (j, v) in values.iter().enumerate() {
-                    out[j * plane + m] = convert(*v);
+    let plane = block / PLANES;
+    for (x, out) in x.chunks(block).zip(out.chunks_exact_mut(block)) {
+        if x.len() == block {
+            for j in 0..PLANES {
+                for m in 0..plane {
+                    out[j * plane + m] = convert(x[PLANES * m + j]);
                 }
+            }
+        } else {
+            out.fill(U::default());
+            for (i, v) in x.iter().enumerate() {
+                out[i % PLANES * plane + i / PLANES] = convert(*v);
             }
         }
     }
 }
 
 /// Spreads each group's scale over its 32-bit lanes; short blocks end in zeros.
-fn lanes(scales: &[f32], width: usize, block: usize, out: &mut Vec<f32>) {
-    let groups = width.div_ceil(Q8_GROUP);
+#[inline(always)]
+fn lanes(scales: &[f32], block: usize, out: &mut [f32]) {
     let per_block = block / Q8_GROUP;
-    let per_group = 16 / per_block;
-    out.clear();
-    for row in scales.chunks_exact(groups) {
-        for block in row.chunks(per_block) {
-            out.extend((0..16).map(|lane| block.get(lane / per_group).copied().unwrap_or(0.0)));
+    for (scales, out) in scales.chunks(per_block).zip(out.chunks_exact_mut(16)) {
+        for (lane, out) in out.iter_mut().enumerate() {
+            *out = scales.get(lane * per_block / 16).copied().unwrap_or(0.0);
         }
     }
 }
