@@ -36,6 +36,8 @@ pub(super) struct BenchModel {
     name: String,
     quant: Option<&'static str>,
     numerics: &'static str,
+    /// Weights in memory; an MTP head stays in its file.
+    resident_bytes: u64,
     load_seconds: f64,
 }
 
@@ -96,11 +98,10 @@ impl BenchModel {
             .filter(|w| w.spec.kind == ModuleKind::Indexer && !w.spec.module.ends_with("indexer.wk"))
             .map(|w| w.spec.elements() as u64)
             .sum();
-        let total = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
-        eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(total));
-        let bar = progress_bar(total);
-        let model =
-            tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
+        let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
+        eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
+        let bar = progress_bar(resident_bytes);
+        let model = tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
         bar.finish_and_clear();
         let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
         let quant = dummy.then(|| recipe(args.quant).name());
@@ -110,7 +111,18 @@ impl BenchModel {
             quant.unwrap_or("checkpoint's formats")
         );
         let load_seconds = start.elapsed().as_secs_f64();
-        Ok(BenchModel { config, accounting, runner, index_query_parameters, title, name, quant, numerics, load_seconds })
+        Ok(BenchModel {
+            config,
+            accounting,
+            runner,
+            index_query_parameters,
+            title,
+            name,
+            quant,
+            numerics,
+            resident_bytes,
+            load_seconds,
+        })
     }
 
     /// Puts random vectors into the first `n_slots` slots of the cache.
@@ -133,7 +145,7 @@ impl BenchModel {
             "num_hidden_layers": self.config.num_hidden_layers,
             "moe_layers": moe_layers,
             "vocab_size": self.config.vocab_size,
-            "resident_bytes": self.accounting.total(|k| k.resident_bytes),
+            "resident_bytes": self.resident_bytes,
             "active_parameters": self.accounting.total(|k| k.active_parameters),
             "numerics": self.numerics,
             "threads": cpu.n_threads(),
@@ -154,7 +166,7 @@ impl BenchModel {
         println!(
             "{} parameters active per token, weights {}, peak memory {}",
             count(self.accounting.total(|k| k.active_parameters)),
-            bytes(self.accounting.total(|k| k.resident_bytes)),
+            bytes(self.resident_bytes),
             bytes(peak_memory_bytes())
         );
     }
@@ -198,7 +210,8 @@ fn config_text(args: &BenchModelArgs) -> anyhow::Result<(String, String)> {
 
 /// The configuration with the flags' shapes, as text, so that it is validated like any other.
 fn overridden(text: &str, args: &BenchModelArgs) -> anyhow::Result<String> {
-    let mut config: Map<String, Value> = serde_json::from_str(text).context("the configuration is not a JSON object")?;
+    let mut config: Map<String, Value> =
+        serde_json::from_str(text).context("the configuration is not a JSON object")?;
     if let Some(n) = args.num_layers {
         config.insert("num_hidden_layers".into(), json!(n));
     }
