@@ -36,6 +36,8 @@ pub(super) struct BenchModel {
     name: String,
     quant: Option<&'static str>,
     numerics: &'static str,
+    /// Weights in memory; an MTP head stays in its file.
+    resident_bytes: u64,
     load_seconds: f64,
 }
 
@@ -63,7 +65,7 @@ impl BenchModel {
                 "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
             );
         }
-        let (backend, numerics) = cpu_backend(args.threads, args.activations);
+        let (backend, numerics) = cpu_backend(args.threads, args.activations)?;
         let backend = Profiled::new(backend, count_distinct);
         let limits = Limits { max_rows, max_logits_rows };
         let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };
@@ -96,9 +98,9 @@ impl BenchModel {
             .filter(|w| w.spec.kind == ModuleKind::Indexer && !w.spec.module.ends_with("indexer.wk"))
             .map(|w| w.spec.elements() as u64)
             .sum();
-        let total = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
-        eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(total));
-        let bar = progress_bar(total);
+        let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
+        eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
+        let bar = progress_bar(resident_bytes);
         let model = tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
         bar.finish_and_clear();
         let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
@@ -118,6 +120,7 @@ impl BenchModel {
             name,
             quant,
             numerics,
+            resident_bytes,
             load_seconds,
         })
     }
@@ -142,7 +145,7 @@ impl BenchModel {
             "num_hidden_layers": self.config.num_hidden_layers,
             "moe_layers": moe_layers,
             "vocab_size": self.config.vocab_size,
-            "resident_bytes": self.accounting.total(|k| k.resident_bytes),
+            "resident_bytes": self.resident_bytes,
             "active_parameters": self.accounting.total(|k| k.active_parameters),
             "numerics": self.numerics,
             "threads": cpu.n_threads(),
@@ -163,7 +166,7 @@ impl BenchModel {
         println!(
             "{} parameters active per token, weights {}, peak memory {}",
             count(self.accounting.total(|k| k.active_parameters)),
-            bytes(self.accounting.total(|k| k.resident_bytes)),
+            bytes(self.resident_bytes),
             bytes(peak_memory_bytes())
         );
     }

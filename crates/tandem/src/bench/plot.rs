@@ -44,7 +44,13 @@ fn draw_curve<'a>(area: &Area<'a>, curve: &[(f64, f64)]) -> Drawn<'a> {
         .x_label_area_size(40)
         .y_label_area_size(60)
         .build_cartesian_2d(0.0..last * 1.05, 0.0..top)?;
-    chart.configure_mesh().x_desc("tokens of context").y_desc("tokens per second").light_line_style(WHITE).draw()?;
+    chart
+        .configure_mesh()
+        .label_style((FONT, 14))
+        .x_desc("tokens of context")
+        .y_desc("tokens per second")
+        .light_line_style(WHITE)
+        .draw()?;
     chart.draw_series(std::iter::once(PathElement::new(points.clone(), BLUE.stroke_width(2))))?;
     chart.draw_series(points.iter().map(|p| Circle::new(*p, 4, BLUE.filled())))?;
     Ok(())
@@ -58,7 +64,7 @@ fn draw_bars<'a>(area: &Area<'a>, bars: &[(String, Vec<(&str, f64)>)]) -> Drawn<
         .x_label_area_size(40)
         .y_label_area_size(10)
         .build_cartesian_2d(0.0..longest * 1.02, 0.0..bars.len() as f64)?;
-    chart.configure_mesh().disable_y_mesh().disable_y_axis().x_desc("ms per step").draw()?;
+    chart.configure_mesh().label_style((FONT, 14)).disable_y_mesh().disable_y_axis().x_desc("ms per step").draw()?;
     for (i, (name, rows)) in bars.iter().enumerate() {
         let low = (bars.len() - 1 - i) as f64;
         let mut start = 0.0;
