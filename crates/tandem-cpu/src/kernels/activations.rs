@@ -56,18 +56,18 @@ pub(crate) enum Kernel {
 impl Kernel {
     /// `many` rows of activations allow kernels whose sums run in another order than a single row's.
     pub(crate) fn choose(dtype: DType, numerics: Numerics, isa: Isa, many: bool) -> Kernel {
-        if isa != Isa::Avx512 {
+        if isa == Isa::Scalar {
             return Kernel::Generic;
         }
         #[cfg(target_arch = "x86_64")]
-        if many {
+        if many && isa == Isa::Avx512 {
             return Kernel::Gemm(super::gemm::Operand::choose(dtype, numerics, isa));
         }
         match (dtype, numerics) {
             (DType::Mxfp4, Numerics::Bf16) if isa.has_bf16() => Kernel::NibbleBf16,
-            (DType::Mxfp4 | DType::Affine { bits: 4, .. }, Numerics::Int8) if isa.has_vnni() => Kernel::NibbleInt8,
+            (DType::Mxfp4 | DType::Affine { bits: 4, .. }, Numerics::Int8) if isa.has_int8_dot() => Kernel::NibbleInt8,
             (DType::Mxfp4 | DType::Affine { bits: 4, .. }, _) => Kernel::NibbleF32,
-            (DType::Affine { bits: 8, .. }, Numerics::Int8) if isa.has_vnni() => Kernel::ByteInt8,
+            (DType::Affine { bits: 8, .. }, Numerics::Int8) if isa.has_int8_dot() => Kernel::ByteInt8,
             (DType::Affine { bits: 8, .. }, _) => Kernel::ByteF32,
             _ => Kernel::Generic,
         }

@@ -1,16 +1,17 @@
 //! One operation per file; each file has the scalar definition that its vector variants are tested against.
 
 pub mod activations;
-#[cfg(target_arch = "x86_64")]
 mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
 mod byte_rows;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod gemm;
 pub mod index_select;
 pub mod matrix;
-#[cfg(target_arch = "x86_64")]
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod nibble_rows;
 pub mod norm;
 pub mod rope;

@@ -1,107 +1,15 @@
-//! Products of 4-bit matrices (mxfp4, affine 4) with one row of activations, on AVX-512.
-//!
-//! A step reads 64 packed bytes, 128 codes, of each of up to four rows. Codes become values by a table look-up in a
-//! register; all lanes that a group's codes fall into get the group's scale, so a scale costs one multiplication per
-//! step. Activations come in the order that shifting the packed words yields (see [`super::activations`]).
-
-#![allow(unsafe_code)]
+//! AVX-512: a step reads 64 packed bytes, 128 codes, of each of up to four rows; all lanes that a group's codes fall
+//! into get the group's scale, so a scale costs one multiplication per step.
 
 use std::arch::x86_64::*;
 
 use tandem_core::DType;
-use tandem_core::quant::PackedView;
-use tandem_core::quant::minifloat::E2M1;
 
-use super::activations::{Activations, NIBBLE_BLOCK};
-use super::affine::{bias_dot, spread_params};
+use super::super::activations::NIBBLE_BLOCK;
+use super::super::affine::spread_params;
+use super::{ROWS, Rows};
 
-const ROWS: usize = 4;
-
-/// f32 products. `out[i] = matrix[first_row + i] . x[token]` for `n_rows` (at most 4) rows.
-pub(crate) fn f32_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    // SAFETY: the kernel was chosen because the processor has AVX-512; `Rows` checked the lengths.
-    unsafe { f32_kernel(&rows, x.nibble_f32(token), out) };
-    rows.add_biases(|group| x.sums(token, group, false), out);
-}
-
-/// bf16 products, f32 sums; mxfp4 only.
-pub(crate) fn bf16_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    // SAFETY: as in `f32_rows`, with AVX512-BF16.
-    unsafe { bf16_kernel(&rows, x.nibble_bf16(token), out) };
-}
-
-/// Integer products per group of 32.
-pub(crate) fn int8_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    let (q, scales, sums) = x.nibble_q8(token);
-    // SAFETY: as in `f32_rows`, with VNNI.
-    unsafe { int8_kernel(&rows, q, scales, sums, out) };
-    rows.add_biases(|group| x.sums(token, group, true), out);
-}
-
-/// Up to four rows of a 4-bit matrix, lengths checked.
-struct Rows<'a> {
-    /// Packed codes of each row; rows beyond `n` repeat the last.
-    codes: [&'a [u8]; ROWS],
-    scales: [&'a [u8]; ROWS],
-    biases: [&'a [u8]; ROWS],
-    n: usize,
-    cols: usize,
-    dtype: DType,
-}
-
-impl<'a> Rows<'a> {
-    fn new(matrix: &PackedView<'a>, first_row: usize, n: usize) -> Rows<'a> {
-        assert!((1..=ROWS).contains(&n) && first_row + n <= matrix.rows && matrix.cols.is_multiple_of(32));
-        let row = |bytes: &'a [u8], size: usize, i: usize| {
-            let start = (first_row + i.min(n - 1)) * size;
-            &bytes[start..start + size]
-        };
-        let (code_bytes, scale_bytes) =
-            (matrix.dtype.weight_bytes(1, matrix.cols), matrix.dtype.scale_bytes(1, matrix.cols));
-        let bias_bytes = matrix.dtype.bias_bytes(1, matrix.cols);
-        Rows {
-            codes: std::array::from_fn(|i| row(matrix.weight, code_bytes, i)),
-            scales: std::array::from_fn(|i| row(matrix.scales, scale_bytes, i)),
-            biases: std::array::from_fn(|i| row(matrix.biases, bias_bytes, i)),
-            n,
-            cols: matrix.cols,
-            dtype: matrix.dtype,
-        }
-    }
-
-    fn add_biases<'s>(&self, sums: impl Fn(usize) -> &'s [f32], out: &mut [f32; ROWS]) {
-        if let DType::Affine { group_size, params, .. } = self.dtype {
-            let sums = sums(group_size as usize);
-            for (out, biases) in out.iter_mut().zip(&self.biases[..self.n]) {
-                *out += bias_dot(params, biases, sums);
-            }
-        }
-    }
-
+impl Rows<'_> {
     /// 64 bytes of codes of row `row`, zeros (code 0) beyond its end.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
@@ -128,18 +36,6 @@ impl<'a> Rows<'a> {
             _ => e8m0_lanes(&self.scales[row][block * 4..]),
         }
     }
-
-    /// Values of the 16 codes.
-    fn table(&self) -> [f32; 16] {
-        match self.dtype {
-            DType::Affine { .. } => std::array::from_fn(|i| i as f32),
-            _ => E2M1,
-        }
-    }
-
-    fn n_blocks(&self) -> usize {
-        self.cols.div_ceil(NIBBLE_BLOCK)
-    }
 }
 
 /// Up to four e8m0 bytes as powers of two, four lanes each. Byte 0 is the subnormal 2^-127, byte 255 infinity.
@@ -157,7 +53,7 @@ fn e8m0_lanes(bytes: &[u8]) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
+pub(super) unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
     assert!(x.len() >= rows.n_blocks() * NIBBLE_BLOCK);
     // SAFETY: 16 floats.
     let table = unsafe { _mm512_loadu_ps(rows.table().as_ptr()) };
@@ -188,7 +84,7 @@ unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
+pub(super) unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
     assert!(x.len() >= rows.n_blocks() * NIBBLE_BLOCK);
     // Twice the 16 values: the permutation reads five bits, of which the fifth belongs to the next code.
     let table: [u16; 32] = std::array::from_fn(|i| half::bf16::from_f32(rows.table()[i % 16]).to_bits());
@@ -225,7 +121,11 @@ unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
 
 /// Codes become unsigned bytes: affine ones as they are, e2m1 as twice the value plus 12.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn int8_kernel(rows: &Rows<'_>, x: &[i8], scales: &[f32], lane_sums: &[i32], out: &mut [f32; ROWS]) {
+pub(super) unsafe fn int8_kernel(
+    rows: &Rows<'_>,
+    (x, scales, lane_sums): (&[i8], &[f32], &[i32]),
+    out: &mut [f32; ROWS],
+) {
     let n_blocks = rows.n_blocks();
     assert!(x.len() >= n_blocks * NIBBLE_BLOCK && scales.len() >= n_blocks * 16 && lane_sums.len() >= n_blocks * 16);
     let is_mx = rows.dtype == DType::Mxfp4;
