@@ -59,6 +59,8 @@ impl Kernel {
         if isa == Isa::Scalar {
             return Kernel::Generic;
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = many;
         #[cfg(target_arch = "x86_64")]
         if many && isa == Isa::Avx512 {
             return Kernel::Gemm(super::gemm::Operand::choose(dtype, numerics, isa));
@@ -75,7 +77,6 @@ impl Kernel {
 
     /// The forms of the activations that this kernel reads for a matrix of this format.
     fn forms(self, dtype: DType) -> Forms {
-        let nibbles = dtype.bits() == 4;
         let mut forms = Forms::default();
         match self {
             Kernel::Generic => {}
@@ -86,9 +87,9 @@ impl Kernel {
             Kernel::ByteInt8 => forms.byte_q8 = true,
             #[cfg(target_arch = "x86_64")]
             Kernel::Gemm(operand) => match operand {
-                super::gemm::Operand::Int8 if nibbles => forms.nibble_q8 = true,
+                super::gemm::Operand::Int8 if dtype.bits() == 4 => forms.nibble_q8 = true,
                 super::gemm::Operand::Int8 => forms.byte_q8 = true,
-                super::gemm::Operand::Bf16 if nibbles => forms.nibble_bf16 = true,
+                super::gemm::Operand::Bf16 if dtype.bits() == 4 => forms.nibble_bf16 = true,
                 super::gemm::Operand::Bf16 => forms.plain_bf16 = true,
                 super::gemm::Operand::F32 => {}
             },
@@ -248,10 +249,12 @@ impl Activations {
         block_row(&self.nibble_f32, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn nibble_bf16(&self, row: usize) -> &[u16] {
         block_row(&self.nibble_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn plain_bf16(&self, row: usize) -> &[u16] {
         block_row(&self.plain_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }
