@@ -37,6 +37,19 @@ impl Isa {
         false
     }
 
+    /// The processor has the integer products that the row kernels for 8-bit activations use.
+    pub fn has_int8_dot(self) -> bool {
+        match self {
+            Isa::Scalar => false,
+            Isa::Avx2 => true,
+            Isa::Avx512 => self.has_vnni(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => false,
+        }
+    }
+
     /// Every variant this processor can run, the slowest first.
     pub fn available() -> Vec<Isa> {
         let mut isas = vec![Isa::Scalar];

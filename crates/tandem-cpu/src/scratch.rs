@@ -6,6 +6,7 @@ use crate::kernels::activations::Activations;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    #[cfg(target_arch = "x86_64")]
     static TILE: RefCell<Option<Tile>> = const { RefCell::new(None) };
     static ACTIVATIONS: RefCell<Option<Activations>> = const { RefCell::new(None) };
 }
@@ -30,6 +31,7 @@ pub(crate) fn with_activations<R>(body: impl FnOnce(&mut Activations) -> R) -> R
 }
 
 /// Unpacked rows of a matrix, for the kernels that many tokens share.
+#[cfg(target_arch = "x86_64")]
 #[derive(Default)]
 pub(crate) struct Tile {
     /// Operands, lanes across rows.
@@ -43,6 +45,7 @@ pub(crate) struct Tile {
 }
 
 /// Calls `body` with this thread's tile.
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn with_tile<R>(body: impl FnOnce(&mut Tile) -> R) -> R {
     let mut tile = TILE.with(|t| t.borrow_mut().take()).unwrap_or_default();
     let result = body(&mut tile);

@@ -58,18 +58,20 @@ pub(crate) enum Kernel {
 impl Kernel {
     /// `many` rows of activations allow kernels whose sums run in another order than a single row's.
     pub(crate) fn choose(dtype: DType, numerics: Numerics, isa: Isa, many: bool) -> Kernel {
-        if isa != Isa::Avx512 {
+        if isa == Isa::Scalar {
             return Kernel::Generic;
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = many;
         #[cfg(target_arch = "x86_64")]
-        if many {
+        if many && isa == Isa::Avx512 {
             return Kernel::Gemm(super::gemm::Operand::choose(dtype, numerics, isa));
         }
         match (dtype, numerics) {
             (DType::Mxfp4, Numerics::Bf16) if isa.has_bf16() => Kernel::NibbleBf16,
-            (DType::Mxfp4 | DType::Affine { bits: 4, .. }, Numerics::Int8) if isa.has_vnni() => Kernel::NibbleInt8,
+            (DType::Mxfp4 | DType::Affine { bits: 4, .. }, Numerics::Int8) if isa.has_int8_dot() => Kernel::NibbleInt8,
             (DType::Mxfp4 | DType::Affine { bits: 4, .. }, _) => Kernel::NibbleF32,
-            (DType::Affine { bits: 8, .. }, Numerics::Int8) if isa.has_vnni() => Kernel::ByteInt8,
+            (DType::Affine { bits: 8, .. }, Numerics::Int8) if isa.has_int8_dot() => Kernel::ByteInt8,
             (DType::Affine { bits: 8, .. }, _) => Kernel::ByteF32,
             _ => Kernel::Generic,
         }
@@ -77,7 +79,6 @@ impl Kernel {
 
     /// The forms of the activations that this kernel reads for a matrix of this format.
     fn forms(self, dtype: DType) -> Forms {
-        let nibbles = dtype.bits() == 4;
         let mut forms = Forms::default();
         match self {
             Kernel::Generic => {}
@@ -88,9 +89,9 @@ impl Kernel {
             Kernel::ByteInt8 => forms.byte_q8 = true,
             #[cfg(target_arch = "x86_64")]
             Kernel::Gemm(operand) => match operand {
-                super::gemm::Operand::Int8 if nibbles => forms.nibble_q8 = true,
+                super::gemm::Operand::Int8 if dtype.bits() == 4 => forms.nibble_q8 = true,
                 super::gemm::Operand::Int8 => forms.byte_q8 = true,
-                super::gemm::Operand::Bf16 if nibbles => forms.nibble_bf16 = true,
+                super::gemm::Operand::Bf16 if dtype.bits() == 4 => forms.nibble_bf16 = true,
                 super::gemm::Operand::Bf16 => forms.plain_bf16 = true,
                 super::gemm::Operand::F32 => {}
             },
@@ -234,10 +235,12 @@ impl Activations {
         block_row(&self.nibble_f32, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn nibble_bf16(&self, row: usize) -> &[u16] {
         block_row(&self.nibble_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn plain_bf16(&self, row: usize) -> &[u16] {
         block_row(&self.plain_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }

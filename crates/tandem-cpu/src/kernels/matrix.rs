@@ -3,9 +3,10 @@
 use tandem_core::quant::PackedView;
 
 use super::activations::{Activations, Kernel};
-use super::vector::dot;
 #[cfg(target_arch = "x86_64")]
-use super::{byte_rows, gemm, nibble_rows};
+use super::gemm;
+use super::vector::dot;
+use super::{byte_rows, nibble_rows};
 use crate::isa::Isa;
 use crate::scratch::with_scratch;
 
@@ -33,19 +34,19 @@ pub(crate) fn matrix_rows(
     if let Kernel::Gemm(operand) = kernel {
         return gemm::gemm_rows(operand, matrix, first_row, n_rows, x, tokens, out);
     }
-    #[cfg(target_arch = "x86_64")]
     for start in (0..n_rows).step_by(ROW_BLOCK) {
         let n = ROW_BLOCK.min(n_rows - start);
         for (t, token) in tokens.iter().enumerate() {
             let mut values = [0.0f32; ROW_BLOCK];
             let (first, token) = (first_row + start, *token as usize);
             match kernel {
-                Kernel::NibbleF32 => nibble_rows::f32_rows(matrix, first, n, x, token, &mut values),
+                Kernel::NibbleF32 => nibble_rows::f32_rows(isa, matrix, first, n, x, token, &mut values),
+                #[cfg(target_arch = "x86_64")]
                 Kernel::NibbleBf16 => nibble_rows::bf16_rows(matrix, first, n, x, token, &mut values),
-                Kernel::NibbleInt8 => nibble_rows::int8_rows(matrix, first, n, x, token, &mut values),
-                Kernel::ByteF32 => byte_rows::f32_rows(matrix, first, n, x, token, &mut values),
-                Kernel::ByteInt8 => byte_rows::int8_rows(matrix, first, n, x, token, &mut values),
-                Kernel::Generic | Kernel::Gemm(_) => unreachable!("handled above"),
+                Kernel::NibbleInt8 => nibble_rows::int8_rows(isa, matrix, first, n, x, token, &mut values),
+                Kernel::ByteF32 => byte_rows::f32_rows(isa, matrix, first, n, x, token, &mut values),
+                Kernel::ByteInt8 => byte_rows::int8_rows(isa, matrix, first, n, x, token, &mut values),
+                _ => unreachable!("handled above, or never chosen for {isa}"),
             }
             out[t * n_rows + start..][..n].copy_from_slice(&values[..n]);
         }

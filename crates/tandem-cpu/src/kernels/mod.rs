@@ -1,10 +1,12 @@
 //! One operation per file; each file has the scalar definition that its vector variants are tested against.
 
 pub mod activations;
+mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
 mod byte_rows;
 #[cfg(target_arch = "x86_64")]
 mod exp;
@@ -12,12 +14,11 @@ mod exp;
 pub(crate) mod gemm;
 pub mod index_select;
 pub mod matrix;
-#[cfg(target_arch = "x86_64")]
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod nibble_rows;
 pub mod norm;
 pub mod rope;
 pub mod router_topk;
-#[cfg(target_arch = "x86_64")]
-mod rows;
 pub mod silu_mul;
 pub mod vector;

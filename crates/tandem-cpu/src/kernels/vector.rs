@@ -95,6 +95,7 @@ pub fn axpy_scalar<E: Element>(alpha: f32, x: &[E], y: &mut [f32]) {
 mod x86 {
     use std::arch::x86_64::*;
 
+    use super::super::avx2::reduce;
     use super::Element;
 
     #[inline]
@@ -168,14 +169,6 @@ mod x86 {
         }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn reduce8(v: __m256) -> f32 {
-        let half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-        let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps::<1>(quarter, quarter)))
-    }
-
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn dot_avx2<E: Element>(a: &[f32], b: &[E]) -> f32 {
         let n = a.len();
@@ -199,7 +192,7 @@ mod x86 {
             i += 8;
         }
         let sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
-        reduce8(sum) + super::dot_scalar(&a[i..], &b[i..])
+        reduce(sum) + super::dot_scalar(&a[i..], &b[i..])
     }
 
     #[target_feature(enable = "avx2,fma")]

@@ -65,7 +65,7 @@ impl BenchModel {
                 "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
             );
         }
-        let (backend, numerics) = cpu_backend(args.threads, args.activations)?;
+        let (backend, numerics) = cpu_backend(args.threads, args.activations);
         let backend = Profiled::new(backend, count_distinct);
         let limits = Limits { max_rows, max_logits_rows };
         let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };

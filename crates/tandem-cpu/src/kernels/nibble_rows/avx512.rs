@@ -1,94 +1,61 @@
-//! Products of 4-bit matrices (mxfp4, affine 4) with one row of activations, on AVX-512.
+//! AVX-512: a step reads 64 packed bytes, 128 codes, of each of up to four rows.
 //!
-//! A step reads 64 packed bytes, 128 codes, of each of up to four rows. Codes become values by a table look-up in a
-//! register; all lanes that a group's codes fall into get the group's scale, so a scale costs one multiplication per
-//! step. Activations come in the order that shifting the packed words yields (see [`super::activations`]).
-
-#![allow(unsafe_code)]
-// Rows, tokens and heads run over several arrays at once; an index says so best.
-#![allow(clippy::needless_range_loop)]
+//! All lanes that a group's codes fall into get the group's scale, so a scale costs one multiplication per step.
 
 use std::arch::x86_64::*;
 
 use tandem_core::DType;
-use tandem_core::quant::PackedView;
-use tandem_core::quant::minifloat::E2M1;
 
-use super::activations::{Activations, NIBBLE_BLOCK};
-use super::rows::{ROWS, Rows, spread};
+use super::super::activations::NIBBLE_BLOCK;
+use super::super::affine::{expand_scales, scales_pitch, spread};
+use super::{ROWS, Rows};
 use crate::scratch::with_scratch;
 
-/// Calls `$kernel::<scales per block>`.
-macro_rules! with_parts {
-    ($rows:expr, $kernel:ident ( $($arg:expr),* )) => {
-        match NIBBLE_BLOCK / $rows.dtype.group_size() {
-            1 => $kernel::<1>($($arg),*),
-            2 => $kernel::<2>($($arg),*),
-            _ => $kernel::<4>($($arg),*),
-        }
+/// Calls `$kernel::<scales per block>` with the rows' expanded scales.
+macro_rules! with_scales {
+    ($rows:expr, $scales:ident, $kernel:ident ( $($arg:expr),* )) => {
+        with_scratch(ROWS * scales_pitch($rows.dtype, $rows.cols), |$scales| {
+            // SAFETY: the caller promises AVX-512 and what else the kernel needs.
+            unsafe {
+                expand_scales($rows.dtype, $rows.cols, &$rows.scales, $scales);
+                match NIBBLE_BLOCK / $rows.dtype.group_size() {
+                    1 => $kernel::<1>($($arg),*),
+                    2 => $kernel::<2>($($arg),*),
+                    _ => $kernel::<4>($($arg),*),
+                }
+            }
+        })
     };
 }
 
-/// f32 products. `out[i] = matrix[first_row + i] . x[token]` for `n_rows` (at most 4) rows.
-pub(crate) fn f32_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    with_scratch(rows.scales_len(), |scales| {
-        rows.expand(scales);
-        // SAFETY: the kernel was chosen because the processor has AVX-512; `Rows` checked the lengths.
-        unsafe { with_parts!(rows, f32_kernel(&rows, scales, x.nibble_f32(token), out)) };
-    });
-    rows.add_biases(|group| x.sums(token, group, false), out);
+/// f32 products.
+///
+/// # Safety
+/// The processor must have AVX-512.
+pub(super) unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
+    with_scales!(rows, scales, f32_codes(rows, scales, x, out));
 }
 
 /// bf16 products, f32 sums; mxfp4 only.
-pub(crate) fn bf16_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    with_scratch(rows.scales_len(), |scales| {
-        rows.expand(scales);
-        // SAFETY: as in `f32_rows`, with AVX512-BF16.
-        unsafe { bf16_kernel(&rows, scales, x.nibble_bf16(token), out) };
+///
+/// # Safety
+/// The processor must have AVX512-BF16.
+pub(super) unsafe fn bf16_kernel(rows: &Rows<'_>, x: &[u16], out: &mut [f32; ROWS]) {
+    with_scratch(ROWS * scales_pitch(rows.dtype, rows.cols), |scales| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            expand_scales(rows.dtype, rows.cols, &rows.scales, scales);
+            bf16_codes(rows, scales, x, out);
+        }
     });
 }
 
-/// Integer products per group of 32.
-pub(crate) fn int8_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    let (q, x_scales, sums) = x.nibble_q8(token);
-    with_scratch(rows.scales_len(), |scales| {
-        rows.expand(scales);
-        // SAFETY: as in `f32_rows`, with VNNI.
-        unsafe { with_parts!(rows, int8_kernel(&rows, scales, q, x_scales, sums, out)) };
-    });
-    rows.add_biases(|group| x.sums(token, group, true), out);
-}
-
-/// Values of the 16 codes.
-fn table(dtype: DType) -> [f32; 16] {
-    match dtype {
-        DType::Affine { .. } => std::array::from_fn(|i| i as f32),
-        _ => E2M1,
-    }
+/// Integer products per group of 32; `x` is integers, lane scales and lane sums.
+///
+/// # Safety
+/// The processor must have AVX512-VNNI.
+pub(super) unsafe fn int8_kernel(rows: &Rows<'_>, x: (&[i8], &[f32], &[i32]), out: &mut [f32; ROWS]) {
+    with_scales!(rows, scales, int8_codes(rows, scales, x.0, x.1, x.2, out));
 }
 
 /// 64 bytes of codes, zeros (code 0) beyond the row's end.
@@ -105,18 +72,18 @@ fn load(codes: &[u8], block: usize) -> __m512i {
     }
 }
 
-/// Blocks of a row; checks that activations and scales cover them.
-fn n_blocks(rows: &Rows<'_>, x_len: usize, scales: &[f32]) -> usize {
-    let n = rows.cols.div_ceil(NIBBLE_BLOCK);
-    assert!(x_len >= n * NIBBLE_BLOCK && scales.len() >= rows.scales_len());
-    n
+/// Blocks of a row and the pitch of its expanded scales; checks that activations and scales cover them.
+fn blocks(rows: &Rows<'_>, x_len: usize, scales: &[f32]) -> (usize, usize) {
+    let (n, pitch) = (rows.n_blocks(), scales_pitch(rows.dtype, rows.cols));
+    assert!(x_len >= n * NIBBLE_BLOCK && scales.len() >= ROWS * pitch);
+    (n, pitch)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn f32_kernel<const PARTS: usize>(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32; ROWS]) {
-    let (n_blocks, pitch) = (n_blocks(rows, x.len(), scales), rows.scales_pitch());
+unsafe fn f32_codes<const PARTS: usize>(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32; ROWS]) {
+    let (n_blocks, pitch) = blocks(rows, x.len(), scales);
     // SAFETY: 16 floats.
-    let table = unsafe { _mm512_loadu_ps(table(rows.dtype).as_ptr()) };
+    let table = unsafe { _mm512_loadu_ps(rows.table().as_ptr()) };
     let mut sums = [_mm512_setzero_ps(); ROWS];
     for block in 0..n_blocks {
         let mut codes = [_mm512_setzero_si512(); ROWS];
@@ -145,10 +112,10 @@ unsafe fn f32_kernel<const PARTS: usize>(rows: &Rows<'_>, scales: &[f32], x: &[f
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn bf16_kernel(rows: &Rows<'_>, scales: &[f32], x: &[u16], out: &mut [f32; ROWS]) {
-    let (n_blocks, pitch) = (n_blocks(rows, x.len(), scales), rows.scales_pitch());
+unsafe fn bf16_codes(rows: &Rows<'_>, scales: &[f32], x: &[u16], out: &mut [f32; ROWS]) {
+    let (n_blocks, pitch) = blocks(rows, x.len(), scales);
     // Twice the 16 values: the permutation reads five bits, of which the fifth belongs to the next code.
-    let values = table(rows.dtype);
+    let values = rows.table();
     let mut table = [0u16; 32];
     for (i, entry) in table.iter_mut().enumerate() {
         *entry = half::bf16::from_f32(values[i % 16]).to_bits();
@@ -188,7 +155,7 @@ unsafe fn bf16_kernel(rows: &Rows<'_>, scales: &[f32], x: &[u16], out: &mut [f32
 
 /// Codes become unsigned bytes: affine ones as they are, e2m1 as twice the value plus 12.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn int8_kernel<const PARTS: usize>(
+unsafe fn int8_codes<const PARTS: usize>(
     rows: &Rows<'_>,
     scales: &[f32],
     x: &[i8],
@@ -196,12 +163,12 @@ unsafe fn int8_kernel<const PARTS: usize>(
     lane_sums: &[i32],
     out: &mut [f32; ROWS],
 ) {
-    let (n_blocks, pitch) = (n_blocks(rows, x.len(), scales), rows.scales_pitch());
+    let (n_blocks, pitch) = blocks(rows, x.len(), scales);
     assert!(x_scales.len() >= n_blocks * 16 && lane_sums.len() >= n_blocks * 16);
     let is_mx = rows.dtype == DType::Mxfp4;
     let offset = if is_mx { 12 } else { 0 };
     let unit = if is_mx { 2.0 } else { 1.0 };
-    let values = table(rows.dtype);
+    let values = rows.table();
     let mut table = [0i8; 16];
     for (entry, value) in table.iter_mut().zip(values) {
         *entry = (value * unit) as i8 + offset;

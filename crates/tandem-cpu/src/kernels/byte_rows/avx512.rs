@@ -1,67 +1,56 @@
-//! Products of affine 8-bit matrices with one row of activations, on AVX-512.
-//!
-//! `y = sum_g scale_g * (q_g . x_g) + sum_g bias_g * sum(x_g)`: codes are read once, and the second sum needs only the
-//! sums of the activations' groups, which all rows share.
-
-#![allow(unsafe_code)]
-// Rows, tokens and heads run over several arrays at once; an index says so best.
-#![allow(clippy::needless_range_loop)]
+//! AVX-512: a step takes 16 (f32) or 64 (int8) columns of each of up to four rows.
 
 use std::arch::x86_64::*;
 
-use tandem_core::quant::PackedView;
+use tandem_core::DType;
 
-use super::activations::{Activations, BYTE_BLOCK};
-use super::rows::{ROWS, Rows, spread};
+use super::super::activations::BYTE_BLOCK;
+use super::super::affine::{expand_scales, scales_pitch, spread};
+use super::{ROWS, Rows};
 use crate::scratch::with_scratch;
 
-/// f32 products. `out[i] = matrix[first_row + i] . x[token]` for `n_rows` (at most 4) rows.
-pub(crate) fn f32_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    with_scratch(rows.scales_len(), |scales| {
-        rows.expand(scales);
-        // SAFETY: the kernel was chosen because the processor has AVX-512; `Rows` checked the lengths.
-        unsafe { f32_kernel(&rows, scales, x.row(token), out) };
-    });
-    rows.add_biases(|group| x.sums(token, group, false), out);
+impl Rows<'_> {
+    fn dtype(&self) -> DType {
+        DType::Affine { bits: 8, group_size: self.group_size as u16, params: self.params }
+    }
 }
 
-/// Integer products per group of 32.
-pub(crate) fn int8_rows(
-    matrix: &PackedView<'_>,
-    first_row: usize,
-    n_rows: usize,
-    x: &Activations,
-    token: usize,
-    out: &mut [f32; ROWS],
-) {
-    let rows = Rows::new(matrix, first_row, n_rows);
-    let (q, x_scales) = x.byte_q8(token);
-    with_scratch(rows.scales_len(), |scales| {
-        rows.expand(scales);
-        // SAFETY: as in `f32_rows`, with VNNI.
+/// f32 products.
+///
+/// # Safety
+/// The processor must have AVX-512.
+pub(super) unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
+    with_scratch(ROWS * scales_pitch(rows.dtype(), rows.cols), |scales| {
+        // SAFETY: the caller's promise.
         unsafe {
-            if rows.dtype.group_size() == 32 {
-                int8_kernel::<2>(&rows, scales, q, x_scales, out);
+            expand_scales(rows.dtype(), rows.cols, &rows.scales, scales);
+            f32_codes(rows, scales, x, out);
+        }
+    });
+}
+
+/// Integer products per group of 32; `x` is integers and lane scales.
+///
+/// # Safety
+/// The processor must have AVX512-VNNI.
+pub(super) unsafe fn int8_kernel(rows: &Rows<'_>, x: (&[i8], &[f32]), out: &mut [f32; ROWS]) {
+    with_scratch(ROWS * scales_pitch(rows.dtype(), rows.cols), |scales| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            expand_scales(rows.dtype(), rows.cols, &rows.scales, scales);
+            if rows.group_size == 32 {
+                int8_codes::<2>(rows, scales, x.0, x.1, out);
             } else {
-                int8_kernel::<1>(&rows, scales, q, x_scales, out);
+                int8_codes::<1>(rows, scales, x.0, x.1, out);
             }
         }
     });
-    rows.add_biases(|group| x.sums(token, group, true), out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn f32_kernel(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32; ROWS]) {
-    let (group_size, pitch) = (rows.dtype.group_size(), rows.scales_pitch());
-    assert!(x.len() >= rows.cols && scales.len() >= rows.scales_len());
+unsafe fn f32_codes(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32; ROWS]) {
+    let (group_size, pitch) = (rows.group_size, scales_pitch(rows.dtype(), rows.cols));
+    assert!(x.len() >= rows.cols && scales.len() >= ROWS * pitch);
     let mut sums = [_mm512_setzero_ps(); ROWS];
     for group in 0..rows.cols / group_size {
         let mut partial = [_mm512_setzero_ps(); ROWS];
@@ -89,17 +78,17 @@ unsafe fn f32_kernel(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32;
 
 /// `PARTS` scales in a block of 64: 2 for groups of 32, else 1.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn int8_kernel<const PARTS: usize>(
+unsafe fn int8_codes<const PARTS: usize>(
     rows: &Rows<'_>,
     scales: &[f32],
     x: &[i8],
     x_scales: &[f32],
     out: &mut [f32; ROWS],
 ) {
-    let (group_size, pitch) = (rows.dtype.group_size(), rows.scales_pitch());
+    let (group_size, pitch) = (rows.group_size, scales_pitch(rows.dtype(), rows.cols));
     let n_blocks = rows.cols.div_ceil(BYTE_BLOCK);
     assert!(x.len() >= n_blocks * BYTE_BLOCK && x_scales.len() >= n_blocks * 16);
-    assert!(scales.len() >= rows.scales_len());
+    assert!(scales.len() >= ROWS * pitch);
     let mut sums = [_mm512_setzero_ps(); ROWS];
     for block in 0..n_blocks {
         let left = rows.cols - block * BYTE_BLOCK;
