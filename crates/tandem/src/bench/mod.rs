@@ -55,6 +55,7 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
         eprintln!("context {context}: {:.2} ms per step, {:.2} tokens/s", point.ms.median, point.tokens_per_second);
         points.push(point);
     }
+    model.note_peak_memory();
     let measured = bandwidth_before.max(bandwidth(args.model.threads));
 
     let mut report = model.describe();
@@ -232,6 +233,7 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     let profiled_ms = prompt(&mut model, &mut vec![])?;
     let breakdown = Breakdown::new(&model.runner.backend().stop(), profiled_ms, 1);
 
+    model.note_peak_memory();
     let ms = Spread::of(times);
     let chunk_ms = Spread::of(chunk_times);
     let tokens_per_second = args.prompt_tokens as f64 * 1e3 / ms.median;
