@@ -13,6 +13,16 @@ use tandem_core::Float;
 
 use crate::isa::Isa;
 
+/// Asks for what lies at `offset` of the row four rows on, where the next step of the matrix will read. The processor's
+/// own prefetchers stop at every page.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn prefetch_next_rows(row: &[u8], offset: usize) {
+    let next = row.as_ptr().wrapping_add(4 * row.len() + offset);
+    // SAFETY: a prefetch may name any address.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(next.cast()) }
+}
+
 /// Distance between rows of expanded scales: whole registers, and one to spare for reads beyond the end.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn scales_pitch(dtype: DType, cols: usize) -> usize {
@@ -28,6 +38,9 @@ pub(crate) unsafe fn expand_scales(dtype: DType, cols: usize, rows: &[&[u8]], ou
     let pitch = scales_pitch(dtype, cols);
     for (scales, out) in rows.iter().zip(out.chunks_exact_mut(pitch)) {
         out[pitch - 16..].fill(0.0);
+        for offset in (0..scales.len()).step_by(64) {
+            prefetch_next_rows(scales, offset);
+        }
         // SAFETY: the caller's promise; `out` has whole registers for all scales.
         unsafe {
             match dtype {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use tandem_core::DType;
 
 use super::super::activations::BYTE_BLOCK;
-use super::super::affine::{expand_scales, scales_pitch, spread};
+use super::super::affine::{expand_scales, prefetch_next_rows, scales_pitch, spread};
 use super::{ROWS, Rows};
 use crate::scratch::with_scratch;
 
@@ -55,6 +55,11 @@ unsafe fn f32_codes(rows: &Rows<'_>, scales: &[f32], x: &[f32], out: &mut [f32; 
     for group in 0..rows.cols / group_size {
         let mut partial = [_mm512_setzero_ps(); ROWS];
         let start = group * group_size;
+        for k in (start..start + group_size).step_by(64) {
+            for r in 0..ROWS {
+                prefetch_next_rows(rows.codes[r], k);
+            }
+        }
         for k in (start..start + group_size).step_by(16) {
             // SAFETY: k + 16 <= cols, and every row has cols codes.
             unsafe {
@@ -98,6 +103,7 @@ unsafe fn int8_codes<const PARTS: usize>(
             let q = _mm512_loadu_si512(x.as_ptr().add(block * BYTE_BLOCK).cast());
             let x_scale = _mm512_loadu_ps(x_scales.as_ptr().add(block * 16));
             for r in 0..ROWS {
+                prefetch_next_rows(rows.codes[r], block * BYTE_BLOCK);
                 let codes = _mm512_maskz_loadu_epi8(mask, rows.codes[r].as_ptr().add(block * BYTE_BLOCK).cast());
                 let dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, q);
                 let scale = spread::<PARTS>(scales.as_ptr().add(r * pitch + block * BYTE_BLOCK / group_size));

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use tandem_core::DType;
 
 use super::super::activations::NIBBLE_BLOCK;
-use super::super::affine::{expand_scales, scales_pitch, spread};
+use super::super::affine::{expand_scales, prefetch_next_rows, scales_pitch, spread};
 use super::{ROWS, Rows};
 use crate::scratch::with_scratch;
 
@@ -88,6 +88,7 @@ unsafe fn f32_codes<const PARTS: usize>(rows: &Rows<'_>, scales: &[f32], x: &[f3
     for block in 0..n_blocks {
         let mut codes = [_mm512_setzero_si512(); ROWS];
         for (r, codes) in codes.iter_mut().enumerate() {
+            prefetch_next_rows(rows.codes[r], block * 64);
             *codes = load(rows.codes[r], block);
         }
         let mut partial = [_mm512_setzero_ps(); ROWS];
@@ -126,6 +127,7 @@ unsafe fn bf16_codes(rows: &Rows<'_>, scales: &[f32], x: &[u16], out: &mut [f32;
     for block in 0..n_blocks {
         let mut codes = [_mm512_setzero_si512(); ROWS];
         for (r, codes) in codes.iter_mut().enumerate() {
+            prefetch_next_rows(rows.codes[r], block * 64);
             *codes = load(rows.codes[r], block);
         }
         let mut partial = [_mm512_setzero_ps(); ROWS];
@@ -191,6 +193,7 @@ unsafe fn int8_codes<const PARTS: usize>(
         };
         let start = _mm512_mullo_epi32(lane_sum, offset);
         for r in 0..ROWS {
+            prefetch_next_rows(rows.codes[r], block * 64);
             let codes = load(rows.codes[r], block);
             let even = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low));
             let odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low));
