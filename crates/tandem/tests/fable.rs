@@ -6,6 +6,8 @@ use common::{file, golden, root, tandem, temporary};
 use serde_json::{Value, json};
 
 const MODEL: &str = "models/fable-30m-MXFP4-Q8";
+/// The reference is in single precision.
+const F32: &[&str] = &["--activations", "f32"];
 /// The first five chats of each kind.
 const SLICE_PERPLEXITY: f64 = 1.615_803;
 const SLICE_TOKENS: u64 = 3516;
@@ -23,7 +25,8 @@ fn greedy_text_equals_the_reference() {
     assert_eq!(prompts.len(), 7);
     for golden in prompts {
         let prompt = golden["prompt"].as_str().expect("text");
-        let found = tandem(&["run", prompt, "--raw", "--temperature", "0", "--json", "--model", MODEL]).json();
+        let found =
+            tandem(&[&["run", prompt, "--raw", "--temperature", "0", "--json", "--model", MODEL], F32].concat()).json();
         let mut expected = golden["greedy_ids"].as_array().expect("ids").clone();
         expected.pop(); // the end of the turn, which is not part of the answer
         assert_eq!(found["tokens"], json!(expected), "{}: {}", golden["kind"], found["text"]);
@@ -32,12 +35,22 @@ fn greedy_text_equals_the_reference() {
     }
 }
 
-/// Perplexity of a file.
+/// Perplexity of a file with the reference numerics.
 fn check_perplexity(text: &str, expected: f64, n_tokens: u64) {
-    let found = tandem(&["eval", "perplexity", "--model", MODEL, "--text", text, "--json"]).json();
+    let found = tandem(&[&["eval", "perplexity", "--model", MODEL, "--text", text, "--json"], F32].concat()).json();
     let perplexity = found["perplexity"].as_f64().expect("a number");
     assert!((perplexity - expected).abs() < 5e-4, "{text}: perplexity {perplexity}, expected {expected}");
     assert_eq!(found["tokens_scored"], n_tokens, "{text}");
+}
+
+#[test]
+fn fast_numerics_keep_perplexity_within_one_percent() {
+    let text = golden("fable-30m/held-text.txt");
+    for activations in ["bf16", "int8"] {
+        let args = ["eval", "perplexity", "--model", MODEL, "--text", &text, "--json", "--activations", activations];
+        let perplexity = tandem(&args).json()["perplexity"].as_f64().expect("a number");
+        assert!((perplexity / 2.2013 - 1.0).abs() < 0.01, "{activations}: {perplexity}");
+    }
 }
 
 #[test]
@@ -74,7 +87,7 @@ fn tasks_score_as_the_reference() {
         assert_eq!(lines.len(), n, "{kind}");
         let dir = temporary();
         let tasks = file(&dir, "tasks.jsonl", lines.join("\n"));
-        let found = tandem(&["eval", "tasks", "--model", MODEL, "--tasks", &tasks, "--json"]).json();
+        let found = tandem(&[&["eval", "tasks", "--model", MODEL, "--tasks", &tasks, "--json"], F32].concat()).json();
         assert_eq!(found["kinds"][kind]["right"], n, "{found}");
         assert_eq!(found["kinds"][kind]["total"], n, "{found}");
     }
