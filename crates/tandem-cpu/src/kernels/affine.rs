@@ -102,26 +102,41 @@ fn mask(n: usize) -> u16 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn expand_params(float: Float, params: &[u8], out: &mut [f32]) {
     let n = params.len() / float.bytes();
+    assert!(out.len() >= n.next_multiple_of(16));
     for i in (0..n).step_by(16) {
-        // SAFETY: the mask covers the params that are there; `out` is whole registers.
+        // Whole registers but the last: a constant mask costs nothing.
+        let mask = if i + 16 <= n { u16::MAX } else { mask(n - i) };
+        // SAFETY: the mask covers the params that are there; `out` is whole registers (checked).
         unsafe {
-            let values = load_params(float, params.as_ptr().add(i * float.bytes()), mask(n - i));
-            _mm512_storeu_ps(out[i..i + 16].as_mut_ptr(), values);
+            let values = load_params(float, params.as_ptr().add(i * float.bytes()), mask);
+            _mm512_storeu_ps(out.as_mut_ptr().add(i), values);
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
 /// e8m0 bytes as powers of two: byte 0 is the subnormal 2^-127, byte 255 infinity.
+#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn expand_e8m0(bytes: &[u8], out: &mut [f32]) {
-    for i in (0..bytes.len()).step_by(16) {
-        let mask = mask(bytes.len() - i);
-        // SAFETY: the mask covers the bytes that are there; `out` is whole registers.
+    let n = bytes.len();
+    assert!(out.len() >= n.next_multiple_of(16));
+    let smallest = _mm512_set1_epi32(0x0040_0000);
+    for i in (0..n / 16 * 16).step_by(16) {
+        // SAFETY: 16 bytes are there, and `out` is whole registers (checked).
         unsafe {
-            let exponents = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes.as_ptr().add(i).cast()));
-            let bits = _mm512_max_epu32(_mm512_slli_epi32::<23>(exponents), _mm512_set1_epi32(0x0040_0000));
-            _mm512_storeu_ps(out[i..i + 16].as_mut_ptr(), _mm512_castsi512_ps(_mm512_maskz_mov_epi32(mask, bits)));
+            let exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().add(i).cast()));
+            let bits = _mm512_max_epu32(_mm512_slli_epi32::<23>(exponents), smallest);
+            _mm512_storeu_ps(out.as_mut_ptr().add(i), _mm512_castsi512_ps(bits));
+        }
+    }
+    let rest = n / 16 * 16;
+    if rest < n {
+        let mask = mask(n - rest);
+        // SAFETY: the mask covers the bytes that are there; `out` is whole registers (checked).
+        unsafe {
+            let exponents = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes.as_ptr().add(rest).cast()));
+            let bits = _mm512_max_epu32(_mm512_slli_epi32::<23>(exponents), smallest);
+            _mm512_storeu_ps(out.as_mut_ptr().add(rest), _mm512_castsi512_ps(_mm512_maskz_mov_epi32(mask, bits)));
         }
     }
 }
