@@ -110,7 +110,9 @@ unsafe fn tile_sums(
         if operand != Operand::F32 {
             pack_scales(matrix, first_row, n_rows, blocks.clone(), tile);
         }
-        for (tokens, sums) in tokens.chunks(TILE_TOKENS).zip(sums.chunks_exact_mut(TILE_TOKENS * TILE_ROWS)) {
+        // Equal shares: 8 tokens are two passes of 4, not 6 and 2.
+        let share = tokens.len().div_ceil(tokens.len().div_ceil(TILE_TOKENS));
+        for (tokens, sums) in tokens.chunks(share).zip(sums.chunks_mut(share * TILE_ROWS)) {
             // SAFETY: as above; the tile was packed for these blocks.
             unsafe {
                 match operand {
@@ -165,6 +167,17 @@ fn load64(bytes: &[u8], start: usize) -> __m512i {
     unsafe { _mm512_maskz_loadu_epi8(mask, bytes.as_ptr().cast()) }
 }
 
+/// Asks for the same bytes of the row one tile on: reading 32 rows side by side is no pattern the processor's own
+/// prefetchers follow.
+#[inline(always)]
+fn prefetch_next_tile(row: &[u8], offset: usize, len: usize) {
+    for line in (0..len).step_by(64) {
+        let next = row.as_ptr().wrapping_add(TILE_ROWS * row.len() + offset + line);
+        // SAFETY: a prefetch may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(next.cast()) }
+    }
+}
+
 /// Packed bytes of row `row`, empty beyond the tile.
 #[inline]
 fn row_bytes<'a>(matrix: &PackedView<'a>, first_row: usize, n_rows: usize, row: usize) -> &'a [u8] {
@@ -191,12 +204,14 @@ unsafe fn pack_codes(
     // SAFETY: 16 bytes.
     let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
     let low = _mm512_set1_epi8(0x0f);
+    let bytes_per_block = NIBBLE_BLOCK * matrix.dtype.bits() / 8;
     tile.words.resize(blocks.len() * 32 * TILE_ROWS, 0);
     for (b, block) in blocks.enumerate() {
         for half in 0..TILE_ROWS / 16 {
             let mut planes = [[_mm512_setzero_si512(); 16]; 2];
             for r in 0..16 {
                 let bytes = row_bytes(matrix, first_row, n_rows, half * 16 + r);
+                prefetch_next_tile(bytes, block * bytes_per_block, bytes_per_block);
                 if nibbles {
                     let codes = load64(bytes, block * 64);
                     planes[0][r] = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low));
@@ -236,12 +251,14 @@ unsafe fn pack_bf16(
     }
     // SAFETY: 64 bytes.
     let table = unsafe { _mm512_loadu_si512(table.as_ptr().cast()) };
+    let bytes_per_block = NIBBLE_BLOCK * matrix.dtype.bits() / 8;
     tile.words.resize(blocks.len() * 64 * TILE_ROWS, 0);
     for (b, block) in blocks.enumerate() {
         for half in 0..TILE_ROWS / 16 {
             let mut planes = [[_mm512_setzero_si512(); 16]; 4];
             for r in 0..16 {
                 let bytes = row_bytes(matrix, first_row, n_rows, half * 16 + r);
+                prefetch_next_tile(bytes, block * bytes_per_block, bytes_per_block);
                 let mut codes = load64(bytes, if nibbles { block * 64 } else { 0 });
                 for (p, plane) in planes.iter_mut().enumerate() {
                     plane[r] = if nibbles {
