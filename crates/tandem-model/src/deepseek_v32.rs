@@ -33,8 +33,6 @@ struct Dims {
     routing: Routing,
     rms_norm_eps: f32,
     softmax_scale: f32,
-    /// Weight of each indexer head's score: `index_n_heads^-0.5 * index_head_dim^-0.5`, folded into nothing, since a
-    /// positive factor does not change which positions win.
     rope: Rope,
     index_rope: Rope,
 }
@@ -215,6 +213,8 @@ impl<B: Backend> Attention<B> {
             let (norm, bias) = (&indexer.k_norm, &indexer.k_norm_bias);
             b.write_index_key(&s.index_k, norm, bias, ATTENTION_NORM_EPS, &dims.index_rope, batch, index);
             if sparse {
+                // The references scale every score by `index_n_heads^-0.5 * index_head_dim^-0.5`; a positive factor does
+                // not change which positions win, so it is left out.
                 let heads = Heads::packed(config.index_n_heads, config.index_head_dim);
                 b.rope(&s.index_q, heads, &dims.index_rope, batch, &mut s.index_q_rotated, heads);
                 b.index_select(

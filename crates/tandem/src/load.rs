@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
 use tandem_engine::{BlockManager, Engine, ModelRunner};
-use tandem_model::{Accounting, Limits};
+use tandem_model::{Accounting, CheckpointWeights, Limits};
 
 use crate::cli::{ActivationsArg, ModelArgs};
 
@@ -61,7 +61,8 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
 
     let (backend, numerics) = cpu_backend(args.threads, args.activations);
     let bar = progress_bar(accounting.total(|k| k.resident_bytes));
-    let model = tandem_model::load(&backend, &config, &checkpoint, limits, &mut |bytes| bar.inc(bytes as u64))?;
+    let source = CheckpointWeights::new(&checkpoint, weights);
+    let model = tandem_model::load_from(&backend, &config, &source, limits, &mut |bytes| bar.inc(bytes as u64))?;
     bar.finish_and_clear();
     let blocks = BlockManager::for_tokens(context);
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
