@@ -39,6 +39,9 @@ pub(crate) struct ModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// Pin the weights in memory, so that the system cannot take it back.
+    #[arg(long)]
+    pub(crate) lock: bool,
     /// Tokens of prompt run at once.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) prefill_chunk: usize,
@@ -251,6 +254,9 @@ pub(crate) struct BenchModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// Pin the weights in memory, so that the system cannot take it back.
+    #[arg(long)]
+    pub(crate) lock: bool,
     /// Numerics of the activations that meet quantised weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
     pub(crate) activations: ActivationsArg,

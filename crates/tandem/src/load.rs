@@ -12,6 +12,7 @@ use tandem_engine::{BlockManager, Engine, ModelRunner};
 use tandem_model::{Accounting, CheckpointWeights, Limits};
 
 use crate::cli::{ActivationsArg, ModelArgs};
+use crate::report::bytes;
 
 /// The model that ships with the project.
 const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
@@ -59,26 +60,54 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
     let max_rows = args.prefill_chunk.clamp(1, context);
     let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
 
-    let (backend, numerics) = cpu_backend(args.threads, args.activations);
-    let bar = progress_bar(accounting.total(|k| k.resident_bytes));
+    let resident_bytes = accounting.total(|k| k.resident_bytes);
+    let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
+    let bar = progress_bar(resident_bytes);
     let source = CheckpointWeights::new(&checkpoint, weights);
     let model = tandem_model::load_from(&backend, &config, &source, limits, &mut |bytes| bar.inc(bytes as u64))?;
     bar.finish_and_clear();
+    if args.lock {
+        lock_memory();
+    }
     let blocks = BlockManager::for_tokens(context);
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
     let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
 }
 
-/// The processor as a backend, and the name of the activations' numerics.
-pub(crate) fn cpu_backend(threads: Option<usize>, activations: ActivationsArg) -> (CpuBackend, &'static str) {
+/// The processor as a backend for `weight_bytes` of weights, and the name of the activations' numerics.
+pub(crate) fn cpu_backend(
+    threads: Option<usize>,
+    activations: ActivationsArg,
+    weight_bytes: u64,
+) -> (CpuBackend, &'static str) {
     let numerics = match activations {
         ActivationsArg::F32 => Numerics::F32,
         ActivationsArg::Bf16 => Numerics::Bf16,
         ActivationsArg::Int8 => Numerics::Int8,
         ActivationsArg::Auto => CpuBackend::default_numerics(),
     };
-    (CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics), numerics.name())
+    // Repacked weights take memory of their own; mapped ones can be read again from their files.
+    let available = system::available_memory_bytes().unwrap_or(u64::MAX);
+    let repack = weight_bytes <= available;
+    if !repack {
+        tracing::warn!(
+            "the weights take {} and {} of memory are available: they stay mapped from their files, which is slower",
+            bytes(weight_bytes),
+            bytes(available)
+        );
+    }
+    let backend = CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics);
+    (backend.with_repacking(repack), numerics.name())
+}
+
+/// `--lock`: pins what is loaded, or says why not.
+pub(crate) fn lock_memory() {
+    if let Err(error) = system::lock_memory() {
+        eprintln!(
+            "--lock: the weights are not locked ({error}); raise the limit with `ulimit -l unlimited`, or as root"
+        );
+    }
 }
 
 /// A load bar with GB/s on stderr, silent when that is not a terminal.
