@@ -56,6 +56,11 @@ pub enum Failure {
         /// Expected and found.
         message: String,
     },
+    /// A rank computed something else than the others.
+    Diverged {
+        /// What was compared.
+        message: String,
+    },
     /// The group could not be formed.
     Setup {
         /// What was expected, what was found, what to do.
@@ -108,6 +113,7 @@ impl fmt::Display for CommError {
             // The words of the first rank that noticed; its own "while ..." is in them.
             Failure::Stopped { message } => write!(f, "{who} stopped: {message}")?,
             Failure::Protocol { message } => write!(f, "{who} broke the protocol: {message}")?,
+            Failure::Diverged { message } => write!(f, "{who} computes something else: {message}")?,
             Failure::Setup { message } => f.write_str(message)?,
         }
         match &self.doing {

@@ -4,6 +4,7 @@
 //! bits on every rank, in every run, and for a row of activations whatever else is in the batch
 //! (docs/decisions/0006-sums-in-rank-order.md).
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ pub struct Group {
     /// This rank's place in `members`.
     me: usize,
     patience: Duration,
+    /// Multiplies the patience while ranks compute for long.
+    slack: Arc<AtomicU32>,
     scratch: Arc<Mutex<Vec<u8>>>,
 }
 
@@ -41,7 +44,14 @@ impl Group {
     /// All ranks of a launch; `patience` bounds every wait.
     pub fn world(transport: Box<dyn Transport>, patience: Duration) -> Group {
         let (me, members) = (transport.rank(), (0..transport.size()).collect());
-        Group { transport: Arc::new(Mutex::new(transport)), members, me, patience, scratch: Arc::default() }
+        Group {
+            transport: Arc::new(Mutex::new(transport)),
+            members,
+            me,
+            patience,
+            slack: Arc::new(AtomicU32::new(1)),
+            scratch: Arc::default(),
+        }
     }
 
     /// The ranks `members` (as this group numbers them) as a group of their own.
@@ -51,7 +61,7 @@ impl Group {
     pub fn subgroup(&self, members: &[usize]) -> Group {
         let Some(me) = members.iter().position(|m| *m == self.me) else { panic!("a rank makes groups it is in") };
         let members = members.iter().map(|m| self.members[*m]).collect();
-        Group { transport: self.transport.clone(), members, me, patience: self.patience, scratch: self.scratch.clone() }
+        Group { members, me, ..self.clone() }
     }
 
     /// This rank's number in the group.
@@ -74,6 +84,12 @@ impl Group {
         self.patience
     }
 
+    /// Multiplies the patience of every wait, of this group and of those made from it, until the next call: the others may
+    /// be computing for longer than communication takes.
+    pub fn set_slack(&self, slack: u32) {
+        self.slack.store(slack.max(1), Ordering::Relaxed);
+    }
+
     /// The error that blames `rank` of this group.
     pub fn blame(&self, rank: usize, failure: Failure, doing: Doing) -> CommError {
         CommError::by(self.members[rank], &self.host(rank), failure).while_doing(doing)
@@ -84,7 +100,7 @@ impl Group {
     }
 
     fn wait(&self, doing: Doing) -> Wait {
-        Wait { patience: Some(self.patience), doing }
+        Wait { patience: Some(self.patience * self.slack.load(Ordering::Relaxed)), doing }
     }
 
     /// Sends `data` to `to` on `channel`.
@@ -95,16 +111,9 @@ impl Group {
         self.transport().exchange(channel, Some((self.members[to], data)), None, self.wait(doing))
     }
 
-    /// Receives exactly `into` from `from`; `slack` multiplies the patience while the other rank computes.
-    pub fn recv(
-        &self,
-        from: usize,
-        channel: Channel,
-        into: &mut [u8],
-        slack: u32,
-        doing: Doing,
-    ) -> Result<(), CommError> {
-        let wait = Wait { patience: Some(self.patience * slack.max(1)), doing };
+    /// Receives exactly `into` from `from`.
+    pub fn recv(&self, from: usize, channel: Channel, into: &mut [u8], doing: Doing) -> Result<(), CommError> {
+        let wait = self.wait(doing);
         self.transport().exchange(channel, None, Some((self.members[from], Incoming::Exact(into))), wait)
     }
 
@@ -128,7 +137,7 @@ impl Group {
     /// Every rank gets `root`'s `data`.
     pub fn broadcast(&self, root: usize, data: &mut [u8], doing: Doing) -> Result<(), CommError> {
         if self.me != root {
-            return self.recv(root, Channel::Data, data, 1, doing);
+            return self.recv(root, Channel::Data, data, doing);
         }
         (0..self.size()).filter(|to| *to != root).try_for_each(|to| self.send(to, Channel::Data, data, doing))
     }

@@ -118,12 +118,12 @@ fn suite(group: &Group) {
         group.send(1, Channel::Data, &[8; 5], TEST).expect("sends");
     } else if me == 1 {
         let (mut large, mut small, mut command) = ([0; 50_000], [0; 5], vec![]);
-        group.recv(0, Channel::Data, &mut large, 1, TEST).expect("receives");
+        group.recv(0, Channel::Data, &mut large, TEST).expect("receives");
         for i in 0..4u8 {
             group.recv_when_ready(0, Channel::Command, &mut command, TEST).expect("receives");
             assert_eq!(command, vec![i; 10 + usize::from(i)]);
         }
-        group.recv(0, Channel::Data, &mut small, 1, TEST).expect("receives");
+        group.recv(0, Channel::Data, &mut small, TEST).expect("receives");
         assert!(large == [9; 50_000] && small == [8; 5]);
     }
     // Every second rank on its own.
@@ -167,7 +167,7 @@ fn a_rank_that_ends_is_named_by_every_other() {
         // Rank 0 waits for rank 1, which waits for rank 2.
         let mut byte = [0];
         let start = Instant::now();
-        let (blamed, error) = blamed(group.recv(rank + 1, Channel::Data, &mut byte, 1, TEST));
+        let (blamed, error) = blamed(group.recv(rank + 1, Channel::Data, &mut byte, TEST));
         assert!(start.elapsed() < Duration::from_secs(2));
         group.abort(&error.to_string());
         Some((blamed, error))
@@ -190,7 +190,7 @@ fn a_rank_that_hangs_is_named_within_the_deadline() {
         }
         let group = Group::world(Box::new(t), deadline);
         let start = Instant::now();
-        let (blamed, error) = blamed(group.recv(1, Channel::Data, &mut [0], 1, TEST));
+        let (blamed, error) = blamed(group.recv(1, Channel::Data, &mut [0], TEST));
         assert!((deadline..deadline * 2).contains(&start.elapsed()), "{:?}", start.elapsed());
         Some((blamed, error))
     });
