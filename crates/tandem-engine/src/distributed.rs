@@ -21,10 +21,6 @@ const DECODE_ROWS: usize = 64;
 /// Rows that a rank may compute in one patience.
 const ROWS_PER_PATIENCE: usize = 8;
 
-fn device(error: CommError) -> EngineError {
-    EngineError::Device(Box::new(error))
-}
-
 /// Sums over tensor ranks through host memory: nothing is held open on a device while the host waits.
 pub struct HostReduce {
     group: Group,
@@ -194,7 +190,7 @@ impl<B: Backend> RankRunner<B> {
         self.hidden.resize(shape.n_rows * self.hidden_size, 0.0);
         if let Some(previous) = self.pipeline.previous {
             let doing = Doing::of("receiving hidden states");
-            world.recv(previous, Channel::Data, bytemuck::cast_slice_mut(&mut self.hidden), doing).map_err(device)?;
+            world.recv(previous, Channel::Data, bytemuck::cast_slice_mut(&mut self.hidden), doing)?;
             self.backend.write_rows(&self.hidden, self.model.hidden_mut());
         }
         let batch = self.backend.upload(batch);
@@ -203,7 +199,7 @@ impl<B: Backend> RankRunner<B> {
             self.backend.download(self.model.hidden(), &mut self.hidden);
             self.sync()?;
             let doing = Doing::of("sending hidden states");
-            world.send(next, Channel::Data, bytemuck::cast_slice(&self.hidden), doing).map_err(device)?;
+            world.send(next, Channel::Data, bytemuck::cast_slice(&self.hidden), doing)?;
         } else {
             let start = logits.len();
             logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
@@ -216,7 +212,7 @@ impl<B: Backend> RankRunner<B> {
 
     fn sync(&self) -> Result<(), EngineError> {
         self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))?;
-        self.reduce.as_ref().map_or(Ok(()), |reduce| reduce.finish_step().map_err(device))
+        Ok(self.reduce.as_ref().map_or(Ok(()), |reduce| reduce.finish_step())?)
     }
 
     /// Does what rank 0 sends until it says stop.
@@ -237,15 +233,14 @@ impl<B: Backend> RankRunner<B> {
         let mut command = vec![];
         loop {
             let doing = Doing::of("waiting for work");
-            world.recv_when_ready(0, Channel::Command, &mut command, doing).map_err(device)?;
-            let wrong =
-                |message: &str| device(world.blame(0, Failure::Protocol { message: message.to_string() }, doing));
+            world.recv_when_ready(0, Channel::Command, &mut command, doing)?;
+            let wrong = |message: &str| world.blame(0, Failure::Protocol { message: message.to_string() }, doing);
             if command.is_empty() {
                 return Ok(());
             }
             let mut batch = decode(&command).ok_or_else(|| wrong("a batch that cannot be read"))?;
             if batch.n_rows() > self.limits.max_rows {
-                return Err(wrong("a batch larger than agreed"));
+                return Err(wrong("a batch larger than agreed").into());
             }
             // Only rank 0 has the head.
             batch.logits_rows.clear();
@@ -268,9 +263,8 @@ impl<B: Backend> DistributedRunner<B> {
     fn submit(&mut self, batch: &Batch) -> Result<(), EngineError> {
         let command = encode(batch);
         let world = &self.rank.pipeline.world;
-        (1..world.size())
-            .try_for_each(|to| world.send(to, Channel::Command, &command, Doing::of("sending a batch")))
-            .map_err(device)
+        let doing = Doing::of("sending a batch");
+        Ok((1..world.size()).try_for_each(|to| world.send(to, Channel::Command, &command, doing))?)
     }
 
     fn run_all(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {

@@ -38,6 +38,9 @@ pub enum EngineError {
     /// The backend failed.
     #[error("the device failed: {0}")]
     Device(Box<dyn std::error::Error + Send + Sync>),
+    /// Another rank failed.
+    #[error(transparent)]
+    Ranks(#[from] tandem_comm::CommError),
     /// The logits cannot be sampled.
     #[error(transparent)]
     Sample(#[from] SampleError),
