@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tandem_comm::local::Fault;
 use tandem_comm::tcp::{Hello, Peer, Secret, TcpConfig};
 use tandem_comm::{Group, Transport, Wire, local, tcp};
 use tandem_core::backend::{Backend, Batch};
@@ -53,12 +54,13 @@ fn share(
     numerics: Numerics,
     transport: Box<dyn Transport>,
     request: Request,
+    patience: Duration,
 ) -> (RankRunner<CpuBackend>, ModelConfig) {
     let config = ModelConfig::load(dir).expect("config.json");
     let checkpoint = Checkpoint::open(dir).expect("weights");
     let weights = tandem_model::resolve(&checkpoint, &config).expect("resolves");
     let backend = CpuBackend::new(1, numerics);
-    let world = Group::world(transport, PATIENCE);
+    let world = Group::world(transport, patience);
     let resources = RankResources { host: "test".into(), memory: 1 << 40, bandwidth: 1e10, round_trip: 1e-5 };
     let planner = Planner {
         config: &config,
@@ -102,10 +104,10 @@ fn on_ranks<R: Send>(
         let mut transports = transports.into_iter();
         let first = transports.next().expect("at least one");
         let followers: Vec<_> = transports
-            .map(|t| scope.spawn(move || share(dir, numerics, t, request).0.follow().expect("follows")))
+            .map(|t| scope.spawn(move || share(dir, numerics, t, request, PATIENCE).0.follow().expect("follows")))
             .collect();
         let result = {
-            let (runner, config) = share(dir, numerics, first, request);
+            let (runner, config) = share(dir, numerics, first, request, PATIENCE);
             lead(&mut engine(DistributedRunner::new(runner), &config))
         };
         followers.into_iter().for_each(|f| f.join().expect("no panic"));
@@ -244,12 +246,109 @@ fn batches_of_sequences_are_cut_without_a_trace() {
     std::thread::scope(|scope| {
         let mut transports = over_local(2).into_iter();
         let (first, second) = (transports.next().expect("two"), transports.next().expect("two"));
-        let follower = scope.spawn(|| share(dir, Numerics::F32, second, request(2, 1, 1)).0.follow());
+        let follower = scope.spawn(|| share(dir, Numerics::F32, second, request(2, 1, 1), PATIENCE).0.follow());
         let found = {
-            let runner = share(dir, Numerics::F32, first, request(2, 1, 1)).0;
+            let runner = share(dir, Numerics::F32, first, request(2, 1, 1), PATIENCE).0;
             step(&mut DistributedRunner::new(runner))
         };
         follower.join().expect("no panic").expect("follows");
         assert!(bits(&found) == bits(&expected));
     });
+}
+
+/// What a faulty network may do to each message of schedule `seed`.
+fn faults(seed: u64) -> local::Faults {
+    Arc::new(move |from, to, number| {
+        let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ ((from * 8 + to) as u64) << 48 ^ number << 8;
+        for shift in [30, 27, 31] {
+            x = (x ^ (x >> shift)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        }
+        // Some schedules are harsh, some harm one message in many.
+        let rate = [40, 200, 1000, 4000][seed as usize % 4];
+        if !x.is_multiple_of(rate) {
+            return Fault::None;
+        }
+        match x >> 32 & 7 {
+            0 => Fault::Drop,
+            1 => Fault::Duplicate,
+            2 => Fault::Overtake,
+            3 => Fault::Die,
+            4 => Fault::Stall(Duration::from_millis(60)),
+            5 => Fault::Stall(Duration::from_millis(5)),
+            6 => Fault::Delay(Duration::from_millis(60)),
+            _ => Fault::Delay(Duration::from_millis(3)),
+        }
+    })
+}
+
+/// Whatever the network does, every rank ends, and every token that comes out is right.
+#[test]
+fn no_fault_schedule_hangs_or_gives_a_wrong_token() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models/dsv3_tiny");
+    let patience = Duration::from_millis(25);
+    let greedy = |engine: &mut Engine| -> Vec<u32> {
+        let vocab = engine.vocab_size();
+        let mut sequence = Sequence::default();
+        let Ok(mut last) = engine.run(&mut sequence, &prompt(vocab)[..12], 5, Logits::Last) else { return vec![] };
+        let mut tokens = vec![];
+        for _ in 0..6 {
+            let best = (0..vocab).max_by(|a, b| last[*a].total_cmp(&last[*b]).then(b.cmp(a))).expect("a vocabulary");
+            tokens.push(best as u32);
+            match engine.run(&mut sequence, &[best as u32], 1, Logits::Last) {
+                Ok(logits) => last = logits,
+                Err(_) => break,
+            }
+        }
+        tokens
+    };
+    let expected = greedy(&mut one_rank(&dir, Numerics::F32));
+    let (mut complete, mut failed) = (0, 0);
+    for seed in 0..1000 {
+        let (n, request) = [(2, request(2, 1, 1)), (3, request(3, 1, 1)), (2, request(1, 2, 1)), (4, request(2, 2, 1))]
+            [(seed / 4) as usize % 4];
+        let transports = local::faulty_group(n, Some(faults(seed)));
+        let start = std::time::Instant::now();
+        let found = std::thread::scope(|scope| {
+            let mut transports = transports.into_iter().map(|t| Box::new(t) as Box<dyn Transport>);
+            let first = transports.next().expect("at least one");
+            for transport in transports {
+                let dir = &dir;
+                scope.spawn(move || share(dir, Numerics::F32, transport, request, patience).0.follow());
+            }
+            let (runner, config) = share(&dir, Numerics::F32, first, request, patience);
+            greedy(&mut engine(DistributedRunner::new(runner), &config))
+        });
+        assert!(start.elapsed() < Duration::from_secs(10), "schedule {seed} hangs");
+        assert_eq!(found, expected[..found.len()], "schedule {seed}: a wrong token");
+        if found.len() == expected.len() { complete += 1 } else { failed += 1 }
+    }
+    // The schedules are such that both happen often.
+    assert!(complete > 100 && failed > 100, "{complete} complete, {failed} failed");
+}
+
+/// Ranks that compute something else find out, and say who.
+#[test]
+fn diverging_ranks_are_named() {
+    let results: Vec<Result<(), tandem_comm::CommError>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = local::group(3)
+            .into_iter()
+            .enumerate()
+            .map(|(rank, transport)| {
+                scope.spawn(move || {
+                    let backend = CpuBackend::new(1, Numerics::F32);
+                    let reduce = HostReduce::new(Group::world(Box::new(transport), PATIENCE), Wire::F32, 4);
+                    let mut hidden = backend.alloc(1, 4);
+                    let value = if rank == 2 { 1.0000001 } else { 1.0 };
+                    backend.write_rows(&[value, 2.0, 3.0, 4.0], &mut hidden);
+                    tandem_core::backend::TensorGroup::begin_layer(&reduce, &backend, 5, &hidden, 1);
+                    reduce.finish_step()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().expect("no panic")).collect()
+    });
+    for result in results {
+        let error = result.expect_err("rank 2 differs");
+        assert!(error.rank == Some(2) && error.to_string().contains("layer 5"), "{error}");
+    }
 }
