@@ -6,6 +6,7 @@
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -113,7 +114,9 @@ fn mpirun(args: &LaunchArgs, parallel: &ParallelArgs, hosts: &[Host]) -> anyhow:
 }
 
 fn code(status: ExitStatus) -> ExitCode {
-    ExitCode::from(status.code().map_or(1, |c| u8::try_from(c).unwrap_or(1)))
+    // As shells have it, 128 and the signal.
+    let number = status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1);
+    ExitCode::from(u8::try_from(number).unwrap_or(1))
 }
 
 /// Set by Ctrl-C and its like.
@@ -301,6 +304,10 @@ impl Launcher<'_> {
             if let Some((rank, status, at)) = first_failure {
                 // The others have the deadline to say what they saw.
                 if all_ended || at.elapsed() > patience {
+                    // Ranks end within moments of each other: one that a signal ended did not follow another.
+                    let by_signal =
+                        |(i, r): (usize, &Rank)| r.status.filter(|s| s.signal().is_some()).map(|status| (i, status));
+                    let (rank, status) = ranks.iter().enumerate().find_map(by_signal).unwrap_or((rank, status));
                     eprintln!("launch: rank {rank} ({}) ended first: {status}", self.hosts[rank].name);
                     return Ok(match code(status) {
                         ExitCode::SUCCESS => ExitCode::FAILURE,
