@@ -203,6 +203,15 @@ impl Checkpoint {
         self.tensors.get(name).and_then(Option::as_ref)
     }
 
+    /// Names, types and shapes of all tensors, one line each: what must be the same on every rank of a launch.
+    pub fn table(&self) -> String {
+        let line = |(name, info): (&String, &Option<TensorInfo>)| match info {
+            Some(info) => format!("{name} {:?} {:?}\n", info.dtype, info.shape),
+            None => format!("{name}\n"),
+        };
+        self.tensors.iter().map(line).collect()
+    }
+
     /// The bytes of a tensor, still in the mapped file; `None` when it does not exist or only its name is known.
     pub fn bytes(&self, name: &str) -> Option<Bytes> {
         let info = self.info(name)?;

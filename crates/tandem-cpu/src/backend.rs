@@ -488,6 +488,10 @@ impl Backend for CpuBackend {
         batch
     }
 
+    fn write_rows(&self, rows: &[f32], buffer: &mut CpuBuffer) {
+        buffer.data[..rows.len()].copy_from_slice(rows);
+    }
+
     fn download(&self, buffer: &CpuBuffer, out: &mut [f32]) {
         out.copy_from_slice(&buffer.data[..out.len()]);
     }
@@ -639,7 +643,7 @@ impl Backend for CpuBackend {
         let mut chosen: Vec<Expert<'_>> =
             (0..n_experts).map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] }).collect();
         for r in 0..n_rows {
-            for (id, weight) in ids.row(r).iter().zip(weights.row(r)) {
+            for (id, weight) in ids.row(r).iter().zip(weights.row(r)).filter(|(id, _)| **id >= 0) {
                 let expert = &mut chosen[*id as usize];
                 expert.tokens.push(r as u32);
                 expert.weights.push(*weight);
@@ -647,6 +651,10 @@ impl Backend for CpuBackend {
         }
         chosen.retain(|e| !e.tokens.is_empty());
         chosen.extend(shared.map(|mlp| Expert::for_all(mlp, n_rows)));
+        if chosen.is_empty() {
+            // Every expert of these rows is on another rank.
+            out.data[..n_rows * out.width].fill(0.0);
+        }
         self.experts(x, &chosen, n_rows, out);
     }
 

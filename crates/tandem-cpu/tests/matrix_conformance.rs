@@ -145,7 +145,15 @@ fn moe(backend: &CpuBackend, x: &CpuBuffer, n: usize, experts: &[MatrixData; 3],
     let (experts, shared) = (load(experts), load(shared));
     let logits = CpuBuffer::new(noise(17, n * n_experts), n_experts);
     let bias = backend.load_vector(&vec![0.0; n_experts]);
-    let routing = Routing { top_k: 3, n_group: 1, topk_group: 1, normalize: true, scale: 2.5 };
+    let routing = Routing {
+        top_k: 3,
+        n_group: 1,
+        topk_group: 1,
+        normalize: true,
+        scale: 2.5,
+        first_expert: 0,
+        n_held: usize::MAX,
+    };
     let mut ids = backend.alloc_indices(n, 3);
     let (mut weights, mut out) = (backend.alloc(n, 3), backend.alloc(n, hidden));
     backend.router_topk(&logits, &bias, &routing, n, &mut ids, &mut weights);

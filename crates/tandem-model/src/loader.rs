@@ -98,6 +98,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(matrix)
     }
 
+    /// [`Loader::matrix`], if this rank needs it.
+    ///
+    /// # Errors
+    /// The file is damaged.
+    pub fn matrix_if(&mut self, needed: bool, module: &str) -> Result<Option<B::Matrix>, CheckpointError> {
+        if needed { self.matrix(module).map(Some) } else { Ok(None) }
+    }
+
     /// The vector `module.leaf`.
     ///
     /// # Errors

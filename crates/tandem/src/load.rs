@@ -8,10 +8,11 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{BlockManager, Engine, ModelRunner};
+use tandem_engine::{BlockManager, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits};
 
 use crate::cli::{ActivationsArg, ModelArgs};
+use crate::distributed;
 use crate::report::bytes;
 
 /// The model that ships with the project.
@@ -60,18 +61,23 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
     let max_rows = args.prefill_chunk.clamp(1, context);
     let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
 
-    let resident_bytes = accounting.total(|k| k.resident_bytes);
-    let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
-    let bar = progress_bar(resident_bytes);
-    let source = CheckpointWeights::new(&checkpoint, weights);
-    let model = tandem_model::load_from(&backend, &config, &source, limits, &mut |bytes| bar.inc(bytes as u64))?;
-    bar.finish_and_clear();
+    let blocks = BlockManager::for_tokens(context);
+    let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
+        distributed::lead(args, &config, checkpoint, weights, limits, blocks.n_slots())?
+    } else {
+        let resident_bytes = accounting.total(|k| k.resident_bytes);
+        let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
+        let bar = progress_bar(resident_bytes);
+        let source = CheckpointWeights::new(&checkpoint, weights);
+        let progress = &mut |bytes| bar.inc(bytes as u64);
+        let model = tandem_model::load_from(&backend, &config, &source, limits, progress)?;
+        bar.finish_and_clear();
+        (Box::new(ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots())), numerics)
+    };
     if args.lock {
         lock_memory();
     }
-    let blocks = BlockManager::for_tokens(context);
-    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
-    let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
 }
 

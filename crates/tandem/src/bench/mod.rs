@@ -5,6 +5,7 @@
 //! exactly the context asked for.
 
 mod bytes_read;
+pub(crate) mod comm;
 mod model;
 mod plot;
 
@@ -36,6 +37,7 @@ pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
         BenchCommand::Decode(args) => decode(args),
         BenchCommand::Prefill(args) => prefill(args),
+        BenchCommand::Comm(args) => comm::comm(args, None),
     }
 }
 
