@@ -2,7 +2,7 @@
 //!
 //! Sums are always taken in the order of ranks, `((x0 + x1) + x2) + ...`, whatever the size and the algorithm: the same
 //! bits on every rank, in every run, and for a row of activations whatever else is in the batch
-//! (docs/decisions/0006-sums-in-rank-order.md).
+//! (docs/decisions/0008-sums-in-rank-order.md).
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
