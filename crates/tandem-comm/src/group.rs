@@ -2,7 +2,7 @@
 //!
 //! Sums are always taken in the order of ranks, `((x0 + x1) + x2) + ...`, whatever the size and the algorithm: the same
 //! bits on every rank, in every run, and for a row of activations whatever else is in the batch
-//! (docs/decisions/0008-sums-in-rank-order.md).
+//! (docs/decisions/0007-sums-in-rank-order.md).
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -14,7 +14,7 @@ use crate::error::{CommError, Doing, Failure};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
 /// Up to this many bytes an all_reduce sends everything to everyone and sums locally: one hop. Above, ranks sum a part
-/// each and gather: two hops, less traffic. Measured crossover: bench/runs/2026-11-23-comm.
+/// each and gather: two hops, less traffic.
 const DIRECT_BYTES: usize = 64 << 10;
 
 /// Type of a payload between ranks.
