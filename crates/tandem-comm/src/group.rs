@@ -14,7 +14,7 @@ use crate::error::{CommError, Doing, Failure};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
 /// Up to this many bytes an all_reduce sends everything to everyone and sums locally: one hop. Above, ranks sum a part
-/// each and gather: two hops, less traffic. Measured crossover: bench/runs/2026-11-23-comm.
+/// each and gather: two hops, less traffic.
 const DIRECT_BYTES: usize = 64 << 10;
 
 /// Type of a payload between ranks.

@@ -14,7 +14,7 @@ use crate::error::{CommError, Failure};
 use crate::frame::{Counters, HEADER, Header};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
-/// As [`crate::tcp`]: no sleep before this.
+/// MPI has no way to sleep until a message comes: it is asked again and again, without pauses before this.
 const SPIN: Duration = Duration::from_micros(200);
 /// After this, the rank is taken for idle and asks less often.
 const IDLE: Duration = Duration::from_millis(20);

@@ -273,7 +273,8 @@ fn knock(n: u32) {
     let mut listeners = listeners.into_iter();
     let (first, second) = (listeners.next().expect("two"), listeners.next().expect("two"));
     let rank = |i: usize, listener: TcpListener| {
-        let config = config(i, &peers, DEADLINE);
+        let mut config = config(i, &peers, DEADLINE);
+        config.start_timeout = Duration::from_secs(120);
         std::thread::spawn(move || tcp::connect(listener, config).map(|t| suite(&world(t))))
     };
     let zero = rank(0, first);

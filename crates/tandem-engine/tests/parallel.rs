@@ -329,6 +329,7 @@ fn no_fault_schedule_hangs_or_gives_a_wrong_token() {
 /// Ranks that compute something else find out, and say who.
 #[test]
 fn diverging_ranks_are_named() {
+    let everyone = &std::sync::Barrier::new(3);
     let results: Vec<Result<(), tandem_comm::CommError>> = std::thread::scope(|scope| {
         let threads: Vec<_> = local::group(3)
             .into_iter()
@@ -341,7 +342,10 @@ fn diverging_ranks_are_named() {
                     let value = if rank == 2 { 1.0000001 } else { 1.0 };
                     backend.write_rows(&[value, 2.0, 3.0, 4.0], &mut hidden);
                     tandem_core::backend::TensorGroup::begin_layer(&reduce, &backend, 5, &hidden, 1);
-                    reduce.finish_step()
+                    let result = reduce.finish_step();
+                    // A rank that ends earlier would be blamed by those that still compare.
+                    everyone.wait();
+                    result
                 })
             })
             .collect();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tandem_core::backend::{Backend, TensorGroup};
 use tandem_core::dtype::FP8_BLOCK;
-use tandem_core::weights::{Axis, MatrixData, ModuleKind, Split, Weight, WeightSpec};
+use tandem_core::weights::{Axis, MatrixData, MatrixPart, ModuleKind, Split, Weight, WeightSpec};
 use tandem_core::{CheckpointError, DType, ModelConfig};
 
 use crate::WeightSource;
@@ -299,10 +299,21 @@ impl WeightSource for PartWeights<'_> {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
         let data = self.source.matrix(module)?;
         Ok(match self.cut(module, "weight") {
+            Cut::Range(Axis::Cols, range) => {
+                // Copied: the file's own pages are not needed any more.
+                let whole = data.parts.clone();
+                let cut = data.cut(Axis::Cols, range);
+                whole.iter().for_each(|part| self.source.release(part));
+                cut
+            }
             Cut::Range(axis, range) => data.cut(axis, range),
             // Only terms of sums can be zeros, and those are vectors or not loaded.
             Cut::Whole | Cut::Zeros => data,
         })
+    }
+
+    fn release(&self, part: &MatrixPart) {
+        self.source.release(part);
     }
 
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {

@@ -72,11 +72,11 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
         let progress = &mut |bytes| bar.inc(bytes as u64);
         let model = tandem_model::load_from(&backend, &config, &source, limits, progress)?;
         bar.finish_and_clear();
+        if args.lock {
+            lock_memory();
+        }
         (Box::new(ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots())), numerics)
     };
-    if args.lock {
-        lock_memory();
-    }
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
 }

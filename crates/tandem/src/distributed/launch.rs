@@ -302,8 +302,8 @@ impl Launcher<'_> {
             }
             let all_ended = ranks.iter().all(|r| r.status.is_some());
             if let Some((rank, status, at)) = first_failure {
-                // The others have the deadline to say what they saw.
-                if all_ended || at.elapsed() > patience {
+                // The others have most of the deadline to say what they saw.
+                if all_ended || at.elapsed() > patience.mul_f64(0.8) {
                     // Ranks end within moments of each other: one that a signal ended did not follow another.
                     let by_signal =
                         |(i, r): (usize, &Rank)| r.status.filter(|s| s.signal().is_some()).map(|status| (i, status));

@@ -24,7 +24,7 @@ use tandem_model::{
 };
 
 use crate::cli::{Cli, ModelArgs, ParallelArgs, TransportArg};
-use crate::load::{cpu_backend, model_dir};
+use crate::load::{cpu_backend, lock_memory, model_dir};
 use crate::report::bytes;
 pub(crate) use rank::Started;
 use rank::{Announcement, announce};
@@ -279,7 +279,7 @@ fn load_in(
     let round_trip = round_trip(world, config.hidden_size)?;
     let introduction = Introduction {
         host: world.host(world.rank()),
-        memory: available_memory().map_or(u64::MAX >> 8, |free| free / on_this_host.max(1) as u64),
+        memory: system::available_memory_bytes().map_or(u64::MAX >> 8, |free| free / on_this_host.max(1) as u64),
         bandwidth: probe_bandwidth(threads),
         round_trip,
         setup,
@@ -309,6 +309,9 @@ fn load_in(
     let hashes = world.gather_messages(digest(format!("{plan:?}").as_bytes()).as_bytes(), introducing)?;
     ensure!(hashes.iter().all(|h| *h == hashes[0]), "the ranks made different plans; this is a bug in tandem");
     let division = Division::new(&plan.ranks[world.rank()].part, config, weights);
+    // Repacked weights take memory of their own; mapped ones can be read again from their files.
+    let planned = &plan.ranks[world.rank()];
+    let backend = backend.with_repacking(planned.weight_bytes <= resources[world.rank()].memory);
     if world.rank() == 0 {
         print_plan(&plan, &resources, &division);
     }
@@ -319,7 +322,7 @@ fn load_in(
         .then(|| Arc::new(HostReduce::new(pipeline.tensor_group(&plan), wire, config.hidden_size)));
     let whole = CheckpointWeights::new(checkpoint, weights.to_vec());
     let source = PartWeights::new(&whole, weights, division.clone());
-    let total = plan.ranks[world.rank()].weight_bytes;
+    let total = planned.weight_bytes;
     let (mut loaded, mut last) = (0, Instant::now());
     let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<CpuBackend>>);
     let limits = Limits { max_rows: setup.max_rows, max_logits_rows: setup.max_logits_rows };
@@ -332,6 +335,9 @@ fn load_in(
         }
     })?;
     announce(&Announcement::Loading { done: total, total });
+    if args.lock {
+        lock_memory();
+    }
     let runner = RankRunner::new(
         backend,
         loaded_model,
@@ -421,13 +427,6 @@ fn probe_bandwidth(threads: usize) -> f64 {
         best = best.min(start.elapsed().as_secs_f64());
     }
     PROBE_BYTES as f64 / best
-}
-
-/// Free memory of this machine, reclaimable file pages included.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 
 /// The other ranks, for commands that every rank runs.
