@@ -6,8 +6,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -99,7 +101,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
-    files: Vec<Bytes>,
+    files: Vec<MappedFile>,
     tensors: BTreeMap<String, Option<TensorInfo>>,
     duplicates: Vec<String>,
 }
@@ -204,12 +206,25 @@ impl Checkpoint {
     /// The bytes of a tensor, still in the mapped file; `None` when it does not exist or only its name is known.
     pub fn bytes(&self, name: &str) -> Option<Bytes> {
         let info = self.info(name)?;
-        Some(self.files[info.file].slice(info.start..info.end))
+        Some(self.files[info.file].bytes().slice(info.start..info.end))
+    }
+
+    /// Gives back the memory that reading a tensor took; its bytes stay valid and are read from the file again.
+    pub fn release(&self, name: &str) {
+        if let Some(info) = self.info(name) {
+            self.files[info.file].release(info.start, info.end);
+        }
+    }
+
+    /// The weight files.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let file = File::open(path).map_err(|e| read_error(path, e))?;
-        let data = map_file(&file).map_err(|e| read_error(path, e))?;
+        let mapped = MappedFile::new(path, &file).map_err(|e| read_error(path, e))?;
+        let data = mapped.bytes();
         let damaged = |message: String| CheckpointError::Damaged { path: path.display().to_string(), message };
         let (header, metadata) = SafeTensors::read_metadata(&data).map_err(|e| {
             damaged(match e {
@@ -233,7 +248,7 @@ impl Checkpoint {
                 self.duplicates.push(name);
             }
         }
-        self.files.push(data);
+        self.files.push(mapped);
         Ok(())
     }
 
@@ -280,10 +295,42 @@ fn shard_path(dir: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
     }
 }
 
+/// A weight file in the address space.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    path: PathBuf,
+    map: Arc<Mmap>,
+}
+
+/// [`Bytes::from_owner`] wants an owner that is a slice.
+struct Shared(Arc<Mmap>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 #[allow(unsafe_code)]
-fn map_file(file: &File) -> std::io::Result<Bytes> {
-    // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
-    // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
-    let map = unsafe { memmap2::Mmap::map(file)? };
-    Ok(Bytes::from_owner(map))
+impl MappedFile {
+    pub(crate) fn new(path: &Path, file: &File) -> std::io::Result<MappedFile> {
+        // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
+        // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
+        let map = unsafe { Mmap::map(file)? };
+        Ok(MappedFile { path: path.to_path_buf(), map: Arc::new(map) })
+    }
+
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes::from_owner(Shared(self.map.clone()))
+    }
+
+    /// Unmaps the pages that lie wholly in `start..end` until they are read again.
+    pub(crate) fn release(&self, start: usize, end: usize) {
+        const PAGE: usize = 64 << 10; // at least the system's
+        let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
+        if start < end {
+            // SAFETY: the mapping is of a file and never written to, so dropped pages come back with the same bytes.
+            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        }
+    }
 }

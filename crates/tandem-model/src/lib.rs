@@ -8,6 +8,7 @@ mod deepseek_v32;
 mod dummy;
 mod llama;
 mod loader;
+mod recipe;
 
 use tandem_core::backend::{Backend, Batch};
 use tandem_core::weights::{self, Weight, WeightSpec};
@@ -15,9 +16,10 @@ use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
 pub use accounting::{Accounting, KindShare};
 pub use deepseek_v32::DeepseekV32;
-pub use dummy::{DummyWeights, Recipe};
+pub use dummy::{DummyWeights, RandomRows};
 pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
+pub use recipe::{Recipe, Target};
 
 /// Sizes fixed when a model is loaded.
 #[derive(Clone, Copy, Debug)]

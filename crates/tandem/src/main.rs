@@ -2,9 +2,11 @@
 
 mod bench;
 mod cli;
+mod convert;
 mod eval;
 mod inspect;
 mod load;
+mod presets;
 mod report;
 mod run;
 mod text;
@@ -25,6 +27,7 @@ fn main() -> ExitCode {
         cli::Command::Inspect(args) => inspect::inspect(&args),
         cli::Command::Eval(args) => eval::eval(&args),
         cli::Command::Bench(args) => bench::bench(&args),
+        cli::Command::Convert(args) => convert::convert(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

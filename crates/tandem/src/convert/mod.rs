@@ -1,0 +1,153 @@
+//! `tandem convert`: a checkpoint in other formats, written in MLX's layout.
+
+mod plan;
+mod rules;
+mod source;
+mod write;
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow, ensure};
+use serde_json::json;
+use tandem_core::DType;
+use tandem_core::quant;
+use tandem_cpu::system::{default_threads, peak_memory_bytes};
+use tandem_model::{Accounting, Recipe};
+
+use crate::cli::ConvertArgs;
+use crate::load::{model_dir, progress_bar};
+use crate::presets;
+use crate::report::{bytes, count, print_json, thousands};
+use plan::Plan;
+use source::{CheckpointSource, DummySource, Source};
+
+/// Runs the command.
+pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let recipe = rules::recipe(&args.quant)?;
+    let source = open(args, &recipe)?;
+    let config = source.config();
+    let dtypes: Vec<DType> = match args.shapes.config {
+        Some(_) => source.weights().iter().map(|w| w.dtype).collect(),
+        None => source.weights().iter().map(|w| recipe.dtype(&w.spec, w.dtype, config.float)).collect(),
+    };
+    let plan = Plan::new(source.config_json(), config, source.weights(), &dtypes, args.max_shard_size)?;
+    let total: u64 = plan.shards.iter().map(|s| s.bytes).sum();
+    if args.dry_run {
+        return dry_run(&*source, &plan, args.json);
+    }
+    let out = args.out.as_deref().context("--out is missing")?;
+    let bar = progress_bar(total);
+    if let Ok(style) =
+        indicatif::ProgressStyle::with_template("writing {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+    {
+        bar.set_style(style);
+    }
+    let n_threads = args.threads.unwrap_or_else(default_threads).max(1);
+    let quantize = |weight: &tandem_core::weights::Weight, _part: usize, values: &[f32], rows: usize| {
+        quant::quantize(weight.dtype, rows, weight.spec.dims().2, values)
+    };
+    let written = write::write(&*source, &plan, &quantize, &args.quant, out, n_threads, &bar)?;
+    bar.finish_and_clear();
+    let seconds = start.elapsed().as_secs_f64();
+    if args.json {
+        return print_json(&json!({
+            "out": out.display().to_string(),
+            "bytes": total,
+            "files": plan.shards.len(),
+            "files_kept": written.n_kept,
+            "bytes_written": written.bytes,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }));
+    }
+    let kept = match written.n_kept {
+        0 => String::new(),
+        n => format!(", {n} of them kept from before"),
+    };
+    println!(
+        "{}: {} in {} file{}{kept}; {seconds:.1} s, peak memory {}",
+        out.display(),
+        bytes(total),
+        plan.shards.len(),
+        if plan.shards.len() == 1 { "" } else { "s" },
+        bytes(peak_memory_bytes())
+    );
+    Ok(())
+}
+
+fn open(args: &ConvertArgs, recipe: &Recipe) -> anyhow::Result<Box<dyn Source>> {
+    if args.shapes.is_dummy("SRC")? {
+        let name = args.shapes.config.as_deref().context("--load-format dummy needs --config NAME")?;
+        let (_, text) = presets::config_text(name)?;
+        return Ok(Box::new(DummySource::new(&args.shapes.apply(&text)?, recipe)?));
+    }
+    let name = args.source.as_deref().context("name the model to convert, or give --config")?;
+    ensure!(
+        !is_pickle(Path::new(name)),
+        "{name} is a pickle file. Opening one runs the code inside, so it is refused; get the safetensors version of this \
+         model"
+    );
+    Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?))
+}
+
+fn is_pickle(path: &Path) -> bool {
+    path.is_file()
+        && path.extension().is_some_and(|e| e == "bin" || e == "pt" || e == "pth" || e == "pkl" || e == "ckpt")
+}
+
+/// Prints what would be written.
+fn dry_run(source: &dyn Source, plan: &Plan, as_json: bool) -> anyhow::Result<()> {
+    let config = source.config();
+    let (before, after) = (Accounting::new(source.weights(), config), Accounting::new(&plan.weights, config));
+    let bits = |bytes: u64, parameters: u64| bytes as f64 * 8.0 / parameters.max(1) as f64;
+    let of = |a: &Accounting| {
+        let parameters = a.total(|k| k.parameters);
+        let resident = a.total(|k| k.resident_bytes);
+        (resident, a.total(|k| k.read_bytes), bits(resident, parameters))
+    };
+    let ((bytes_before, read_before, bits_before), (bytes_after, read_after, bits_after)) = (of(&before), of(&after));
+    if as_json {
+        let kinds: serde_json::Map<_, _> = after
+            .kinds
+            .iter()
+            .map(|k| {
+                let formats: serde_json::Map<_, _> = k.formats.iter().map(|(f, b)| (f.clone(), json!(b))).collect();
+                let value = json!({"parameters": k.parameters, "bytes": k.resident_bytes, "format_bytes": formats});
+                (k.kind.name().to_string(), value)
+            })
+            .collect();
+        return print_json(&json!({
+            "source": {"bytes": bytes_before, "read_bytes_per_token": read_before, "bits_per_weight": bits_before},
+            "bytes": bytes_after,
+            "read_bytes_per_token": read_after,
+            "bits_per_weight": bits_after,
+            "files": plan.shards.iter().map(|s| json!({"name": s.name, "bytes": s.bytes})).collect::<Vec<_>>(),
+            "modules": kinds,
+        }));
+    }
+    println!("{:<16}{:>12}{:>14}{:>14}{:>8}  formats", "module", "parameters", "source", "output", "bits");
+    for (b, a) in before.kinds.iter().zip(&after.kinds) {
+        let formats: Vec<&str> = a.formats.iter().map(|(name, _)| name.as_str()).collect();
+        println!(
+            "{:<16}{:>12}{:>14}{:>14}{:>8.2}  {}",
+            a.kind.name(),
+            count(a.parameters),
+            bytes(b.resident_bytes),
+            bytes(a.resident_bytes),
+            bits(a.resident_bytes, a.parameters),
+            formats.join(", ")
+        );
+    }
+    println!();
+    println!("source: {} bytes, {bits_before:.2} bits per weight", thousands(bytes_before));
+    println!("output: {} bytes, {bits_after:.2} bits per weight, {} files", thousands(bytes_after), plan.shards.len());
+    println!("read per decoded token: {} before, {} after", bytes(read_before), bytes(read_after));
+    Ok(())
+}
+
+/// A message for a problem in a rule file or a name.
+fn usage(message: String) -> anyhow::Error {
+    anyhow!(message)
+}
