@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -209,10 +209,17 @@ impl Checkpoint {
         Some(self.files[info.file].bytes().slice(info.start..info.end))
     }
 
-    /// Gives back the memory that reading a tensor took; its bytes stay valid and are read from the file again.
-    pub fn release(&self, name: &str) {
-        if let Some(info) = self.info(name) {
-            self.files[info.file].release(info.start, info.end);
+    /// Starts reading `bytes`, a part of what [`Checkpoint::bytes`] gave, ahead of their use.
+    pub fn prefetch(&self, bytes: &[u8]) {
+        if let Some((file, start)) = self.files.iter().find_map(|file| Some((file, file.offset_of(bytes)?))) {
+            file.prefetch(start, start + bytes.len());
+        }
+    }
+
+    /// Gives back the memory that reading `bytes` took; they stay valid and are read from the file again.
+    pub fn release(&self, bytes: &[u8]) {
+        if let Some((file, start)) = self.files.iter().find_map(|file| Some((file, file.offset_of(bytes)?))) {
+            file.release(start, start + bytes.len());
         }
     }
 
@@ -324,9 +331,20 @@ impl MappedFile {
         Bytes::from_owner(Shared(self.map.clone()))
     }
 
+    /// Offset of `bytes` if they are in this file.
+    fn offset_of(&self, bytes: &[u8]) -> Option<usize> {
+        let (start, first) = (self.map.as_ptr() as usize, bytes.as_ptr() as usize);
+        (first >= start && first + bytes.len() <= start + self.map.len()).then(|| first - start)
+    }
+
+    /// Starts reading `start..end`.
+    pub(crate) fn prefetch(&self, start: usize, end: usize) {
+        let _ = self.map.advise_range(Advice::WillNeed, start, end - start);
+    }
+
     /// Unmaps the pages that lie wholly in `start..end` until they are read again.
     pub(crate) fn release(&self, start: usize, end: usize) {
-        const PAGE: usize = 64 << 10; // at least the system's
+        const PAGE: usize = 16 << 10; // at least the system's
         let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
         if start < end {
             // SAFETY: the mapping is of a file and never written to, so dropped pages come back with the same bytes.

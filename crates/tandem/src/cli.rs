@@ -330,7 +330,7 @@ pub(crate) struct BenchPrefillArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
-    /// Model directory (Hugging Face or MLX), or a Hugging Face id that is in the local cache.
+    /// Model directory (Hugging Face or MLX), GGUF file, or a Hugging Face id that is in the local cache.
     #[arg(value_name = "SRC", required_unless_present = "config", conflicts_with = "config")]
     pub(crate) source: Option<String>,
     /// Gets the new checkpoint; must not exist. Until it is complete, work is in DIR.partial: the same command goes on

@@ -9,8 +9,14 @@ pub mod minifloat;
 mod mxfp4;
 mod mxfp8;
 mod nvfp4;
+mod search;
 
 use crate::dtype::{DType, Float};
+
+pub use search::{Compensation, Inputs, quantize_searched};
+
+/// Columns of the largest covariance that is factored.
+const MAX_COLUMNS: usize = 1 << 15;
 
 /// A borrowed matrix `[rows, cols]` in any storage format; rows are outputs, groups run along the columns.
 #[derive(Clone, Copy, Debug)]

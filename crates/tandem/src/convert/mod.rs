@@ -1,11 +1,13 @@
 //! `tandem convert`: a checkpoint in other formats, written in MLX's layout.
 
+mod gguf;
+mod gguf_tokenizer;
 mod plan;
 mod rules;
 mod source;
 mod write;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, ensure};
@@ -19,6 +21,7 @@ use crate::cli::ConvertArgs;
 use crate::load::{model_dir, progress_bar};
 use crate::presets;
 use crate::report::{bytes, count, print_json, thousands};
+use gguf::GgufSource;
 use plan::Plan;
 use source::{CheckpointSource, DummySource, Source};
 
@@ -89,7 +92,24 @@ fn open(args: &ConvertArgs, recipe: &Recipe) -> anyhow::Result<Box<dyn Source>> 
         "{name} is a pickle file. Opening one runs the code inside, so it is refused; get the safetensors version of this \
          model"
     );
-    Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?))
+    match gguf_file(Path::new(name)) {
+        Some(file) => Ok(Box::new(GgufSource::open(&file)?)),
+        None => Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?)),
+    }
+}
+
+/// A GGUF file, or the first one of a directory that has no config.json.
+fn gguf_file(path: &Path) -> Option<PathBuf> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|e| e == "gguf");
+    if is_gguf(path) {
+        return Some(path.to_path_buf());
+    }
+    if !path.is_dir() || path.join("config.json").exists() {
+        return None;
+    }
+    let mut files: Vec<PathBuf> = std::fs::read_dir(path).ok()?.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    files.sort();
+    files.into_iter().find(|file| is_gguf(file))
 }
 
 fn is_pickle(path: &Path) -> bool {

@@ -25,8 +25,12 @@ pub(super) trait Source: Sync {
     /// # Errors
     /// The file is damaged.
     fn rows(&self, weight: usize, part: usize, rows: Range<usize>) -> Result<MatrixPart, CheckpointError>;
-    /// Says that a weight will not be asked for again soon, so that its memory can go.
-    fn release(&self, weight: usize);
+    /// Says that these rows will be asked for soon.
+    fn prefetch(&self, weight: usize, part: usize, rows: Range<usize>);
+    /// Says that these rows are done with, so that their memory can go.
+    fn release(&self, weight: usize, part: usize, rows: Range<usize>);
+    /// Says that a weight is done with.
+    fn close(&self, weight: usize);
     /// Writes what is not weights and not config.json: the tokenizer and its company.
     fn write_other_files(&self, out: &Path) -> anyhow::Result<()>;
     /// Changes when the source changes.
@@ -79,9 +83,22 @@ impl Source for CheckpointSource {
         Ok(slice_rows(&data.parts[part], data.dtype, data.cols, rows))
     }
 
-    fn release(&self, weight: usize) {
+    fn prefetch(&self, weight: usize, part: usize, rows: Range<usize>) {
+        if let Ok(part) = self.rows(weight, part, rows) {
+            [&part.weight, &part.scales, &part.biases].into_iter().for_each(|bytes| self.checkpoint.prefetch(bytes));
+        }
+    }
+
+    fn release(&self, weight: usize, part: usize, rows: Range<usize>) {
+        if let Ok(part) = self.rows(weight, part, rows) {
+            [&part.weight, &part.scales, &part.biases].into_iter().for_each(|bytes| self.checkpoint.release(bytes));
+        }
+    }
+
+    fn close(&self, weight: usize) {
         *self.open[weight].lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.weights[weight].tensors().for_each(|name| self.checkpoint.release(name));
+        let whole = self.weights[weight].tensors().filter_map(|name| self.checkpoint.bytes(name));
+        whole.for_each(|bytes| self.checkpoint.release(&bytes));
     }
 
     fn write_other_files(&self, out: &Path) -> anyhow::Result<()> {
@@ -195,7 +212,11 @@ impl Source for DummySource {
         Ok(MatrixPart { weight: elements.into(), scales: scales.into(), biases: biases.into(), global_scale: None })
     }
 
-    fn release(&self, _weight: usize) {}
+    fn prefetch(&self, _weight: usize, _part: usize, _rows: Range<usize>) {}
+
+    fn release(&self, _weight: usize, _part: usize, _rows: Range<usize>) {}
+
+    fn close(&self, _weight: usize) {}
 
     fn write_other_files(&self, _out: &Path) -> anyhow::Result<()> {
         Ok(())

@@ -26,6 +26,9 @@ use super::source::Source;
 /// Elements that are decoded and quantised at once, so that they stay in a core's cache.
 const BLOCK_ELEMENTS: usize = 1 << 15;
 
+/// Tasks per thread that are read ahead.
+const PREFETCH_TASKS: usize = 3;
+
 const STATE: &str = "conversion.json";
 const LOCK: &str = "conversion.lock";
 
@@ -83,7 +86,7 @@ pub(super) fn write(
         if let Some(digest) = state.files.get(&shard.name)
             && path.exists()
         {
-            let found = run(plan, shard, n_threads, bar, &|task| read_back(&path, plan, shard, task), &|_| {})?;
+            let found = run(plan, shard, n_threads, bar, &|task, _| read_back(&path, plan, shard, task), &|_| {})?;
             if format!("{found:016x}") == *digest && std::fs::metadata(&path)?.len() == shard.bytes {
                 written.n_kept += 1;
                 continue;
@@ -95,7 +98,11 @@ pub(super) fn write(
         let file = File::create(&temporary).with_context(cannot)?;
         file.set_len(shard.bytes).with_context(cannot)?;
         file.write_all_at(&shard.header, 0).with_context(cannot)?;
-        let make = |task: &Task| -> anyhow::Result<u64> {
+        let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
+            let weight = |task: &Task| shard.items[task.item].weight;
+            if let Some(later) = later {
+                source.prefetch(weight(later), later.part, later.rows.clone());
+            }
             let pieces = convert(source, plan, shard, quantize, task)?;
             let mut digest = 0u64;
             for (bytes, at) in
@@ -104,9 +111,11 @@ pub(super) fn write(
                 file.write_all_at(bytes, at).with_context(cannot)?;
                 digest = digest.wrapping_add(xxh3_64_with_seed(bytes, at));
             }
+            drop(pieces);
+            source.release(weight(task), task.part, task.rows.clone());
             Ok(digest)
         };
-        let digest = run(plan, shard, n_threads, bar, &make, &|item| source.release(shard.items[item].weight))?;
+        let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight))?;
         file.sync_all().with_context(cannot)?;
         std::fs::rename(&temporary, &path).with_context(cannot)?;
         written.bytes += shard.bytes;
@@ -167,14 +176,15 @@ fn write_json(path: &Path, value: &Value) -> anyhow::Result<()> {
     std::fs::rename(&temporary, path).with_context(cannot)
 }
 
-/// Runs the tasks of a file on `n_threads` threads and adds up what they return. `finished` gets each item whose last
+/// Runs the tasks of a file on `n_threads` threads and adds up what they return. `work` also gets a task that will be due
+/// soon. `finished` gets each item whose last
 /// task is done.
 fn run(
     plan: &Plan,
     shard: &Shard,
     n_threads: usize,
     bar: &ProgressBar,
-    work: &(dyn Fn(&Task) -> anyhow::Result<u64> + Sync),
+    work: &(dyn Fn(&Task, Option<&Task>) -> anyhow::Result<u64> + Sync),
     finished: &(dyn Fn(usize) + Sync),
 ) -> anyhow::Result<u64> {
     let tasks = shard.tasks(&plan.weights);
@@ -186,11 +196,13 @@ fn run(
     std::thread::scope(|scope| {
         for _ in 0..n_threads.max(1) {
             scope.spawn(|| {
-                while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(task) = tasks.get(i) else { return };
                     if stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    match work(task) {
+                    match work(task, tasks.get(i + PREFETCH_TASKS * n_threads)) {
                         Ok(digest) => {
                             sum.fetch_add(digest, Ordering::Relaxed);
                             let weight = &plan.weights[shard.items[task.item].weight];
