@@ -161,6 +161,8 @@ pub(crate) enum EvalCommand {
     Logits(LogitsArgs),
     /// Perplexity of a text.
     Perplexity(PerplexityArgs),
+    /// What model B's outputs lose against model A's: perplexities, KL divergence, agreement.
+    Compare(CompareArgs),
     /// Score generated answers against expected ones.
     Tasks(TasksArgs),
 }
@@ -193,6 +195,32 @@ pub(crate) struct PerplexityArgs {
     /// but the very first is predicted once.
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The model to compare with: directory or Hugging Face id in the local cache.
+    pub(crate) a: String,
+    /// The model that is judged.
+    pub(crate) b: String,
+    /// A text (cut into windows of --context inputs), or JSON with strings, each a document of its own.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Also take one kind of matrix at a time from B and the rest from A, and rank what hurts.
+    #[arg(long)]
+    pub(crate) per_module: bool,
+    /// Inputs per window of a text; 512 if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Threads; one per core if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Numerics of the activations that meet quantised weights.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::F32)]
+    pub(crate) activations: ActivationsArg,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -346,6 +374,13 @@ pub(crate) struct ConvertArgs {
     pub(crate) quant: String,
     #[command(flatten)]
     pub(crate) shapes: ShapeArgs,
+    /// Look for scales with less error than those of mlx, at the same size.
+    #[arg(long)]
+    pub(crate) search: bool,
+    /// A text, or JSON with strings, that the source model reads first: errors then count by what goes into each matrix,
+    /// and codes make up for the errors of those before them (GPTQ). Implies --search.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibrate: Option<PathBuf>,
     /// Size of one output file, at most, unless a single weight is larger.
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = byte_count)]
     pub(crate) max_shard_size: u64,

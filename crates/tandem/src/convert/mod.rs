@@ -1,5 +1,6 @@
 //! `tandem convert`: a checkpoint in other formats, written in MLX's layout.
 
+mod calibrate;
 mod gguf;
 mod gguf_tokenizer;
 mod plan;
@@ -13,17 +14,23 @@ use std::time::Instant;
 use anyhow::{Context, anyhow, ensure};
 use serde_json::json;
 use tandem_core::DType;
-use tandem_core::quant;
+use tandem_core::quant::{self, Inputs};
+use tandem_core::weights::Weight;
 use tandem_cpu::system::{default_threads, peak_memory_bytes};
 use tandem_model::{Accounting, Recipe};
 
-use crate::cli::ConvertArgs;
-use crate::load::{model_dir, progress_bar};
+use crate::cli::{ActivationsArg, ConvertArgs};
+use crate::compare::{Side, Windows};
+use crate::load::{cpu_backend, model_dir, progress_bar};
 use crate::presets;
 use crate::report::{bytes, count, print_json, thousands};
+use calibrate::{Calibration, Known};
 use gguf::GgufSource;
 use plan::Plan;
 use source::{CheckpointSource, DummySource, Source};
+
+/// Inputs per window of a plain text.
+const CALIBRATION_WINDOW: usize = 512;
 
 /// Runs the command.
 pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
@@ -41,6 +48,7 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         return dry_run(&*source, &plan, args.json);
     }
     let out = args.out.as_deref().context("--out is missing")?;
+    let calibration = args.calibrate.as_deref().map(|text| calibrate(args, text)).transpose()?;
     let bar = progress_bar(total);
     if let Ok(style) =
         indicatif::ProgressStyle::with_template("writing {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
@@ -48,10 +56,22 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         bar.set_style(style);
     }
     let n_threads = args.threads.unwrap_or_else(default_threads).max(1);
-    let quantize = |weight: &tandem_core::weights::Weight, _part: usize, values: &[f32], rows: usize| {
-        quant::quantize(weight.dtype, rows, weight.spec.dims().2, values)
+    let quantize = |weight: &Weight, part: usize, values: &[f32], rows: usize| {
+        let cols = weight.spec.dims().2;
+        let known = calibration.as_ref().and_then(|c| c.get(&weight.spec.module, part));
+        match known {
+            Some(Known::Covariance(c)) => {
+                quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Covariance(c))
+            }
+            Some(Known::Moments(m)) => quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Moments(m)),
+            None if args.search || calibration.is_some() => {
+                quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Unknown)
+            }
+            None => quant::quantize(weight.dtype, rows, cols, values),
+        }
     };
-    let written = write::write(&*source, &plan, &quantize, &args.quant, out, n_threads, &bar)?;
+    let settings = format!("search {} {:?}", args.search, args.calibrate.as_deref().map(source::file_fingerprint));
+    let written = write::write(&*source, &plan, &quantize, &settings, out, n_threads, &bar)?;
     bar.finish_and_clear();
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
@@ -78,6 +98,26 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         bytes(peak_memory_bytes())
     );
     Ok(())
+}
+
+/// Runs the source over a text.
+fn calibrate(args: &ConvertArgs, text: &Path) -> anyhow::Result<Calibration> {
+    let side = calibration_source(args)?;
+    let windows = Windows::new(text, &side.tokenizer, CALIBRATION_WINDOW)?;
+    let n_tokens: usize = windows.0.iter().map(|tokens| tokens.len() - 1).sum();
+    eprintln!("calibrating with {} tokens", n_tokens.min(calibrate::MAX_TOKENS));
+    let (backend, _) = cpu_backend(args.threads, ActivationsArg::F32);
+    Calibration::measure(&side.config, &side.weights()?, &windows, backend)
+}
+
+/// The source as a model that runs.
+fn calibration_source(args: &ConvertArgs) -> anyhow::Result<Side> {
+    let name = args.source.as_deref().context("--calibrate runs the source, so it needs one: not --config")?;
+    ensure!(
+        gguf_file(Path::new(name)).is_none(),
+        "--calibrate runs the source, and GGUF files do not run here; convert {name} with --quant keep first, then that"
+    );
+    Side::open(name)
 }
 
 fn open(args: &ConvertArgs, recipe: &Recipe) -> anyhow::Result<Box<dyn Source>> {
