@@ -271,3 +271,169 @@ fn bad_sources_are_refused() {
     .expect("renamed");
     fails(&[&twice.path(), "--out", &out], &["is in more than one file"]);
 }
+
+/// A GGUF file: metadata (all unsigned numbers or texts), then tensors `(name, shape, type, data)`.
+fn gguf(metadata: &[(&str, Value)], tensors: &[(String, Vec<usize>, u32, Vec<u8>)]) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let mut file = b"GGUF\x03\0\0\0".to_vec();
+    file.extend((tensors.len() as u64).to_le_bytes());
+    file.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        file.extend(text(key));
+        match value {
+            Value::String(value) => file.extend([&8u32.to_le_bytes()[..], &text(value)].concat()),
+            Value::Bool(value) => file.extend([&7u32.to_le_bytes()[..], &[u8::from(*value)]].concat()),
+            Value::Number(n) if n.is_u64() => {
+                file.extend([&4u32.to_le_bytes()[..], &(n.as_u64().expect("u64") as u32).to_le_bytes()].concat());
+            }
+            other => file
+                .extend([&6u32.to_le_bytes()[..], &(other.as_f64().expect("a number") as f32).to_le_bytes()].concat()),
+        }
+    }
+    let mut data = vec![];
+    for (name, shape, kind, bytes) in tensors {
+        file.extend(text(name));
+        file.extend((shape.len() as u32).to_le_bytes());
+        shape.iter().rev().for_each(|n| file.extend((*n as u64).to_le_bytes()));
+        file.extend(kind.to_le_bytes());
+        file.extend((data.len() as u64).to_le_bytes());
+        data.extend(bytes);
+        data.resize(data.len().next_multiple_of(32), 0);
+    }
+    file.resize(file.len().next_multiple_of(32), 0);
+    [file, data].concat()
+}
+
+#[test]
+fn a_glm_gguf_gives_the_weights_back() {
+    let config: Value =
+        serde_json::from_str(&std::fs::read_to_string(golden("models/glm51_tiny_bf16/config.json")).expect("readable"))
+            .expect("JSON");
+    let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{key}"));
+    let metadata = [
+        ("general.architecture", json!("glm-dsa")),
+        ("glm-dsa.block_count", json!(n("num_hidden_layers"))),
+        ("glm-dsa.context_length", json!(n("max_position_embeddings"))),
+        ("glm-dsa.embedding_length", json!(n("hidden_size"))),
+        ("glm-dsa.feed_forward_length", json!(n("intermediate_size"))),
+        ("glm-dsa.attention.head_count", json!(n("num_attention_heads"))),
+        ("glm-dsa.attention.head_count_kv", json!(1)),
+        ("glm-dsa.attention.key_length_mla", json!(n("qk_nope_head_dim") + n("qk_rope_head_dim"))),
+        ("glm-dsa.attention.value_length_mla", json!(n("v_head_dim"))),
+        ("glm-dsa.attention.q_lora_rank", json!(n("q_lora_rank"))),
+        ("glm-dsa.attention.kv_lora_rank", json!(n("kv_lora_rank"))),
+        ("glm-dsa.rope.dimension_count", json!(n("qk_rope_head_dim"))),
+        ("glm-dsa.attention.layer_norm_rms_epsilon", json!(1e-5)),
+        ("glm-dsa.expert_count", json!(n("n_routed_experts"))),
+        ("glm-dsa.expert_used_count", json!(n("num_experts_per_tok"))),
+        ("glm-dsa.expert_shared_count", json!(n("n_shared_experts"))),
+        ("glm-dsa.expert_feed_forward_length", json!(n("moe_intermediate_size"))),
+        ("glm-dsa.expert_weights_scale", json!(2.5)),
+        ("glm-dsa.expert_gating_func", json!(2)),
+        ("glm-dsa.leading_dense_block_count", json!(n("first_k_dense_replace"))),
+        ("glm-dsa.attention.indexer.head_count", json!(n("index_n_heads"))),
+        ("glm-dsa.attention.indexer.key_length", json!(n("index_head_dim"))),
+        ("glm-dsa.attention.indexer.top_k", json!(n("index_topk"))),
+        ("tokenizer.ggml.model", json!("none")),
+    ];
+    let names = [
+        ("self_attn.indexer.weights_proj", "indexer.proj"),
+        ("self_attn.indexer.wq_b", "indexer.attn_q_b"),
+        ("self_attn.indexer.wk", "indexer.attn_k"),
+        ("self_attn.indexer.k_norm", "indexer.k_norm"),
+        ("self_attn.q_a_proj", "attn_q_a"),
+        ("self_attn.q_b_proj", "attn_q_b"),
+        ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+        ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+        ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+        ("self_attn.embed_q", "attn_k_b"),
+        ("self_attn.unembed_out", "attn_v_b"),
+        ("self_attn.o_proj", "attn_output"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
+        ("mlp.gate.weight", "ffn_gate_inp.weight"),
+        ("mlp.switch_mlp.gate_proj", "ffn_gate_exps"),
+        ("mlp.switch_mlp.up_proj", "ffn_up_exps"),
+        ("mlp.switch_mlp.down_proj", "ffn_down_exps"),
+        ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
+        ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
+        ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    let dir = temporary();
+    let bf16 = dir.path().join("bf16");
+    convert(&golden("models/glm51_tiny_bf16"), &bf16, &["--quant", "bf16"]);
+    let expected = tensors(&bf16);
+    let stored: Vec<_> = expected
+        .iter()
+        .map(|(name, (dtype, shape, data))| {
+            let new = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd");
+            let new = new.replace("model.norm", "output_norm").replace("lm_head", "output");
+            let new = names
+                .iter()
+                .find(|(from, _)| new.contains(from))
+                .map_or(new.clone(), |(from, to)| new.replace(from, to));
+            (new, shape.clone(), if *dtype == Dtype::F32 { 0 } else { 30 }, data.clone())
+        })
+        .collect();
+    let file = common::file(&dir, "model.gguf", gguf(&metadata, &stored));
+    let out = dir.path().join("out");
+    convert(&file, &out, &["--quant", "keep"]);
+    assert_same(&tensors(&out), &expected);
+    tandem(&["inspect", &text(&out)]).ok();
+
+    let bytes = std::fs::read(&file).expect("readable");
+    let spoiled = |name: &str, edit: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = bytes.clone();
+        edit(&mut bytes);
+        common::file(&dir, name, bytes)
+    };
+    let to = text(&dir.path().join("never"));
+    let check = |file: String, expected: &[&str]| fails(&[&file, "--out", &to], expected);
+    check(spoiled("cut.gguf", &|b| b.truncate(b.len() / 2)), &["not a complete GGUF file", "truncated?"]);
+    check(spoiled("magic.gguf", &|b| b[0] = 0), &["does not start with \"GGUF\""]);
+    check(spoiled("tensors.gguf", &|b| b[8..16].copy_from_slice(&u64::MAX.to_le_bytes())), &["tensors, more than its"]);
+    check(
+        spoiled("values.gguf", &|b| b[16..24].copy_from_slice(&(1u64 << 60).to_le_bytes())),
+        &["metadata values, more than"],
+    );
+    check(spoiled("key.gguf", &|b| b[24..32].copy_from_slice(&u64::MAX.to_le_bytes())), &["directory ends behind"]);
+    let some = |keep: &dyn Fn(&str) -> bool| {
+        let kept: Vec<_> = metadata.iter().filter(|(key, _)| keep(key)).cloned().collect();
+        common::file(&dir, "some.gguf", gguf(&kept, &stored))
+    };
+    check(some(&|key| !key.ends_with("kv_lora_rank")), &["must have a number glm-dsa.attention.kv_lora_rank"]);
+    check(some(&|key| !key.ends_with("architecture")), &["architecture is \"\""]);
+    let less: Vec<_> = stored.iter().filter(|t| t.0 != "blk.1.attn_q_a.weight").cloned().collect();
+    check(common::file(&dir, "less.gguf", gguf(&metadata, &less)), &["blk.1.attn_q_a.weight is missing"]);
+    let odd: Vec<_> = stored
+        .iter()
+        .cloned()
+        .map(|mut t| {
+            if t.0 == "output.weight" {
+                t.2 = 99
+            }
+            t
+        })
+        .collect();
+    check(common::file(&dir, "odd.gguf", gguf(&metadata, &odd)), &["output.weight has ggml type 99"]);
+}
+
+#[test]
+fn comparing_models() {
+    let dir = temporary();
+    let words =
+        common::file(&dir, "text.json", json!(["Once there was a fox named Lily. Lily was brave."]).to_string());
+    let model = "models/fable-30m-MXFP4-Q8";
+    let same = tandem(&["eval", "compare", model, model, "--text", &words, "--json"]).json();
+    assert_eq!((same["mean_kl"].as_f64(), same["top1_agreement"].as_f64()), (Some(0.0), Some(1.0)), "{same}");
+    let out = dir.path().join("affine2");
+    convert(model, &out, &["--quant", "affine2", "--search"]);
+    let other = tandem(&["eval", "compare", model, &text(&out), "--text", &words, "--json"]).json();
+    assert!(other["mean_kl"].as_f64().is_some_and(|kl| kl > 0.01), "{other}");
+    let refused = tandem(&["eval", "compare", model, &golden("models/glm51_tiny"), "--text", &words]);
+    assert!(refused.stderr.contains("only models of one tokenizer"), "{}", refused.stderr);
+}

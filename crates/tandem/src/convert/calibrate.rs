@@ -7,10 +7,10 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use tandem_core::ModelConfig;
 use tandem_core::backend::{Backend, Batch, CacheKind, Heads, Mlp, Rope, Routing};
 use tandem_core::quant::Compensation;
 use tandem_core::weights::{Form, MatrixData, WeightSpec};
-use tandem_core::ModelConfig;
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::{Limits, WeightSource};
