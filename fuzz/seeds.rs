@@ -1,4 +1,4 @@
-//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint}`: `cargo run --bin seeds`.
+//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint,gguf}`: `cargo run --bin seeds`.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ const SMALL: [(&str, usize); 16] = [
 
 fn main() -> std::io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    for target in ["config", "checkpoint"] {
+    for target in ["config", "checkpoint", "gguf"] {
         std::fs::create_dir_all(root.join("corpus").join(target))?;
     }
     let write =
@@ -51,7 +51,27 @@ fn main() -> std::io::Result<()> {
     let mut file = (empty.len() as u64).to_le_bytes().to_vec();
     file.extend(empty.bytes());
     file.extend([0; 4]);
-    write("checkpoint", "tiny-file".to_string(), &input(0, "{}", &file))
+    write("checkpoint", "tiny-file".to_string(), &input(0, "{}", &file))?;
+    for (number, bytes) in [(0u32, 4 * 256), (2, 18 * 8), (3, 20 * 8), (7, 24 * 8), (8, 34 * 8), (12, 144), (13, 176), (14, 210), (39, 17 * 8)] {
+        write("gguf", format!("type-{number}"), &gguf(number, bytes))?;
+    }
+    Ok(())
+}
+
+/// A GGUF file with one metadata value and one tensor of 256 elements of ggml's type `number`.
+fn gguf(number: u32, bytes: usize) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let mut file = b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0".to_vec();
+    file.extend(text("general.architecture"));
+    file.extend(8u32.to_le_bytes());
+    file.extend(text("llama"));
+    file.extend(text("token_embd.weight"));
+    file.extend(1u32.to_le_bytes());
+    file.extend(256u64.to_le_bytes());
+    file.extend(number.to_le_bytes());
+    file.extend(0u64.to_le_bytes());
+    file.resize(file.len().next_multiple_of(32) + bytes, 0x11);
+    file
 }
 
 fn input(mode: u8, config: &str, rest: &[u8]) -> Vec<u8> {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -101,7 +101,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
-    files: Vec<(Arc<Mmap>, Bytes)>,
+    files: Vec<MappedFile>,
     tensors: BTreeMap<String, Option<TensorInfo>>,
     duplicates: Vec<String>,
 }
@@ -215,47 +215,32 @@ impl Checkpoint {
     /// The bytes of a tensor, still in the mapped file; `None` when it does not exist or only its name is known.
     pub fn bytes(&self, name: &str) -> Option<Bytes> {
         let info = self.info(name)?;
-        Some(self.files[info.file].1.slice(info.start..info.end))
+        Some(self.files[info.file].bytes().slice(info.start..info.end))
     }
 
-    /// Asks the system to read `bytes` of a mapped file ahead of their use.
-    pub fn will_need(&self, bytes: &Bytes) {
-        #[cfg(unix)]
-        if let Some((map, start)) = self.mapping_of(bytes) {
-            // Advice: a system that does not take it reads on demand.
-            let _ = map.advise_range(memmap2::Advice::WillNeed, start, bytes.len());
+    /// Starts reading `bytes`, a part of what [`Checkpoint::bytes`] gave, ahead of their use.
+    pub fn prefetch(&self, bytes: &[u8]) {
+        if let Some((file, start)) = self.files.iter().find_map(|file| Some((file, file.offset_of(bytes)?))) {
+            file.prefetch(start, start + bytes.len());
         }
-        #[cfg(not(unix))]
-        let _ = bytes;
     }
 
-    /// Tells the system that `bytes` of a mapped file have been copied: their pages need not stay in this process. They
-    /// are read again when touched again.
-    #[allow(unsafe_code)]
-    pub fn release(&self, bytes: &Bytes) {
-        #[cfg(unix)]
-        if let Some((map, start)) = self.mapping_of(bytes) {
-            // SAFETY: the mapping is of a file and read-only, so dropped pages come back as they were.
-            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, bytes.len()) };
+    /// Gives back the memory that reading `bytes` took; they stay valid and are read from the file again.
+    pub fn release(&self, bytes: &[u8]) {
+        if let Some((file, start)) = self.files.iter().find_map(|file| Some((file, file.offset_of(bytes)?))) {
+            file.release(start, start + bytes.len());
         }
-        #[cfg(not(unix))]
-        let _ = bytes;
     }
 
-    /// The mapped file that `bytes` lie in, if any, and where.
-    #[cfg(unix)]
-    fn mapping_of(&self, bytes: &Bytes) -> Option<(&Mmap, usize)> {
-        let at = bytes.as_ptr() as usize;
-        self.files.iter().find_map(|(map, _)| {
-            let start = at.checked_sub(map.as_ptr() as usize)?;
-            (start + bytes.len() <= map.len() && !bytes.is_empty()).then_some((map.as_ref(), start))
-        })
+    /// The weight files.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let file = File::open(path).map_err(|e| read_error(path, e))?;
-        let map = Arc::new(map_file(&file).map_err(|e| read_error(path, e))?);
-        let data = Bytes::from_owner(Mapped(map.clone()));
+        let mapped = MappedFile::new(path, &file).map_err(|e| read_error(path, e))?;
+        let data = mapped.bytes();
         let damaged = |message: String| CheckpointError::Damaged { path: path.display().to_string(), message };
         let (header, metadata) = SafeTensors::read_metadata(&data).map_err(|e| {
             damaged(match e {
@@ -279,7 +264,7 @@ impl Checkpoint {
                 self.duplicates.push(name);
             }
         }
-        self.files.push((map, data));
+        self.files.push(mapped);
         Ok(())
     }
 
@@ -326,18 +311,53 @@ fn shard_path(dir: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
     }
 }
 
-/// A mapping as the owner of bytes.
-struct Mapped(Arc<Mmap>);
+/// A weight file in the address space.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    path: PathBuf,
+    map: Arc<Mmap>,
+}
 
-impl AsRef<[u8]> for Mapped {
+/// [`Bytes::from_owner`] wants an owner that is a slice.
+struct Shared(Arc<Mmap>);
+
+impl AsRef<[u8]> for Shared {
     fn as_ref(&self) -> &[u8] {
         &self.0
     }
 }
 
 #[allow(unsafe_code)]
-fn map_file(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
-    // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
-    unsafe { Mmap::map(file) }
+impl MappedFile {
+    pub(crate) fn new(path: &Path, file: &File) -> std::io::Result<MappedFile> {
+        // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
+        // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
+        let map = unsafe { Mmap::map(file)? };
+        Ok(MappedFile { path: path.to_path_buf(), map: Arc::new(map) })
+    }
+
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes::from_owner(Shared(self.map.clone()))
+    }
+
+    /// Offset of `bytes` if they are in this file.
+    fn offset_of(&self, bytes: &[u8]) -> Option<usize> {
+        let (start, first) = (self.map.as_ptr() as usize, bytes.as_ptr() as usize);
+        (first >= start && first + bytes.len() <= start + self.map.len()).then(|| first - start)
+    }
+
+    /// Starts reading `start..end`.
+    pub(crate) fn prefetch(&self, start: usize, end: usize) {
+        let _ = self.map.advise_range(Advice::WillNeed, start, end - start);
+    }
+
+    /// Unmaps the pages that lie wholly in `start..end` until they are read again.
+    pub(crate) fn release(&self, start: usize, end: usize) {
+        const PAGE: usize = 16 << 10; // at least the system's
+        let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
+        if start < end {
+            // SAFETY: the mapping is of a file and never written to, so dropped pages come back with the same bytes.
+            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        }
+    }
 }

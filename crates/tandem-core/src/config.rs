@@ -340,8 +340,18 @@ impl QuantizationConfig {
         {
             let block: Option<Vec<usize>> =
                 hf.get("weight_block_size").and_then(|v| serde_json::from_value(v.clone()).ok());
+            let format = hf.get("format").and_then(Value::as_str);
             match (method.as_str(), block.as_deref()) {
                 (Some("fp8"), Some([128, 128])) => config.fp8_block = true,
+                // The tensors' names and types say the rest.
+                (Some("mxfp4"), _) => {}
+                (Some("compressed-tensors"), _) if format == Some("mxfp4-pack-quantized") => {}
+                (Some("compressed-tensors"), _) => {
+                    return Err(invalid(format!(
+                        "quantization_config.format {format:?} is not supported; of compressed-tensors, only \
+                         \"mxfp4-pack-quantized\" is. Pick an unquantised or fp8 checkpoint and convert that"
+                    )));
+                }
                 (Some("fp8"), found) => {
                     return Err(invalid(format!(
                         "quantization_config.weight_block_size must be [128, 128] for fp8, found {found:?}; \
@@ -350,8 +360,9 @@ impl QuantizationConfig {
                 }
                 (other, _) => {
                     return Err(invalid(format!(
-                        "quantization_config.quant_method {other:?} is not supported here; expected \"fp8\" or an MLX \
-                         \"quantization\" section. Convert the checkpoint"
+                        "quantization_config.quant_method {other:?} is not supported; expected \"fp8\", \"mxfp4\", \
+                         \"compressed-tensors\" or an MLX \"quantization\" section. Pick an unquantised or fp8 \
+                         checkpoint and convert that"
                     )));
                 }
             }

@@ -6,6 +6,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod config;
 pub mod dtype;
+pub mod gguf;
 pub mod quant;
 pub mod weights;
 

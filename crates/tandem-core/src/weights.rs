@@ -85,7 +85,8 @@ pub enum Form {
     Vector,
     /// `[out, in]`.
     Matrix,
-    /// `[n_experts, out, in]`; HF stores `experts.{e}.{proj}` instead of `switch_mlp.{proj}`.
+    /// `[n_experts, out, in]`; HF stores `experts.{e}.{proj}` instead of `switch_mlp.{proj}`, gpt-oss
+    /// `experts.{proj}_blocks` with gate and up rows alternating in `gate_up_proj`.
     Experts,
     /// `[n_heads, kv_lora_rank, qk_nope_head_dim]`; HF: the transposed first rows of each head of `kv_b_proj`.
     EmbedQ,
@@ -219,6 +220,8 @@ enum Place {
     Whole(Source),
     /// One set of tensors per expert.
     PerExpert(Vec<Source>),
+    /// Every second row of `experts.gate_up_proj_blocks`, from `offset` 0 (gate) or 1 (up); or all of another.
+    Blocks { source: Source, offset: usize, step: usize },
     /// Part of `kv_b_proj`, `[n_heads * (nope + v), kv_lora]`.
     KvB(Source),
     /// In no checkpoint.
@@ -255,6 +258,16 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         let (stack, rows, cols) = self.spec.dims();
         stack * self.dtype.total_bytes(rows, cols)
+    }
+
+    /// The checkpoint's tensors that hold it.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        let sources = match &self.place {
+            Place::Whole(source) | Place::KvB(source) | Place::Blocks { source, .. } => std::slice::from_ref(source),
+            Place::PerExpert(sources) => sources,
+            Place::Nowhere => &[],
+        };
+        sources.iter().flat_map(Source::names).map(String::as_str)
     }
 }
 
@@ -456,7 +469,8 @@ struct Resolver<'a> {
 impl Resolver<'_> {
     fn find(&mut self, spec: &WeightSpec) -> Option<(DType, Place)> {
         let (stack, rows, cols) = spec.dims();
-        if self.checkpoint.contains(&spec.tensor()) {
+        let packed = spec.form != Form::Vector && self.checkpoint.contains(&packed_of(&spec.module));
+        if packed || self.checkpoint.contains(&spec.tensor()) {
             let source = self.source(&spec.module, spec.leaf, &spec.shape, spec.form != Form::Vector)?;
             return Some((source.dtype, Place::Whole(source)));
         }
@@ -476,6 +490,20 @@ impl Resolver<'_> {
                 }
                 Place::PerExpert(sources)
             }
+            Form::Experts if self.checkpoint.contains(&blocks_of(&spec.module).0) => {
+                let (blocks, offset, step) = blocks_of(&spec.module);
+                let scales = format!("{}_scales", blocks.trim_end_matches("_blocks"));
+                if !self.checkpoint.contains(&scales) {
+                    self.problems.push(format!("{scales} is missing"));
+                    return None;
+                }
+                self.expect(&blocks, &[TensorDType::U8], &[stack, rows * step, cols / 32, 16]);
+                self.expect(&scales, &[TensorDType::U8, TensorDType::F8_E8M0], &[stack, rows * step, cols / 32]);
+                self.claimed.extend([blocks.clone(), scales.clone()]);
+                let (biases, global_scale) = (None, None);
+                let source = Source { weight: blocks, scales: Some(scales), biases, global_scale, dtype: DType::Mxfp4 };
+                Place::Blocks { source, offset, step }
+            }
             Form::EmbedQ | Form::UnembedOut if self.has(&kv_b_module(&spec.module)) => {
                 let module = kv_b_module(&spec.module);
                 let kv_lora = if spec.form == Form::EmbedQ { rows } else { cols };
@@ -490,7 +518,7 @@ impl Resolver<'_> {
             }
         };
         let dtype = match &place {
-            Place::Whole(source) => source.dtype,
+            Place::Whole(source) | Place::Blocks { source, .. } => source.dtype,
             Place::PerExpert(sources) => sources[0].dtype,
             Place::KvB(source) => split_dtype(source.dtype),
             Place::Nowhere => unreachable!("found above"),
@@ -499,7 +527,7 @@ impl Resolver<'_> {
     }
 
     fn has(&self, module: &str) -> bool {
-        self.checkpoint.contains(&format!("{module}.weight"))
+        self.checkpoint.contains(&format!("{module}.weight")) || self.checkpoint.contains(&packed_of(module))
     }
 
     fn required(&mut self, module: &str, shape: &[usize]) -> Option<Source> {
@@ -540,6 +568,14 @@ impl Resolver<'_> {
                     return None;
                 }
             }
+        } else if let Some(packed) = optional(self.checkpoint, "weight_packed") {
+            // compressed-tensors' mxfp4-pack-quantized: MLX's bits under other names and types.
+            let Some(scales) = optional(self.checkpoint, "weight_scale") else {
+                self.problems.push(format!("{module}.weight_scale is missing"));
+                self.claimed.insert(packed);
+                return None;
+            };
+            (source.weight, source.scales, source.dtype) = (packed, Some(scales), DType::Mxfp4);
         } else if let Some(scales) = optional(self.checkpoint, "weight_scale_inv") {
             source.scales = Some(scales);
             source.dtype = DType::Fp8Block;
@@ -582,7 +618,7 @@ impl Resolver<'_> {
         }
         let biases_expected = matches!(dtype, DType::Affine { .. });
         if biases_expected != source.biases.is_some() {
-            let module = source.weight.trim_end_matches(".weight");
+            let module = source.weight.trim_end_matches(".weight").trim_end_matches(".weight_packed");
             self.problems.push(if biases_expected {
                 format!("{module}.biases is missing ({dtype} has scales and biases)")
             } else {
@@ -593,6 +629,7 @@ impl Resolver<'_> {
         let (weight_type, weight_shape) = match dtype {
             DType::Float(f) => (float_type(f), shape.to_vec()),
             DType::Fp8Block => (TensorDType::F8_E4M3, shape.to_vec()),
+            _ if source.weight.ends_with(".weight_packed") => (TensorDType::U8, with_last(cols / 2)),
             _ => (TensorDType::U32, with_last((cols * dtype.bits()).div_ceil(32))),
         };
         self.expect(&source.weight, &[weight_type], &weight_shape);
@@ -642,6 +679,23 @@ fn expert_module(module: &str, expert: usize) -> String {
     module.replacen("switch_mlp", &format!("experts.{expert}"), 1)
 }
 
+/// compressed-tensors' name of a packed weight.
+fn packed_of(module: &str) -> String {
+    format!("{module}.weight_packed")
+}
+
+/// gpt-oss's tensor that holds a stack of experts, the first of its rows and the distance between them:
+/// `...mlp.switch_mlp.up_proj` -> `...mlp.experts.gate_up_proj_blocks`, 1, 2.
+fn blocks_of(module: &str) -> (String, usize, usize) {
+    let (stack, projection) = module.rsplit_once('.').unwrap_or(("", module));
+    let stack = stack.replacen("switch_mlp", "experts", 1);
+    match projection {
+        "gate_proj" => (format!("{stack}.gate_up_proj_blocks"), 0, 2),
+        "up_proj" => (format!("{stack}.gate_up_proj_blocks"), 1, 2),
+        other => (format!("{stack}.{other}_blocks"), 0, 1),
+    }
+}
+
 /// `...self_attn.embed_q` -> `...self_attn.kv_b_proj`.
 fn kv_b_module(module: &str) -> String {
     match module.rsplit_once('.') {
@@ -669,6 +723,20 @@ impl Weight {
             Place::Whole(source) => split_stack(&load(checkpoint, source)?, source.dtype, stack, rows, cols),
             Place::PerExpert(sources) => sources.iter().map(|s| load(checkpoint, s)).collect::<Result<_, _>>()?,
             Place::KvB(source) => self.split_kv_b(checkpoint, source)?,
+            Place::Blocks { source, step: 1, .. } => {
+                split_stack(&load(checkpoint, source)?, source.dtype, stack, rows, cols)
+            }
+            Place::Blocks { source, offset, step } => {
+                let joint = load(checkpoint, source)?;
+                let pick = |bytes: &Bytes, row_bytes: usize| {
+                    let picked: Vec<u8> =
+                        bytes.chunks_exact(row_bytes.max(1)).skip(*offset).step_by(*step).flatten().copied().collect();
+                    Bytes::from(picked)
+                };
+                let weight = pick(&joint.weight, source.dtype.weight_bytes(1, cols));
+                let scales = pick(&joint.scales, source.dtype.scale_bytes(1, cols));
+                split_stack(&MatrixPart { weight, scales, ..joint }, source.dtype, stack, rows, cols)
+            }
             Place::Nowhere => {
                 return Err(CheckpointError::Mismatch {
                     problems: vec![format!("{} has no data", self.spec.tensor())],

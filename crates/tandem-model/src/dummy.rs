@@ -5,47 +5,12 @@
 
 use std::num::NonZero;
 
-use tandem_core::weights::{Form, MatrixData, MatrixPart, ModuleKind, Weight, WeightSpec};
+use tandem_core::quant::minifloat::e4m3_encode;
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind, Weight};
 use tandem_core::{CheckpointError, DType, Float, ModelConfig};
 
 use crate::loader::WeightTable;
-use crate::{WeightSource, weight_specs};
-
-/// Which module gets which format; router gates and vectors are never quantised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recipe {
-    /// Routed experts mxfp4, everything else affine 8-bit in groups of 64.
-    Mxfp4Q8,
-    /// Affine 4-bit in groups of 64.
-    Affine4,
-    /// Affine 8-bit in groups of 64.
-    Affine8,
-}
-
-impl Recipe {
-    /// Name in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Recipe::Mxfp4Q8 => "mxfp4-q8",
-            Recipe::Affine4 => "affine4",
-            Recipe::Affine8 => "affine8",
-        }
-    }
-
-    fn dtype(self, spec: &WeightSpec) -> DType {
-        let (_, _, cols) = spec.dims();
-        let affine = |bits| DType::Affine { bits, group_size: 64, params: Float::BF16 };
-        match (self, spec.kind) {
-            _ if spec.leaf == "e_score_correction_bias" => DType::F32,
-            _ if spec.form == Form::Vector => DType::BF16,
-            (_, ModuleKind::Router) => DType::BF16,
-            (Recipe::Mxfp4Q8, ModuleKind::RoutedExperts) if cols.is_multiple_of(32) => DType::Mxfp4,
-            _ if !cols.is_multiple_of(64) => DType::BF16,
-            (Recipe::Affine4, _) => affine(4),
-            (Recipe::Mxfp4Q8 | Recipe::Affine8, _) => affine(8),
-        }
-    }
-}
+use crate::{Recipe, WeightSource, weight_specs};
 
 /// The weights of a configuration, filled with random bits when asked for.
 pub struct DummyWeights {
@@ -55,11 +20,12 @@ pub struct DummyWeights {
 
 impl DummyWeights {
     /// Plans every weight; no memory is taken yet.
-    pub fn new(config: &ModelConfig, recipe: Recipe) -> DummyWeights {
+    pub fn new(config: &ModelConfig, recipe: &Recipe) -> DummyWeights {
         let list: Vec<Weight> = weight_specs(config)
             .into_iter()
             .map(|spec| {
-                let dtype = recipe.dtype(&spec);
+                let plain = if spec.leaf == "e_score_correction_bias" { DType::F32 } else { DType::BF16 };
+                let dtype = recipe.dtype(&spec, plain, Float::BF16);
                 Weight::nowhere(spec, dtype)
             })
             .collect();
@@ -76,40 +42,25 @@ impl WeightSource for DummyWeights {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
         let weight = self.table.get(module, "weight")?;
         let (stack, rows, cols) = weight.spec.dims();
-        // Products keep the size of their input when elements have variance 1 / cols; an embedding is not a product.
-        let fan_in = if weight.spec.kind == ModuleKind::Embed { 1.0 } else { cols as f32 };
         let dtype = weight.dtype;
-        let seed = seed_of(module);
-        let sized = |n: usize| vec![0u8; stack * n];
-        let mut whole = MatrixPart::default();
-        let mut elements = sized(dtype.weight_bytes(rows, cols));
-        match dtype {
-            DType::Float(float) => {
-                let step = (12.0 / fan_in).sqrt() / 256.0;
-                fill_from_table(&mut elements, float, seed, |i| (i as f32 - 127.5) * step);
+        let (row_bytes, scale_bytes, bias_bytes) =
+            (dtype.weight_bytes(1, cols), dtype.scale_bytes(1, cols), dtype.bias_bytes(1, cols));
+        let zeros = |bytes: usize| vec![0u8; stack * rows * bytes];
+        let (mut elements, mut scales, mut biases) = (zeros(row_bytes), zeros(scale_bytes), zeros(bias_bytes));
+        let n_cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let n_rows = (stack * rows).div_ceil(n_cores).max(1);
+        let random = RandomRows::new(weight);
+        std::thread::scope(|scope| {
+            let mut scales = scales.chunks_mut((n_rows * scale_bytes).max(1));
+            let mut biases = biases.chunks_mut((n_rows * bias_bytes).max(1));
+            for (i, elements) in elements.chunks_mut(n_rows * row_bytes).enumerate() {
+                let (scales, biases) = (scales.next().unwrap_or_default(), biases.next().unwrap_or_default());
+                let random = &random;
+                scope.spawn(move || random.fill(i * n_rows, elements, scales, biases));
             }
-            DType::Affine { bits, params, .. } => {
-                fill_random(&mut elements, seed);
-                let scale = |i: usize| 2.0 / (f32::from(1u16 << bits) * fan_in.sqrt()) * (0.75 + i as f32 / 512.0);
-                let mut scales = sized(dtype.scale_bytes(rows, cols));
-                fill_from_table(&mut scales, params, !seed, scale);
-                let mut biases = sized(dtype.bias_bytes(rows, cols));
-                fill_from_table(&mut biases, params, !seed, |i| -scale(i) * f32::from(1u16 << (bits - 1)));
-                (whole.scales, whole.biases) = (scales.into(), biases.into());
-            }
-            DType::Mxfp4 => {
-                fill_random(&mut elements, seed);
-                // e8m0 scales, one of two neighbouring powers of two; uniform e2m1 codes have an rms of 2.9.
-                let base = (127.0 - fan_in.log2() / 2.0 - 1.0).round() as u8;
-                let mut scales = sized(dtype.scale_bytes(rows, cols));
-                fill_random(&mut scales, !seed);
-                scales.iter_mut().for_each(|byte| *byte = base - (*byte & 1));
-                whole.scales = scales.into();
-            }
-            DType::Mxfp8 | DType::Nvfp4 | DType::Fp8Block => unreachable!("no recipe has {dtype}"),
-        }
-        whole.weight = elements.into();
-        Ok(weight.matrix_of(&whole))
+        });
+        let (weight_bytes, scales, biases) = (elements.into(), scales.into(), biases.into());
+        Ok(weight.matrix_of(&MatrixPart { weight: weight_bytes, scales, biases, global_scale: None }))
     }
 
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
@@ -151,45 +102,99 @@ impl Lanes {
     }
 }
 
-/// Random bytes, on every core.
-fn fill_random(out: &mut [u8], seed: u64) {
-    in_parallel(out, 64, |part, out| {
-        let mut lanes = Lanes::new(seed ^ (part << 32));
-        for chunk in out.chunks_mut(64) {
-            chunk.copy_from_slice(&lanes.next()[..chunk.len()]);
-        }
-    });
+/// Makes any rows of one weight; a row's bits depend on the module's name and the row's number only.
+pub struct RandomRows {
+    dtype: DType,
+    cols: usize,
+    seed: u64,
+    /// 256 values: of elements (plain floats), else of scales.
+    table: Vec<u8>,
+    /// 256 biases that go with the scales.
+    biases: Vec<u8>,
 }
 
-/// Random picks of `value(0..256)`, on every core; equal seeds pick alike.
-fn fill_from_table(out: &mut [u8], float: Float, seed: u64, value: impl Fn(usize) -> f32) {
-    let size = float.bytes();
-    let mut table = Vec::with_capacity(256 * size);
-    (0..256).for_each(|i| float.write(value(i), &mut table));
-    in_parallel(out, 64 * size, |part, out| {
-        let mut lanes = Lanes::new(seed ^ (part << 32));
-        for chunk in out.chunks_mut(64 * size) {
-            for (element, pick) in chunk.chunks_exact_mut(size).zip(lanes.next()) {
-                element.copy_from_slice(&table[usize::from(pick) * size..][..size]);
+impl RandomRows {
+    /// For the matrix or stack `weight`.
+    pub fn new(weight: &Weight) -> RandomRows {
+        let (dtype, (_, _, cols)) = (weight.dtype, weight.spec.dims());
+        // Products keep the size of their input when elements have variance 1 / cols; an embedding is not a product.
+        let fan_in = if weight.spec.kind == ModuleKind::Embed { 1.0 } else { cols as f32 };
+        let table = |float: Float, value: &dyn Fn(usize) -> f32| {
+            let mut bytes = Vec::with_capacity(256 * float.bytes());
+            (0..256).for_each(|i| float.write(value(i), &mut bytes));
+            bytes
+        };
+        // A power of two, or the next smaller: e8m0.
+        let power = |rms: f32| -> Vec<u8> {
+            let base = (127.5 - (fan_in.sqrt() * rms).log2()).round() as u8;
+            (0..=255).map(|i| base - (i & 1)).collect()
+        };
+        let (values, biases) = match dtype {
+            DType::Float(float) => {
+                let step = (12.0 / fan_in).sqrt() / 256.0;
+                (table(float, &|i| (i as f32 - 127.5) * step), vec![])
+            }
+            DType::Affine { bits, params, .. } => {
+                let scale = |i: usize| 2.0 / (f32::from(1u16 << bits) * fan_in.sqrt()) * (0.75 + i as f32 / 512.0);
+                (table(params, &scale), table(params, &|i| -scale(i) * f32::from(1u16 << (bits - 1))))
+            }
+            // The rms of uniform e2m1 codes, and of e4m3 codes without their highest exponent bit.
+            DType::Mxfp4 => (power(2.9), vec![]),
+            DType::Mxfp8 => (power(0.6), vec![]),
+            DType::Nvfp4 => (vec![e4m3_encode(1.0 / (2.9 * fan_in.sqrt())).max(1); 256], vec![]),
+            DType::Fp8Block => unreachable!("no recipe has {dtype}"),
+        };
+        RandomRows { dtype, cols, seed: seed_of(&weight.spec.module), table: values, biases }
+    }
+
+    /// Fills whole rows, from row `first_row` of the stack on; the slices are as long as the rows need.
+    pub fn fill(&self, first_row: usize, elements: &mut [u8], scales: &mut [u8], biases: &mut [u8]) {
+        let (dtype, cols) = (self.dtype, self.cols);
+        let mut scales = scales.chunks_mut(dtype.scale_bytes(1, cols).max(1));
+        let mut biases = biases.chunks_mut(dtype.bias_bytes(1, cols).max(1));
+        for (row, elements) in elements.chunks_mut(dtype.weight_bytes(1, cols).max(1)).enumerate() {
+            let seed = self.seed ^ ((first_row + row) as u64) << 32;
+            let (scales, biases) = (scales.next().unwrap_or_default(), biases.next().unwrap_or_default());
+            match dtype {
+                DType::Float(float) => pick(elements, &self.table, float.bytes(), seed),
+                DType::Affine { params, .. } => {
+                    random(elements, seed, 0xff);
+                    pick(scales, &self.table, params.bytes(), !seed);
+                    pick(biases, &self.biases, params.bytes(), !seed);
+                }
+                _ => {
+                    // Without bit 6, no e4m3 byte is NaN.
+                    random(elements, seed, if dtype == DType::Mxfp8 { 0xbf } else { 0xff });
+                    pick(scales, &self.table, 1, !seed);
+                }
             }
         }
-    });
+    }
 }
 
-/// Cuts `out` into parts of whole `unit`s, one per core.
-fn in_parallel(out: &mut [u8], unit: usize, fill: impl Fn(u64, &mut [u8]) + Sync) {
-    let n_parts = if out.len() < 1 << 20 { 1 } else { std::thread::available_parallelism().map_or(1, NonZero::get) };
-    let size = out.len().div_ceil(n_parts).next_multiple_of(unit).max(unit);
-    std::thread::scope(|scope| {
-        for (part, out) in out.chunks_mut(size).enumerate() {
-            let fill = &fill;
-            scope.spawn(move || fill(part as u64, out));
+/// Random bytes with the bits of `mask`.
+fn random(out: &mut [u8], seed: u64, mask: u8) {
+    let mut lanes = Lanes::new(seed);
+    for chunk in out.chunks_mut(64) {
+        let bytes = lanes.next().map(|byte| byte & mask);
+        chunk.copy_from_slice(&bytes[..chunk.len()]);
+    }
+}
+
+/// Random entries of a table of 256; equal seeds pick alike.
+fn pick(out: &mut [u8], table: &[u8], size: usize, seed: u64) {
+    let mut lanes = Lanes::new(seed);
+    for chunk in out.chunks_mut(64 * size) {
+        for (element, pick) in chunk.chunks_exact_mut(size).zip(lanes.next()) {
+            element.copy_from_slice(&table[usize::from(pick) * size..][..size]);
         }
-    });
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use tandem_core::weights::{Form, WeightSpec};
+
     use super::*;
 
     #[test]
@@ -197,6 +202,8 @@ mod tests {
         for (dtype, cols) in [
             (DType::BF16, 96),
             (DType::Mxfp4, 96),
+            (DType::Mxfp8, 96),
+            (DType::Nvfp4, 96),
             (DType::Affine { bits: 4, group_size: 64, params: Float::BF16 }, 1024),
             (DType::Affine { bits: 8, group_size: 64, params: Float::BF16 }, 128),
         ] {

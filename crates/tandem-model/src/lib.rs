@@ -9,6 +9,7 @@ mod dummy;
 mod llama;
 mod loader;
 mod plan;
+mod recipe;
 mod share;
 
 use tandem_core::backend::{Backend, Batch};
@@ -17,10 +18,11 @@ use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
 pub use accounting::{Accounting, KindShare};
 pub use deepseek_v32::DeepseekV32;
-pub use dummy::{DummyWeights, Recipe};
+pub use dummy::{DummyWeights, RandomRows};
 pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
 pub use plan::{Plan, PlanError, Planner, RankPlan, RankResources, Request};
+pub use recipe::{Recipe, Target};
 pub use share::{Division, Part, PartWeights, Share};
 
 /// Sizes fixed when a model is loaded.

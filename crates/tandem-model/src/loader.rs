@@ -55,7 +55,7 @@ impl WeightSource for CheckpointWeights<'_> {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
         let data = self.weights.get(module, "weight")?.matrix(self.checkpoint)?;
         for part in &data.parts {
-            self.checkpoint.will_need(&part.weight);
+            self.checkpoint.prefetch(&part.weight);
         }
         Ok(data)
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+use tandem_model::Recipe;
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
 #[derive(Debug, Parser)]
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Run a command on several machines, or as several processes of this one.
     Launch(LaunchArgs),
+    /// Write a checkpoint in other formats, in MLX's layout.
+    Convert(ConvertArgs),
 }
 
 /// Which model, and how it runs.
@@ -171,6 +174,8 @@ pub(crate) enum EvalCommand {
     Logits(LogitsArgs),
     /// Perplexity of a text.
     Perplexity(PerplexityArgs),
+    /// What model B's outputs lose against model A's: perplexities, KL divergence, agreement.
+    Compare(CompareArgs),
     /// Score generated answers against expected ones.
     Tasks(TasksArgs),
 }
@@ -203,6 +208,32 @@ pub(crate) struct PerplexityArgs {
     /// but the very first is predicted once.
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The model to compare with: directory or Hugging Face id in the local cache.
+    pub(crate) a: String,
+    /// The model that is judged.
+    pub(crate) b: String,
+    /// A text (cut into windows of --context inputs), or JSON with strings, each a document of its own.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Also take one kind of matrix at a time from B and the rest from A, and rank what hurts.
+    #[arg(long)]
+    pub(crate) per_module: bool,
+    /// Inputs per window of a text; 512 if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Threads; one per core if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Numerics of the activations that meet quantised weights.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::F32)]
+    pub(crate) activations: ActivationsArg,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -245,24 +276,11 @@ pub(crate) struct BenchModelArgs {
     /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
     #[arg(long, value_name = "DIR|ID", conflicts_with = "config")]
     pub(crate) model: Option<String>,
-    /// Shapes to measure without a checkpoint: glm-5.1, deepseek-v3.2, llama-3.2-3b or a config.json.
-    #[arg(long, value_name = "NAME|FILE")]
-    pub(crate) config: Option<String>,
-    /// Read weights from the checkpoint, or make random ones in memory.
-    #[arg(long, value_enum, default_value_t = LoadFormatArg::Checkpoint)]
-    pub(crate) load_format: LoadFormatArg,
-    /// Formats of random weights.
-    #[arg(long, value_enum, default_value_t = QuantArg::Mxfp4Q8)]
-    pub(crate) quant: QuantArg,
-    /// Layers, with random weights.
-    #[arg(long, value_name = "N")]
-    pub(crate) num_layers: Option<usize>,
-    /// Leading layers without experts, with random weights.
-    #[arg(long, value_name = "K")]
-    pub(crate) first_dense: Option<usize>,
-    /// Vocabulary size, with random weights.
-    #[arg(long, value_name = "V")]
-    pub(crate) vocab: Option<usize>,
+    #[command(flatten)]
+    pub(crate) shapes: ShapeArgs,
+    /// Formats of random weights: mxfp4-q8, mxfp4, mxfp8, nvfp4, affine4, affine8:g32, bf16, ...
+    #[arg(long, value_name = "FORMATS", default_value = "mxfp4-q8", value_parser = Recipe::parse)]
+    pub(crate) quant: Recipe,
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -283,22 +301,32 @@ pub(crate) struct BenchModelArgs {
     pub(crate) json: bool,
 }
 
+/// A model without a checkpoint.
+#[derive(Debug, Args)]
+pub(crate) struct ShapeArgs {
+    /// Shapes of a model without a checkpoint: glm-5.1, deepseek-v3.2, llama-3.2-3b or a config.json.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) config: Option<String>,
+    /// Read weights from the checkpoint, or make random ones.
+    #[arg(long, value_enum, default_value_t = LoadFormatArg::Checkpoint)]
+    pub(crate) load_format: LoadFormatArg,
+    /// Layers, with random weights.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_layers: Option<usize>,
+    /// Leading layers without experts, with random weights.
+    #[arg(long, value_name = "K")]
+    pub(crate) first_dense: Option<usize>,
+    /// Vocabulary size, with random weights.
+    #[arg(long, value_name = "V")]
+    pub(crate) vocab: Option<usize>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LoadFormatArg {
     /// The weights of the checkpoint.
     Checkpoint,
     /// Random weights of true shapes and formats.
     Dummy,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum QuantArg {
-    /// Routed experts mxfp4, the rest affine 8-bit.
-    Mxfp4Q8,
-    /// Affine 4-bit in groups of 64.
-    Affine4,
-    /// Affine 8-bit in groups of 64.
-    Affine8,
 }
 
 #[derive(Debug, Args)]
@@ -344,6 +372,59 @@ pub(crate) struct BenchPrefillArgs {
     /// Prompts before that.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) warmup: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// Model directory (Hugging Face or MLX), GGUF file, or a Hugging Face id that is in the local cache.
+    #[arg(value_name = "SRC", required_unless_present = "config", conflicts_with = "config")]
+    pub(crate) source: Option<String>,
+    /// Gets the new checkpoint; must not exist. Until it is complete, work is in DIR.partial: the same command goes on
+    /// where an interrupted one stopped.
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    pub(crate) out: Option<PathBuf>,
+    /// mxfp4-q8 (routed experts mxfp4, the rest affine 8-bit), or one format for all: mxfp4, mxfp8, nvfp4, affine2, 3, 4,
+    /// 5, 6, 8 (groups of 64; :g32, :g128), bf16, keep; or mixed:FILE, a TOML file of patterns and formats.
+    ///
+    /// Router gates, norms and biases are left alone. FILE: `default = "affine8"`, then under `[rules]` lines such as
+    /// `"model.layers.*.mlp.switch_mlp.*" = "mxfp4"`, of which the first that matches a module counts.
+    #[arg(long, value_name = "FORMATS", default_value = "mxfp4-q8")]
+    pub(crate) quant: String,
+    #[command(flatten)]
+    pub(crate) shapes: ShapeArgs,
+    /// Look for scales with less error than those of mlx, at the same size.
+    #[arg(long)]
+    pub(crate) search: bool,
+    /// A text, or JSON with strings, that the source model reads first: errors then count by what goes into each matrix,
+    /// and codes make up for the errors of those before them (GPTQ). Implies --search.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibrate: Option<PathBuf>,
+    /// Size of one output file, at most, unless a single weight is larger.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = byte_count)]
+    pub(crate) max_shard_size: u64,
+    /// Threads; one per core if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print what would be written: formats, sizes, bytes read per token.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `5GB`, `300MB` or a number of bytes.
+fn byte_count(text: &str) -> Result<u64, String> {
+    let upper = text.to_ascii_uppercase();
+    let units = [("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1000), ("B", 1), ("", 1)];
+    let (digits, factor) = units.iter().find_map(|(unit, n)| Some((upper.strip_suffix(unit)?, *n))).unwrap_or(("", 1));
+    digits
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(factor))
+        .filter(|n| *n > 0)
+        .ok_or_else(|| format!("expected a size such as 5GB or 300MB, found {text:?}"))
 }
 
 /// `4096`, `4k` (4096) or `1m`.
@@ -505,12 +586,13 @@ impl Command {
     pub(crate) fn model_args(&self) -> Option<&ModelArgs> {
         match self {
             Command::Run(args) => Some(&args.model),
-            Command::Eval(args) => Some(match &args.command {
-                EvalCommand::Logits(args) => &args.model,
-                EvalCommand::Perplexity(args) => &args.model,
-                EvalCommand::Tasks(args) => &args.model,
-            }),
-            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) => None,
+            Command::Eval(args) => match &args.command {
+                EvalCommand::Logits(args) => Some(&args.model),
+                EvalCommand::Perplexity(args) => Some(&args.model),
+                EvalCommand::Tasks(args) => Some(&args.model),
+                EvalCommand::Compare(_) => None,
+            },
+            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) | Command::Convert(_) => None,
         }
     }
 

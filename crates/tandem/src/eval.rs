@@ -24,6 +24,7 @@ pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     match &args.command {
         EvalCommand::Logits(args) => logits(args),
         EvalCommand::Perplexity(args) => perplexity(args),
+        EvalCommand::Compare(args) => crate::compare::compare(args),
         EvalCommand::Tasks(args) => tasks(args),
     }
 }
@@ -108,7 +109,7 @@ fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
 }
 
 /// Strings of a JSON file, each a document; `None` when the file is plain text.
-fn documents(path: &Path, text: &str) -> anyhow::Result<Option<Vec<String>>> {
+pub(crate) fn documents(path: &Path, text: &str) -> anyhow::Result<Option<Vec<String>>> {
     if path.extension().is_none_or(|e| e != "json") {
         return Ok(None);
     }

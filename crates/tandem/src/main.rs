@@ -2,10 +2,13 @@
 
 mod bench;
 mod cli;
+mod compare;
+mod convert;
 mod distributed;
 mod eval;
 mod inspect;
 mod load;
+mod presets;
 mod report;
 mod run;
 mod text;
@@ -54,6 +57,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
         cli::Command::Inspect(args) => inspect::inspect(&args)?,
         cli::Command::Eval(args) => eval::eval(&args)?,
         cli::Command::Bench(args) => bench::bench(&args)?,
+        cli::Command::Convert(args) => convert::convert(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

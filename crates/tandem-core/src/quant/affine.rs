@@ -4,7 +4,7 @@ use super::{PackedView, bitstream};
 use crate::dtype::Float;
 
 /// Codes of the largest group.
-const MAX_GROUP: usize = 128;
+pub(super) const MAX_GROUP: usize = 128;
 
 /// Least magnitude of a scale, MLX's guard against a group of equal values.
 const MIN_SCALE: f32 = 1e-7;
@@ -43,8 +43,7 @@ pub(super) fn quantize_group(
     biases: &mut Vec<u8>,
 ) {
     let max_code = ((1u32 << bits) - 1) as f32;
-    let low = group.iter().copied().fold(f32::INFINITY, f32::min);
-    let high = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (low, high) = range(group);
     let low_is_edge = low.abs() > high.abs();
     let edge = if low_is_edge { low } else { high };
 
@@ -58,10 +57,33 @@ pub(super) fn quantize_group(
     }
 
     let mut codes = [0; MAX_GROUP];
-    for (code, value) in codes.iter_mut().zip(group) {
-        *code = ((value - bias) / scale).round_ties_even().clamp(0.0, max_code) as u8;
-    }
+    encode(group, scale, bias, max_code, &mut codes);
     bitstream::pack(bits, &codes[..group.len()], weight);
     params.write(scale, scales);
     params.write(bias, biases);
+}
+
+/// Smallest and largest value; eight lanes, because a chain of minima does not vectorise.
+pub(super) fn range(group: &[f32]) -> (f32, f32) {
+    let (mut low, mut high) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
+    for values in group.as_chunks::<8>().0 {
+        for (lane, value) in values.iter().enumerate() {
+            low[lane] = if *value < low[lane] { *value } else { low[lane] };
+            high[lane] = if *value > high[lane] { *value } else { high[lane] };
+        }
+    }
+    (low.into_iter().fold(f32::INFINITY, f32::min), high.into_iter().fold(f32::NEG_INFINITY, f32::max))
+}
+
+/// `1.5 * 2^23`: added to a small f32 it rounds it to an integer, ties to even, which the lowest bits then hold.
+const ROUND: f32 = 12_582_912.0;
+
+/// `(value - bias) / scale`, rounded to nearest even and clamped to `0..=max_code`; NaN gives 0.
+pub(super) fn encode(group: &[f32], scale: f32, bias: f32, max_code: f32, codes: &mut [u8; MAX_GROUP]) {
+    for (code, value) in codes.iter_mut().zip(group) {
+        let scaled = (value - bias) / scale;
+        let clamped = if scaled > 0.0 { scaled } else { 0.0 };
+        let clamped = if clamped < max_code { clamped } else { max_code };
+        *code = (clamped + ROUND).to_bits() as u8;
+    }
 }

@@ -62,6 +62,24 @@ pub(crate) fn e2m1_encode(value: f32) -> u8 {
     best
 }
 
+/// Largest magnitude for which [`e2m1_encode_small`] is [`e2m1_encode`].
+pub(crate) const E2M1_EXACT: f32 = 64.0;
+
+/// [`e2m1_encode`] for magnitudes up to [`E2M1_EXACT`], where differences to the candidates next to the value are exact,
+/// so that the midpoints decide. Without branches, so that a loop over it vectorises.
+#[inline]
+pub(crate) fn e2m1_encode_small(value: f32) -> u32 {
+    let magnitude = value.abs();
+    let code = u32::from(magnitude > 0.25)
+        + u32::from(magnitude > 0.75)
+        + u32::from(magnitude > 1.25)
+        + u32::from(magnitude > 1.75)
+        + u32::from(magnitude > 2.5)
+        + u32::from(magnitude > 3.5)
+        + u32::from(magnitude > 5.0);
+    code + (u32::from(value < -0.25) << 3)
+}
+
 /// Encodes a scale to the least E8M0 power of two that is not below it (MLX 0.32.3 and later), clamped to `2^-127`.
 ///
 /// Zero gives 127 (a scale of 1), as MLX's CPU backend writes. `scale` is finite and not negative.
@@ -165,6 +183,15 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn midpoints_decide_as_distances_do(value in -64.0f32..64.0, code in 0usize..8, ulps in -2i32..=2) {
+            let midpoint = (E2M1[code] + E2M1[(code + 1).min(7)]) / 2.0;
+            let near = f32::from_bits(midpoint.to_bits().saturating_add_signed(ulps));
+            for value in [value, value / 16.0, near, -near] {
+                prop_assert_eq!(e2m1_encode_small(value), u32::from(e2m1_encode(value)), "{}", value);
+            }
+        }
+
         #[test]
         fn e4m3_encode_is_nearest(value in -448.0f32..448.0) {
             let decoded = E4M3[usize::from(e4m3_encode(value))];

@@ -9,8 +9,14 @@ pub mod minifloat;
 mod mxfp4;
 mod mxfp8;
 mod nvfp4;
+mod search;
 
 use crate::dtype::{DType, Float};
+
+pub use search::{Compensation, Inputs, quantize_searched};
+
+/// Columns of the largest covariance that is factored.
+const MAX_COLUMNS: usize = 1 << 15;
 
 /// A borrowed matrix `[rows, cols]` in any storage format; rows are outputs, groups run along the columns.
 #[derive(Clone, Copy, Debug)]
@@ -149,6 +155,7 @@ pub fn quantize(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Resul
         return Err(QuantError::Values { rows, cols, expected: rows * cols, found: values.len() });
     }
     if dtype.is_quantized()
+        && amax_bits(values) >= f32::INFINITY.to_bits()
         && let Some(index) = values.iter().position(|value| !value.is_finite())
     {
         return Err(QuantError::NonFinite { dtype, row: index / cols, col: index % cols, value: values[index] });
@@ -323,9 +330,15 @@ fn decode_floats(float: Float, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Largest magnitude of `values`, 0 for none.
+/// Largest magnitude of finite `values`, 0 for none.
 fn amax(values: &[f32]) -> f32 {
-    values.iter().fold(0.0, |largest, value| value.abs().max(largest))
+    f32::from_bits(amax_bits(values))
+}
+
+/// Bits of the largest magnitude; NaN counts as the largest. Magnitudes order as their bits do, and a maximum of
+/// integers vectorises.
+fn amax_bits(values: &[f32]) -> u32 {
+    values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff) as i32)) as u32
 }
 
 #[cfg(test)]

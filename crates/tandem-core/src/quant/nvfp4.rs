@@ -1,6 +1,6 @@
 //! NVIDIA FP4: E2M1 codes, low nibble first, one E4M3 scale per 16 and an optional f32 scale of the whole matrix.
 
-use super::minifloat::{E2M1, E2M1_MAX, E4M3, E4M3_MAX, e2m1_encode, e4m3_encode};
+use super::minifloat::{E2M1, E2M1_EXACT, E2M1_MAX, E4M3, E4M3_MAX, e2m1_encode, e2m1_encode_small, e4m3_encode};
 use super::{PackedView, amax};
 
 pub(super) const GROUP: usize = 16;
@@ -40,7 +40,21 @@ pub(super) fn decode_e2m1(packed: &[u8], scale: f32, out: &mut [f32]) {
     }
 }
 
+/// Largest group that is encoded at once.
+const MAX_GROUP: usize = 32;
+
 /// Appends `group / scale` as E2M1, low nibble first.
 pub(super) fn encode_e2m1(group: &[f32], scale: f32, weight: &mut Vec<u8>) {
-    weight.extend(group.chunks_exact(2).map(|pair| e2m1_encode(pair[0] / scale) | e2m1_encode(pair[1] / scale) << 4));
+    let mut codes = [0u32; MAX_GROUP];
+    let codes = &mut codes[..group.len()];
+    if amax(group) / scale <= E2M1_EXACT {
+        for (code, value) in codes.iter_mut().zip(group) {
+            *code = e2m1_encode_small(value / scale);
+        }
+    } else {
+        for (code, value) in codes.iter_mut().zip(group) {
+            *code = u32::from(e2m1_encode(value / scale));
+        }
+    }
+    weight.extend(codes.chunks_exact(2).map(|pair| (pair[0] | pair[1] << 4) as u8));
 }

@@ -4,25 +4,19 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::ensure;
 use serde_json::{Map, Value, json};
 use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::system::{default_threads, peak_memory_bytes};
 use tandem_cpu::{CpuBackend, CpuIndices};
 use tandem_engine::{ModelRunner, Profiled};
-use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Recipe, WeightSource};
+use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, WeightSource};
 
-use crate::cli::{BenchModelArgs, LoadFormatArg, QuantArg};
+use crate::cli::BenchModelArgs;
 use crate::load::{cpu_backend, lock_memory, model_dir, progress_bar};
+use crate::presets;
 use crate::report::{bytes, count};
-
-/// Shapes of published models, from their config.json.
-const PRESETS: [(&str, &str); 3] = [
-    ("glm-5.1", include_str!("../presets/glm-5.1.json")),
-    ("deepseek-v3.2", include_str!("../presets/deepseek-v3.2.json")),
-    ("llama-3.2-3b", include_str!("../presets/llama-3.2-3b.json")),
-];
 
 /// A model ready to be measured.
 pub(super) struct BenchModel {
@@ -34,7 +28,7 @@ pub(super) struct BenchModel {
     /// One line that names model, formats and numerics.
     pub(super) title: String,
     name: String,
-    quant: Option<&'static str>,
+    quant: Option<String>,
     pub(super) numerics: &'static str,
     /// Weights in memory; an MTP head stays in its file.
     resident_bytes: u64,
@@ -58,22 +52,20 @@ impl BenchModel {
         n_slots: usize,
     ) -> anyhow::Result<BenchModel> {
         let start = Instant::now();
-        let dummy = args.load_format == LoadFormatArg::Dummy;
-        if !dummy {
-            ensure!(args.config.is_none(), "--config gives shapes only; add --load-format dummy, or use --model DIR");
-            let changed = args.num_layers.or(args.first_dense).or(args.vocab);
-            ensure!(
-                changed.is_none(),
-                "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
-            );
-        }
+        let dummy = args.shapes.is_dummy("--model DIR")?;
         let limits = Limits { max_rows, max_logits_rows };
         let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };
         let (name, config) = match &dir {
             Some(dir) => (name_of(dir), ModelConfig::load(dir)?),
             None => {
-                let (name, text) = config_text(args)?;
-                (name, ModelConfig::parse(&overridden(&text, args)?)?)
+                let (name, text) = match &args.shapes.config {
+                    Some(config) => presets::config_text(config)?,
+                    None => {
+                        let dir = model_dir(args.model.as_deref())?;
+                        (name_of(&dir), presets::read(&dir.join("config.json"))?)
+                    }
+                };
+                (name, ModelConfig::parse(&args.shapes.apply(&text)?)?)
             }
         };
         ensure!(
@@ -88,7 +80,7 @@ impl BenchModel {
                 (weights.clone(), Box::new(CheckpointWeights::new(checkpoint, weights)))
             }
             None => {
-                let made_up = DummyWeights::new(&config, recipe(args.quant));
+                let made_up = DummyWeights::new(&config, &args.quant);
                 (made_up.weights().to_vec(), Box::new(made_up))
             }
         };
@@ -109,11 +101,11 @@ impl BenchModel {
             lock_memory();
         }
         let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
-        let quant = dummy.then(|| recipe(args.quant).name());
+        let quant = dummy.then(|| args.quant.name.clone());
         let title = format!(
             "{name}, {} layers, {}, activations {numerics}",
             config.num_hidden_layers,
-            quant.unwrap_or("checkpoint's formats")
+            quant.as_deref().unwrap_or("checkpoint's formats")
         );
         let load_seconds = start.elapsed().as_secs_f64();
         Ok(BenchModel {
@@ -185,14 +177,6 @@ impl BenchModel {
     }
 }
 
-fn recipe(quant: QuantArg) -> Recipe {
-    match quant {
-        QuantArg::Mxfp4Q8 => Recipe::Mxfp4Q8,
-        QuantArg::Affine4 => Recipe::Affine4,
-        QuantArg::Affine8 => Recipe::Affine8,
-    }
-}
-
 /// Different experts in the first rows.
 fn count_distinct(ids: &CpuIndices, n_rows: usize) -> usize {
     (0..n_rows).flat_map(|row| ids.row(row)).collect::<HashSet<_>>().len()
@@ -201,60 +185,4 @@ fn count_distinct(ids: &CpuIndices, n_rows: usize) -> usize {
 /// A model directory's own name.
 fn name_of(dir: &Path) -> String {
     dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
-}
-
-/// Name and text of the configuration.
-fn config_text(args: &BenchModelArgs) -> anyhow::Result<(String, String)> {
-    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
-    let Some(name) = &args.config else {
-        let dir = model_dir(args.model.as_deref())?;
-        return Ok((name_of(&dir), read(&dir.join("config.json"))?));
-    };
-    if let Some((name, text)) = PRESETS.iter().find(|(preset, _)| preset == name) {
-        return Ok((name.to_string(), text.to_string()));
-    }
-    let path = Path::new(name);
-    if !path.is_file() {
-        let known: Vec<&str> = PRESETS.iter().map(|(preset, _)| *preset).collect();
-        bail!("--config {name} is neither a file nor one of {}", known.join(", "));
-    }
-    Ok((name.clone(), read(path)?))
-}
-
-/// The configuration with the flags' shapes, as text, so that it is validated like any other.
-fn overridden(text: &str, args: &BenchModelArgs) -> anyhow::Result<String> {
-    let mut config: Map<String, Value> =
-        serde_json::from_str(text).context("the configuration is not a JSON object")?;
-    if let Some(n) = args.num_layers {
-        config.insert("num_hidden_layers".into(), json!(n));
-    }
-    if let Some(n) = args.first_dense {
-        ensure!(config.contains_key("n_routed_experts"), "--first-dense needs a model with experts");
-        config.remove("mlp_layer_types");
-        config.insert("first_k_dense_replace".into(), json!(n));
-    }
-    if let Some(n) = args.vocab {
-        config.insert("vocab_size".into(), json!(n));
-    }
-    Ok(serde_json::to_string(&config)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn presets_are_valid() {
-        for (name, text) in PRESETS {
-            let config = ModelConfig::parse(text).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let weights = DummyWeights::new(&config, Recipe::Mxfp4Q8);
-            let active = Accounting::new(weights.weights(), &config).total(|k| k.active_parameters);
-            let billions = match name {
-                "glm-5.1" => 40.0..42.0,
-                "deepseek-v3.2" => 36.0..39.0,
-                _ => 3.1..3.3,
-            };
-            assert!(billions.contains(&(active as f64 / 1e9)), "{name}: {active} active parameters");
-        }
-    }
 }

@@ -1,0 +1,347 @@
+//! Quantising with less error than rounding to nearest, at the same bytes: scales found by search, and codes that
+//! compensate for the errors of those before them.
+//!
+//! The searches minimise a weighted squared error of the weights. Compensation is GPTQ (Frantar et al., arXiv 2210.17323):
+//! it minimises the squared error of the product with inputs of a known covariance.
+
+use super::minifloat::{E2M1, E4M3, e2m1_encode, e4m3_encode, e8m0};
+use super::{MAX_COLUMNS, Packed, QuantError, affine, bitstream, quantize};
+use crate::dtype::{DType, Float};
+
+/// What is known about the inputs of a matrix.
+#[derive(Clone, Copy, Debug)]
+pub enum Inputs<'a> {
+    /// Nothing: every column counts alike.
+    Unknown,
+    /// Their second moments, `[cols]`.
+    Moments(&'a [f32]),
+    /// Their covariance.
+    Covariance(&'a Compensation),
+}
+
+/// A covariance, factored for compensating errors.
+#[derive(Clone, Debug)]
+pub struct Compensation {
+    /// `[cols, cols]` row-major, the upper Cholesky factor of the inverse of the damped covariance, each row divided by
+    /// its diagonal element.
+    feedback: Vec<f32>,
+    /// `[cols]`, the diagonal of the damped covariance.
+    moments: Vec<f32>,
+}
+
+impl Compensation {
+    /// From `covariance`, `[cols, cols]` row-major (its upper half is read), and a share of the mean moment that is added
+    /// to its diagonal. `None` when it is not positive definite even so.
+    pub fn new(cols: usize, covariance: &[f32], damping: f64) -> Option<Compensation> {
+        let mean = (0..cols).map(|i| f64::from(covariance[i * cols + i])).sum::<f64>() / cols.max(1) as f64;
+        if mean.is_nan() || mean <= 0.0 || cols > MAX_COLUMNS {
+            return None;
+        }
+        let mut matrix: Vec<f64> = (0..cols * cols)
+            .map(|k| {
+                let (i, j) = (k / cols, k % cols);
+                f64::from(covariance[i.min(j) * cols + i.max(j)]) + if i == j { damping * mean } else { 0.0 }
+            })
+            .collect();
+        let moments = (0..cols).map(|i| matrix[i * cols + i] as f32).collect();
+        // With the order of columns reversed, H = L L^T gives the upper factor of the inverse as L^-T: the reversal of a
+        // lower factor's inverse is upper.
+        matrix.reverse();
+        let lower = cholesky(&matrix, cols)?;
+        let mut inverse = invert_lower(&lower, cols);
+        inverse.reverse();
+        // Now `inverse` is upper triangular, U^T U = H^-1 up to the order of factors: rows are what errors feed back by.
+        let feedback = (0..cols * cols).map(|k| (inverse[k] / inverse[k / cols * (cols + 1)]) as f32).collect();
+        Some(Compensation { feedback, moments })
+    }
+}
+
+/// The lower factor of a symmetric positive definite matrix.
+fn cholesky(matrix: &[f64], n: usize) -> Option<Vec<f64>> {
+    let mut lower = vec![0.0; n * n];
+    for i in 0..n {
+        for j in 0..=i {
+            let dot: f64 = (0..j).map(|k| lower[i * n + k] * lower[j * n + k]).sum();
+            let rest = matrix[i * n + j] - dot;
+            lower[i * n + j] = if i == j {
+                if rest.is_nan() || rest <= 0.0 {
+                    return None;
+                }
+                rest.sqrt()
+            } else {
+                rest / lower[j * n + j]
+            };
+        }
+    }
+    Some(lower)
+}
+
+/// The inverse of a lower triangular matrix.
+fn invert_lower(lower: &[f64], n: usize) -> Vec<f64> {
+    let mut inverse = vec![0.0; n * n];
+    for i in 0..n {
+        let (above, row) = inverse.split_at_mut(i * n);
+        for k in 0..i {
+            let factor = lower[i * n + k];
+            for (value, known) in row[..=k].iter_mut().zip(&above[k * n..k * n + k + 1]) {
+                *value -= factor * known;
+            }
+        }
+        row[i] = 1.0;
+        let diagonal = lower[i * n + i];
+        row[..=i].iter_mut().for_each(|value| *value /= diagonal);
+    }
+    inverse
+}
+
+/// Quantises `values`, `[rows, cols]` f32 row-major, to fewer errors than [`quantize`] makes and the same bytes. Plain
+/// floats and [`DType::Fp8Block`] are as in `quantize`.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn quantize_searched(
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    values: &[f32],
+    inputs: Inputs<'_>,
+) -> Result<Packed, QuantError> {
+    let mut packed = quantize(dtype, rows, cols, values)?;
+    if matches!(dtype, DType::Float(_) | DType::Fp8Block) {
+        return Ok(packed);
+    }
+    (packed.weight, packed.scales, packed.biases) = (vec![], vec![], vec![]);
+    let group = dtype.group_size();
+    let ones = vec![1.0; cols];
+    let moments = match inputs {
+        Inputs::Unknown => &ones[..],
+        Inputs::Moments(moments) => moments,
+        Inputs::Covariance(compensation) => &compensation.moments[..],
+    };
+    assert_eq!(moments.len(), cols, "one moment per column");
+    let mut current = vec![0.0; cols];
+    let mut codes = vec![0u8; cols];
+    for row in values.chunks_exact(cols.max(1)) {
+        current.copy_from_slice(row);
+        for first in (0..cols).step_by(group) {
+            let end = first + group;
+            let scale = find_scale(dtype, &current[first..end], &moments[first..end]);
+            for j in first..end {
+                let value = current[j];
+                codes[j] = scale.encode(value);
+                if let Inputs::Covariance(Compensation { feedback, .. }) = inputs {
+                    let error = value - scale.decode(codes[j]);
+                    let feedback = &feedback[j * cols + j + 1..(j + 1) * cols];
+                    for (later, feedback) in current[j + 1..].iter_mut().zip(feedback) {
+                        *later -= error * feedback;
+                    }
+                }
+            }
+            scale.write(&codes[first..end], &mut packed);
+        }
+    }
+    Ok(packed)
+}
+
+/// The parameters of one group, as they are stored.
+#[derive(Clone, Copy, Debug)]
+enum Scale {
+    Affine { bits: usize, params: Float, scale: f32, bias: f32 },
+    E2m1 { byte: u8, scale: f32 },
+    E4m3 { byte: u8, scale: f32 },
+}
+
+impl Scale {
+    fn encode(&self, value: f32) -> u8 {
+        match *self {
+            Scale::Affine { bits, scale, bias, .. } => {
+                let max_code = ((1u32 << bits) - 1) as f32;
+                ((value - bias) / scale).round_ties_even().clamp(0.0, max_code) as u8
+            }
+            Scale::E2m1 { scale, .. } => e2m1_encode((value / scale).clamp(-6.0, 6.0)),
+            Scale::E4m3 { scale, .. } => e4m3_encode(value / scale),
+        }
+    }
+
+    fn decode(&self, code: u8) -> f32 {
+        match *self {
+            Scale::Affine { scale, bias, .. } => scale * f32::from(code) + bias,
+            Scale::E2m1 { scale, .. } => E2M1[usize::from(code)] * scale,
+            Scale::E4m3 { scale, .. } => E4M3[usize::from(code)] * scale,
+        }
+    }
+
+    fn error(&self, values: &[f32], moments: &[f32]) -> f64 {
+        let squared = |value: &f32| f64::from(value - self.decode(self.encode(*value))).powi(2);
+        values.iter().zip(moments).map(|(value, moment)| squared(value) * f64::from(*moment)).sum()
+    }
+
+    fn write(&self, codes: &[u8], packed: &mut Packed) {
+        match *self {
+            Scale::Affine { bits, params, scale, bias } => {
+                bitstream::pack(bits, codes, &mut packed.weight);
+                params.write(scale, &mut packed.scales);
+                params.write(bias, &mut packed.biases);
+            }
+            Scale::E2m1 { byte, .. } => {
+                bitstream::pack(4, codes, &mut packed.weight);
+                packed.scales.push(byte);
+            }
+            Scale::E4m3 { byte, .. } => {
+                packed.weight.extend_from_slice(codes);
+                packed.scales.push(byte);
+            }
+        }
+    }
+}
+
+/// Shares of a group's range that the search starts from.
+const SHRINK: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6];
+/// Least-squares steps from each.
+const REFITS: usize = 2;
+
+/// The scale with the least error; mlx's own where none is better.
+fn find_scale(dtype: DType, values: &[f32], moments: &[f32]) -> Scale {
+    // Errors fed back may have made a value too large to represent; an encoder of finite values must see finite ones.
+    let largest = super::amax(values);
+    let candidates: Vec<Scale> = match dtype {
+        DType::Mxfp4 => {
+            let best = super::minifloat::e8m0_encode_up(largest / 6.0);
+            let bytes = [0, 1, 2].map(|less| best.saturating_sub(less));
+            bytes.map(|byte| Scale::E2m1 { byte, scale: e8m0(byte) }).to_vec()
+        }
+        DType::Mxfp8 => {
+            let best = super::minifloat::e8m0_encode_up(largest / 448.0);
+            [0, 1].map(|less| best.saturating_sub(less)).map(|byte| Scale::E4m3 { byte, scale: e8m0(byte) }).to_vec()
+        }
+        DType::Nvfp4 => {
+            let best = e4m3_encode(largest / 6.0);
+            let bytes =
+                (best.saturating_sub(6).max(best.min(1))..=best.saturating_add(4).min(0x7e)).collect::<Vec<u8>>();
+            let nearest = std::iter::once(best).chain(bytes);
+            nearest.map(|byte| Scale::E2m1 { byte, scale: E4M3[usize::from(byte)].max(f32::MIN_POSITIVE) }).collect()
+        }
+        DType::Affine { bits, params, .. } => affine_candidates(bits.into(), params, values, moments),
+        DType::Float(_) | DType::Fp8Block => unreachable!("{dtype} has no groups to search"),
+    };
+    let mut best = (f64::INFINITY, candidates[0]);
+    for candidate in candidates {
+        let error = candidate.error(values, moments);
+        if error < best.0 {
+            best = (error, candidate);
+        }
+    }
+    best.1
+}
+
+fn affine_candidates(bits: usize, params: Float, values: &[f32], moments: &[f32]) -> Vec<Scale> {
+    let rounded = |value: f32| {
+        let mut bytes = vec![];
+        params.write(value, &mut bytes);
+        params.read(&bytes, 0)
+    };
+    let affine = |scale: f32, bias: f32| Scale::Affine { bits, params, scale: rounded(scale), bias: rounded(bias) };
+    let max_code = ((1u32 << bits) - 1) as f32;
+    let (mut scales, mut biases) = (vec![], vec![]);
+    affine::quantize_group(values, bits, params, &mut vec![], &mut scales, &mut biases);
+    let mut candidates = vec![affine(params.read(&scales, 0), params.read(&biases, 0))];
+    let (low, high) = affine::range(values);
+    for shrink in SHRINK {
+        let (mut scale, mut bias) = (((high - low) * shrink / max_code).max(1e-7), low * shrink);
+        for _ in 0..=REFITS {
+            if !rounded(scale).is_normal() || !rounded(bias).is_finite() {
+                break;
+            }
+            candidates.push(affine(scale, bias));
+            // Weighted least squares of value = scale * code + bias.
+            let code = |value: f32| f64::from(((value - bias) / scale).round_ties_even().clamp(0.0, max_code));
+            let mut sums = [0.0f64; 5];
+            for (value, moment) in values.iter().zip(moments) {
+                let (q, v, m) = (code(*value), f64::from(*value), f64::from(*moment));
+                for (sum, term) in sums.iter_mut().zip([1.0, q, q * q, v, q * v]) {
+                    *sum += m * term;
+                }
+            }
+            let [n, q, qq, v, qv] = sums;
+            let determinant = n * qq - q * q;
+            if determinant.is_nan() || determinant <= 1e-12 * n * qq {
+                break;
+            }
+            (scale, bias) = (((n * qv - q * v) / determinant) as f32, ((qq * v - q * qv) / determinant) as f32);
+        }
+    }
+    candidates
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn error(packed: &Packed, values: &[f32]) -> f64 {
+        packed.view().dequantize().iter().zip(values).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    }
+
+    fn formats() -> impl Strategy<Value = DType> {
+        prop::sample::select(vec![
+            DType::Mxfp4,
+            DType::Mxfp8,
+            DType::Nvfp4,
+            DType::Affine { bits: 4, group_size: 32, params: Float::F32 },
+            DType::Affine { bits: 3, group_size: 64, params: Float::BF16 },
+        ])
+    }
+
+    proptest! {
+        #[test]
+        fn searching_never_increases_the_error(dtype in formats(), values in prop::collection::vec(-4.0f32..4.0, 2 * 128)) {
+            let plain = quantize(dtype, 2, 128, &values).expect("fits");
+            let searched = quantize_searched(dtype, 2, 128, &values, Inputs::Unknown).expect("fits");
+            prop_assert_eq!((plain.weight.len(), plain.scales.len()), (searched.weight.len(), searched.scales.len()));
+            // mlx takes codes from scales before rounding them: rarely luckier.
+            prop_assert!(error(&searched, &values) <= error(&plain, &values) * 1.02 + 1e-9);
+        }
+    }
+
+    /// Inputs that are nearly one-dimensional: compensated codes keep the products.
+    #[test]
+    fn compensation_lowers_the_error_of_products() {
+        let cols = 64;
+        let mut state = 1u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let inputs: Vec<f32> = (0..200)
+            .flat_map(|_| {
+                let common = random();
+                (0..cols).map(|_| common + 0.3 * random()).collect::<Vec<_>>()
+            })
+            .collect();
+        let mut covariance = vec![0.0; cols * cols];
+        for x in inputs.chunks_exact(cols) {
+            for i in 0..cols {
+                for j in 0..cols {
+                    covariance[i * cols + j] += x[i] * x[j];
+                }
+            }
+        }
+        let values: Vec<f32> = (0..8 * cols).map(|_| random()).collect();
+        let compensation = Compensation::new(cols, &covariance, 0.01).expect("positive definite");
+        let of = |inputs_known: Inputs<'_>| {
+            let packed = quantize_searched(DType::Mxfp4, 8, cols, &values, inputs_known).expect("fits");
+            let found = packed.view().dequantize();
+            let mut sum = 0.0f64;
+            for x in inputs.chunks_exact(cols) {
+                for (a, b) in found.chunks_exact(cols).zip(values.chunks_exact(cols)) {
+                    let product: f32 = a.iter().zip(b).zip(x).map(|((a, b), x)| (a - b) * x).sum();
+                    sum += f64::from(product).powi(2);
+                }
+            }
+            sum
+        };
+        let (plain, compensated) = (of(Inputs::Unknown), of(Inputs::Covariance(&compensation)));
+        assert!(compensated < 0.6 * plain, "{compensated} against {plain}");
+    }
+}

@@ -1,0 +1,213 @@
+//! `tandem convert`: a checkpoint in other formats, written in MLX's layout.
+
+mod calibrate;
+mod gguf;
+mod gguf_tokenizer;
+mod plan;
+mod rules;
+mod source;
+mod write;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, anyhow, ensure};
+use serde_json::json;
+use tandem_core::DType;
+use tandem_core::quant::{self, Inputs};
+use tandem_core::weights::Weight;
+use tandem_cpu::system::{default_threads, peak_memory_bytes};
+use tandem_model::{Accounting, Recipe};
+
+use crate::cli::{ActivationsArg, ConvertArgs};
+use crate::compare::{Side, Windows};
+use crate::load::{cpu_backend, model_dir, progress_bar};
+use crate::presets;
+use crate::report::{bytes, count, print_json, thousands};
+use calibrate::{Calibration, Known};
+use gguf::GgufSource;
+use plan::Plan;
+use source::{CheckpointSource, DummySource, Source};
+
+/// Inputs per window of a plain text.
+const CALIBRATION_WINDOW: usize = 512;
+
+/// Runs the command.
+pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let recipe = rules::recipe(&args.quant)?;
+    let source = open(args, &recipe)?;
+    let config = source.config();
+    let dtypes: Vec<DType> = match args.shapes.config {
+        Some(_) => source.weights().iter().map(|w| w.dtype).collect(),
+        None => source.weights().iter().map(|w| recipe.dtype(&w.spec, w.dtype, config.float)).collect(),
+    };
+    let plan = Plan::new(source.config_json(), config, source.weights(), &dtypes, args.max_shard_size)?;
+    let total: u64 = plan.shards.iter().map(|s| s.bytes).sum();
+    if args.dry_run {
+        return dry_run(&*source, &plan, args.json);
+    }
+    let out = args.out.as_deref().context("--out is missing")?;
+    let calibration = args.calibrate.as_deref().map(|text| calibrate(args, text)).transpose()?;
+    let bar = progress_bar(total);
+    if let Ok(style) =
+        indicatif::ProgressStyle::with_template("writing {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+    {
+        bar.set_style(style);
+    }
+    let n_threads = args.threads.unwrap_or_else(default_threads).max(1);
+    let quantize = |weight: &Weight, part: usize, values: &[f32], rows: usize| {
+        let cols = weight.spec.dims().2;
+        let known = calibration.as_ref().and_then(|c| c.get(&weight.spec.module, part));
+        match known {
+            Some(Known::Covariance(c)) => {
+                quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Covariance(c))
+            }
+            Some(Known::Moments(m)) => quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Moments(m)),
+            None if args.search || calibration.is_some() => {
+                quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Unknown)
+            }
+            None => quant::quantize(weight.dtype, rows, cols, values),
+        }
+    };
+    let settings = format!("search {} {:?}", args.search, args.calibrate.as_deref().map(source::file_fingerprint));
+    let written = write::write(&*source, &plan, &quantize, &settings, out, n_threads, &bar)?;
+    bar.finish_and_clear();
+    let seconds = start.elapsed().as_secs_f64();
+    if args.json {
+        return print_json(&json!({
+            "out": out.display().to_string(),
+            "bytes": total,
+            "files": plan.shards.len(),
+            "files_kept": written.n_kept,
+            "bytes_written": written.bytes,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }));
+    }
+    let kept = match written.n_kept {
+        0 => String::new(),
+        n => format!(", {n} of them kept from before"),
+    };
+    println!(
+        "{}: {} in {} file{}{kept}; {seconds:.1} s, peak memory {}",
+        out.display(),
+        bytes(total),
+        plan.shards.len(),
+        if plan.shards.len() == 1 { "" } else { "s" },
+        bytes(peak_memory_bytes())
+    );
+    Ok(())
+}
+
+/// Runs the source over a text.
+fn calibrate(args: &ConvertArgs, text: &Path) -> anyhow::Result<Calibration> {
+    let side = calibration_source(args)?;
+    let windows = Windows::new(text, &side.tokenizer, CALIBRATION_WINDOW)?;
+    let n_tokens: usize = windows.0.iter().map(|tokens| tokens.len() - 1).sum();
+    eprintln!("calibrating with {} tokens", n_tokens.min(calibrate::MAX_TOKENS));
+    let (backend, _) = cpu_backend(args.threads, ActivationsArg::F32, 0);
+    Calibration::measure(&side.config, &side.weights()?, &windows, backend)
+}
+
+/// The source as a model that runs.
+fn calibration_source(args: &ConvertArgs) -> anyhow::Result<Side> {
+    let name = args.source.as_deref().context("--calibrate runs the source, so it needs one: not --config")?;
+    ensure!(
+        gguf_file(Path::new(name)).is_none(),
+        "--calibrate runs the source, and GGUF files do not run here; convert {name} with --quant keep first, then that"
+    );
+    Side::open(name)
+}
+
+fn open(args: &ConvertArgs, recipe: &Recipe) -> anyhow::Result<Box<dyn Source>> {
+    if args.shapes.is_dummy("SRC")? {
+        let name = args.shapes.config.as_deref().context("--load-format dummy needs --config NAME")?;
+        let (_, text) = presets::config_text(name)?;
+        return Ok(Box::new(DummySource::new(&args.shapes.apply(&text)?, recipe)?));
+    }
+    let name = args.source.as_deref().context("name the model to convert, or give --config")?;
+    ensure!(
+        !is_pickle(Path::new(name)),
+        "{name} is a pickle file. Opening one runs the code inside, so it is refused; get the safetensors version of this \
+         model"
+    );
+    match gguf_file(Path::new(name)) {
+        Some(file) => Ok(Box::new(GgufSource::open(&file)?)),
+        None => Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?)),
+    }
+}
+
+/// A GGUF file, or the first one of a directory that has no config.json.
+fn gguf_file(path: &Path) -> Option<PathBuf> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|e| e == "gguf");
+    if is_gguf(path) {
+        return Some(path.to_path_buf());
+    }
+    if !path.is_dir() || path.join("config.json").exists() {
+        return None;
+    }
+    let mut files: Vec<PathBuf> = std::fs::read_dir(path).ok()?.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    files.sort();
+    files.into_iter().find(|file| is_gguf(file))
+}
+
+fn is_pickle(path: &Path) -> bool {
+    path.is_file()
+        && path.extension().is_some_and(|e| e == "bin" || e == "pt" || e == "pth" || e == "pkl" || e == "ckpt")
+}
+
+/// Prints what would be written.
+fn dry_run(source: &dyn Source, plan: &Plan, as_json: bool) -> anyhow::Result<()> {
+    let config = source.config();
+    let (before, after) = (Accounting::new(source.weights(), config), Accounting::new(&plan.weights, config));
+    let bits = |bytes: u64, parameters: u64| bytes as f64 * 8.0 / parameters.max(1) as f64;
+    let of = |a: &Accounting| {
+        let parameters = a.total(|k| k.parameters);
+        let resident = a.total(|k| k.resident_bytes);
+        (resident, a.total(|k| k.read_bytes), bits(resident, parameters))
+    };
+    let ((bytes_before, read_before, bits_before), (bytes_after, read_after, bits_after)) = (of(&before), of(&after));
+    if as_json {
+        let kinds: serde_json::Map<_, _> = after
+            .kinds
+            .iter()
+            .map(|k| {
+                let formats: serde_json::Map<_, _> = k.formats.iter().map(|(f, b)| (f.clone(), json!(b))).collect();
+                let value = json!({"parameters": k.parameters, "bytes": k.resident_bytes, "format_bytes": formats});
+                (k.kind.name().to_string(), value)
+            })
+            .collect();
+        return print_json(&json!({
+            "source": {"bytes": bytes_before, "read_bytes_per_token": read_before, "bits_per_weight": bits_before},
+            "bytes": bytes_after,
+            "read_bytes_per_token": read_after,
+            "bits_per_weight": bits_after,
+            "files": plan.shards.iter().map(|s| json!({"name": s.name, "bytes": s.bytes})).collect::<Vec<_>>(),
+            "modules": kinds,
+        }));
+    }
+    println!("{:<16}{:>12}{:>14}{:>14}{:>8}  formats", "module", "parameters", "source", "output", "bits");
+    for (b, a) in before.kinds.iter().zip(&after.kinds) {
+        let formats: Vec<&str> = a.formats.iter().map(|(name, _)| name.as_str()).collect();
+        println!(
+            "{:<16}{:>12}{:>14}{:>14}{:>8.2}  {}",
+            a.kind.name(),
+            count(a.parameters),
+            bytes(b.resident_bytes),
+            bytes(a.resident_bytes),
+            bits(a.resident_bytes, a.parameters),
+            formats.join(", ")
+        );
+    }
+    println!();
+    println!("source: {} bytes, {bits_before:.2} bits per weight", thousands(bytes_before));
+    println!("output: {} bytes, {bits_after:.2} bits per weight, {} files", thousands(bytes_after), plan.shards.len());
+    println!("read per decoded token: {} before, {} after", bytes(read_before), bytes(read_after));
+    Ok(())
+}
+
+/// A message for a problem in a rule file or a name.
+fn usage(message: String) -> anyhow::Error {
+    anyhow!(message)
+}

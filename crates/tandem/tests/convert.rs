@@ -1,0 +1,439 @@
+//! `tandem convert`: bytes, layouts, interrupted runs and bad sources.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use common::{Copy, golden, tandem, temporary, text};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+/// All tensors of a directory.
+fn tensors(dir: &Path) -> Tensors {
+    let mut all = Tensors::new();
+    for entry in std::fs::read_dir(dir).expect("a folder") {
+        let path = entry.expect("readable").path();
+        if path.extension().is_some_and(|e| e == "safetensors") && !path.ends_with("golden.safetensors") {
+            let bytes = std::fs::read(&path).expect("readable");
+            for (name, view) in SafeTensors::deserialize(&bytes).expect("valid").iter() {
+                let tensor = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+                assert!(all.insert(name.to_string(), tensor).is_none(), "{name} twice");
+            }
+        }
+    }
+    all
+}
+
+#[track_caller]
+fn assert_same(found: &Tensors, expected: &Tensors) {
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (name, tensor) in found {
+        assert!(tensor == &expected[name], "{name} differs");
+    }
+}
+
+fn save(dir: &Path, all: &Tensors) {
+    let views = all.iter().map(|(name, (dtype, shape, data))| {
+        (name.as_str(), TensorView::new(*dtype, shape.clone(), data).expect("sizes fit"))
+    });
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).expect("writable");
+}
+
+/// Converts and returns the new folder.
+#[track_caller]
+fn convert(source: &str, out: &Path, more: &[&str]) {
+    let out = text(out);
+    tandem(&[&["convert", source, "--out", &out][..], more].concat()).ok();
+}
+
+#[track_caller]
+fn fails(args: &[&str], expected: &[&str]) {
+    let done = tandem(&[&["convert"], args].concat());
+    assert_eq!(done.code, Some(1), "{args:?}: {}", done.stderr);
+    assert!(done.stderr.starts_with("error: "), "{}", done.stderr);
+    for part in expected {
+        assert!(done.stderr.contains(part), "{args:?}: {:?} does not say {part:?}", done.stderr);
+    }
+    assert!(!done.stderr.contains("has a bug"), "{}", done.stderr);
+}
+
+#[test]
+fn quantising_gives_the_bytes_of_mlx() {
+    let dir = temporary();
+    let out = dir.path().join("out");
+    convert(&golden("models/glm51_tiny_bf16"), &out, &["--quant", "mxfp4-q8"]);
+    assert_same(&tensors(&out), &tensors(Path::new(&golden("models/glm51_tiny"))));
+    // In several files, and by rules, the same.
+    let rules = common::file(&dir, "rules.toml", "default = 'affine8'\n[rules]\n'*.switch_mlp.*' = 'mxfp4'\n");
+    let shards = dir.path().join("shards");
+    let quant = format!("mixed:{rules}");
+    convert(&golden("models/glm51_tiny_bf16"), &shards, &["--quant", &quant, "--max-shard-size", "100KB"]);
+    assert_same(&tensors(&shards), &tensors(&out));
+    let index = std::fs::read_to_string(shards.join("model.safetensors.index.json")).expect("an index");
+    let index: Value = serde_json::from_str(&index).expect("JSON");
+    let files: std::collections::BTreeSet<&str> =
+        index["weight_map"].as_object().expect("a map").values().filter_map(Value::as_str).collect();
+    assert!(files.len() > 2, "{files:?}");
+    let inspected = tandem(&["inspect", &text(&shards), "--json"]).json();
+    let original = tandem(&["inspect", &golden("models/glm51_tiny"), "--json"]).json();
+    assert_eq!(inspected["modules"], original["modules"]);
+}
+
+#[test]
+fn every_format_runs() {
+    let dir = temporary();
+    for quant in
+        ["mxfp4", "mxfp8", "nvfp4", "affine2", "affine3:g32", "affine4:g32", "affine5", "affine6", "affine8", "bf16"]
+    {
+        let out = dir.path().join(quant);
+        convert("models/fable-30m-MXFP4-Q8", &out, &["--quant", quant]);
+        let answer = tandem(&["run", "What is 2 + 3?", "--model", &text(&out), "--max-tokens", "8", "--json"]).json();
+        assert!(answer["tokens"].as_array().is_some_and(|t| !t.is_empty()), "{quant}: {answer}");
+        let dry = tandem(&["convert", "models/fable-30m-MXFP4-Q8", "--quant", quant, "--dry-run", "--json"]).json();
+        let inspected = tandem(&["inspect", &text(&out), "--json"]).json();
+        assert_eq!(dry["bytes"], inspected["resident_bytes"], "{quant}");
+        assert_eq!(dry["read_bytes_per_token"], inspected["read_bytes_per_token"], "{quant}");
+    }
+}
+
+#[test]
+fn made_up_checkpoints_have_true_shapes() {
+    let dir = temporary();
+    let out = dir.path().join("out");
+    let config = golden("models/glm51_tiny/config.json");
+    let flags = ["--config", &config, "--load-format", "dummy", "--num-layers", "4", "--quant"];
+    for quant in ["mxfp4-q8", "nvfp4", "bf16"] {
+        let out = out.with_extension(quant);
+        tandem(&[&["convert", "--out", &text(&out)], &flags[..], &[quant]].concat()).ok();
+        let inspected = tandem(&["inspect", &text(&out), "--json"]).json();
+        assert_eq!(inspected["num_hidden_layers"], 4, "{quant}");
+        assert_eq!(inspected["weights_present"], true);
+    }
+}
+
+#[test]
+fn an_interrupted_run_goes_on() {
+    let dir = temporary();
+    let (source, flags) = (golden("models/glm51_tiny_bf16"), ["--quant", "affine4", "--max-shard-size", "100KB"]);
+    let whole = dir.path().join("whole");
+    convert(&source, &whole, &flags);
+    // As if killed: the first two files are complete, then one of them was damaged; another is half there.
+    let partial = dir.path().join("out.partial");
+    let out = text(&dir.path().join("out"));
+    let mut child = common::command(&[&["convert", &source, "--out", &out][..], &flags].concat());
+    let done = common::finish(child.env("TMPDIR", dir.path()));
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    std::fs::rename(&out, &partial).expect("renamed");
+    fails(&[&[&source[..], "--out", &text(&whole)], &flags[..]].concat(), &["exists already"]);
+    std::fs::write(partial.join("conversion.json"), "{}").expect("written");
+    fails(&[&[&source[..], "--out", &out], &flags[..]].concat(), &["conversion.json is damaged"]);
+    std::fs::write(partial.join("conversion.json"), json!({"fingerprint": "0", "files": {}}).to_string())
+        .expect("written");
+    fails(&[&[&source[..], "--out", &out], &flags[..]].concat(), &["interrupted conversion of another source"]);
+    std::fs::remove_file(partial.join("conversion.json")).expect("there");
+    std::fs::write(partial.join("model-00002-of-00005.safetensors.tmp"), "half").expect("written");
+    convert(&source, Path::new(&out), &flags);
+    assert_same(&tensors(Path::new(&out)), &tensors(&whole));
+    assert!(!partial.exists());
+    for entry in std::fs::read_dir(&whole).expect("a folder") {
+        let name = entry.expect("readable").file_name();
+        let read = |dir: &Path| std::fs::read(dir.join(&name)).expect("readable");
+        assert_eq!(read(&whole), read(Path::new(&out)), "{name:?}");
+    }
+}
+
+/// The MXFP4 modules of `glm51_tiny` under other projects' names.
+#[test]
+fn mxfp4_of_other_projects_is_carried_over() {
+    let expected = tensors(Path::new(&golden("models/glm51_tiny")));
+    let all_mxfp4 = temporary();
+    let quantised = all_mxfp4.path().join("mlx");
+    convert(&golden("models/glm51_tiny"), &quantised, &["--quant", "mxfp4"]);
+    let mlx = tensors(&quantised);
+    // compressed-tensors: every matrix, per expert.
+    let mut packed = Tensors::new();
+    // gpt-oss: stacked experts, gate and up rows alternating; other matrices in bf16.
+    let mut blocks = Tensors::new();
+    let bf16 = tensors(Path::new(&golden("models/glm51_tiny_bf16")));
+    for (name, (dtype, shape, data)) in &mlx {
+        let (module, leaf) = name.rsplit_once('.').expect("dotted");
+        let quantised = mlx.contains_key(&format!("{module}.scales"));
+        if !quantised {
+            packed.insert(name.clone(), (*dtype, shape.clone(), data.clone()));
+            blocks.insert(name.clone(), (*dtype, shape.clone(), data.clone()));
+            continue;
+        }
+        let new_leaf = if leaf == "weight" { "weight_packed" } else { "weight_scale" };
+        let width = if leaf == "weight" { 4 } else { 1 };
+        let mut shape = shape.clone();
+        *shape.last_mut().expect("dimensions") *= width;
+        if module.contains("switch_mlp") {
+            let n = data.len() / shape[0];
+            for (expert, data) in data.chunks_exact(n).enumerate() {
+                let module = module.replace("switch_mlp", &format!("experts.{expert}"));
+                packed.insert(format!("{module}.{new_leaf}"), (Dtype::U8, shape[1..].to_vec(), data.to_vec()));
+            }
+            let new_leaf = if leaf == "weight" { "blocks" } else { "scales" };
+            let (last, rows) = (*shape.last().expect("dimensions"), shape[1]);
+            let inner = if leaf == "weight" { vec![last / 16, 16] } else { vec![last] };
+            let module_of = |projection: &str| {
+                module.rsplit_once('.').expect("dotted").0.replace("switch_mlp", "experts") + projection
+            };
+            if module.ends_with("down_proj") {
+                let name = module_of(&format!(".down_proj_{new_leaf}"));
+                blocks.insert(name, (Dtype::U8, [vec![shape[0], rows], inner].concat(), data.clone()));
+            } else if module.ends_with("gate_proj") {
+                let up = &mlx[&name.replace("gate_proj", "up_proj")].2;
+                let rows_of = data.chunks_exact(last).zip(up.chunks_exact(last));
+                let joint: Vec<u8> = rows_of.flat_map(|(gate, up)| [gate, up].concat()).collect();
+                let name = module_of(&format!(".gate_up_proj_{new_leaf}"));
+                blocks.insert(name, (Dtype::U8, [vec![shape[0], 2 * rows], inner].concat(), joint));
+            }
+        } else {
+            packed.insert(format!("{module}.{new_leaf}"), (Dtype::U8, shape.clone(), data.clone()));
+            if leaf == "weight" {
+                blocks.insert(name.clone(), bf16[name].clone());
+            }
+        }
+    }
+    assert!(expected.len() > 50);
+    for (all, section) in [
+        (&packed, json!({"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"})),
+        (&blocks, json!({"quant_method": "mxfp4"})),
+    ] {
+        let copy = Copy::of("glm51_tiny_bf16").config("quantization_config", section.clone());
+        save(Path::new(&copy.path()), all);
+        let out = all_mxfp4.path().join(section["quant_method"].as_str().expect("text"));
+        convert(&copy.path(), &out, &["--quant", "keep"]);
+        let found = tensors(&out);
+        for (name, tensor) in &found {
+            if !name.contains("switch_mlp") && section["quant_method"] == "mxfp4" {
+                continue;
+            }
+            assert!(tensor == &mlx[name], "{name} differs");
+        }
+        assert!(found.keys().any(|name| name.ends_with("switch_mlp.up_proj.scales")));
+        // It also runs as it is.
+        tandem(&["inspect", &copy.path()]).ok();
+    }
+}
+
+#[test]
+fn bad_sources_are_refused() {
+    let dir = temporary();
+    let out = text(&dir.path().join("out"));
+    let tiny = golden("models/glm51_tiny");
+    fails(&["/no/such/model", "--out", &out], &["/no/such/model does not exist"]);
+    fails(&[&tiny, "--out", &out, "--quant", "q4"], &["\"q4\" is not a format", "mxfp4-q8"]);
+    fails(&[&tiny, "--out", &out, "--quant", "mixed:/no/such/file"], &["cannot read /no/such/file"]);
+    fails(&["--config", "glm-5.1", "--out", &out], &["add --load-format dummy"]);
+    let pickle = Copy::of("glm51_tiny").without("model.safetensors").edit("pytorch_model.bin", |b| b.extend([1, 2, 3]));
+    fails(&[&pickle.path(), "--out", &out], &["pytorch_model.bin is a pickle file", "refused"]);
+    let file = common::file(&dir, "weights.pt", [0; 4]);
+    fails(&[&file, "--out", &out], &["weights.pt is a pickle file"]);
+    let missing = Copy::of("glm51_tiny").without("model.safetensors");
+    fails(&[&missing.path(), "--out", &out], &["there is no *.safetensors file"]);
+    let cut = Copy::of("glm51_tiny").edit("model.safetensors", |b| b.truncate(b.len() / 2));
+    fails(&[&cut.path(), "--out", &out], &["not a complete safetensors file"]);
+    let huge_header =
+        Copy::of("glm51_tiny").edit("model.safetensors", |b| b[..8].copy_from_slice(&u64::MAX.to_le_bytes()));
+    fails(&[&huge_header.path(), "--out", &out], &["not a complete safetensors file"]);
+    let nan = Copy::of("glm51_tiny_bf16").patch("model.layers.0.mlp.up_proj.weight", &[0xc0, 0x7f]);
+    fails(&[&nan.path(), "--out", &out, "--quant", "affine4"], &["up_proj", "needs finite values", "row 0, column 0"]);
+    let method = Copy::of("glm51_tiny_bf16").config("quantization_config", json!({"quant_method": "awq"}));
+    fails(&[&method.path(), "--out", &out], &["quant_method Some(\"awq\") is not supported"]);
+    let header = |edit: fn(&mut Value)| {
+        Copy::of("glm51_tiny").edit("model.safetensors", |bytes| {
+            let n = u64::from_le_bytes(*bytes.first_chunk().expect("8 bytes")) as usize;
+            let mut header: Value = serde_json::from_slice(&bytes[8..8 + n]).expect("JSON");
+            edit(&mut header);
+            let text = header.to_string().into_bytes();
+            *bytes = [&(text.len() as u64).to_le_bytes()[..], &text, &bytes[8 + n..]].concat();
+        })
+    };
+    let overlap = header(|h| h["lm_head.weight"]["data_offsets"][0] = json!(0));
+    fails(&[&overlap.path(), "--out", &out], &["not a complete safetensors file"]);
+    let wrong_type = header(|h| {
+        h["model.layers.3.mlp.switch_mlp.up_proj.scales"]["dtype"] = json!("I8");
+    });
+    fails(&[&wrong_type.path(), "--out", &out], &["up_proj.scales has type I8"]);
+    let twice = Copy::of("glm51_tiny").edit("second.safetensors", |b| {
+        *b = std::fs::read(golden("models/glm51_tiny/model.safetensors")).expect("readable");
+    });
+    let twice = twice.edit("model.safetensors", |_| {});
+    std::fs::rename(
+        Path::new(&twice.path()).join("model.safetensors"),
+        Path::new(&twice.path()).join("first.safetensors"),
+    )
+    .expect("renamed");
+    fails(&[&twice.path(), "--out", &out], &["is in more than one file"]);
+}
+
+/// A GGUF file: metadata (all unsigned numbers or texts), then tensors `(name, shape, type, data)`.
+fn gguf(metadata: &[(&str, Value)], tensors: &[(String, Vec<usize>, u32, Vec<u8>)]) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let mut file = b"GGUF\x03\0\0\0".to_vec();
+    file.extend((tensors.len() as u64).to_le_bytes());
+    file.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        file.extend(text(key));
+        match value {
+            Value::String(value) => file.extend([&8u32.to_le_bytes()[..], &text(value)].concat()),
+            Value::Bool(value) => file.extend([&7u32.to_le_bytes()[..], &[u8::from(*value)]].concat()),
+            Value::Number(n) if n.is_u64() => {
+                file.extend([&4u32.to_le_bytes()[..], &(n.as_u64().expect("u64") as u32).to_le_bytes()].concat());
+            }
+            other => file
+                .extend([&6u32.to_le_bytes()[..], &(other.as_f64().expect("a number") as f32).to_le_bytes()].concat()),
+        }
+    }
+    let mut data = vec![];
+    for (name, shape, kind, bytes) in tensors {
+        file.extend(text(name));
+        file.extend((shape.len() as u32).to_le_bytes());
+        shape.iter().rev().for_each(|n| file.extend((*n as u64).to_le_bytes()));
+        file.extend(kind.to_le_bytes());
+        file.extend((data.len() as u64).to_le_bytes());
+        data.extend(bytes);
+        data.resize(data.len().next_multiple_of(32), 0);
+    }
+    file.resize(file.len().next_multiple_of(32), 0);
+    [file, data].concat()
+}
+
+#[test]
+fn a_glm_gguf_gives_the_weights_back() {
+    let config: Value =
+        serde_json::from_str(&std::fs::read_to_string(golden("models/glm51_tiny_bf16/config.json")).expect("readable"))
+            .expect("JSON");
+    let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{key}"));
+    let metadata = [
+        ("general.architecture", json!("glm-dsa")),
+        ("glm-dsa.block_count", json!(n("num_hidden_layers"))),
+        ("glm-dsa.context_length", json!(n("max_position_embeddings"))),
+        ("glm-dsa.embedding_length", json!(n("hidden_size"))),
+        ("glm-dsa.feed_forward_length", json!(n("intermediate_size"))),
+        ("glm-dsa.attention.head_count", json!(n("num_attention_heads"))),
+        ("glm-dsa.attention.head_count_kv", json!(1)),
+        ("glm-dsa.attention.key_length_mla", json!(n("qk_nope_head_dim") + n("qk_rope_head_dim"))),
+        ("glm-dsa.attention.value_length_mla", json!(n("v_head_dim"))),
+        ("glm-dsa.attention.q_lora_rank", json!(n("q_lora_rank"))),
+        ("glm-dsa.attention.kv_lora_rank", json!(n("kv_lora_rank"))),
+        ("glm-dsa.rope.dimension_count", json!(n("qk_rope_head_dim"))),
+        ("glm-dsa.attention.layer_norm_rms_epsilon", json!(1e-5)),
+        ("glm-dsa.expert_count", json!(n("n_routed_experts"))),
+        ("glm-dsa.expert_used_count", json!(n("num_experts_per_tok"))),
+        ("glm-dsa.expert_shared_count", json!(n("n_shared_experts"))),
+        ("glm-dsa.expert_feed_forward_length", json!(n("moe_intermediate_size"))),
+        ("glm-dsa.expert_weights_scale", json!(2.5)),
+        ("glm-dsa.expert_gating_func", json!(2)),
+        ("glm-dsa.leading_dense_block_count", json!(n("first_k_dense_replace"))),
+        ("glm-dsa.attention.indexer.head_count", json!(n("index_n_heads"))),
+        ("glm-dsa.attention.indexer.key_length", json!(n("index_head_dim"))),
+        ("glm-dsa.attention.indexer.top_k", json!(n("index_topk"))),
+        ("tokenizer.ggml.model", json!("none")),
+    ];
+    let names = [
+        ("self_attn.indexer.weights_proj", "indexer.proj"),
+        ("self_attn.indexer.wq_b", "indexer.attn_q_b"),
+        ("self_attn.indexer.wk", "indexer.attn_k"),
+        ("self_attn.indexer.k_norm", "indexer.k_norm"),
+        ("self_attn.q_a_proj", "attn_q_a"),
+        ("self_attn.q_b_proj", "attn_q_b"),
+        ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+        ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+        ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+        ("self_attn.embed_q", "attn_k_b"),
+        ("self_attn.unembed_out", "attn_v_b"),
+        ("self_attn.o_proj", "attn_output"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
+        ("mlp.gate.weight", "ffn_gate_inp.weight"),
+        ("mlp.switch_mlp.gate_proj", "ffn_gate_exps"),
+        ("mlp.switch_mlp.up_proj", "ffn_up_exps"),
+        ("mlp.switch_mlp.down_proj", "ffn_down_exps"),
+        ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
+        ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
+        ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    let dir = temporary();
+    let bf16 = dir.path().join("bf16");
+    convert(&golden("models/glm51_tiny_bf16"), &bf16, &["--quant", "bf16"]);
+    let expected = tensors(&bf16);
+    let stored: Vec<_> = expected
+        .iter()
+        .map(|(name, (dtype, shape, data))| {
+            let new = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd");
+            let new = new.replace("model.norm", "output_norm").replace("lm_head", "output");
+            let new = names
+                .iter()
+                .find(|(from, _)| new.contains(from))
+                .map_or(new.clone(), |(from, to)| new.replace(from, to));
+            (new, shape.clone(), if *dtype == Dtype::F32 { 0 } else { 30 }, data.clone())
+        })
+        .collect();
+    let file = common::file(&dir, "model.gguf", gguf(&metadata, &stored));
+    let out = dir.path().join("out");
+    convert(&file, &out, &["--quant", "keep"]);
+    assert_same(&tensors(&out), &expected);
+    tandem(&["inspect", &text(&out)]).ok();
+
+    let bytes = std::fs::read(&file).expect("readable");
+    let spoiled = |name: &str, edit: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = bytes.clone();
+        edit(&mut bytes);
+        common::file(&dir, name, bytes)
+    };
+    let to = text(&dir.path().join("never"));
+    let check = |file: String, expected: &[&str]| fails(&[&file, "--out", &to], expected);
+    check(spoiled("cut.gguf", &|b| b.truncate(b.len() / 2)), &["not a complete GGUF file", "truncated?"]);
+    check(spoiled("magic.gguf", &|b| b[0] = 0), &["does not start with \"GGUF\""]);
+    check(spoiled("tensors.gguf", &|b| b[8..16].copy_from_slice(&u64::MAX.to_le_bytes())), &["tensors, more than its"]);
+    check(
+        spoiled("values.gguf", &|b| b[16..24].copy_from_slice(&(1u64 << 60).to_le_bytes())),
+        &["metadata values, more than"],
+    );
+    check(spoiled("key.gguf", &|b| b[24..32].copy_from_slice(&u64::MAX.to_le_bytes())), &["directory ends behind"]);
+    let some = |keep: &dyn Fn(&str) -> bool| {
+        let kept: Vec<_> = metadata.iter().filter(|(key, _)| keep(key)).cloned().collect();
+        common::file(&dir, "some.gguf", gguf(&kept, &stored))
+    };
+    check(some(&|key| !key.ends_with("kv_lora_rank")), &["must have a number glm-dsa.attention.kv_lora_rank"]);
+    check(some(&|key| !key.ends_with("architecture")), &["architecture is \"\""]);
+    let less: Vec<_> = stored.iter().filter(|t| t.0 != "blk.1.attn_q_a.weight").cloned().collect();
+    check(common::file(&dir, "less.gguf", gguf(&metadata, &less)), &["blk.1.attn_q_a.weight is missing"]);
+    let odd: Vec<_> = stored
+        .iter()
+        .cloned()
+        .map(|mut t| {
+            if t.0 == "output.weight" {
+                t.2 = 99
+            }
+            t
+        })
+        .collect();
+    check(common::file(&dir, "odd.gguf", gguf(&metadata, &odd)), &["output.weight has ggml type 99"]);
+}
+
+#[test]
+fn comparing_models() {
+    let dir = temporary();
+    let words =
+        common::file(&dir, "text.json", json!(["Once there was a fox named Lily. Lily was brave."]).to_string());
+    let model = "models/fable-30m-MXFP4-Q8";
+    let same = tandem(&["eval", "compare", model, model, "--text", &words, "--json"]).json();
+    assert_eq!((same["mean_kl"].as_f64(), same["top1_agreement"].as_f64()), (Some(0.0), Some(1.0)), "{same}");
+    let out = dir.path().join("affine2");
+    convert(model, &out, &["--quant", "affine2", "--search"]);
+    let other = tandem(&["eval", "compare", model, &text(&out), "--text", &words, "--json"]).json();
+    assert!(other["mean_kl"].as_f64().is_some_and(|kl| kl > 0.01), "{other}");
+    let refused = tandem(&["eval", "compare", model, &golden("models/glm51_tiny"), "--text", &words]);
+    assert!(refused.stderr.contains("only models of one tokenizer"), "{}", refused.stderr);
+}
