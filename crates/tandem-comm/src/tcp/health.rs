@@ -147,6 +147,7 @@ impl Health {
         let limit = deadline.mul_f64(0.7);
         let beat = (deadline / 10).clamp(Duration::from_millis(20), Duration::from_secs(1));
         let mut next_beat = Instant::now();
+        let mut last_turn = Instant::now();
         while !self.stopped.load(Ordering::Relaxed) {
             if Instant::now() >= next_beat {
                 self.tell_all(ALIVE, &[]);
@@ -158,7 +159,13 @@ impl Health {
             let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: nanoseconds }));
             drop(fds);
             let now = Instant::now();
+            // This process itself was suspended: the others' silence meanwhile means nothing.
+            let suspended = now - last_turn > limit / 2;
+            last_turn = now;
             for w in watched.iter_mut().filter(|w| w.open) {
+                if suspended {
+                    w.seen = now;
+                }
                 let failure = match w.read(now) {
                     Some(failure) => Some(failure),
                     None if now - w.seen > limit => Some(Failure::Stalled { seconds: (now - w.seen).as_secs_f64() }),

@@ -22,6 +22,8 @@ use crate::error::{CommError, Failure};
 use crate::frame::{Counters, HEADER, Header};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
+/// A turn that takes longer than this was not spent waiting.
+const SUSPENDED: Duration = Duration::from_secs(1);
 /// How long the reason of a closed connection may take to arrive on the other one.
 const REASON: Duration = Duration::from_millis(300);
 
@@ -297,7 +299,7 @@ impl Transport for Tcp {
         if let Some(error) = self.health.failure() {
             return Err(error.while_doing(wait.doing));
         }
-        let start = Instant::now();
+        let mut start = Instant::now();
         let mut sending = send.map(|(to, data)| {
             let header = Header { channel, sequence: self.link(to).sent.next(channel), length: data.len() };
             Sending { to, header: header.encode(), data, done: 0 }
@@ -346,8 +348,13 @@ impl Transport for Tcp {
                 return Err(self.explain(rank, Failure::Stalled { seconds: waited.as_secs_f64() }, wait));
             }
             let (to, from) = (sending.as_ref().map(|s| s.to), receiving.as_ref().map(|r| r.from));
+            let asleep = Instant::now();
             self.sleep(to, from)
                 .map_err(|e| CommError::setup(format!("the system cannot wait for connections: {e}")))?;
+            // A turn sleeps for 100 ms at most: in a longer one this process was suspended, which is no fault of the others.
+            if asleep.elapsed() > SUSPENDED {
+                start += asleep.elapsed();
+            }
         }
     }
 
