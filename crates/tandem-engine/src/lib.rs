@@ -3,13 +3,19 @@
 mod block_manager;
 mod engine;
 mod generation_config;
+mod page_store;
 mod profiled;
+mod request;
 mod runner;
 mod sampler;
+mod scheduler;
 
-pub use block_manager::BlockManager;
-pub use engine::{Engine, EngineError, FinishReason, Logits, Sequence, StopConditions};
+pub use block_manager::{BlockManager, PageHash};
+pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence};
 pub use generation_config::*;
+pub use page_store::PageStore;
 pub use profiled::{Operation, Profile, Profiled};
+pub use request::{Constraint, Event, FinishReason, Logprobs, Output, Request, RequestId};
 pub use runner::{ModelRunner, Runner};
 pub use sampler::*;
+pub use scheduler::{EXACT_ROWS, Scheduling};
