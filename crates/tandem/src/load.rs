@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{BlockManager, Engine, ModelRunner};
+use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner};
 use tandem_model::{Accounting, CheckpointWeights, Limits};
 
 use crate::cli::{ActivationsArg, ModelArgs};
@@ -37,10 +37,22 @@ pub(crate) enum LogitsRows {
     One,
     /// Every row's: evaluation.
     Chunk,
+    /// The last row's of so many sequences: serving.
+    Several(usize),
 }
 
 /// Loads the model that the flags name.
 pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loaded> {
+    load_with_cache(args, logits, None, 1)
+}
+
+/// [`load`] with a cache of `cache_tokens`, or of `n_contexts` full sequences.
+pub(crate) fn load_with_cache(
+    args: &ModelArgs,
+    logits: LogitsRows,
+    cache_tokens: Option<usize>,
+    n_contexts: usize,
+) -> anyhow::Result<Loaded> {
     let start = Instant::now();
     let dir = model_dir(args.model.as_deref())?;
     let config = ModelConfig::load(&dir)?;
@@ -56,18 +68,24 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
     let checkpoint = Checkpoint::open(&dir)?;
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
-    let max_rows = args.prefill_chunk.clamp(1, context);
-    let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
+    let prefill_chunk = args.prefill_chunk.clamp(1, context);
+    let limits = match logits {
+        LogitsRows::One => Limits { max_rows: prefill_chunk, max_logits_rows: 1 },
+        LogitsRows::Chunk => Limits { max_rows: prefill_chunk, max_logits_rows: prefill_chunk },
+        // A step of decoding may hold prompt tokens too.
+        LogitsRows::Several(n) => Limits { max_rows: prefill_chunk.max(EXACT_ROWS), max_logits_rows: n },
+    };
 
     let (backend, numerics) = cpu_backend(args.threads, args.activations);
     let bar = progress_bar(accounting.total(|k| k.resident_bytes));
     let source = CheckpointWeights::new(&checkpoint, weights);
     let model = tandem_model::load_from(&backend, &config, &source, limits, &mut |bytes| bar.inc(bytes as u64))?;
     bar.finish_and_clear();
-    let blocks = BlockManager::for_tokens(context);
+    // One sequence always fits.
+    let blocks = BlockManager::for_tokens(cache_tokens.unwrap_or(n_contexts * context).max(context));
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
     let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
-    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
+    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk, numerics })
 }
 
 /// The processor as a backend, and the name of the activations' numerics.

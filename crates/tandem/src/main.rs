@@ -7,6 +7,7 @@ mod inspect;
 mod load;
 mod report;
 mod run;
+mod serve;
 mod text;
 
 use std::process::ExitCode;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         cli::Command::Inspect(args) => inspect::inspect(&args),
         cli::Command::Eval(args) => eval::eval(&args),
         cli::Command::Bench(args) => bench::bench(&args),
+        cli::Command::Serve(args) => serve::serve(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,6 +7,7 @@
 mod bytes_read;
 mod model;
 mod plot;
+mod serve;
 
 use std::time::Instant;
 
@@ -33,6 +34,7 @@ pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
         BenchCommand::Decode(args) => decode(args),
         BenchCommand::Prefill(args) => prefill(args),
+        BenchCommand::Serve(args) => serve::serve(args),
     }
 }
 
