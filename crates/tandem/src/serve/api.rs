@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Number, Value};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
@@ -27,6 +28,48 @@ impl OneOrMany {
     }
 }
 
+/// A whole number, which JSON may also write as `3.0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Integer(pub(crate) i64);
+
+impl<'de> Deserialize<'de> for Integer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = Number::deserialize(deserializer)?;
+        let whole = number.as_f64().filter(|n| n.fract() == 0.0 && n.abs() <= 9e18).map(|n| n as i64);
+        let value = number.as_i64().or(if number.is_f64() { whole } else { None });
+        value.map(Integer).ok_or_else(|| Error::custom(format!("expected a whole number, found {number}")))
+    }
+}
+
+/// A number of things, 0 to 2147483647.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Count(pub(crate) u32);
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Integer(value) = Integer::deserialize(deserializer)?;
+        let count = i32::try_from(value).ok().and_then(|n| u32::try_from(n).ok());
+        count.map(Count).ok_or_else(|| Error::custom(format!("expected 0 to {}, found {value}", i32::MAX)))
+    }
+}
+
+/// A token of the model's vocabulary; the served document says how large that is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ToSchema)]
+pub(crate) struct TokenId(pub(crate) u32);
+
+impl<'de> Deserialize<'de> for TokenId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Count::deserialize(deserializer).map(|Count(id)| TokenId(id))
+    }
+}
+
+impl TokenId {
+    /// The ids.
+    pub(crate) fn all(tokens: &[TokenId]) -> Vec<u32> {
+        tokens.iter().map(|token| token.0).collect()
+    }
+}
+
 /// Adds the fields that chat and plain completions share.
 macro_rules! with_common_fields {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
@@ -40,11 +83,13 @@ macro_rules! with_common_fields {
             pub(crate) stream: Option<bool>,
             pub(crate) stream_options: Option<StreamOptions>,
             /// Tokens to generate at most.
-            pub(crate) max_tokens: Option<u32>,
+            #[schema(value_type = Option<u32>)]
+            pub(crate) max_tokens: Option<Count>,
             /// Answers to generate.
-            #[schema(minimum = 1, maximum = 16)]
-            pub(crate) n: Option<u32>,
-            pub(crate) seed: Option<i64>,
+            #[schema(value_type = Option<u32>, minimum = 1, maximum = 16)]
+            pub(crate) n: Option<Count>,
+            #[schema(value_type = Option<i64>)]
+            pub(crate) seed: Option<Integer>,
             /// Texts that end the answer.
             pub(crate) stop: Option<OneOrMany>,
             /// 0 always takes the likeliest token.
@@ -53,15 +98,15 @@ macro_rules! with_common_fields {
             #[schema(minimum = 0, maximum = 1)]
             pub(crate) top_p: Option<f32>,
             /// 0 or -1 considers every token.
-            #[schema(minimum = -1)]
-            pub(crate) top_k: Option<i32>,
+            #[schema(value_type = Option<i32>, minimum = -1)]
+            pub(crate) top_k: Option<Integer>,
             #[schema(minimum = 0, maximum = 1)]
             pub(crate) min_p: Option<f32>,
             #[schema(minimum = -2, maximum = 2)]
             pub(crate) presence_penalty: Option<f32>,
             #[schema(minimum = -2, maximum = 2)]
             pub(crate) frequency_penalty: Option<f32>,
-            #[schema(exclusive_minimum = 0, maximum = 100)]
+            #[schema(minimum = 0.01, maximum = 100)]
             pub(crate) repetition_penalty: Option<f32>,
             /// Token ids, each with a number from -100 to 100 that is added to its logit.
             #[schema(value_type = Option<Object>)]
@@ -69,9 +114,10 @@ macro_rules! with_common_fields {
             /// Go on after an end-of-text token.
             pub(crate) ignore_eos: Option<bool>,
             /// Tokens before an end-of-text token is allowed.
-            pub(crate) min_tokens: Option<u32>,
+            #[schema(value_type = Option<u32>)]
+            pub(crate) min_tokens: Option<Count>,
             /// Further tokens that end the answer.
-            pub(crate) stop_token_ids: Option<Vec<u32>>,
+            pub(crate) stop_token_ids: Option<Vec<TokenId>>,
             /// Restricts the answer.
             pub(crate) structured_outputs: Option<StructuredOutputs>,
         }
@@ -79,21 +125,21 @@ macro_rules! with_common_fields {
         impl $name {
             /// What concerns sampling, checked.
             pub(crate) fn sampling(&self, vocab_size: usize) -> Result<SamplingOverrides, ApiError> {
-                if let Some(n) = self.n && !(1..=16).contains(&n) {
+                if let Some(Count(n)) = self.n && !(1..=16).contains(&n) {
                     return Err(ApiError::invalid("n", format!("n is {n}, expected 1 to 16")));
                 }
                 if let Some(t) = self.temperature && !(0.0..=2.0).contains(&t) {
                     return Err(ApiError::invalid("temperature", format!("temperature is {t}, expected 0 to 2")));
                 }
-                if let Some(r) = self.repetition_penalty && !(r > 0.0 && r <= 100.0) {
-                    let message = format!("repetition_penalty is {r}, expected a number above 0, at most 100");
+                if let Some(r) = self.repetition_penalty && !(0.01..=100.0).contains(&r) {
+                    let message = format!("repetition_penalty is {r}, expected 0.01 to 100");
                     return Err(ApiError::invalid("repetition_penalty", message));
                 }
                 let top_k = match self.top_k {
-                    Some(k) if k < -1 => {
-                        return Err(ApiError::invalid("top_k", format!("top_k is {k}, expected -1 or more")));
+                    Some(Integer(k)) if k < -1 || k > i64::from(i32::MAX) => {
+                        return Err(ApiError::invalid("top_k", format!("top_k is {k}, expected -1 to {}", i32::MAX)));
                     }
-                    k => k.map(|k| k.max(0) as u32),
+                    k => k.map(|k| k.0.max(0) as u32),
                 };
                 Ok(SamplingOverrides {
                     temperature: self.temperature,
@@ -104,7 +150,7 @@ macro_rules! with_common_fields {
                     presence_penalty: self.presence_penalty,
                     frequency_penalty: self.frequency_penalty,
                     logit_bias: logit_bias(self.logit_bias.as_ref(), vocab_size)?,
-                    seed: self.seed.map(|seed| seed as u64),
+                    seed: self.seed.map(|seed| seed.0 as u64),
                 })
             }
 
@@ -135,12 +181,13 @@ with_common_fields! {
         #[schema(min_items = 1)]
         messages: Vec<Message>,
         /// Tokens to generate at most, reasoning included; wins over max_tokens.
-        max_completion_tokens: Option<u32>,
+        #[schema(value_type = Option<u32>)]
+        max_completion_tokens: Option<Count>,
         /// Return log-probabilities of the tokens.
         logprobs: Option<bool>,
         /// And of this many likeliest ones.
-        #[schema(minimum = 0, maximum = 20)]
-        top_logprobs: Option<u32>,
+        #[schema(value_type = Option<u32>, minimum = 0, maximum = 20)]
+        top_logprobs: Option<Count>,
         /// Functions that the model may call.
         tools: Option<Vec<Tool>>,
         tool_choice: Option<ToolChoice>,
@@ -162,8 +209,8 @@ with_common_fields! {
         /// The text, or several.
         prompt: Prompt,
         /// Return log-probabilities of the tokens and of this many likeliest ones.
-        #[schema(minimum = 0, maximum = 20)]
-        logprobs: Option<u32>,
+        #[schema(value_type = Option<u32>, minimum = 0, maximum = 20)]
+        logprobs: Option<Count>,
         /// Put the prompt before the answer.
         echo: Option<bool>,
     }
@@ -174,8 +221,8 @@ with_common_fields! {
 pub(crate) enum Prompt {
     Text(String),
     Texts(Vec<String>),
-    Tokens(Vec<u32>),
-    TokenLists(Vec<Vec<u32>>),
+    Tokens(Vec<TokenId>),
+    TokenLists(Vec<Vec<TokenId>>),
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

@@ -242,10 +242,10 @@ fn ask(app: &App, request: &ChatRequest) -> Result<Ask, ApiError> {
     }
     variables.extend(request.chat_template_kwargs.clone().unwrap_or_default());
     let top_logprobs = match (request.logprobs == Some(true), request.top_logprobs) {
-        (_, Some(n)) if n > 20 => {
+        (_, Some(Count(n))) if n > 20 => {
             return Err(ApiError::invalid("top_logprobs", format!("top_logprobs is {n}, expected 0 to 20")));
         }
-        (true, n) => Some(n.unwrap_or(0) as usize),
+        (true, n) => Some(n.map_or(0, |n| n.0 as usize)),
         (false, _) => None,
     };
     let one_call = request.parallel_tool_calls == Some(false);
@@ -256,14 +256,14 @@ fn ask(app: &App, request: &ChatRequest) -> Result<Ask, ApiError> {
     chat_ask(app, &messages, tools, functions, &variables, one_call)
         .map(|ask| Ask {
             overrides: Default::default(),
-            max_tokens: request.max_completion_tokens.or(request.max_tokens),
-            min_tokens: request.min_tokens.unwrap_or(0),
+            max_tokens: request.max_completion_tokens.or(request.max_tokens).map(|n| n.0),
+            min_tokens: request.min_tokens.map_or(0, |n| n.0),
             stop: request.stop.clone().map_or_else(Vec::new, OneOrMany::into_vec),
-            stop_token_ids: request.stop_token_ids.clone().unwrap_or_default(),
+            stop_token_ids: TokenId::all(request.stop_token_ids.as_deref().unwrap_or_default()),
             ignore_eos: request.ignore_eos == Some(true),
             top_logprobs,
             form,
-            n: request.n.unwrap_or(1) as usize,
+            n: request.n.map_or(1, |n| n.0 as usize),
             ..ask
         })
         .and_then(|ask| Ok(Ask { overrides: request.sampling(app.vocab_size)?, ..ask }))
@@ -405,7 +405,7 @@ pub(crate) async fn completions(
 ) -> Result<Response, ApiError> {
     app.check_model(request.model.as_deref())?;
     let prompts = prompts(&app, &request.prompt)?;
-    if let Some(n) = request.logprobs.filter(|n| *n > 20) {
+    if let Some(Count(n)) = request.logprobs.filter(|n| n.0 > 20) {
         return Err(ApiError::invalid("logprobs", format!("logprobs is {n}, expected 0 to 20")));
     }
     let overrides = request.sampling(app.vocab_size)?;
@@ -417,15 +417,15 @@ pub(crate) async fn completions(
             prompt: prompt.clone(),
             overrides: overrides.clone(),
             // OpenAI's default.
-            max_tokens: request.max_tokens.or(Some(16)),
-            min_tokens: request.min_tokens.unwrap_or(0),
+            max_tokens: Some(request.max_tokens.map_or(16, |n| n.0)),
+            min_tokens: request.min_tokens.map_or(0, |n| n.0),
             stop: request.stop.clone().map_or_else(Vec::new, OneOrMany::into_vec),
-            stop_token_ids: request.stop_token_ids.clone().unwrap_or_default(),
+            stop_token_ids: TokenId::all(request.stop_token_ids.as_deref().unwrap_or_default()),
             ignore_eos: request.ignore_eos == Some(true),
-            top_logprobs: request.logprobs.map(|n| n as usize),
+            top_logprobs: request.logprobs.map(|n| n.0 as usize),
             form: form_of(None, request.structured_outputs.as_ref())?,
             chat: None,
-            n: request.n.unwrap_or(1) as usize,
+            n: request.n.map_or(1, |n| n.0 as usize),
         })?;
         let echo = match request.echo {
             Some(true) => app.tokenizer.decode(prompt, true).map_err(|e| ApiError::internal(e.to_string()))?,
@@ -517,11 +517,14 @@ fn prompts(app: &App, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
     let prompts = match prompt {
         Prompt::Text(text) => vec![encode(text)?],
         Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
-        Prompt::Tokens(ids) => vec![ids.clone()],
-        Prompt::TokenLists(lists) => lists.clone(),
+        Prompt::Tokens(ids) => vec![TokenId::all(ids)],
+        Prompt::TokenLists(lists) => lists.iter().map(|ids| TokenId::all(ids)).collect(),
     };
-    if prompts.is_empty() || prompts.len() > 64 {
-        return Err(ApiError::invalid("prompt", format!("there are {} prompts, expected 1 to 64", prompts.len())));
+    if prompts.len() > 64 {
+        return Err(ApiError::invalid("prompt", format!("there are {} prompts, expected at most 64", prompts.len())));
     }
-    Ok(prompts)
+    let prompts = if prompts.is_empty() { vec![vec![]] } else { prompts };
+    // An empty prompt begins a text, as after the end of another (OpenAI's rule).
+    let start = app.defaults.eos_token_ids.first().copied();
+    Ok(prompts.into_iter().map(|ids| if ids.is_empty() { start.into_iter().collect() } else { ids }).collect())
 }

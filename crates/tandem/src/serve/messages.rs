@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{FunctionType, NamedTool};
+use super::api::{Count, FunctionType, NamedTool};
 use super::api::{Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage};
 use super::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
 use super::dialect::Delta;
@@ -25,8 +25,8 @@ pub(crate) struct MessagesRequest {
     #[schema(min_items = 1)]
     messages: Vec<InputMessage>,
     /// Tokens to generate at most.
-    #[schema(minimum = 1)]
-    max_tokens: u32,
+    #[schema(value_type = u32, minimum = 1)]
+    max_tokens: Count,
     system: Option<Blocks>,
     stream: Option<bool>,
     stop_sequences: Option<Vec<String>>,
@@ -34,8 +34,8 @@ pub(crate) struct MessagesRequest {
     temperature: Option<f32>,
     #[schema(minimum = 0, maximum = 1)]
     top_p: Option<f32>,
-    #[schema(minimum = 0)]
-    top_k: Option<u32>,
+    #[schema(value_type = Option<u32>)]
+    top_k: Option<Count>,
     tools: Option<Vec<InputTool>>,
     tool_choice: Option<Choice>,
     thinking: Option<Thinking>,
@@ -159,7 +159,7 @@ pub(crate) async fn messages(
 ) -> Result<Response, AnthropicError> {
     let Body(request) = body?;
     app.check_model(Some(&request.model))?;
-    if request.max_tokens == 0 {
+    if request.max_tokens.0 == 0 {
         return Err(ApiError::invalid("max_tokens", "max_tokens is 0, expected at least 1").into());
     }
     if let Some(t) = request.temperature
@@ -176,12 +176,12 @@ pub(crate) async fn messages(
         thinking: request.thinking,
     };
     let ask = Ask {
-        max_tokens: Some(request.max_tokens),
+        max_tokens: Some(request.max_tokens.0),
         stop: request.stop_sequences.unwrap_or_default(),
         overrides: SamplingOverrides {
             temperature: request.temperature,
             top_p: request.top_p,
-            top_k: request.top_k,
+            top_k: request.top_k.map(|k| k.0),
             ..SamplingOverrides::default()
         },
         ..ask(&app, count)?

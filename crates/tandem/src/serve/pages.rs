@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::{OpenApi, ToSchema};
 
-use super::api::{Content, Message};
+use super::api::{Content, Message, TokenId};
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::App;
 
@@ -78,7 +78,7 @@ pub(crate) async fn models(State(app): State<Arc<App>>) -> axum::Json<Models> {
 pub(crate) struct TokenizeRequest {
     /// A text.
     prompt: Option<String>,
-    /// A conversation, put into the model's template.
+    /// A conversation, put into the model's template; wins over a text.
     messages: Option<Vec<Message>>,
     /// Whether to add the tokens that begin a text.
     add_special_tokens: Option<bool>,
@@ -102,7 +102,7 @@ pub(crate) async fn tokenize(
 ) -> Result<axum::Json<TokenizeResponse>, ApiError> {
     let tokens = match (&request.prompt, &request.messages) {
         (Some(prompt), None) => app.encode("prompt", prompt, request.add_special_tokens.unwrap_or(true))?,
-        (None, Some(messages)) => {
+        (_, Some(messages)) => {
             let messages: Vec<Value> = messages
                 .iter()
                 .map(|m| {
@@ -112,15 +112,14 @@ pub(crate) async fn tokenize(
                 .collect();
             app.prompt(&messages, None, &serde_json::Map::new())?.0
         }
-        (None, None) => return Err(ApiError::invalid("prompt", "give a prompt, or messages")),
-        (Some(_), Some(_)) => return Err(ApiError::invalid("messages", "give a prompt or messages, not both")),
+        (None, None) => vec![],
     };
     Ok(axum::Json(TokenizeResponse { count: tokens.len(), tokens, max_model_len: app.context }))
 }
 
 #[derive(Deserialize, ToSchema)]
 pub(crate) struct DetokenizeRequest {
-    tokens: Vec<u32>,
+    tokens: Vec<TokenId>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -137,8 +136,12 @@ pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,
     Body(request): Body<DetokenizeRequest>,
 ) -> Result<axum::Json<DetokenizeResponse>, ApiError> {
-    let prompt =
-        app.tokenizer.decode(&request.tokens, false).map_err(|e| ApiError::invalid("tokens", e.to_string()))?;
+    let tokens = TokenId::all(&request.tokens);
+    if let Some(id) = tokens.iter().find(|id| **id as usize >= app.vocab_size) {
+        let message = format!("token id {id} is outside the vocabulary of {}", app.vocab_size);
+        return Err(ApiError::invalid("tokens", message));
+    }
+    let prompt = app.tokenizer.decode(&tokens, false).map_err(|e| ApiError::invalid("tokens", e.to_string()))?;
     Ok(axum::Json(DetokenizeResponse { prompt }))
 }
 
@@ -199,9 +202,12 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
     axum::Json(info)
 }
 
-/// The OpenAPI document.
-pub(crate) async fn openapi() -> axum::Json<utoipa::openapi::OpenApi> {
-    axum::Json(Document::openapi())
+/// The OpenAPI document, with the vocabulary of this model.
+pub(crate) async fn openapi(State(app): State<Arc<App>>) -> axum::Json<Value> {
+    let mut document = json!(Document::openapi());
+    document["components"]["schemas"]["TokenId"]["maximum"] = json!(app.vocab_size - 1);
+    document["info"]["version"] = json!(env!("CARGO_PKG_VERSION"));
+    axum::Json(document)
 }
 
 /// The chat page.

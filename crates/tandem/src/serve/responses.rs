@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{FunctionType, NamedTool, ReasoningEffort, Tool, ToolChoice, ToolMode, ToolName, Usage};
+use super::api::{Count, FunctionType, NamedTool, ReasoningEffort, Tool, ToolChoice, ToolMode, ToolName, Usage};
 use super::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
 use super::dialect::Delta;
 use super::error::{ApiError, Body, ErrorResponse};
@@ -26,8 +26,8 @@ pub(crate) struct ResponsesRequest {
     instructions: Option<String>,
     stream: Option<bool>,
     /// Tokens to generate at most.
-    #[schema(minimum = 1)]
-    max_output_tokens: Option<u32>,
+    #[schema(value_type = Option<u32>, minimum = 1)]
+    max_output_tokens: Option<Count>,
     #[schema(minimum = 0, maximum = 2)]
     temperature: Option<f32>,
     #[schema(minimum = 0, maximum = 1)]
@@ -192,7 +192,7 @@ pub(crate) async fn responses(
 }
 
 fn ask(app: &App, request: ResponsesRequest) -> Result<Ask, ApiError> {
-    if request.max_output_tokens == Some(0) {
+    if request.max_output_tokens == Some(Count(0)) {
         return Err(ApiError::invalid("max_output_tokens", "max_output_tokens is 0, expected at least 1"));
     }
     if let Some(t) = request.temperature
@@ -208,9 +208,7 @@ fn ask(app: &App, request: ResponsesRequest) -> Result<Ask, ApiError> {
         Input::Text(text) => messages.push(json!({"role": "user", "content": text})),
         Input::Items(items) => items.iter().for_each(|item| add_item(item, &mut messages)),
     }
-    if messages.is_empty() {
-        return Err(ApiError::invalid("input", "input is empty; give at least one item"));
-    }
+
     let tools: Vec<Tool> = request
         .tools
         .unwrap_or_default()
@@ -239,7 +237,7 @@ fn ask(app: &App, request: ResponsesRequest) -> Result<Ask, ApiError> {
     Ok(Ask {
         param: "input",
         form,
-        max_tokens: request.max_output_tokens,
+        max_tokens: request.max_output_tokens.map(|n| n.0),
         overrides: SamplingOverrides {
             temperature: request.temperature,
             top_p: request.top_p,
