@@ -139,21 +139,23 @@ impl Parser {
     /// Ends the text. If it was cut off, a call that is not complete keeps its open end; else it is closed.
     pub(crate) fn finish(&mut self, cut_off: bool) -> Vec<Delta> {
         while self.advance(!cut_off) {}
+        while self.state == State::Name {
+            let rest = std::mem::take(&mut self.pending);
+            if !cut_off && self.json_calls(rest.trim()) {
+                self.state = self.after_call;
+            } else {
+                self.not_a_call(&rest);
+            }
+            while self.advance(!cut_off) {}
+        }
         let rest = std::mem::take(&mut self.pending);
         match self.state {
             State::Start | State::Content if self.dialect == Dialect::Json && !self.has_content => {
                 self.json_text(&rest);
             }
             State::Start | State::Content | State::Reasoning => self.text(&rest),
-            State::Name => {
-                if cut_off || !self.json_calls(rest.trim()) {
-                    self.not_a_call(&rest);
-                } else {
-                    self.state = self.after_call;
-                }
-            }
             State::Arguments if cut_off => {}
-            State::Arguments => self.end_call(),
+            State::Name | State::Arguments => self.end_call(),
         }
         if self.has_content && matches!(self.state, State::Content) && !self.space.is_empty() {
             self.deltas.push(Delta::Content(std::mem::take(&mut self.space)));
@@ -215,8 +217,6 @@ impl Parser {
             } else {
                 self.state = State::Content;
                 self.space.clear();
-                let trimmed = self.pending.trim_start_matches('\n').len();
-                self.pending.drain(..self.pending.len() - trimmed);
             }
             return true;
         }
@@ -245,10 +245,11 @@ impl Parser {
             }
             return false;
         }
-        let tag_at = [KEY, END_CALL, CALL, END_THINK].iter().filter_map(|tag| self.pending.find(tag)).min();
-        let Some(at) = tag_at else {
-            // A name is short, and of one word.
-            let name = self.pending.trim();
+        let tags = [KEY, END_CALL, CALL, END_THINK];
+        let Some(at) = tags.iter().filter_map(|tag| self.pending.find(tag)).min() else {
+            // A name is short, and of one word; a tag may have begun after it.
+            let held = tags.iter().map(|tag| held_back(&self.pending, tag)).max().unwrap_or(0);
+            let name = self.pending[..self.pending.len() - held].trim();
             if at_end || (name.len() > 256 || name.contains(char::is_whitespace)) {
                 let rest = std::mem::take(&mut self.pending);
                 let declared = self.functions.iter().any(|f| f.name == rest.trim());
@@ -383,16 +384,22 @@ impl Parser {
         arguments.is_object().then(|| (name.to_owned(), arguments.to_string()))
     }
 
-    /// `<tool_call>` and what followed was no call.
+    /// `<tool_call>` was text, and `text` after it is looked at again.
     fn not_a_call(&mut self, text: &str) {
         self.n_malformed += 1;
         self.state = self.after_call;
-        self.text(&format!("{CALL}{text}"));
+        self.text(CALL);
+        self.pending.insert_str(0, text);
     }
 
     /// Passes text on; white space at its end waits, since it may only separate it from a call.
     fn text(&mut self, text: &str) {
         self.space.push_str(text);
+        if self.state != State::Reasoning && !self.has_content {
+            // Templates put lines between the reasoning and the answer.
+            let n_lines = self.space.len() - self.space.trim_start_matches('\n').len();
+            self.space.drain(..n_lines);
+        }
         let n_text = self.space.trim_end().len();
         if n_text == 0 {
             return;
@@ -414,18 +421,21 @@ fn value_end(text: &str, at_end: bool) -> Option<(usize, usize)> {
     for (at, _) in text.match_indices(END_VALUE) {
         let next = at + END_VALUE.len();
         let after = text[next..].trim_start();
-        if [KEY, END_CALL, CALL].iter().any(|tag| after.starts_with(tag)) {
+        if [KEY, END_CALL, CALL, END_THINK].iter().any(|tag| after.starts_with(tag)) {
             // Before it another call may have begun, if this one's end tag of the value is missing.
             let other = text[..at].match_indices(END_CALL).map(|(end, _)| end);
             let cut = other.into_iter().find(|end| text[end + END_CALL.len()..at].trim_start().starts_with(CALL));
             return Some(cut.map_or((at, next), |end| (end, end)));
         }
-        if [KEY, END_CALL, CALL].iter().any(|tag| is_beginning_of(after, tag)) {
+        if [KEY, END_CALL, CALL, END_THINK].iter().any(|tag| is_beginning_of(after, tag)) {
             return at_end.then_some((at, next));
         }
     }
     if !at_end {
         return None;
+    }
+    if let Some(at) = text.rfind(END_VALUE) {
+        return Some((at, at + END_VALUE.len()));
     }
     let end = text.trim_end();
     Some(match end.strip_suffix(END_CALL) {
@@ -624,7 +634,7 @@ mod tests {
         check("<tool_call>fly</tool_call>", "", "<tool_call>fly</tool_call>", &[]);
         check("<tool_call></tool_call>", "", "<tool_call></tool_call>", &[]);
         check("the tag <tool_call> means a call", "", "the tag <tool_call> means a call", &[]);
-        check("a <tool_call>", "", "a<tool_call>", &[]);
+        check("a <tool_call>", "", "a <tool_call>", &[]);
         check("a </tool_call> b", "", "a </tool_call> b", &[]);
         check(
             &format!("<tool_call>fly{city}</tool_call><tool_call>now</tool_call>"),
