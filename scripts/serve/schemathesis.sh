@@ -3,4 +3,4 @@
 set -euo pipefail
 url=${1:?usage: schemathesis.sh URL}
 shift
-exec "${SCHEMATHESIS:-schemathesis}" --config-file "$(dirname "$0")/schemathesis.toml" run "$url/openapi.json" --max-examples 50 --request-timeout 60 "$@"
+exec "${SCHEMATHESIS:-schemathesis}" --config-file "$(dirname "$0")/schemathesis.toml" run "$url/openapi.json" --max-examples 50 --request-timeout 300 "$@"

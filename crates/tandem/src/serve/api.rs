@@ -435,6 +435,15 @@ pub(crate) enum ThinkingType {
     Disabled,
 }
 
+/// One server-sent event.
+#[derive(ToSchema)]
+#[allow(dead_code)] // stands for the events in the OpenAPI document
+pub(crate) struct StreamEvent {
+    /// JSON, or `[DONE]`.
+    data: String,
+    event: Option<String>,
+}
+
 /// An answer to a conversation.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ChatCompletion {

@@ -62,7 +62,7 @@ where
     post, path = "/v1/chat/completions", tag = "OpenAI", request_body = ChatRequest,
     responses(
         (status = 200, description = "The answer, or its events", content(
-            (ChatCompletion = "application/json"), (String = "text/event-stream"),
+            (ChatCompletion = "application/json"), (StreamEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorResponse),
         (status = "5XX", description = "The engine is not there, or too slow", body = ErrorResponse),
@@ -393,7 +393,7 @@ fn form_of(format: Option<&ResponseFormat>, outputs: Option<&StructuredOutputs>)
     post, path = "/v1/completions", tag = "OpenAI", request_body = CompletionRequest,
     responses(
         (status = 200, description = "The answer, or its events", content(
-            (Completion = "application/json"), (String = "text/event-stream"),
+            (Completion = "application/json"), (StreamEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorResponse),
         (status = "5XX", description = "The engine is not there, or too slow", body = ErrorResponse),

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{Count, FunctionType, NamedTool};
+use super::api::{Count, FunctionType, NamedTool, StreamEvent};
 use super::api::{Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage};
 use super::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
 use super::dialect::Delta;
@@ -147,7 +147,7 @@ enum Choice {
     post, path = "/v1/messages", tag = "Anthropic", request_body = MessagesRequest,
     responses(
         (status = 200, description = "The answer, or its events", content(
-            (Object = "application/json"), (String = "text/event-stream"),
+            (Object = "application/json"), (StreamEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = AnthropicErrorResponse),
         (status = "5XX", description = "The engine is not there, or too slow", body = AnthropicErrorResponse),

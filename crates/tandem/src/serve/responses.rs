@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{Count, FunctionType, NamedTool, ReasoningEffort, Tool, ToolChoice, ToolMode, ToolName, Usage};
+use super::api::{
+    Count, FunctionType, NamedTool, ReasoningEffort, StreamEvent, Tool, ToolChoice, ToolMode, ToolName, Usage,
+};
 use super::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
 use super::dialect::Delta;
 use super::error::{ApiError, Body, ErrorResponse};
@@ -157,7 +159,7 @@ enum TextFormat {
     post, path = "/v1/responses", tag = "OpenAI", request_body = ResponsesRequest,
     responses(
         (status = 200, description = "The answer, or its events", content(
-            (Object = "application/json"), (String = "text/event-stream"),
+            (Object = "application/json"), (StreamEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorResponse),
         (status = "5XX", description = "The engine is not there, or too slow", body = ErrorResponse),
