@@ -1,6 +1,7 @@
 //! From tokens to tokens: sequences, cache pages, sampling and the loop around a model.
 
 mod block_manager;
+mod distributed;
 mod engine;
 mod generation_config;
 mod page_store;
@@ -11,6 +12,7 @@ mod sampler;
 mod scheduler;
 
 pub use block_manager::{BlockManager, PageHash};
+pub use distributed::{CHECK_STEPS, DistributedRunner, HostReduce, Pipeline, RankRunner};
 pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence};
 pub use generation_config::*;
 pub use page_store::PageStore;

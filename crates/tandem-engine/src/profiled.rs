@@ -197,6 +197,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.inner.load_page(cache, page, bytes)
     }
 
+    fn write_rows(&self, rows: &[f32], buffer: &mut B::Buffer) {
+        self.timed(Operation::Other, |b| b.write_rows(rows, buffer));
+    }
+
     fn sync(&self) -> Result<(), B::Error> {
         self.timed(Operation::Other, B::sync)
     }

@@ -8,10 +8,12 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner};
+use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits};
 
 use crate::cli::{ActivationsArg, ModelArgs};
+use crate::distributed;
+use crate::report::bytes;
 
 /// The model that ships with the project.
 const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
@@ -76,27 +78,60 @@ pub(crate) fn load_with_cache(
         LogitsRows::Several(n) => Limits { max_rows: prefill_chunk.max(EXACT_ROWS), max_logits_rows: n },
     };
 
-    let (backend, numerics) = cpu_backend(args.threads, args.activations);
-    let bar = progress_bar(accounting.total(|k| k.resident_bytes));
-    let source = CheckpointWeights::new(&checkpoint, weights);
-    let model = tandem_model::load_from(&backend, &config, &source, limits, &mut |bytes| bar.inc(bytes as u64))?;
-    bar.finish_and_clear();
     // One sequence always fits.
     let blocks = BlockManager::for_tokens(cache_tokens.unwrap_or(n_contexts * context).max(context));
-    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
-    let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
+    let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
+        distributed::lead(args, &config, checkpoint, weights, limits, blocks.n_slots())?
+    } else {
+        let resident_bytes = accounting.total(|k| k.resident_bytes);
+        let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
+        let bar = progress_bar(resident_bytes);
+        let source = CheckpointWeights::new(&checkpoint, weights);
+        let progress = &mut |bytes| bar.inc(bytes as u64);
+        let model = tandem_model::load_from(&backend, &config, &source, limits, progress)?;
+        bar.finish_and_clear();
+        (Box::new(ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots())), numerics)
+    };
+    if args.lock {
+        lock_memory();
+    }
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk, numerics })
 }
 
-/// The processor as a backend, and the name of the activations' numerics.
-pub(crate) fn cpu_backend(threads: Option<usize>, activations: ActivationsArg) -> (CpuBackend, &'static str) {
+/// The processor as a backend for `weight_bytes` of weights, and the name of the activations' numerics.
+pub(crate) fn cpu_backend(
+    threads: Option<usize>,
+    activations: ActivationsArg,
+    weight_bytes: u64,
+) -> (CpuBackend, &'static str) {
     let numerics = match activations {
         ActivationsArg::F32 => Numerics::F32,
         ActivationsArg::Bf16 => Numerics::Bf16,
         ActivationsArg::Int8 => Numerics::Int8,
         ActivationsArg::Auto => CpuBackend::default_numerics(),
     };
-    (CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics), numerics.name())
+    // Repacked weights take memory of their own; mapped ones can be read again from their files.
+    let available = system::available_memory_bytes().unwrap_or(u64::MAX);
+    let repack = weight_bytes <= available;
+    if !repack {
+        tracing::warn!(
+            "the weights take {} and {} of memory are available: they stay mapped from their files, which is slower",
+            bytes(weight_bytes),
+            bytes(available)
+        );
+    }
+    let backend = CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics);
+    (backend.with_repacking(repack), numerics.name())
+}
+
+/// `--lock`: pins what is loaded, or says why not.
+pub(crate) fn lock_memory() {
+    if let Err(error) = system::lock_memory() {
+        eprintln!(
+            "--lock: the weights are not locked ({error}); raise the limit with `ulimit -l unlimited`, or as root"
+        );
+    }
 }
 
 /// A load bar with GB/s on stderr, silent when that is not a terminal.

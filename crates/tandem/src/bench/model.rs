@@ -14,7 +14,7 @@ use tandem_engine::{ModelRunner, Profiled};
 use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Recipe, WeightSource};
 
 use crate::cli::{BenchModelArgs, LoadFormatArg, QuantArg};
-use crate::load::{cpu_backend, model_dir, progress_bar};
+use crate::load::{cpu_backend, lock_memory, model_dir, progress_bar};
 use crate::report::{bytes, count};
 
 /// Shapes of published models, from their config.json.
@@ -35,7 +35,7 @@ pub(super) struct BenchModel {
     pub(super) title: String,
     name: String,
     quant: Option<&'static str>,
-    numerics: &'static str,
+    pub(super) numerics: &'static str,
     /// Weights in memory; an MTP head stays in its file.
     resident_bytes: u64,
     load_seconds: f64,
@@ -67,8 +67,6 @@ impl BenchModel {
                 "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
             );
         }
-        let (backend, numerics) = cpu_backend(args.threads, args.activations);
-        let backend = Profiled::new(backend, count_distinct);
         let limits = Limits { max_rows, max_logits_rows };
         let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };
         let (name, config) = match &dir {
@@ -102,9 +100,14 @@ impl BenchModel {
             .sum();
         let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
+        let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
+        let backend = Profiled::new(backend, count_distinct);
         let bar = progress_bar(resident_bytes);
         let model = tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
         bar.finish_and_clear();
+        if args.lock {
+            lock_memory();
+        }
         let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
         let quant = dummy.then(|| recipe(args.quant).name());
         let title = format!(
@@ -138,8 +141,9 @@ impl BenchModel {
 
     /// Records the peak so far: measuring bandwidth beside the loaded model would add its buffer. (The buffer of the
     /// first measurement is gone before the model is loaded, but it shows in the peak of models smaller than it.)
-    pub(super) fn note_peak_memory(&mut self) {
-        self.peak_memory_bytes = peak_memory_bytes();
+    /// `beside` bytes are the measurement's own.
+    pub(super) fn note_peak_memory(&mut self, beside: usize) {
+        self.peak_memory_bytes = peak_memory_bytes() - beside as u64;
     }
 
     /// What was measured, for JSON.

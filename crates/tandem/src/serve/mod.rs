@@ -49,6 +49,8 @@ use crate::text::tokenizer::Tokenizer;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
 const BANDWIDTH_BYTES: usize = 256 << 20;
+/// Between the failure of a group of ranks and the end of this process.
+const GROUP_GRACE: Duration = Duration::from_millis(500);
 /// Cache of this many full contexts unless --cache-tokens says otherwise.
 const DEFAULT_CONTEXTS: usize = 4;
 
@@ -110,14 +112,22 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
     ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
     let bandwidth = {
-        let (backend, _) = cpu_backend(args.model.threads, args.model.activations);
+        let (backend, _) = cpu_backend(args.model.threads, args.model.activations, 0);
         measure_read_bandwidth(backend.pool(), BANDWIDTH_BYTES)
     };
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
     let (made_facts, made_args) = (Arc::clone(&slot), args.clone());
+    let is_group = crate::distributed::leads();
+    let mut is_first = true;
     let worker = Worker::start(
         move || {
             let args = &made_args;
+            if is_group && !std::mem::take(&mut is_first) {
+                // The other ranks are gone: only the launcher can start the group again. The errors go out first.
+                std::thread::sleep(GROUP_GRACE);
+                eprintln!("error: the group of ranks failed; the launcher starts it again if it is asked to");
+                std::process::exit(1);
+            }
             let rows = LogitsRows::Several(args.max_batch);
             let loaded = load_with_cache(&args.model, rows, args.cache_tokens, DEFAULT_CONTEXTS)?;
             let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, .. } = loaded;
