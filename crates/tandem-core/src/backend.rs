@@ -167,6 +167,15 @@ pub trait Backend {
     fn write_rows(&self, rows: &[f32], buffer: &mut Self::Buffer);
     /// Copies the first `out.len() / width` rows to the host, after everything enqueued before.
     fn download(&self, buffer: &Self::Buffer, out: &mut [f32]);
+    /// Appends the bytes of one page of a cache, after everything enqueued before; false when the device cannot.
+    fn save_page(&self, _cache: &Self::Cache, _page: u32, _out: &mut Vec<u8>) -> bool {
+        false
+    }
+    /// Fills a page from the front of `bytes`, as [`Backend::save_page`] wrote them, and takes them off; false when they
+    /// do not fit.
+    fn load_page(&self, _cache: &mut Self::Cache, _page: u32, _bytes: &mut &[u8]) -> bool {
+        false
+    }
     /// Waits for everything enqueued.
     ///
     /// # Errors

@@ -496,6 +496,15 @@ impl Backend for CpuBackend {
         out.copy_from_slice(&buffer.data[..out.len()]);
     }
 
+    fn save_page(&self, cache: &CpuCache, page: u32, out: &mut Vec<u8>) -> bool {
+        cache.save_page(page, out);
+        true
+    }
+
+    fn load_page(&self, cache: &mut CpuCache, page: u32, bytes: &mut &[u8]) -> bool {
+        cache.load_page(page, bytes)
+    }
+
     fn sync(&self) -> Result<(), CpuError> {
         Ok(())
     }

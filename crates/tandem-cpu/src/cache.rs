@@ -1,7 +1,10 @@
 //! Cached vectors, one row per slot.
 
+use std::ops::Range;
+
 use half::bf16;
 use half::vec::HalfBitsVecExt;
+use tandem_core::backend::PAGE_SIZE;
 
 use crate::kernels::index_select::KEY_OFFSET;
 use crate::kernels::vector::Element;
@@ -78,6 +81,92 @@ impl CpuCache {
             CpuCache::F32(rows) => rows.write(slot, values),
             CpuCache::Bf16(rows) => rows.write(slot, values),
             CpuCache::Int8(rows) => rows.write(slot, values),
+        }
+    }
+
+    /// Appends the bytes of a page: its elements, then the scales if there are any.
+    pub(crate) fn save_page(&self, page: u32, out: &mut Vec<u8>) {
+        let slots = page_slots(page);
+        match self {
+            CpuCache::F32(Rows { data, width }) => {
+                out.extend(data[elements(&slots, *width)].iter().flat_map(|v| v.to_le_bytes()));
+            }
+            CpuCache::Bf16(Rows { data, width }) => {
+                out.extend(data[elements(&slots, *width)].iter().flat_map(|v| v.to_le_bytes()));
+            }
+            CpuCache::Int8(Int8Rows { codes, scales, width }) => {
+                out.extend_from_slice(&codes[elements(&slots, *width)]);
+                out.extend(scales[slots].iter().flat_map(|v| v.to_le_bytes()));
+            }
+        }
+    }
+
+    /// Takes a page off the front of `bytes`; false, and nothing changed, when they are too few.
+    pub(crate) fn load_page(&mut self, page: u32, bytes: &mut &[u8]) -> bool {
+        let slots = page_slots(page);
+        let (width, element_bytes, extra) = match self {
+            CpuCache::F32(rows) => (rows.width, 4, 0),
+            CpuCache::Bf16(rows) => (rows.width, 2, 0),
+            CpuCache::Int8(rows) => (rows.width, 1, 4 * PAGE_SIZE),
+        };
+        let size = PAGE_SIZE * width * element_bytes;
+        let Some((page_bytes, rest)) = bytes.split_at_checked(size + extra) else { return false };
+        let (values, scale_bytes) = page_bytes.split_at(size);
+        match self {
+            CpuCache::F32(rows) => fill_f32(&mut rows.data[elements(&slots, width)], values),
+            CpuCache::Bf16(rows) => {
+                let cells = &mut rows.data[elements(&slots, width)];
+                for (cell, value) in cells.iter_mut().zip(values.as_chunks::<2>().0) {
+                    *cell = bf16::from_le_bytes(*value);
+                }
+            }
+            CpuCache::Int8(rows) => {
+                rows.codes[elements(&slots, width)].copy_from_slice(values);
+                fill_f32(&mut rows.scales[slots], scale_bytes);
+            }
+        }
+        *bytes = rest;
+        true
+    }
+}
+
+fn page_slots(page: u32) -> Range<usize> {
+    page as usize * PAGE_SIZE..(page as usize + 1) * PAGE_SIZE
+}
+
+fn elements(slots: &Range<usize>, width: usize) -> Range<usize> {
+    slots.start * width..slots.end * width
+}
+
+fn fill_f32(cells: &mut [f32], bytes: &[u8]) {
+    for (cell, value) in cells.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *cell = f32::from_le_bytes(*value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_moves_to_another_place_unchanged() {
+        const WIDTH: usize = 24;
+        let n_slots = 3 * PAGE_SIZE;
+        for mut cache in [CpuCache::f32(n_slots, WIDTH), CpuCache::bf16(n_slots, WIDTH), CpuCache::int8(n_slots, WIDTH)]
+        {
+            for slot in 0..PAGE_SIZE {
+                let values: Vec<f32> = (0..WIDTH).map(|i| (slot * 31 + i) as f32 - 700.0).collect();
+                cache.write(PAGE_SIZE + slot, &values);
+            }
+            let mut saved = vec![];
+            cache.save_page(1, &mut saved);
+            assert!(!cache.load_page(2, &mut &saved[1..]));
+            let mut rest = &saved[..];
+            assert!(cache.load_page(2, &mut rest));
+            assert!(rest.is_empty());
+            let mut again = vec![];
+            cache.save_page(2, &mut again);
+            assert_eq!(saved, again);
         }
     }
 }

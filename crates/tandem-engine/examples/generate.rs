@@ -10,7 +10,7 @@ use std::path::Path;
 
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, system};
-use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sampler, SamplingParams, Sequence, StopConditions};
+use tandem_engine::{BlockManager, Engine, ModelRunner, Request};
 use tandem_model::Limits;
 
 /// Tokens of context.
@@ -36,15 +36,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
     let mut engine = Engine::new(Box::new(runner), blocks, CONTEXT, config.max_position_embeddings);
 
-    let mut sequence = Sequence::default();
-    let logits = engine.run(&mut sequence, &prompt, CHUNK, Logits::Last)?;
-    let mut sampler = Sampler::new(SamplingParams::default())?; // temperature 0: the likeliest token
-    let stop = StopConditions { max_tokens: 32, eos: config.eos_token_id };
-    let mut generated = vec![];
-    let reason = engine.generate(&mut sequence, logits, &mut sampler, &stop, |token| {
-        generated.push(token);
+    // The default sampling has temperature 0: always the likeliest token.
+    let request = Request { prompt, max_tokens: 32, eos: config.eos_token_id, ..Request::default() };
+    let mut tokens = vec![];
+    let generated = engine.generate(request, |token| {
+        tokens.push(token);
         ControlFlow::Continue(())
     })?;
-    println!("{generated:?} ({})", reason.name());
+    println!("{tokens:?} ({})", generated.finish_reason.name());
     Ok(())
 }

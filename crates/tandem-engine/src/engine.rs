@@ -1,12 +1,18 @@
-//! Sequences and the loop that advances them.
+//! The engine: sequences, the steps that advance them together, and their cache pages.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 use tandem_core::Batch;
+use tandem_core::backend::PAGE_SIZE;
 
-use crate::block_manager::BlockManager;
+use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
+use crate::page_store::PageStore;
+use crate::request::{Event, FinishReason, Logprobs, Output, Request, RequestId};
 use crate::runner::Runner;
-use crate::sampler::{SampleError, Sampler};
+use crate::sampler::{InvalidParam, SampleError, Sampler, logprob, top_logprobs};
+use crate::scheduler::{EXACT_ROWS, Scheduling, StepCosts, share_rows};
 
 /// Why generation stopped with an error.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +50,9 @@ pub enum EngineError {
     /// The logits cannot be sampled.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// A sampling parameter is outside its range.
+    #[error(transparent)]
+    Param(#[from] InvalidParam),
 }
 
 /// One text being processed: its tokens, and the cache pages that hold them.
@@ -51,6 +60,8 @@ pub enum EngineError {
 pub struct Sequence {
     tokens: Vec<u32>,
     pages: Vec<u32>,
+    /// Of the full pages that others may find.
+    hashes: Vec<PageHash>,
 }
 
 impl Sequence {
@@ -69,46 +80,113 @@ pub enum Logits {
     All,
 }
 
-/// When to stop generating.
-#[derive(Clone, Debug, Default)]
-pub struct StopConditions {
-    /// Tokens to generate at most.
-    pub max_tokens: usize,
-    /// Ids that end the text; they are not passed on.
-    pub eos: Vec<u32>,
+/// Counts since the engine was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Steps run.
+    pub steps: u64,
+    /// Prompt tokens run, those run again after a preemption included.
+    pub prompt_tokens: u64,
+    /// Prompt tokens that the cache held.
+    pub cached_tokens: u64,
+    /// Of these, tokens whose pages came from the disk.
+    pub disk_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// Sequences that gave their pages up to others for a while.
+    pub preemptions: u64,
 }
 
-/// Why generation ended, in OpenAI's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinishReason {
-    /// An end-of-text token, or the caller asked.
-    Stop,
-    /// `max_tokens` or the end of the context.
-    Length,
+/// A request that runs or waits.
+struct Active {
+    id: RequestId,
+    request: Request,
+    sampler: Sampler,
+    /// Prompt and generated tokens; those that have not run yet are more than `sequence` has.
+    tokens: Vec<u32>,
+    sequence: Sequence,
+    is_started: bool,
 }
 
-impl FinishReason {
-    /// Name in JSON.
-    pub const fn name(self) -> &'static str {
-        match self {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-        }
+impl Active {
+    fn n_generated(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    fn n_pending(&self) -> usize {
+        self.tokens.len() - self.sequence.tokens.len()
     }
 }
 
-/// A runner with its cache pages.
+/// What [`Engine::generate`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Prompt tokens that the cache held.
+    pub cached_tokens: usize,
+}
+
+/// A runner with its cache pages, and the requests that share it.
 pub struct Engine {
     runner: Box<dyn Runner>,
     blocks: BlockManager,
+    store: Option<PageStore>,
     context: usize,
     trained_context: usize,
+    scheduling: Scheduling,
+    waiting: VecDeque<Active>,
+    /// In order of admission.
+    running: Vec<Active>,
+    costs: StepCosts,
+    counters: Counters,
+    last_step_rows: usize,
+    next_id: u64,
+    logits: Vec<f32>,
 }
 
 impl Engine {
     /// An engine over `runner`, whose cache has the slots of `blocks`; `context` tokens per sequence.
     pub fn new(runner: Box<dyn Runner>, blocks: BlockManager, context: usize, trained_context: usize) -> Engine {
-        Engine { runner, blocks, context, trained_context }
+        let limits = runner.limits();
+        let scheduling =
+            Scheduling { max_batch: limits.max_logits_rows, prefill_chunk: limits.max_rows, prefill_share: 2.0 };
+        Engine {
+            runner,
+            blocks,
+            store: None,
+            context,
+            trained_context,
+            scheduling,
+            waiting: VecDeque::new(),
+            running: vec![],
+            costs: StepCosts::default(),
+            counters: Counters::default(),
+            last_step_rows: 0,
+            next_id: 0,
+            logits: vec![],
+        }
+        .with_scheduling(scheduling)
+    }
+
+    /// The same with other rules of sharing, within what the runner can hold.
+    #[must_use]
+    pub fn with_scheduling(mut self, scheduling: Scheduling) -> Engine {
+        let limits = self.runner.limits();
+        let most = limits.max_logits_rows.min(limits.max_rows).min(EXACT_ROWS);
+        self.scheduling = Scheduling {
+            max_batch: scheduling.max_batch.clamp(1, most.max(1)),
+            prefill_chunk: scheduling.prefill_chunk.clamp(1, limits.max_rows.max(1)),
+            ..scheduling
+        };
+        self
+    }
+
+    /// The same with cache pages kept on disk, if the runner can save them.
+    #[must_use]
+    pub fn with_page_store(mut self, store: PageStore) -> Engine {
+        self.store = Some(store);
+        self
     }
 
     /// Tokens per sequence.
@@ -121,7 +199,134 @@ impl Engine {
         self.runner.vocab_size()
     }
 
-    /// Appends `tokens` to the sequence, in batches of at most `chunk`, and returns the wanted logits
+    /// The cache pages.
+    pub fn blocks(&self) -> &BlockManager {
+        &self.blocks
+    }
+
+    /// What has been done so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Rows of the last step.
+    pub fn last_step_rows(&self) -> usize {
+        self.last_step_rows
+    }
+
+    /// Requests that run.
+    pub fn n_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Requests that wait for their first or next step.
+    pub fn n_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Takes a request, which runs in the coming steps.
+    ///
+    /// # Errors
+    /// The prompt is empty, too long or not of this vocabulary, or a sampling parameter is outside its range.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
+        self.check(&request.prompt, request.prompt.len())?;
+        let sampler = Sampler::new(request.sampling.clone())?.with_prompt_len(request.prompt.len());
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        let tokens = request.prompt.clone();
+        self.waiting.push_back(Active {
+            id,
+            request,
+            sampler,
+            tokens,
+            sequence: Sequence::default(),
+            is_started: false,
+        });
+        Ok(id)
+    }
+
+    /// Ends a request at once and gives its pages back; does nothing when it has ended.
+    pub fn cancel(&mut self, id: RequestId) {
+        self.waiting.retain(|a| a.id != id);
+        if let Some(i) = self.running.iter().position(|a| a.id == id) {
+            let active = self.running.remove(i);
+            self.retire(active.sequence);
+        }
+    }
+
+    /// Runs one step for the requests that have one to run, and appends what happened to `outputs`.
+    ///
+    /// # Errors
+    /// The device failed. The engine is of no more use.
+    pub fn step(&mut self, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
+        self.admit(outputs);
+        let rows = self.plan();
+        let n_rows: usize = rows.iter().sum();
+        if n_rows == 0 {
+            return Ok(());
+        }
+        let (mut n_decode, mut n_prefill) = (0, 0);
+        let mut batch = Batch::default();
+        for (active, n) in self.running.iter().zip(&rows).filter(|(_, n)| **n > 0) {
+            let first = active.sequence.tokens.len();
+            let is_last = *n == active.n_pending();
+            if active.n_pending() == 1 && active.n_generated() > 0 {
+                n_decode += 1;
+            } else {
+                n_prefill += n;
+            }
+            batch.tokens.extend_from_slice(&active.tokens[first..first + n]);
+            batch.positions.extend(first as u32..(first + n) as u32);
+            batch.sequences.extend(std::iter::repeat_n(batch.block_tables.len() as u32, *n));
+            batch.block_tables.push(active.sequence.pages.clone());
+            if is_last {
+                batch.logits_rows.push(batch.tokens.len() as u32 - 1);
+            }
+        }
+        let start = Instant::now();
+        let mut logits = std::mem::take(&mut self.logits);
+        logits.clear();
+        self.runner.step(batch, &mut logits)?;
+        self.costs.record(n_decode, n_prefill, start.elapsed());
+        self.counters.steps += 1;
+        self.counters.prompt_tokens += n_prefill as u64;
+        self.last_step_rows = n_rows;
+        self.commit(&rows, &mut logits, outputs);
+        self.logits = logits;
+        Ok(())
+    }
+
+    /// Runs one request to its end. `emit` gets each token and may stop the text.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`] and [`Engine::step`].
+    pub fn generate(
+        &mut self,
+        request: Request,
+        mut emit: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generated, EngineError> {
+        let id = self.submit(request)?;
+        let mut cached_tokens = 0;
+        let mut outputs = vec![];
+        loop {
+            self.step(&mut outputs)?;
+            for output in outputs.drain(..).filter(|o| o.request == id) {
+                match output.event {
+                    Event::Started { cached_tokens: n } => cached_tokens = n,
+                    Event::Token { id: token, .. } => {
+                        if emit(token).is_break() {
+                            self.cancel(id);
+                            return Ok(Generated { finish_reason: FinishReason::Stop, cached_tokens });
+                        }
+                    }
+                    Event::Finished(finish_reason) => return Ok(Generated { finish_reason, cached_tokens }),
+                    Event::Failed(error) => return Err(error),
+                }
+            }
+        }
+    }
+
+    /// Appends `tokens` to a sequence of its own, in batches of at most `chunk`, and returns the wanted logits
     /// `[1 or tokens.len(), vocab_size]`.
     ///
     /// # Errors
@@ -133,20 +338,10 @@ impl Engine {
         chunk: usize,
         wanted: Logits,
     ) -> Result<Vec<f32>, EngineError> {
-        let vocab_size = self.runner.vocab_size();
-        if tokens.is_empty() {
-            return Err(EngineError::EmptyPrompt);
-        }
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
-            return Err(EngineError::UnknownToken { token: *token, vocab_size });
-        }
         let total = sequence.tokens.len() + tokens.len();
-        if total > self.context || !self.blocks.grow(&mut sequence.pages, total) {
-            return Err(EngineError::ContextExceeded {
-                tokens: total,
-                context: self.context,
-                trained: self.trained_context,
-            });
+        self.check(tokens, total)?;
+        if !self.blocks.grow(&mut sequence.pages, total) {
+            return Err(self.too_long(total));
         }
         let limits = self.runner.limits();
         let chunk = match wanted {
@@ -177,45 +372,184 @@ impl Engine {
         Ok(logits)
     }
 
-    /// Samples tokens one by one after `logits`, the last row of what [`Engine::run`] returned. `emit` gets each token
-    /// and may stop the text.
-    ///
-    /// # Errors
-    /// As [`Engine::run`].
-    pub fn generate(
-        &mut self,
-        sequence: &mut Sequence,
-        mut logits: Vec<f32>,
-        sampler: &mut Sampler,
-        stop: &StopConditions,
-        mut emit: impl FnMut(u32) -> ControlFlow<()>,
-    ) -> Result<FinishReason, EngineError> {
-        for n in 0..stop.max_tokens {
-            let token = sampler.sample(&mut logits, &sequence.tokens)?;
-            if stop.eos.contains(&token) {
-                return Ok(FinishReason::Stop);
-            }
-            let stopped = emit(token).is_break();
-            if stopped {
-                return Ok(FinishReason::Stop);
-            }
-            if n + 1 == stop.max_tokens || sequence.tokens.len() + 1 > self.context {
-                break;
-            }
-            logits = self.run(sequence, &[token], 1, Logits::Last)?;
-        }
-        Ok(FinishReason::Length)
-    }
-
-    /// Keeps the first `n_tokens` of the sequence; their cached vectors stay valid.
-    pub fn truncate(&mut self, sequence: &mut Sequence, n_tokens: usize) {
-        sequence.tokens.truncate(n_tokens);
-        self.blocks.shrink(&mut sequence.pages, sequence.tokens.len());
-    }
-
-    /// Returns the sequence's pages.
+    /// Returns the pages of a sequence that [`Engine::run`] filled.
     pub fn release(&mut self, sequence: &mut Sequence) {
         self.blocks.release(&mut sequence.pages);
         sequence.tokens.clear();
     }
+
+    /// Checks tokens with which a sequence would have `total`.
+    fn check(&self, tokens: &[u32], total: usize) -> Result<(), EngineError> {
+        let vocab_size = self.runner.vocab_size();
+        if tokens.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
+            return Err(EngineError::UnknownToken { token: *token, vocab_size });
+        }
+        if total > self.context { Err(self.too_long(total)) } else { Ok(()) }
+    }
+
+    fn too_long(&self, tokens: usize) -> EngineError {
+        EngineError::ContextExceeded { tokens, context: self.context, trained: self.trained_context }
+    }
+
+    /// Lets waiting requests run while there are places and pages.
+    fn admit(&mut self, outputs: &mut Vec<Output>) {
+        while self.running.len() < self.scheduling.max_batch {
+            let Some(mut active) = self.waiting.pop_front() else { return };
+            // The last token always runs: its logits are needed.
+            let Prefix { pages, hashes, n_tokens } = self.blocks.find_prefix(&active.tokens[..active.tokens.len() - 1]);
+            active.sequence = Sequence { tokens: active.tokens[..n_tokens].to_vec(), pages, hashes };
+            self.read_pages(&active.tokens, &mut active.sequence);
+            let missing = active.tokens.len().div_ceil(PAGE_SIZE) - active.sequence.pages.len();
+            if missing > self.blocks.n_available() && !self.running.is_empty() {
+                self.retire(std::mem::take(&mut active.sequence));
+                self.waiting.push_front(active);
+                return;
+            }
+            let cached_tokens = active.sequence.tokens.len();
+            if !active.is_started {
+                active.is_started = true;
+                self.counters.cached_tokens += cached_tokens as u64;
+                outputs.push(Output { request: active.id, event: Event::Started { cached_tokens } });
+            }
+            self.running.push(active);
+        }
+    }
+
+    /// Rows of each running sequence in the next step, whose pages they have.
+    fn plan(&mut self) -> Vec<usize> {
+        let pending: Vec<usize> = self.running.iter().map(Active::n_pending).collect();
+        let mut rows = share_rows(&pending, self.runner.limits().max_rows, &self.scheduling, &self.costs);
+        let mut i = 0;
+        while i < self.running.len() {
+            let total = self.running[i].sequence.tokens.len() + rows[i];
+            if self.blocks.grow(&mut self.running[i].sequence.pages, total) {
+                i += 1;
+                continue;
+            }
+            // The sequence that came last gives way; it may be this one.
+            let Some(mut active) = self.running.pop() else { break };
+            rows.pop();
+            self.retire(std::mem::take(&mut active.sequence));
+            self.waiting.push_front(active);
+            self.counters.preemptions += 1;
+        }
+        rows
+    }
+
+    /// Notes what a step ran, and chooses tokens.
+    fn commit(&mut self, rows: &[usize], logits: &mut [f32], outputs: &mut Vec<Output>) {
+        let mut logits = logits.chunks_exact_mut(self.runner.vocab_size());
+        let mut ended = vec![];
+        for (i, (active, n)) in self.running.iter_mut().zip(rows).enumerate().filter(|(_, (_, n))| **n > 0) {
+            let Active { tokens, sequence, .. } = &mut *active;
+            let first = sequence.tokens.len();
+            sequence.tokens.extend_from_slice(&tokens[first..first + n]);
+            self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
+            if active.n_pending() > 0 {
+                continue;
+            }
+            let Some(row) = logits.next() else { break };
+            let end = match choose(active, row, self.context) {
+                Ok((token, end)) => {
+                    self.counters.generated_tokens += u64::from(token.is_some());
+                    outputs.extend(token.map(|event| Output { request: active.id, event }));
+                    end.map(Event::Finished)
+                }
+                Err(error) => Some(Event::Failed(error.into())),
+            };
+            if let Some(event) = end {
+                outputs.push(Output { request: active.id, event });
+                ended.push(i);
+            }
+        }
+        for i in ended.into_iter().rev() {
+            let active = self.running.remove(i);
+            self.retire(active.sequence);
+        }
+    }
+
+    /// Gives a sequence's pages back, to be found again.
+    fn retire(&mut self, mut sequence: Sequence) {
+        self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, true);
+        if let Some(store) = &mut self.store {
+            for (page, hash) in sequence.pages.iter().zip(&sequence.hashes) {
+                if !store.contains(hash)
+                    && let Some(bytes) = self.runner.save_page(*page)
+                {
+                    store.write(*hash, bytes);
+                }
+            }
+        }
+        self.blocks.release(&mut sequence.pages);
+    }
+
+    /// Appends the full pages of `tokens` that are on disk and not in memory.
+    fn read_pages(&mut self, tokens: &[u32], sequence: &mut Sequence) {
+        let Some(store) = &mut self.store else { return };
+        while sequence.tokens.len() == sequence.hashes.len() * PAGE_SIZE {
+            let n_tokens = sequence.tokens.len() + PAGE_SIZE;
+            // The last token always runs.
+            if n_tokens >= tokens.len() {
+                return;
+            }
+            let hash = page_hash(sequence.hashes.last().unwrap_or(&ROOT), &tokens[sequence.tokens.len()..n_tokens]);
+            let Some(bytes) = store.read(&hash) else { return };
+            let n_pages = sequence.pages.len();
+            if !self.blocks.grow(&mut sequence.pages, n_tokens) {
+                return;
+            }
+            if !self.runner.load_page(sequence.pages[n_pages], &bytes) {
+                let mut unused = sequence.pages.split_off(n_pages);
+                return self.blocks.release(&mut unused);
+            }
+            sequence.tokens.extend_from_slice(&tokens[sequence.tokens.len()..n_tokens]);
+            self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
+            self.counters.disk_tokens += PAGE_SIZE as u64;
+        }
+    }
+}
+
+/// Samples the next token of a sequence from its logits; says what to report, and whether the text ends.
+fn choose(
+    active: &mut Active,
+    logits: &mut [f32],
+    context: usize,
+) -> Result<(Option<Event>, Option<FinishReason>), SampleError> {
+    let Active { request, sampler, tokens, .. } = active;
+    let n_generated = tokens.len() - request.prompt.len();
+    if n_generated >= request.max_tokens {
+        return Ok((None, Some(FinishReason::Length)));
+    }
+    // Before anything changes them.
+    let original = request.top_logprobs.map(|_| logits.to_vec());
+    if n_generated < request.min_tokens {
+        for id in &request.eos {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+    if let Some(constraint) = &mut request.constraint {
+        constraint.mask(logits);
+    }
+    let id = sampler.sample(logits, tokens)?;
+    if request.eos.contains(&id) {
+        return Ok((None, Some(FinishReason::Stop)));
+    }
+    let logprobs = original
+        .zip(request.top_logprobs)
+        .map(|(original, n_top)| Logprobs { chosen: logprob(&original, id), top: top_logprobs(&original, n_top) });
+    tokens.push(id);
+    let may_continue = request.constraint.as_mut().is_none_or(|c| c.accept(id));
+    let end = if !may_continue {
+        Some(FinishReason::Stop)
+    } else if n_generated + 1 >= request.max_tokens || tokens.len() > context {
+        Some(FinishReason::Length)
+    } else {
+        None
+    };
+    Ok((Some(Event::Token { id, logprobs }), end))
 }

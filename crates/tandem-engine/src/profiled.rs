@@ -189,6 +189,14 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Operation::Other, |b| b.download(buffer, out));
     }
 
+    fn save_page(&self, cache: &B::Cache, page: u32, out: &mut Vec<u8>) -> bool {
+        self.inner.save_page(cache, page, out)
+    }
+
+    fn load_page(&self, cache: &mut B::Cache, page: u32, bytes: &mut &[u8]) -> bool {
+        self.inner.load_page(cache, page, bytes)
+    }
+
     fn write_rows(&self, rows: &[f32], buffer: &mut B::Buffer) {
         self.timed(Operation::Other, |b| b.write_rows(rows, buffer));
     }

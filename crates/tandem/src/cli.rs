@@ -32,10 +32,66 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Measure speed against what this machine's memory allows.
     Bench(BenchArgs),
+    /// Serve the model over HTTP: OpenAI's and Anthropic's interfaces, and a chat page.
+    Serve(ServeArgs),
     /// Run a command on several machines, or as several processes of this one.
     Launch(LaunchArgs),
     /// Write a checkpoint in other formats, in MLX's layout.
     Convert(ConvertArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Address to listen on; only this machine reaches the default.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, value_name = "N", default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// File with API keys, one a line; requests need one of them. Open to all who reach it if not given.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Name of the model in requests and answers; may be given several times. The directory's name if not given.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) served_model_name: Vec<String>,
+    /// Chat template to use instead of the model's.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// Answers written at the same time, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) max_batch: usize,
+    /// Requests that may wait beside those; more are refused with status 429.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) max_queue: usize,
+    /// Time a step may spend on prompts while answers are written, as a multiple of what the answers take.
+    #[arg(long, value_name = "R", default_value_t = 2.0)]
+    pub(crate) prefill_share: f64,
+    /// Tokens that the cache holds for all requests together; four contexts if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) cache_tokens: Option<usize>,
+    /// Directory that keeps cache pages, so that a restart need not run old prompts again.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// Gigabytes in --cache-dir at most; the oldest pages go.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) cache_dir_gb: u64,
+    /// Seconds after which an answer that is not complete is given up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    pub(crate) request_timeout: u64,
+    /// Seconds that a stopping server waits for the answers in flight.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) drain_timeout: u64,
+    /// Megabytes of the largest request.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) max_body_mb: usize,
+    /// Web page origin that may use the server from a browser; may be given several times.
+    #[arg(long, value_name = "ORIGIN")]
+    pub(crate) cors_origin: Vec<String>,
+    /// Log prompts (with -v); they are not logged otherwise.
+    #[arg(long)]
+    pub(crate) log_text: bool,
 }
 
 /// Which model, and how it runs.
@@ -45,7 +101,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
     /// Tokens of context; the model's own limit, at most 32768, if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "max-context", value_name = "N")]
     pub(crate) context: Option<usize>,
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
@@ -266,8 +322,50 @@ pub(crate) enum BenchCommand {
     Decode(BenchDecodeArgs),
     /// Prompt processing: tokens per second, GFLOP/s.
     Prefill(BenchPrefillArgs),
+    /// Load for an OpenAI-compatible server: time to the first token, between tokens, tokens per second.
+    Serve(BenchServeArgs),
     /// Collectives between ranks: latency and bandwidth by size, next to a raw socket's.
     Comm(BenchCommArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchServeArgs {
+    /// The server, without /v1 (http only).
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    /// Name of the model; the first of /v1/models if not given.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Key to send.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) api_key: Option<String>,
+    /// Requests in all.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) requests: usize,
+    /// Requests open at the same time.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) concurrency: usize,
+    /// Start this many requests a second, however many are open.
+    #[arg(long, value_name = "R", conflicts_with = "concurrency")]
+    pub(crate) request_rate: Option<f64>,
+    /// Random words of each prompt.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) prompt_words: usize,
+    /// Words before them that all prompts share.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) shared_prefix: usize,
+    /// Tokens of each answer; servers that know ignore_eos write exactly as many.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) max_tokens: usize,
+    /// Use /v1/chat/completions instead of /v1/completions.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Seed of the prompts.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// What is measured, and how.
@@ -586,6 +684,7 @@ impl Command {
     pub(crate) fn model_args(&self) -> Option<&ModelArgs> {
         match self {
             Command::Run(args) => Some(&args.model),
+            Command::Serve(args) => Some(&args.model),
             Command::Eval(args) => match &args.command {
                 EvalCommand::Logits(args) => Some(&args.model),
                 EvalCommand::Perplexity(args) => Some(&args.model),

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, GenerationConfig, Logits, Sampler, SamplingParams, Sequence, StopConditions};
+use tandem_engine::{Engine, GenerationConfig, Logits, Request, Sequence};
 
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
 use crate::load::{Loaded, LogitsRows, load};
@@ -178,21 +178,18 @@ fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
                 .with_context(|| format!("{} line {} is not {{kind, prompt, expect}}", args.tasks.display(), i + 1))
         })
         .collect::<anyhow::Result<_>>()?;
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::One)?;
+    let Loaded { dir, mut engine, .. } = load(&args.model, LogitsRows::One)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let stop = StopConditions { max_tokens: args.max_tokens, eos: GenerationConfig::load(&dir)?.eos_token_ids };
+    let eos = GenerationConfig::load(&dir)?.eos_token_ids;
     let mut scores: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
     for task in &tasks {
-        let mut sequence = Sequence::default();
         let prompt = tokenizer.encode(&task.prompt, true)?;
-        let logits = engine.run(&mut sequence, &prompt, prefill_chunk, Logits::Last)?;
-        let mut sampler = Sampler::new(SamplingParams::default())?;
         let mut answer = vec![];
-        engine.generate(&mut sequence, logits, &mut sampler, &stop, |token| {
+        let request = Request { prompt, max_tokens: args.max_tokens, eos: eos.clone(), ..Request::default() };
+        engine.generate(request, |token| {
             answer.push(token);
             ControlFlow::Continue(())
         })?;
-        engine.release(&mut sequence);
         let answer = tokenizer.decode(&answer, false)?;
         let answer = answer.rsplit("</think>").next().unwrap_or_default();
         let score = scores.entry(&task.kind).or_default();

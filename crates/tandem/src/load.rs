@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{BlockManager, Engine, ModelRunner, Runner};
+use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits};
 
 use crate::cli::{ActivationsArg, ModelArgs};
@@ -39,10 +39,22 @@ pub(crate) enum LogitsRows {
     One,
     /// Every row's: evaluation.
     Chunk,
+    /// The last row's of so many sequences: serving.
+    Several(usize),
 }
 
 /// Loads the model that the flags name.
 pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loaded> {
+    load_with_cache(args, logits, None, 1)
+}
+
+/// [`load`] with a cache of `cache_tokens`, or of `n_contexts` full sequences.
+pub(crate) fn load_with_cache(
+    args: &ModelArgs,
+    logits: LogitsRows,
+    cache_tokens: Option<usize>,
+    n_contexts: usize,
+) -> anyhow::Result<Loaded> {
     let start = Instant::now();
     let dir = model_dir(args.model.as_deref())?;
     let config = ModelConfig::load(&dir)?;
@@ -58,10 +70,16 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
     let checkpoint = Checkpoint::open(&dir)?;
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
-    let max_rows = args.prefill_chunk.clamp(1, context);
-    let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
+    let prefill_chunk = args.prefill_chunk.clamp(1, context);
+    let limits = match logits {
+        LogitsRows::One => Limits { max_rows: prefill_chunk, max_logits_rows: 1 },
+        LogitsRows::Chunk => Limits { max_rows: prefill_chunk, max_logits_rows: prefill_chunk },
+        // A step of decoding may hold prompt tokens too.
+        LogitsRows::Several(n) => Limits { max_rows: prefill_chunk.max(EXACT_ROWS), max_logits_rows: n },
+    };
 
-    let blocks = BlockManager::for_tokens(context);
+    // One sequence always fits.
+    let blocks = BlockManager::for_tokens(cache_tokens.unwrap_or(n_contexts * context).max(context));
     let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
         distributed::lead(args, &config, checkpoint, weights, limits, blocks.n_slots())?
     } else {
@@ -78,7 +96,7 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
         (Box::new(ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots())), numerics)
     };
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
-    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
+    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk, numerics })
 }
 
 /// The processor as a backend for `weight_bytes` of weights, and the name of the activations' numerics.

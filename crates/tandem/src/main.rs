@@ -11,6 +11,7 @@ mod load;
 mod presets;
 mod report;
 mod run;
+mod serve;
 mod text;
 
 use std::process::ExitCode;
@@ -47,7 +48,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
             if let cli::Command::Bench(cli::BenchArgs { command: cli::BenchCommand::Comm(args) }) = &cli.command {
                 return bench::comm::comm(args, Some(*started)).map(|()| ExitCode::SUCCESS);
             }
-            let args = cli.command.model_args().context("tandem launch runs run, eval and bench comm")?;
+            let args = cli.command.model_args().context("tandem launch runs run, serve, eval and bench comm")?;
             return distributed::follow(*started, args).map(|()| ExitCode::SUCCESS);
         }
     }
@@ -58,6 +59,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
         cli::Command::Eval(args) => eval::eval(&args)?,
         cli::Command::Bench(args) => bench::bench(&args)?,
         cli::Command::Convert(args) => convert::convert(&args)?,
+        cli::Command::Serve(args) => serve::serve(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

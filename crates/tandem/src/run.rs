@@ -9,9 +9,7 @@ use anyhow::{Context, bail};
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_engine::{
-    FinishReason, GenerationConfig, Logits, Sampler, SamplingOverrides, SamplingParams, Sequence, StopConditions,
-};
+use tandem_engine::{FinishReason, Generated, GenerationConfig, Request, SamplingOverrides, SamplingParams};
 
 use crate::cli::{OnOff, RunArgs, SamplingArgs};
 use crate::load::{Loaded, LogitsRows, load};
@@ -64,9 +62,9 @@ struct Session {
     extra: Map<String, Value>,
     tools: Option<Vec<Value>>,
     params: SamplingParams,
-    stop: StopConditions,
+    max_tokens: usize,
+    eos: Vec<u32>,
     stop_strings: Vec<String>,
-    sequence: Sequence,
 }
 
 /// One answer and what it took.
@@ -107,9 +105,9 @@ impl Session {
             extra,
             tools,
             params: sampling(&defaults, &args.sampling)?,
-            stop: StopConditions { max_tokens, eos },
+            max_tokens,
+            eos,
             stop_strings: args.stop.clone(),
-            sequence: Sequence::default(),
             loaded,
         })
     }
@@ -146,18 +144,8 @@ impl Session {
 
     /// Answers `ids`, streaming to stdout if asked. What the cache already holds of `ids` is not run again.
     fn answer(&mut self, ids: &[u32], stream: bool) -> anyhow::Result<Answer> {
-        let mut sampler = Sampler::new(self.params.clone())?.with_prompt_len(ids.len());
-        let engine = &mut self.loaded.engine;
-        let shared = self.sequence.tokens().iter().zip(ids).take_while(|(a, b)| a == b).count();
-        // The last prompt token always runs: its logits are needed.
-        let cached_tokens = shared.min(ids.len().saturating_sub(1));
-        engine.truncate(&mut self.sequence, cached_tokens);
-
         let start = Instant::now();
-        let logits = engine.run(&mut self.sequence, &ids[cached_tokens..], self.loaded.prefill_chunk, Logits::Last)?;
-        let prefill = start.elapsed();
-
-        let start = Instant::now();
+        let mut first_token = None;
         let mut decoder = self.tokenizer.decode_stream(true);
         let mut matcher = StopMatcher::new(self.stop_strings.clone());
         let (mut text, mut tokens, mut failure) = (String::new(), vec![], None);
@@ -170,7 +158,15 @@ impl Session {
             }
             Ok(())
         };
-        let finish_reason = engine.generate(&mut self.sequence, logits, &mut sampler, &self.stop, |token| {
+        let request = Request {
+            prompt: ids.to_vec(),
+            sampling: self.params.clone(),
+            max_tokens: self.max_tokens,
+            eos: self.eos.clone(),
+            ..Request::default()
+        };
+        let Generated { finish_reason, cached_tokens } = self.loaded.engine.generate(request, |token| {
+            first_token.get_or_insert_with(Instant::now);
             tokens.push(token);
             let result = decoder.push(token).map_err(anyhow::Error::from).and_then(|piece| {
                 let step = matcher.push(&piece);
@@ -194,8 +190,9 @@ impl Session {
             emit(&rest.text)?;
             emit(&matcher.flush())?;
         }
-        let decode = start.elapsed();
-        let context = self.sequence.tokens().len();
+        let decode_start = first_token.unwrap_or_else(Instant::now);
+        let (prefill, decode) = (decode_start - start, decode_start.elapsed());
+        let context = ids.len() + tokens.len();
         let read_bytes = self.loaded.accounting.read_bytes_at(&self.loaded.config, context);
         Ok(Answer { text, tokens, finish_reason, prompt_tokens: ids.len(), cached_tokens, prefill, decode, read_bytes })
     }

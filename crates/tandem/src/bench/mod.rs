@@ -8,6 +8,7 @@ mod bytes_read;
 pub(crate) mod comm;
 mod model;
 mod plot;
+mod serve;
 
 use std::time::Instant;
 
@@ -37,6 +38,7 @@ pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
         BenchCommand::Decode(args) => decode(args),
         BenchCommand::Prefill(args) => prefill(args),
+        BenchCommand::Serve(args) => serve::serve(args),
         BenchCommand::Comm(args) => comm::comm(args, None),
     }
 }

@@ -115,6 +115,8 @@ pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     tokens: TemplateTokens,
     has_tool_use: bool,
+    /// As they came, all variants.
+    source: String,
 }
 
 impl ChatTemplate {
@@ -123,7 +125,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`TemplateError::Syntax`] when it is not valid Jinja.
     pub(crate) fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
-        let mut template = Self { environment: environment(), tokens, has_tool_use: false };
+        let mut template = Self { environment: environment(), tokens, has_tool_use: false, source: String::new() };
         template.add(DEFAULT, source)?;
         Ok(template)
     }
@@ -197,7 +199,13 @@ impl ChatTemplate {
             .map_err(|error| render_error(&error))
     }
 
+    /// Text of the template, its variants one after the other.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
+    }
+
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TemplateError> {
+        self.source.push_str(source);
         self.environment.add_template_owned(name, replace_generation_tags(source)).map_err(|error| {
             let cause = describe(&error);
             let cause = cause.strip_prefix("syntax error: ").unwrap_or(&cause).to_string();

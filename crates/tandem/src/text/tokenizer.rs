@@ -154,6 +154,33 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The id of a token, by its text in the vocabulary.
+    pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Whether a token is left out of plain text (`special` in tokenizer.json).
+    pub(crate) fn is_special(&self, id: u32) -> bool {
+        self.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
+    }
+
+    /// Whether a token was added to the vocabulary as a whole: other tokens never spell it.
+    pub(crate) fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
+    }
+
+    /// The bytes that a token stands for.
+    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.id_to_token(id)?;
+        match self.decoder_kind {
+            DecoderKind::ByteLevel => Some(byte_level_bytes(&token)),
+            DecoderKind::Contextual => match parse_byte_token(&token) {
+                Some(byte) => Some(vec![byte]),
+                None => Some(token.replace('\u{2581}', " ").into_bytes()),
+            },
+        }
+    }
+
     /// Number of tokens, added ones included. The model's logits may have more rows (padding).
     pub(crate) fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
@@ -293,6 +320,11 @@ impl StopMatcher {
     /// Ends the text and returns what was held back as a possible beginning of a stop string.
     pub(crate) fn flush(&mut self) -> String {
         std::mem::take(&mut self.pending)
+    }
+
+    /// A stop string.
+    pub(crate) fn text(&self, stop_idx: usize) -> &str {
+        &self.stops[stop_idx]
     }
 
     /// Index of the stop string that was met, if any.

@@ -1,0 +1,325 @@
+//! The engine's sharing of steps and pages: with a runner that is no model, and with the bundled model.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use proptest::prelude::*;
+use tandem_core::backend::PAGE_SIZE;
+use tandem_core::{Batch, Checkpoint, ModelConfig};
+use tandem_cpu::CpuBackend;
+use tandem_engine::{
+    BlockManager, Constraint, Engine, EngineError, Event, FinishReason, ModelRunner, Output, PageStore, Request,
+    RequestId, Runner, SamplingParams, Scheduling,
+};
+use tandem_model::Limits;
+
+const VOCAB: usize = 50;
+const END: u32 = 0;
+
+/// Writes tokens into slots and answers with a token that depends on every slot of the sequence, so that a wrong page
+/// gives a wrong text.
+struct SlotRunner {
+    slots: Vec<u32>,
+    limits: Limits,
+    largest_decode: std::sync::Arc<std::sync::Mutex<Vec<usize>>>,
+}
+
+/// The token after `tokens`.
+fn next(tokens: impl Iterator<Item = u32>) -> u32 {
+    let hash = tokens.fold(17u64, |h, t| (h ^ u64::from(t)).wrapping_mul(0x100_0000_01b3).rotate_left(23));
+    (hash % VOCAB as u64) as u32
+}
+
+impl Runner for SlotRunner {
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        for row in 0..batch.n_rows() {
+            let slot = batch.slot(batch.sequences[row] as usize, batch.positions[row] as usize);
+            self.slots[slot] = batch.tokens[row];
+        }
+        self.largest_decode.lock().unwrap().push(batch.n_rows());
+        for row in &batch.logits_rows {
+            let (sequence, last) = (batch.sequences[*row as usize] as usize, batch.positions[*row as usize] as usize);
+            let token = next((0..=last).map(|p| self.slots[batch.slot(sequence, p)]));
+            logits.extend((0..VOCAB as u32).map(|id| if id == token { 1.0 } else { 0.0 }));
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
+    fn save_page(&self, page: u32) -> Option<Vec<u8>> {
+        let first = page as usize * PAGE_SIZE;
+        Some(self.slots[first..first + PAGE_SIZE].iter().flat_map(|t| t.to_le_bytes()).collect())
+    }
+
+    fn load_page(&mut self, page: u32, bytes: &[u8]) -> bool {
+        for (slot, token) in self.slots[page as usize * PAGE_SIZE..].iter_mut().zip(bytes.chunks_exact(4)) {
+            *slot = u32::from_le_bytes(token.try_into().unwrap());
+        }
+        true
+    }
+}
+
+/// What the runner would say to `prompt` alone.
+fn expected(prompt: &[u32], max_tokens: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    while tokens.len() < prompt.len() + max_tokens {
+        match next(tokens.iter().copied()) {
+            END => break,
+            token => tokens.push(token),
+        }
+    }
+    tokens.split_off(prompt.len())
+}
+
+fn engine(n_pages: usize, max_batch: usize) -> Engine {
+    let blocks = BlockManager::for_tokens(n_pages * PAGE_SIZE);
+    let limits = Limits { max_rows: 128, max_logits_rows: 64 };
+    let runner = SlotRunner { slots: vec![0; blocks.n_slots()], limits, largest_decode: Default::default() };
+    let context = n_pages * PAGE_SIZE;
+    let scheduling = Scheduling { max_batch, prefill_chunk: 100, prefill_share: 2.0 };
+    Engine::new(Box::new(runner), blocks, context, context).with_scheduling(scheduling)
+}
+
+fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    Request { prompt, max_tokens, eos: vec![END], ..Request::default() }
+}
+
+/// Steps until nothing is left; the tokens of each request and how it ended.
+fn run_all(engine: &mut Engine) -> HashMap<RequestId, (Vec<u32>, Option<FinishReason>)> {
+    let mut results: HashMap<RequestId, (Vec<u32>, Option<FinishReason>)> = HashMap::new();
+    let mut outputs = vec![];
+    while engine.n_running() + engine.n_waiting() > 0 {
+        engine.step(&mut outputs).unwrap();
+        for Output { request, event } in outputs.drain(..) {
+            let result = results.entry(request).or_default();
+            assert_eq!(result.1, None, "nothing follows the end");
+            match event {
+                Event::Started { .. } => {}
+                Event::Token { id, .. } => result.0.push(id),
+                Event::Finished(reason) => result.1 = Some(reason),
+                Event::Failed(error) => panic!("{error}"),
+            }
+        }
+    }
+    results
+}
+
+fn text(n: usize, seed: u32) -> Vec<u32> {
+    (0..n as u32).map(|i| 1 + (i * i + seed * 13) % (VOCAB as u32 - 1)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Few pages, so that sequences preempt each other; shared beginnings; cancellations in between.
+    #[test]
+    fn every_request_gets_the_text_it_would_get_alone(
+        requests in prop::collection::vec((1usize..200, 0u32..3, 0usize..80, 0usize..12), 1..14),
+        n_pages in 5usize..12,
+        max_batch in 1usize..8,
+    ) {
+        let mut engine = engine(n_pages, max_batch);
+        let mut wanted = HashMap::new();
+        let mut cancelled = vec![];
+        let mut outputs = vec![];
+        let mut results: HashMap<RequestId, Vec<u32>> = HashMap::new();
+        for (n, seed, max_tokens, steps) in requests {
+            let prompt = text(n, seed);
+            let id = engine.submit(greedy(prompt.clone(), max_tokens)).unwrap();
+            for _ in 0..steps {
+                engine.step(&mut outputs).unwrap();
+            }
+            if steps == 7 {
+                engine.cancel(id);
+                cancelled.push(id);
+            }
+            wanted.insert(id, expected(&prompt, max_tokens));
+        }
+        for Output { request, event } in outputs.drain(..) {
+            if let Event::Token { id, .. } = event {
+                results.entry(request).or_default().push(id);
+            }
+        }
+        for (id, (tokens, _)) in run_all(&mut engine) {
+            results.entry(id).or_default().extend(tokens);
+        }
+        for (id, tokens) in wanted {
+            let found = results.remove(&id).unwrap_or_default();
+            if cancelled.contains(&id) {
+                prop_assert!(tokens.starts_with(&found));
+            } else {
+                prop_assert_eq!(found, tokens);
+            }
+        }
+        prop_assert_eq!(engine.blocks().n_used(), 0);
+    }
+}
+
+#[test]
+fn streams_do_not_stall_behind_a_long_prompt_and_decoding_steps_stay_exact() {
+    let sizes = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
+    let blocks = BlockManager::for_tokens(64 * PAGE_SIZE);
+    let limits = Limits { max_rows: 512, max_logits_rows: 64 };
+    let runner = SlotRunner { slots: vec![0; blocks.n_slots()], limits, largest_decode: sizes.clone() };
+    let mut engine = Engine::new(Box::new(runner), blocks, 4096, 4096);
+    let mut request = greedy(text(20, 1), 300);
+    request.eos.clear();
+    let stream = engine.submit(request).unwrap();
+    let mut outputs = vec![];
+    engine.step(&mut outputs).unwrap();
+    engine.submit(greedy(text(2000, 2), 5)).unwrap();
+    sizes.lock().unwrap().clear();
+    outputs.clear();
+    for _ in 0..50 {
+        engine.step(&mut outputs).unwrap();
+    }
+    let n_stream = outputs.iter().filter(|o| o.request == stream && matches!(o.event, Event::Token { .. })).count();
+    assert_eq!(n_stream, 50, "one token in every step");
+    assert!(sizes.lock().unwrap().iter().all(|n| (2..=64).contains(n)));
+}
+
+#[test]
+fn requests_that_cannot_run_are_refused() {
+    let mut engine = engine(4, 4);
+    let check = |engine: &mut Engine, request: Request, expected: &str| {
+        let error = engine.submit(request).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    check(&mut engine, greedy(vec![], 1), "empty");
+    check(&mut engine, greedy(vec![VOCAB as u32], 1), "outside the vocabulary");
+    check(&mut engine, greedy(text(1000, 0), 1), "raise --context");
+    let sampling = SamplingParams { top_p: 2.0, ..SamplingParams::default() };
+    check(&mut engine, Request { sampling, ..greedy(vec![1], 1) }, "top_p");
+}
+
+#[test]
+fn lengths_ends_and_grammars_are_kept() {
+    struct Only(Vec<u32>);
+    impl Constraint for Only {
+        fn mask(&mut self, logits: &mut [f32]) {
+            for (id, logit) in logits.iter_mut().enumerate() {
+                if Some(id as u32) != self.0.last().copied() {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+        fn accept(&mut self, token: u32) -> bool {
+            assert_eq!(self.0.pop(), Some(token));
+            !self.0.is_empty()
+        }
+    }
+    let mut engine = engine(8, 4);
+    let constraint = Some(Box::new(Only(vec![7, 8, 9])) as Box<dyn Constraint>);
+    let grammar = engine.submit(Request { constraint, ..greedy(text(5, 1), 40) }).unwrap();
+    let empty = engine.submit(greedy(text(5, 1), 0)).unwrap();
+    let to_the_end = engine.submit(Request { eos: vec![], ..greedy(text(500, 1), 1000) }).unwrap();
+    let everything: Vec<u32> = (0..VOCAB as u32).collect();
+    let least =
+        engine.submit(Request { eos: everything[1..].to_vec(), min_tokens: 3, ..greedy(text(5, 1), 9) }).unwrap();
+    let results = run_all(&mut engine);
+    assert_eq!(results[&grammar], (vec![9, 8, 7], Some(FinishReason::Stop)));
+    assert_eq!(results[&empty], (vec![], Some(FinishReason::Length)));
+    let (tokens, reason) = &results[&to_the_end];
+    assert_eq!((tokens.len(), *reason), (8 * PAGE_SIZE - 500 + 1, Some(FinishReason::Length)));
+    assert_eq!(results[&least].0, [END, END, END], "end tokens are not allowed before");
+}
+
+#[test]
+fn each_turn_of_a_conversation_runs_only_its_new_tokens() {
+    let mut engine = engine(64, 4);
+    let mut conversation = text(90, 1);
+    for turn in 0..20 {
+        let before = engine.counters();
+        let n_prompt = conversation.len();
+        let id = engine.submit(Request { eos: vec![], ..greedy(conversation.clone(), 30) }).unwrap();
+        conversation.extend(&run_all(&mut engine)[&id].0);
+        let after = engine.counters();
+        if turn > 0 {
+            // The answer's last token was never run, nor were the 25 of the next message.
+            assert_eq!(after.prompt_tokens - before.prompt_tokens, 26, "turn {turn}");
+            assert_eq!((after.cached_tokens - before.cached_tokens) as usize, n_prompt - 26);
+        }
+        conversation.extend(text(25, turn + 2));
+    }
+}
+
+#[test]
+fn pages_on_disk_survive_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || PageStore::open(dir.path(), "model", 1 << 20).unwrap();
+    let prompt = text(300, 1);
+    let mut first = engine(16, 4).with_page_store(open());
+    first.submit(greedy(prompt.clone(), 5)).unwrap();
+    run_all(&mut first);
+    drop(first);
+    let mut second = engine(16, 4).with_page_store(open());
+    let id = second.submit(greedy(prompt.clone(), 5)).unwrap();
+    assert_eq!(run_all(&mut second)[&id].0, expected(&prompt, 5));
+    let counters = second.counters();
+    assert_eq!((counters.disk_tokens, counters.prompt_tokens), (256, 44));
+}
+
+fn fable(max_rows: usize, max_batch: usize, n_pages: usize) -> Engine {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"));
+    let config = ModelConfig::load(dir).unwrap();
+    let backend = CpuBackend::new(2, CpuBackend::default_numerics());
+    let limits = Limits { max_rows, max_logits_rows: max_batch };
+    let model = tandem_model::load(&backend, &config, &Checkpoint::open(dir).unwrap(), limits, &mut |_| {}).unwrap();
+    let blocks = BlockManager::for_tokens(n_pages * PAGE_SIZE);
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
+    Engine::new(Box::new(runner), blocks, 512, config.max_position_embeddings)
+}
+
+/// With steps of at most 64 rows a text does not depend on the batch, on what the cache held, or on preemption.
+#[test]
+fn the_bundled_model_answers_in_a_batch_as_it_does_alone() {
+    let request = |i: u32| {
+        // Three different beginnings, the first of them longer than a page and than the sparse attention's top-k.
+        let n = [150, 40, 70][i as usize % 3];
+        let mut prompt: Vec<u32> = (0..n).map(|k| 20 + (k * 37 + i % 3 * 11) % 2800).collect();
+        prompt.extend((0..i).map(|k| 100 + k * 7 + i));
+        Request { prompt, max_tokens: 24, top_logprobs: Some(2), ..Request::default() }
+    };
+    let mut alone = vec![];
+    for i in 0..12 {
+        let mut single = fable(64, 1, 16);
+        let id = single.submit(request(i)).unwrap();
+        alone.push(run_all(&mut single).remove(&id).unwrap().0);
+    }
+    for n_pages in [64, 14] {
+        let mut together = fable(64, 16, n_pages);
+        let ids: Vec<RequestId> = (0..12).map(|i| together.submit(request(i)).unwrap()).collect();
+        let results = run_all(&mut together);
+        for (id, alone) in ids.iter().zip(&alone) {
+            assert_eq!(&results[id].0, alone);
+        }
+        assert_eq!(together.counters().preemptions > 0, n_pages == 14);
+        // Again, from what is in the cache now.
+        let id = together.submit(request(9)).unwrap();
+        assert_eq!(run_all(&mut together)[&id].0, alone[9]);
+    }
+}
+
+/// Saved pages of a real cache give the same text.
+#[test]
+fn the_bundled_models_pages_survive_on_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || PageStore::open(dir.path(), "fable", 1 << 30).unwrap();
+    let prompt: Vec<u32> = (0..200).map(|k| 20 + (k * 37) % 2800).collect();
+    let request = || Request { prompt: prompt.clone(), max_tokens: 16, ..Request::default() };
+    let mut texts = vec![];
+    for restart in 0..2 {
+        let mut engine = fable(64, 1, 16).with_page_store(open());
+        let id = engine.submit(request()).unwrap();
+        texts.push(run_all(&mut engine).remove(&id).unwrap().0);
+        assert_eq!(engine.counters().disk_tokens, [0, 192][restart]);
+    }
+    assert_eq!(texts[0], texts[1]);
+}

@@ -1,0 +1,445 @@
+//! From a checked request to pieces of an answer: what every endpoint shares.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value};
+use tandem_engine::{Event, FinishReason, GenerationConfig, Logprobs, Request, SamplingOverrides};
+use tokio::time::timeout_at;
+
+use super::api::{TokenLogprob, TopLogprob, Usage};
+use super::dialect::{Delta, Dialect, Function, Parser, TAGS};
+use super::error::ApiError;
+use super::grammar::{Form, Grammars};
+use super::metrics::Metrics;
+use super::worker::{Replies, Reply, Worker};
+use crate::text::chat_template::ChatTemplate;
+use crate::text::tokenizer::{DecodeStream, StopMatcher, Tokenizer};
+
+/// What ends a reasoning section.
+const END_THINK: &str = "</think>";
+
+/// Everything that handlers need.
+pub(crate) struct App {
+    pub(crate) worker: Worker,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) template: Option<ChatTemplate>,
+    pub(crate) dialect: Dialect,
+    pub(crate) defaults: GenerationConfig,
+    pub(crate) grammars: Grammars,
+    pub(crate) metrics: Metrics,
+    pub(crate) vocab_size: usize,
+    /// Tokens per sequence.
+    pub(crate) context: usize,
+    /// Names that requests may use; the first is the one that answers carry.
+    pub(crate) model_names: Vec<String>,
+    /// Seconds since 1970 at the start.
+    pub(crate) created: u64,
+    /// Of one request.
+    pub(crate) timeout: Duration,
+    /// SHA-256 of the keys, none if the server is open.
+    pub(crate) keys: Vec<[u8; 32]>,
+    /// Whether prompts and answers may be logged.
+    pub(crate) log_text: bool,
+    /// Facts about the model and its ranks, for the page.
+    pub(crate) facts: Value,
+}
+
+/// A checked request.
+#[derive(Default)]
+pub(crate) struct Ask {
+    /// Name of the field that holds the prompt.
+    pub(crate) param: &'static str,
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) overrides: SamplingOverrides,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) min_tokens: u32,
+    pub(crate) stop: Vec<String>,
+    pub(crate) stop_token_ids: Vec<u32>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) top_logprobs: Option<usize>,
+    pub(crate) form: Option<Form>,
+    /// How to take the answer apart; plain text if none.
+    pub(crate) chat: Option<Chat>,
+    /// Answers.
+    pub(crate) n: usize,
+}
+
+/// What a conversation's answer may hold.
+#[derive(Clone, Default)]
+pub(crate) struct Chat {
+    /// Functions that may be called.
+    pub(crate) functions: Vec<Function>,
+    /// The prompt has opened the reasoning section.
+    pub(crate) in_reasoning: bool,
+    /// End the answer after its first call.
+    pub(crate) one_call: bool,
+}
+
+impl App {
+    /// Name of the model in answers.
+    pub(crate) fn model_name(&self) -> &str {
+        self.model_names.first().map_or("", String::as_str)
+    }
+
+    /// Checks the model that a request names.
+    pub(crate) fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
+        match asked {
+            Some(asked) if !self.model_names.iter().any(|name| name == asked) => {
+                Err(ApiError::unknown_model(asked, self.model_name()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Token ids of a conversation, and whether they end inside the reasoning section.
+    pub(crate) fn prompt(
+        &self,
+        messages: &[Value],
+        tools: Option<&[Value]>,
+        variables: &Map<String, Value>,
+    ) -> Result<(Vec<u32>, bool), ApiError> {
+        let Some(template) = &self.template else {
+            let message = "this model has no chat template; use /v1/completions";
+            return Err(ApiError::invalid("messages", message));
+        };
+        let text = template
+            .render(messages, tools, true, variables)
+            .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+        if self.log_text {
+            tracing::info!(prompt = %text, "request");
+        }
+        let in_reasoning = text.trim_end().ends_with("<think>");
+        // Templates write the special tokens themselves.
+        Ok((self.encode("messages", &text, false)?, in_reasoning))
+    }
+
+    pub(crate) fn encode(&self, param: &str, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
+        self.tokenizer.encode(text, add_special_tokens).map_err(|error| ApiError::invalid(param, error.to_string()))
+    }
+
+    /// Starts the answers to a request.
+    pub(crate) fn start(self: &Arc<Self>, ask: Ask) -> Result<Vec<Generation>, ApiError> {
+        let n_prompt = ask.prompt.len();
+        if n_prompt == 0 {
+            return Err(ApiError::invalid(ask.param, "the prompt is empty; give at least one token"));
+        }
+        if n_prompt > self.context {
+            let message = format!(
+                "the prompt has {n_prompt} tokens and the context holds {}; shorten it, or start the server with a \
+                 larger --context",
+                self.context
+            );
+            return Err(ApiError::too_long(ask.param, message));
+        }
+        if let Some(id) = ask.prompt.iter().find(|id| **id as usize >= self.vocab_size) {
+            let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
+            return Err(ApiError::invalid(ask.param, message));
+        }
+        let sampling = self.defaults.apply(&ask.overrides);
+        sampling.validate().map_err(|error| ApiError::invalid(error.name, error.to_string()))?;
+        let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
+        let mut eos = if ask.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() };
+        eos.extend(&ask.stop_token_ids);
+        let requests = (0..ask.n.max(1) as u64)
+            .map(|i| {
+                let constraint = ask.form.as_ref().map(|form| self.grammars.constraint(form, reasoning)).transpose();
+                let constraint = constraint.map_err(|error| {
+                    ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
+                })?;
+                let mut sampling = sampling.clone();
+                // Different answers, and the same ones every time.
+                sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
+                Ok(Request {
+                    prompt: ask.prompt.clone(),
+                    sampling,
+                    max_tokens: ask.max_tokens.or(self.defaults.max_new_tokens).map_or(usize::MAX, |n| n as usize),
+                    min_tokens: ask.min_tokens as usize,
+                    eos: eos.clone(),
+                    top_logprobs: ask.top_logprobs,
+                    constraint,
+                })
+            })
+            .collect::<Result<Vec<Request>, ApiError>>()?;
+        let now = Instant::now();
+        let all = self.worker.submit(requests)?;
+        Ok(all
+            .into_iter()
+            .enumerate()
+            .map(|(index, replies)| {
+                let chat = ask.chat.clone();
+                let in_reasoning = chat.as_ref().is_some_and(|chat| chat.in_reasoning);
+                Generation {
+                    app: Arc::clone(self),
+                    index,
+                    replies,
+                    decoder: self.tokenizer.decode_stream(false),
+                    stops: StopMatcher::new(ask.stop.clone()),
+                    one_call: chat.as_ref().is_some_and(|chat| chat.one_call),
+                    parser: chat.map(|chat| Parser::new(self.dialect, chat.functions, chat.in_reasoning)),
+                    in_reasoning,
+                    n_prompt,
+                    n_tokens: 0,
+                    n_reasoning: 0,
+                    n_cached: 0,
+                    start: now,
+                    last_token: None,
+                    is_done: false,
+                }
+            })
+            .collect())
+    }
+}
+
+/// Why an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    Stop,
+    /// A stop string.
+    StopSequence(String),
+    Length,
+    ToolCalls,
+}
+
+impl Finish {
+    /// OpenAI's word.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Finish::Stop | Finish::StopSequence(_) => "stop",
+            Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
+        }
+    }
+}
+
+/// The next piece of an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Chunk {
+    pub(crate) deltas: Vec<Delta>,
+    pub(crate) logprobs: Vec<TokenLogprob>,
+    pub(crate) finish: Option<Finish>,
+}
+
+/// One answer being written. Dropping it cancels the request.
+pub(crate) struct Generation {
+    app: Arc<App>,
+    /// Which of the request's answers.
+    pub(crate) index: usize,
+    replies: Replies,
+    decoder: DecodeStream,
+    stops: StopMatcher,
+    parser: Option<Parser>,
+    one_call: bool,
+    in_reasoning: bool,
+    n_prompt: usize,
+    n_tokens: usize,
+    n_reasoning: usize,
+    n_cached: usize,
+    start: Instant,
+    last_token: Option<Instant>,
+    is_done: bool,
+}
+
+impl Generation {
+    /// Tokens so far.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage::new(self.n_prompt, self.n_tokens, self.n_cached, self.n_reasoning)
+    }
+
+    /// The next piece; `None` after the end.
+    pub(crate) async fn next(&mut self) -> Option<Result<Chunk, ApiError>> {
+        while !self.is_done {
+            let deadline = (self.start + self.app.timeout).into();
+            let reply = match timeout_at(deadline, self.replies.receiver.recv()).await {
+                Ok(Some(reply)) => reply,
+                Ok(None) => Reply::Error(ApiError::unavailable("the engine has stopped")),
+                Err(_) => Reply::Error(ApiError::deadline(self.app.timeout.as_secs())),
+            };
+            let result = match reply {
+                Reply::Event(Event::Started { cached_tokens }) => {
+                    self.n_cached = cached_tokens;
+                    continue;
+                }
+                Reply::Event(Event::Token { id, logprobs }) => self.token(id, logprobs),
+                Reply::Event(Event::Finished(reason)) => self.end(reason),
+                Reply::Event(Event::Failed(error)) => Err(ApiError::internal(error.to_string())),
+                Reply::Error(error) => Err(error),
+            };
+            match &result {
+                Ok(Chunk { finish: Some(finish), .. }) => self.close(finish.name()),
+                Ok(chunk) if chunk.deltas.is_empty() && chunk.logprobs.is_empty() => continue,
+                Ok(_) => {}
+                Err(_) => self.close("error"),
+            }
+            return Some(result);
+        }
+        None
+    }
+
+    fn close(&mut self, reason: &str) {
+        self.is_done = true;
+        self.app.metrics.finished(reason);
+        self.app.metrics.duration.observe(self.start.elapsed().as_secs_f64());
+        if let Some(parser) = &self.parser
+            && parser.n_malformed() > 0
+        {
+            self.app.metrics.malformed_calls.inc_by(parser.n_malformed() as u64);
+            tracing::warn!("{} tool calls could not be read and were passed on as text", parser.n_malformed());
+        }
+    }
+
+    fn token(&mut self, id: u32, logprobs: Option<Logprobs>) -> Result<Chunk, ApiError> {
+        let now = Instant::now();
+        match self.last_token.replace(now) {
+            None => self.app.metrics.time_to_first_token.observe((now - self.start).as_secs_f64()),
+            Some(last) => self.app.metrics.inter_token.observe((now - last).as_secs_f64()),
+        }
+        self.n_tokens += 1;
+        self.n_reasoning += usize::from(self.in_reasoning);
+        let mut chunk = Chunk::default();
+        if let Some(logprobs) = logprobs {
+            chunk.logprobs.push(self.logprobs(id, &logprobs));
+        }
+        let is_tag = self.parser.is_some() && self.app.tokenizer.id_to_token(id).is_some_and(|t| TAGS.contains(&&*t));
+        if self.app.tokenizer.is_special(id) && !is_tag {
+            return Ok(chunk);
+        }
+        let piece = self.decoder.push(id).map_err(|error| ApiError::internal(error.to_string()))?;
+        let step = self.stops.push(&piece);
+        chunk.deltas = self.parse(&step.text);
+        if step.stopped.is_some() {
+            return Ok(self.finished(chunk, FinishReason::Stop));
+        }
+        if self.one_call && self.parser.as_ref().is_some_and(|parser| parser.n_calls() > 0) {
+            chunk.finish = Some(Finish::ToolCalls);
+        }
+        Ok(chunk)
+    }
+
+    fn end(&mut self, reason: FinishReason) -> Result<Chunk, ApiError> {
+        let mut chunk = Chunk::default();
+        let rest = self.decoder.flush().map_err(|error| ApiError::internal(error.to_string()))?;
+        let step = self.stops.push(&rest);
+        chunk.deltas = self.parse(&step.text);
+        let rest = self.stops.flush();
+        chunk.deltas.extend(self.parse(&rest));
+        Ok(self.finished(chunk, reason))
+    }
+
+    fn finished(&mut self, mut chunk: Chunk, reason: FinishReason) -> Chunk {
+        let mut n_calls = 0;
+        if let Some(parser) = &mut self.parser {
+            chunk.deltas.extend(parser.finish(reason == FinishReason::Length));
+            n_calls = parser.n_calls();
+        }
+        chunk.finish = Some(match (reason, self.stops.stopped()) {
+            (FinishReason::Length, _) => Finish::Length,
+            (FinishReason::Stop, _) if n_calls > 0 => Finish::ToolCalls,
+            (FinishReason::Stop, Some(which)) => Finish::StopSequence(self.stops.text(which).to_owned()),
+            (FinishReason::Stop, None) => Finish::Stop,
+        });
+        chunk
+    }
+
+    fn parse(&mut self, text: &str) -> Vec<Delta> {
+        match &mut self.parser {
+            Some(parser) => {
+                let deltas = parser.push(text);
+                self.in_reasoning = parser.in_reasoning();
+                deltas
+            }
+            None if text.is_empty() => vec![],
+            None => vec![Delta::Content(text.to_owned())],
+        }
+    }
+
+    fn logprobs(&self, id: u32, logprobs: &Logprobs) -> TokenLogprob {
+        let name = |id: u32| {
+            let bytes = self.app.tokenizer.token_bytes(id).unwrap_or_default();
+            (String::from_utf8_lossy(&bytes).into_owned(), bytes)
+        };
+        let (token, bytes) = name(id);
+        let top_logprobs = logprobs.top.iter().map(|(id, logprob)| {
+            let (token, bytes) = name(*id);
+            // JSON has no infinity.
+            TopLogprob { token, logprob: logprob.max(-9999.0), bytes }
+        });
+        TokenLogprob { token, logprob: logprobs.chosen.max(-9999.0), bytes, top_logprobs: top_logprobs.collect() }
+    }
+}
+
+/// A whole answer.
+#[derive(Debug, Default)]
+pub(crate) struct Answer {
+    pub(crate) reasoning: String,
+    pub(crate) content: String,
+    /// Name and arguments.
+    pub(crate) calls: Vec<(String, String)>,
+    pub(crate) logprobs: Vec<TokenLogprob>,
+    pub(crate) finish: Option<Finish>,
+    pub(crate) usage: Usage,
+}
+
+impl Answer {
+    /// Waits for the end of an answer.
+    pub(crate) async fn of(mut generation: Generation) -> Result<Answer, ApiError> {
+        let mut answer = Answer::default();
+        while let Some(chunk) = generation.next().await {
+            let chunk = chunk?;
+            for delta in chunk.deltas {
+                match delta {
+                    Delta::Reasoning(text) => answer.reasoning.push_str(&text),
+                    Delta::Content(text) => answer.content.push_str(&text),
+                    Delta::Call { name } => answer.calls.push((name, String::new())),
+                    Delta::Arguments(json) => {
+                        if let Some((_, arguments)) = answer.calls.last_mut() {
+                            arguments.push_str(&json);
+                        }
+                    }
+                    Delta::EndCall => {}
+                }
+            }
+            answer.logprobs.extend(chunk.logprobs);
+            answer.finish = chunk.finish.or(answer.finish);
+        }
+        answer.usage = generation.usage();
+        Ok(answer)
+    }
+
+    /// All answers to a request, and their tokens together.
+    pub(crate) async fn all(generations: Vec<Generation>) -> Result<(Vec<Answer>, Usage), ApiError> {
+        let mut answers = vec![];
+        for generation in generations {
+            answers.push(Answer::of(generation).await?);
+        }
+        let usage = total(answers.iter().map(|a| a.usage));
+        Ok((answers, usage))
+    }
+
+    /// OpenAI's word for the end.
+    pub(crate) fn finish_name(&self) -> &'static str {
+        self.finish.as_ref().map_or("stop", Finish::name)
+    }
+}
+
+/// Tokens of several answers to one prompt.
+pub(crate) fn total(usages: impl Iterator<Item = Usage>) -> Usage {
+    usages.fold(Usage::default(), |sum, usage| {
+        let cached = sum.prompt_tokens_details.cached_tokens.max(usage.prompt_tokens_details.cached_tokens);
+        let reasoning =
+            sum.completion_tokens_details.reasoning_tokens + usage.completion_tokens_details.reasoning_tokens;
+        Usage::new(usage.prompt_tokens, sum.completion_tokens + usage.completion_tokens, cached, reasoning)
+    })
+}
+
+/// An id such as `chatcmpl-0123456789abcdef01234567`.
+pub(crate) fn new_id(prefix: &str) -> String {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let random = || RandomState::new().build_hasher().finish();
+    format!("{prefix}{:016x}{:08x}", random(), random() as u32)
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
