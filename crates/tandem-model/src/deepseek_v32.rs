@@ -120,15 +120,18 @@ impl<B: Backend> Model<B> for DeepseekV32<B> {
         let n = shape.n_rows;
         let eps = self.dims.rms_norm_eps;
         b.embed(&self.embed_tokens, batch, &mut self.scratch.hidden);
-        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+        for (l, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             let s = &mut self.scratch;
-            b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
+            if l == 0 {
+                b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
+            } else {
+                b.add_rms_norm(&mut s.hidden, &s.block, &layer.input_layernorm, eps, n, &mut s.normed);
+            }
             layer.attention.forward(b, &self.dims, batch, shape, cache, s);
-            b.add(&mut s.hidden, &s.block, n);
-            b.rms_norm(&s.hidden, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
             layer.mlp.forward(b, &self.dims, n, s);
-            b.add(&mut s.hidden, &s.block, n);
         }
+        b.add(&mut self.scratch.hidden, &self.scratch.block, n);
         if shape.n_logits > 0 {
             let s = &mut self.scratch;
             b.gather_logits_rows(&s.hidden, batch, &mut s.last);

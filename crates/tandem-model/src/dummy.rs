@@ -47,15 +47,25 @@ impl Recipe {
     }
 }
 
+/// Whether the matrices of a stack differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stacks {
+    /// Each has random bits of its own, as a processor's caches could tell.
+    Distinct,
+    /// All share the first one's: for devices that copy them.
+    Repeated,
+}
+
 /// The weights of a configuration, filled with random bits when asked for.
 pub struct DummyWeights {
     list: Vec<Weight>,
     table: WeightTable,
+    stacks: Stacks,
 }
 
 impl DummyWeights {
     /// Plans every weight; no memory is taken yet.
-    pub fn new(config: &ModelConfig, recipe: Recipe) -> DummyWeights {
+    pub fn new(config: &ModelConfig, recipe: Recipe, stacks: Stacks) -> DummyWeights {
         let list: Vec<Weight> = weight_specs(config)
             .into_iter()
             .map(|spec| {
@@ -63,7 +73,7 @@ impl DummyWeights {
                 Weight::nowhere(spec, dtype)
             })
             .collect();
-        DummyWeights { table: WeightTable::new(list.clone()), list }
+        DummyWeights { table: WeightTable::new(list.clone()), list, stacks }
     }
 
     /// Every weight, for accounting.
@@ -75,7 +85,8 @@ impl DummyWeights {
 impl WeightSource for DummyWeights {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
         let weight = self.table.get(module, "weight")?;
-        let (stack, rows, cols) = weight.spec.dims();
+        let (n, rows, cols) = weight.spec.dims();
+        let stack = if self.stacks == Stacks::Repeated { 1 } else { n };
         // Products keep the size of their input when elements have variance 1 / cols; an embedding is not a product.
         let fan_in = if weight.spec.kind == ModuleKind::Embed { 1.0 } else { cols as f32 };
         let dtype = weight.dtype;
@@ -109,6 +120,9 @@ impl WeightSource for DummyWeights {
             DType::Mxfp8 | DType::Nvfp4 | DType::Fp8Block => unreachable!("no recipe has {dtype}"),
         }
         whole.weight = elements.into();
+        if self.stacks == Stacks::Repeated {
+            return Ok(MatrixData { name: module.to_string(), dtype, rows, cols, parts: vec![whole; n] });
+        }
         Ok(weight.matrix_of(&whole))
     }
 
@@ -202,9 +216,14 @@ mod tests {
         ] {
             let spec = WeightSpec::matrix("m", &[3, 40, cols], ModuleKind::RoutedExperts, Form::Experts);
             let weight = Weight::nowhere(spec, dtype);
-            let dummy = DummyWeights { list: vec![], table: WeightTable::new(vec![weight]) };
+            let table = WeightTable::new(vec![weight]);
+            let mut dummy = DummyWeights { list: vec![], table, stacks: Stacks::Repeated };
+            let data = dummy.matrix("m").expect("made up");
+            assert_eq!(data.view(0).dequantize(), data.view(2).dequantize());
+            dummy.stacks = Stacks::Distinct;
             let data = dummy.matrix("m").expect("made up");
             assert_eq!(data.parts.len(), 3);
+            assert_ne!(data.view(0).dequantize(), data.view(2).dequantize());
             let values: Vec<f32> = (0..3).flat_map(|part| data.view(part).dequantize()).collect();
             assert!(values.iter().all(|v| v.is_finite()), "{dtype}");
             let rms = (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt() * (cols as f32).sqrt();

@@ -15,7 +15,7 @@ use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
 pub use accounting::{Accounting, KindShare};
 pub use deepseek_v32::DeepseekV32;
-pub use dummy::{DummyWeights, Recipe};
+pub use dummy::{DummyWeights, Recipe, Stacks};
 pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
 

@@ -95,8 +95,7 @@ impl<B: Backend> Model<B> for Llama<B> {
             b.gqa_attention(&s.q_rotated, n_heads, n_kv_heads, softmax_scale, batch, keys, values, &mut s.attended);
             b.linear(&s.attended, n, &mut [(&layer.o_proj.weight, &mut s.block)]);
             layer.o_proj.add_bias(b, &mut s.block, n);
-            b.add(&mut s.hidden, &s.block, n);
-            b.rms_norm(&s.hidden, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
             b.mlp(&s.normed, &layer.mlp, n, &mut s.block);
             b.add(&mut s.hidden, &s.block, n);
         }

@@ -66,6 +66,8 @@ pub(crate) enum ActivationsArg {
 pub(crate) enum BackendArg {
     /// This machine's processor.
     Cpu,
+    /// An NVIDIA GPU (Hopper or later).
+    Cuda,
     /// The best device found.
     Auto,
 }

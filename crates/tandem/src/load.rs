@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tandem_core::Backend;
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{BlockManager, Engine, ModelRunner};
-use tandem_model::{Accounting, CheckpointWeights, Limits};
+use tandem_engine::{BlockManager, Engine, ModelRunner, Runner};
+use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
-use crate::cli::{ActivationsArg, ModelArgs};
+use crate::cli::{ActivationsArg, BackendArg, ModelArgs};
 
 /// The model that ships with the project.
 const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
@@ -59,15 +60,88 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
     let max_rows = args.prefill_chunk.clamp(1, context);
     let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
 
-    let (backend, numerics) = cpu_backend(args.threads, args.activations);
-    let bar = progress_bar(accounting.total(|k| k.resident_bytes));
-    let source = CheckpointWeights::new(&checkpoint, weights);
-    let model = tandem_model::load_from(&backend, &config, &source, limits, &mut |bytes| bar.inc(bytes as u64))?;
-    bar.finish_and_clear();
     let blocks = BlockManager::for_tokens(context);
-    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
-    let engine = Engine::new(Box::new(runner), blocks, context, config.max_position_embeddings);
+    let source = CheckpointWeights::new(&checkpoint, weights);
+    let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
+    let resident = accounting.total(|k| k.resident_bytes);
+    let (runner, numerics): (Box<dyn Runner>, _) = match choose(args.backend, args.activations)? {
+        Device::Cpu => {
+            let (backend, numerics) = cpu_backend(args.threads, args.activations);
+            (Box::new(runner(backend, &source, shape, resident)?), numerics)
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda => {
+            let backend = cuda_backend(args.activations)?;
+            crate::cuda::check_memory(&backend, shape, resident)?;
+            let numerics = backend.numerics().name();
+            (Box::new(runner(backend, &source, shape, resident)?), numerics)
+        }
+    };
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
+}
+
+/// What a runner is made for.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape<'a> {
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) limits: Limits,
+    /// Tokens in the cache.
+    pub(crate) n_slots: usize,
+}
+
+/// Loads a model onto a backend, with a progress bar up to `resident` bytes.
+pub(crate) fn runner<B: Backend + 'static>(
+    backend: B,
+    source: &dyn WeightSource,
+    shape: Shape<'_>,
+    resident: u64,
+) -> anyhow::Result<ModelRunner<B>> {
+    let Shape { config, limits, n_slots } = shape;
+    let bar = progress_bar(resident);
+    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| bar.inc(bytes as u64))?;
+    bar.finish_and_clear();
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
+    runner.sync()?;
+    Ok(runner)
+}
+
+/// Where a model runs.
+pub(crate) enum Device {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+/// The device that `--backend` asks for.
+pub(crate) fn choose(backend: BackendArg, activations: ActivationsArg) -> anyhow::Result<Device> {
+    match backend {
+        BackendArg::Cpu => Ok(Device::Cpu),
+        #[cfg(feature = "cuda")]
+        BackendArg::Cuda => Ok(Device::Cuda),
+        #[cfg(not(feature = "cuda"))]
+        BackendArg::Cuda => {
+            bail!("this tandem was built without CUDA; build it with --features cuda, or use --backend cpu")
+        }
+        #[cfg(feature = "cuda")]
+        BackendArg::Auto if activations != ActivationsArg::Int8 && tandem_cuda::device_present() => Ok(Device::Cuda),
+        BackendArg::Auto => {
+            let _ = activations;
+            Ok(Device::Cpu)
+        }
+    }
+}
+
+/// The first GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_backend(activations: ActivationsArg) -> anyhow::Result<tandem_cuda::CudaBackend> {
+    use tandem_cuda::{CudaBackend, Numerics, Options};
+    let numerics = match activations {
+        ActivationsArg::F32 => Numerics::F32,
+        ActivationsArg::Bf16 | ActivationsArg::Auto => Numerics::Bf16,
+        ActivationsArg::Int8 => bail!("--activations int8 is for --backend cpu; on a GPU use bf16 or f32"),
+    };
+    Ok(CudaBackend::new(Options::new(numerics))?)
 }
 
 /// The processor as a backend, and the name of the activations' numerics.

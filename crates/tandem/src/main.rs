@@ -2,6 +2,8 @@
 
 mod bench;
 mod cli;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod eval;
 mod inspect;
 mod load;

@@ -5,6 +5,7 @@
 //! exactly the context asked for.
 
 mod bytes_read;
+mod device;
 mod model;
 mod plot;
 
@@ -14,17 +15,13 @@ use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::Batch;
 use tandem_core::backend::PAGE_SIZE;
-use tandem_cpu::Pool;
-use tandem_cpu::bandwidth::measure_read_bandwidth;
-use tandem_engine::{Operation, Profile, Runner};
+use tandem_engine::{Operation, Profile};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
 use crate::report::{bytes, print_json};
 use bytes_read::BytesRead;
 use model::BenchModel;
 
-/// Read for the bandwidth.
-const BANDWIDTH_BYTES: usize = 1 << 30;
 /// Steps of the profiled run, at most.
 const PROFILED_STEPS: usize = 8;
 
@@ -44,7 +41,7 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     ensure!(args.steps >= 1, "--steps must be at least 1");
     let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
     let longest = contexts.iter().copied().max().unwrap_or(0);
-    let bandwidth_before = bandwidth(args.model.threads);
+    let bandwidth_before = device::bandwidth_before(&args.model)?;
     let sequences = Sequences::new(args.batch, longest + 1);
     let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
     model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
@@ -56,7 +53,7 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
         points.push(point);
     }
     model.note_peak_memory();
-    let measured = bandwidth_before.max(bandwidth(args.model.threads));
+    let measured = bandwidth_before.max(model.runner.bandwidth());
 
     let mut report = model.describe();
     report.insert("command".into(), json!("decode"));
@@ -134,12 +131,12 @@ fn decode_point(
     }
     let times = (0..args.steps).map(|_| step(model)).collect::<anyhow::Result<Vec<f64>>>()?;
     let n_profiled = args.steps.min(PROFILED_STEPS);
-    model.runner.backend().start();
+    model.runner.start();
     let mut profiled_ms = 0.0;
     for _ in 0..n_profiled {
         profiled_ms += step(model)?;
     }
-    let profile = model.runner.backend().stop();
+    let profile = model.runner.stop();
     let ms = Spread::of(times);
     Ok(DecodePoint {
         context,
@@ -200,7 +197,7 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
     let chunk = args.prefill_chunk.min(args.prompt_tokens);
     let length = args.context + args.prompt_tokens;
-    let measured = bandwidth(args.model.threads);
+    let before = device::bandwidth_before(&args.model)?;
     let sequences = Sequences::new(1, length);
     let mut model = BenchModel::load(&args.model, chunk, 1, length, sequences.n_slots())?;
     model.fill_cache(args.context)?;
@@ -229,11 +226,12 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
         times.push(prompt(&mut model, &mut chunk_times)?);
         eprintln!("prompt {} of {}: {:.1} ms", step + 1, args.steps, times[step]);
     }
-    model.runner.backend().start();
+    model.runner.start();
     let profiled_ms = prompt(&mut model, &mut vec![])?;
-    let breakdown = Breakdown::new(&model.runner.backend().stop(), profiled_ms, 1);
+    let breakdown = Breakdown::new(&model.runner.stop(), profiled_ms, 1);
 
     model.note_peak_memory();
+    let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
     let ms = Spread::of(times);
     let chunk_ms = Spread::of(chunk_times);
     let tokens_per_second = args.prompt_tokens as f64 * 1e3 / ms.median;
@@ -276,14 +274,6 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     println!("  {tokens_per_second:.1} tokens/s, {gflop_per_s:.1} GFLOP/s (2 per active weight and token)");
     breakdown.print();
     Ok(())
-}
-
-/// Bytes per second, with as many threads as the model gets.
-fn bandwidth(threads: Option<usize>) -> f64 {
-    let pool = Pool::new(model::n_threads(threads));
-    let bandwidth = measure_read_bandwidth(&pool, BANDWIDTH_BYTES);
-    eprintln!("read bandwidth with {} threads: {:.2} GB/s", pool.n_threads(), bandwidth / 1e9);
-    bandwidth
 }
 
 /// Sequences with consecutive pages.

@@ -1,6 +1,5 @@
 //! The model that a benchmark runs: from a checkpoint, or of a preset's shapes with random weights.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -8,14 +7,14 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Checkpoint, ModelConfig};
-use tandem_cpu::system::{default_threads, peak_memory_bytes};
-use tandem_cpu::{CpuBackend, CpuIndices};
-use tandem_engine::{ModelRunner, Profiled};
-use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Recipe, WeightSource};
+use tandem_cpu::system::default_threads;
+use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Recipe, Stacks, WeightSource};
 
 use crate::cli::{BenchModelArgs, LoadFormatArg, QuantArg};
-use crate::load::{cpu_backend, model_dir, progress_bar};
+use crate::load::{Device, Shape, choose, model_dir};
 use crate::report::{bytes, count};
+
+use super::device::{self, BenchRunner};
 
 /// Shapes of published models, from their config.json.
 const PRESETS: [(&str, &str); 3] = [
@@ -28,7 +27,7 @@ const PRESETS: [(&str, &str); 3] = [
 pub(super) struct BenchModel {
     pub(super) config: ModelConfig,
     pub(super) accounting: Accounting,
-    pub(super) runner: ModelRunner<Profiled<CpuBackend>>,
+    pub(super) runner: Box<dyn BenchRunner>,
     /// Parameters of the index queries, which short contexts do not need.
     pub(super) index_query_parameters: u64,
     /// One line that names model, formats and numerics.
@@ -67,8 +66,6 @@ impl BenchModel {
                 "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
             );
         }
-        let (backend, numerics) = cpu_backend(args.threads, args.activations);
-        let backend = Profiled::new(backend, count_distinct);
         let limits = Limits { max_rows, max_logits_rows };
         let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };
         let (name, config) = match &dir {
@@ -90,7 +87,12 @@ impl BenchModel {
                 (weights.clone(), Box::new(CheckpointWeights::new(checkpoint, weights)))
             }
             None => {
-                let made_up = DummyWeights::new(&config, recipe(args.quant));
+                let stacks = match choose(args.backend, args.activations)? {
+                    Device::Cpu => Stacks::Distinct,
+                    #[cfg(feature = "cuda")]
+                    Device::Cuda => Stacks::Repeated,
+                };
+                let made_up = DummyWeights::new(&config, recipe(args.quant), stacks);
                 (made_up.weights().to_vec(), Box::new(made_up))
             }
         };
@@ -102,10 +104,8 @@ impl BenchModel {
             .sum();
         let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
-        let bar = progress_bar(resident_bytes);
-        let model = tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
-        bar.finish_and_clear();
-        let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
+        let shape = Shape { config: &config, limits, n_slots };
+        let (runner, numerics) = device::load(args, &*source, shape, resident_bytes)?;
         let quant = dummy.then(|| recipe(args.quant).name());
         let title = format!(
             "{name}, {} layers, {}, activations {numerics}",
@@ -131,7 +131,7 @@ impl BenchModel {
     /// Puts random vectors into the first `n_slots` slots of the cache.
     pub(super) fn fill_cache(&mut self, n_slots: usize) -> anyhow::Result<()> {
         let start = Instant::now();
-        self.runner.fill_cache_random(&self.config, n_slots, 1)?;
+        self.runner.fill_cache(&self.config, n_slots)?;
         eprintln!("cache filled with {n_slots} random vectors per layer in {:.1} s", start.elapsed().as_secs_f64());
         Ok(())
     }
@@ -139,12 +139,11 @@ impl BenchModel {
     /// Records the peak so far: measuring bandwidth beside the loaded model would add its buffer. (The buffer of the
     /// first measurement is gone before the model is loaded, but it shows in the peak of models smaller than it.)
     pub(super) fn note_peak_memory(&mut self) {
-        self.peak_memory_bytes = peak_memory_bytes();
+        self.peak_memory_bytes = self.runner.peak_memory_bytes();
     }
 
     /// What was measured, for JSON.
     pub(super) fn describe(&self) -> Map<String, Value> {
-        let cpu = self.runner.backend().inner();
         let moe_layers = (0..self.config.num_hidden_layers).filter(|l| self.config.is_sparse(*l)).count();
         let value = json!({
             "tandem_version": env!("CARGO_PKG_VERSION"),
@@ -157,21 +156,17 @@ impl BenchModel {
             "resident_bytes": self.resident_bytes,
             "active_parameters": self.accounting.total(|k| k.active_parameters),
             "numerics": self.numerics,
-            "threads": cpu.n_threads(),
-            "isa": cpu.isa().to_string(),
             "load_seconds": self.load_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         });
-        match value {
-            Value::Object(map) => map,
-            _ => Map::new(),
-        }
+        let Value::Object(mut map) = value else { return Map::new() };
+        map.extend(self.runner.describe());
+        map
     }
 
     /// The same for people.
     pub(super) fn print(&self) {
-        let cpu = self.runner.backend().inner();
-        println!("{}; {} threads, {}", self.title, cpu.n_threads(), cpu.isa());
+        println!("{}; {}", self.title, self.runner.name());
         println!(
             "{} parameters active per token, weights {}, peak memory {}",
             count(self.accounting.total(|k| k.active_parameters)),
@@ -187,11 +182,6 @@ fn recipe(quant: QuantArg) -> Recipe {
         QuantArg::Affine4 => Recipe::Affine4,
         QuantArg::Affine8 => Recipe::Affine8,
     }
-}
-
-/// Different experts in the first rows.
-fn count_distinct(ids: &CpuIndices, n_rows: usize) -> usize {
-    (0..n_rows).flat_map(|row| ids.row(row)).collect::<HashSet<_>>().len()
 }
 
 /// A model directory's own name.
@@ -243,7 +233,7 @@ mod tests {
     fn presets_are_valid() {
         for (name, text) in PRESETS {
             let config = ModelConfig::parse(text).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let weights = DummyWeights::new(&config, Recipe::Mxfp4Q8);
+            let weights = DummyWeights::new(&config, Recipe::Mxfp4Q8, Stacks::Distinct);
             let active = Accounting::new(weights.weights(), &config).total(|k| k.active_parameters);
             let billions = match name {
                 "glm-5.1" => 40.0..42.0,

@@ -1,0 +1,95 @@
+// The choice of experts (DeepSeek-V3's noaux_tc): sigmoid scores plus bias pick groups and experts, scores alone weigh.
+// One warp a row; at most 512 experts in at most 32 groups. Ties go to the lower index.
+
+struct RouterArgs {
+    const float* logits;     // [n, n_experts]
+    const float* bias;       // [n_experts]
+    int* ids;                // [n, top_k]
+    float* weights;          // [n, top_k]
+    u32 n_experts, top_k, n_group, topk_group, normalize;
+    float scale;
+};
+
+// Lane and value of the largest (value, then lowest index).
+DI void best_of_warp(float& value, u32& index) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) {
+        float v = __shfl_xor_sync(FULL, value, d);
+        u32 i = __shfl_xor_sync(FULL, index, d);
+        if (v > value || (v == value && i < index)) {
+            value = v;
+            index = i;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_constant__ RouterArgs args) {
+    const float none = -__int_as_float(0x7f800000);
+    __shared__ float scores[512], choice[512];
+    let_next_start();
+    wait_for_previous();
+    u32 lane = threadIdx.x, n = args.n_experts;
+    const float* logits = args.logits + u64(blockIdx.x) * n;
+    for (u32 e = lane; e < n; e += 32) {
+        float s = 1.0f / (1.0f + expf(-logits[e]));
+        scores[e] = s;
+        choice[e] = s + args.bias[e];
+    }
+    __syncwarp();
+    if (args.n_group > 1) {
+        u32 size = n / args.n_group;
+        float group = none;
+        if (lane < args.n_group) {
+            float first = none, second = none;
+            for (u32 e = lane * size; e < (lane + 1) * size; e++) {
+                float v = choice[e];
+                if (v > first) {
+                    second = first;
+                    first = v;
+                } else if (v > second) {
+                    second = v;
+                }
+            }
+            group = first + second;
+        }
+        u32 kept = 0;
+        for (u32 i = 0; i < args.topk_group; i++) {
+            float value = kept >> lane & 1 ? none : group;
+            u32 index = kept >> lane & 1 ? 64 + lane : lane;
+            best_of_warp(value, index);
+            kept |= 1u << (index & 31);
+        }
+        for (u32 e = lane; e < size * args.n_group; e += 32)
+            if (!(kept >> (e / size) & 1)) choice[e] = none;
+        __syncwarp();
+    }
+    // Each lane keeps the best of its own experts at hand.
+    float sum = 0.0f, mine = 0.0f;
+    u32 my_id = 0;
+    for (u32 k = 0; k < args.top_k; k++) {
+        float value = none;
+        u32 index = 1u << 30;
+        for (u32 e = lane; e < n; e += 32) {
+            float v = choice[e];
+            if (v > value || (v == value && e < index)) {
+                value = v;
+                index = e;
+            }
+        }
+        best_of_warp(value, index);
+        index = min(index, n - 1);
+        float s = scores[index];
+        sum += s;
+        if (lane == k) {
+            mine = s;
+            my_id = index;
+        }
+        __syncwarp();
+        if (lane == 0) choice[index] = __int_as_float(0x7fc00000);
+        __syncwarp();
+    }
+    if (lane < args.top_k) {
+        args.ids[u64(blockIdx.x) * args.top_k + lane] = my_id;
+        args.weights[u64(blockIdx.x) * args.top_k + lane] = (args.normalize ? mine / (sum + 1e-20f) : mine) * args.scale;
+    }
+}
