@@ -84,6 +84,34 @@ DI u32 packed_place(u32 c) {
     return (c & ~7u) | ((j & 3) << 1) | (j >> 2);
 }
 
+// An integer that orders as the float does; both zeros are alike.
+DI u32 ordered(float value) {
+    u32 bits = __float_as_uint(value + 0.0f);
+    return bits ^ (u32(int(bits) >> 31) | 0x80000000u);
+}
+
+// Shared memory whose size the launch gives.
+extern __shared__ __align__(16) u8 dynamic_memory[];
+
+DI u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Copies to shared memory that the caller waits for.
+DI void copy16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+DI void copy8(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+DI void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N groups of copies are under way.
+template <int N>
+DI void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 DI float warp_sum(float v) {
 #pragma unroll
     for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(FULL, v, d);

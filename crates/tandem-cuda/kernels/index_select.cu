@@ -93,12 +93,6 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_mma(const __grid_
     }
 }
 
-// An integer that orders as the float does; both zeros are alike.
-DI u32 ordered(float value) {
-    u32 bits = __float_as_uint(value + 0.0f);
-    return bits ^ (u32(int(bits) >> 31) | 0x80000000u);
-}
-
 // Finds the bucket that holds the `wanted`-th highest of `counts[n]`, and how many are wanted of it. One warp.
 DI void find_bucket(const u32* counts, u32 n, u32 wanted, u32& bucket, u32& rest) {
     u32 lane = threadIdx.x & 31, each = n / 32, sum = 0;

@@ -24,6 +24,7 @@ DI void linear_f32(const LinearF32Args& args) {
     u32 part = args.ids ? u32(args.ids[token0]) : blockIdx.z;
     u32 x0 = args.x_offset + blockIdx.z * args.x_stride;
     float sums[TOKENS] = {};
+    bool vectors = ((args.x_pitch | x0) & 3) == 0;
     if (row < m.rows) {
         for (u32 k = (warp % split * 32 + lane) * 8; k < m.cols; k += 256 * split) {
             float w[8];
@@ -32,9 +33,13 @@ DI void linear_f32(const LinearF32Args& args) {
             for (int t = 0; t < TOKENS; t++) {
                 if (token0 + t >= args.n) break;
                 const float* x = args.x + u64((token0 + t) / args.x_divisor) * args.x_pitch + x0 + k;
-                if (k + 8 <= m.cols) {
+                if (vectors && k + 8 <= m.cols) {
+                    float4 low = *(const float4*)x, high = *(const float4*)(x + 4);
+                    sums[t] += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w;
+                    sums[t] += w[4] * high.x + w[5] * high.y + w[6] * high.z + w[7] * high.w;
+                } else if (k + 8 <= m.cols) {
 #pragma unroll
-                    for (int i = 0; i < 8; i++) sums[t] += w[i] * x[i];
+                    for (int i = 0; i < 8; i += 4) sums[t] += w[i] * x[i] + w[i + 1] * x[i + 1] + w[i + 2] * x[i + 2] + w[i + 3] * x[i + 3];
                 } else {
                     for (int i = 0; i < 8; i++)
                         if (k + i < m.cols) sums[t] += w[i] * x[i];
@@ -58,4 +63,4 @@ DI void linear_f32(const LinearF32Args& args) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) linear_f32_1(const __grid_constant__ LinearF32Args args) { linear_f32<1>(args); }
-extern "C" __global__ void __launch_bounds__(256) linear_f32_4(const __grid_constant__ LinearF32Args args) { linear_f32<4>(args); }
+extern "C" __global__ void __launch_bounds__(256) linear_f32_8(const __grid_constant__ LinearF32Args args) { linear_f32<8>(args); }

@@ -47,6 +47,6 @@ DI void linear_mma(const LinearArgs& args) {
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) linear_mma_1(const __grid_constant__ LinearArgs args) { linear_mma<1>(args); }
+extern "C" __global__ void __launch_bounds__(256, 3) linear_mma_1(const __grid_constant__ LinearArgs args) { linear_mma<1>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) linear_mma_2(const __grid_constant__ LinearArgs args) { linear_mma<2>(args); }
-extern "C" __global__ void __launch_bounds__(256, 1) linear_mma_4(const __grid_constant__ LinearArgs args) { linear_mma<4>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) linear_mma_4(const __grid_constant__ LinearArgs args) { linear_mma<4>(args); }

@@ -1,7 +1,7 @@
 // Absorbed MLA over bf16 latents on the tensor cores: a block is one row, 16 heads and a span of attended positions.
 // With several spans each block leaves an unnormalised share, which mla_merge adds up; one span stores the result.
 
-#define MLA_TILE 32          // positions in shared memory at once
+#define MLA_TILE 64          // positions in shared memory at once
 #define MLA_MAX_WIDTH 576
 #define MLA_MAX_LATENT 512
 
@@ -19,8 +19,6 @@ struct MlaArgs {
     float scale;
 };
 
-DI u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
 DI void ldmatrix4(u32 (&r)[4], const void* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -37,17 +35,12 @@ DI void ldmatrix4_trans(u32 (&r)[4], const void* p) {
                  : "r"(shared_address(p)));
 }
 
-DI void copy16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
-}
-
-DI void copies_done() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
-
-extern "C" __global__ void __launch_bounds__(128) mla_attention(const __grid_constant__ MlaArgs args) {
-    extern __shared__ __align__(16) u16 memory[];
+extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_constant__ MlaArgs args) {
+    u16* memory = (u16*)dynamic_memory;
     __shared__ float scores[16][MLA_TILE + 1];
     __shared__ __align__(16) u16 weights[16][MLA_TILE + 8];
     __shared__ float maxima[16], sums[16], rescale[16];
+    __shared__ u32 slots[MLA_TILE];
     u32 pitch = args.width + 8;
     u16* q = memory;                     // [16, pitch]
     u16* keys = memory + 16 * pitch;     // [MLA_TILE, pitch]
@@ -60,37 +53,52 @@ extern "C" __global__ void __launch_bounds__(128) mla_attention(const __grid_con
     u32 begin = blockIdx.x * args.span, end = min(begin + args.span, n);
     if (begin >= n) return;
     u32 heads = min(16u, args.n_heads - head0);
-    const float* from = args.q + (u64(r) * args.n_heads + head0) * args.width;
-    for (u32 i = threadIdx.x; i < 16 * args.width / 2; i += 128) {
-        u32 h = 2 * i / args.width, c = 2 * i % args.width;
-        *(u32*)(q + h * pitch + c) = h < heads ? pack_bf16(from[h * args.width + c], from[h * args.width + c + 1]) : 0;
-    }
     if (threadIdx.x < 16) {
         maxima[threadIdx.x] = -__int_as_float(0x7f800000);
         sums[threadIdx.x] = 0.0f;
     }
-    // Columns of the result: warp w has latent / 4 of them, at most 16 tiles of 8.
-    u32 columns = args.latent / 4, column0 = warp * columns;
-    float acc[16][4];
+    // Columns of the result: warp w has tiles w, w + 8, .. of 8.
+    u32 n_tiles = args.latent / 8;
+    float acc[8][4];
 #pragma unroll
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 8; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) acc[i][j] = 0.0f;
 
     for (u32 first = begin; first < end; first += MLA_TILE) {
         u32 count = min(u32(MLA_TILE), end - first);
-        u32 chunks = args.width / 8;
-        for (u32 i = threadIdx.x; i < MLA_TILE * chunks; i += 128) {
-            u32 p = i / chunks, c = i % chunks;
-            u16* to = keys + p * pitch + c * 8;
-            if (p < count) {
-                u32 position = args.selected ? u32(args.selected[u64(r) * args.n_selected + first + p]) : first + p;
-                copy16(to, args.cache + u64(args.pages.slot(sequence, position)) * args.width + c * 8);
-            } else {
-                *(uint4*)to = make_uint4(0, 0, 0, 0);
+        if (threadIdx.x < MLA_TILE) {
+            u32 p = first + threadIdx.x;
+            if (threadIdx.x < count) {
+                if (args.selected) p = args.selected[u64(r) * args.n_selected + p];
+                slots[threadIdx.x] = args.pages.slot(sequence, p);
             }
         }
-        copies_done();
+        __syncthreads();
+        for (u32 p = warp; p < MLA_TILE; p += 8) {
+            u16* to = keys + p * pitch;
+            if (p < count) {
+                const u16* from = args.cache + u64(slots[p]) * args.width;
+                for (u32 c = lane * 8; c < args.width; c += 256) copy16(to + c, from + c);
+            } else {
+                for (u32 c = lane * 8; c < args.width; c += 256) *(uint4*)(to + c) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        if (first == begin) {
+            for (u32 h = warp; h < 16; h += 8) {
+                const float* from = args.q + (u64(r) * args.n_heads + head0 + h) * args.width;
+                for (u32 c = lane * 4; c < args.width; c += 128) {
+                    uint2 v = make_uint2(0, 0);
+                    if (h < heads) {
+                        float4 f = *(const float4*)(from + c);
+                        v = make_uint2(pack_bf16(f.x, f.y), pack_bf16(f.z, f.w));
+                    }
+                    *(uint2*)(q + h * pitch + c) = v;
+                }
+            }
+        }
+        commit_copies();
+        wait_copies<0>();
         __syncthreads();
         // Scores: warp w has positions 8w .. 8w + 7.
         float s[4] = {}, s2[4] = {};
@@ -108,39 +116,45 @@ extern "C" __global__ void __launch_bounds__(128) mla_attention(const __grid_con
 #pragma unroll
         for (int i = 0; i < 4; i++) scores[g + 8 * (i >> 1)][warp * 8 + 2 * t + (i & 1)] = (s[i] + s2[i]) * args.scale;
         __syncthreads();
-        // Softmax: warp w has heads 4w .. 4w + 3, a lane a position.
+        // Softmax: warp w has heads 2w and 2w + 1, a lane two positions.
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 h = warp * 4 + i;
-            float score = lane < count ? scores[h][lane] : -__int_as_float(0x7f800000);
-            float old = maxima[h], higher = fmaxf(old, warp_max(score));
-            float weight = __expf(score - higher);
-            float sum = warp_sum(weight);
-            weights[h][lane] = to_bf16(weight);
+        for (int i = 0; i < 2; i++) {
+            u32 h = warp * 2 + i;
+            float low = lane < count ? scores[h][lane] : -__int_as_float(0x7f800000);
+            float high = lane + 32 < count ? scores[h][lane + 32] : -__int_as_float(0x7f800000);
+            float old = maxima[h], higher = fmaxf(old, warp_max(fmaxf(low, high)));
+            float w0 = __expf(low - higher), w1 = __expf(high - higher);
+            float sum = warp_sum(w0 + w1);
+            weights[h][lane] = to_bf16(w0);
+            weights[h][lane + 32] = to_bf16(w1);
+            __syncwarp();
             if (lane == 0) {
                 float factor = __expf(old - higher);
                 maxima[h] = higher;
                 sums[h] = sums[h] * factor + sum;
                 rescale[h] = factor;
             }
-            __syncwarp();
         }
         __syncthreads();
         float low = rescale[g], high = rescale[g + 8];
-        u32 w0[4], w1[4];
-        ldmatrix4(w0, &weights[lane & 15][(lane >> 4) * 8]);
-        ldmatrix4(w1, &weights[lane & 15][16 + (lane >> 4) * 8]);
+        u32 w[4][4];
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            if (i * 8 < columns) {
+        for (int j = 0; j < 4; j++) ldmatrix4(w[j], &weights[lane & 15][j * 16 + (lane >> 4) * 8]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 tile = i * 8 + warp;
+            if (tile < n_tiles) {
                 acc[i][0] *= low;
                 acc[i][1] *= low;
                 acc[i][2] *= high;
                 acc[i][3] *= high;
                 u32 b[4];
-                ldmatrix4_trans(b, keys + lane * pitch + column0 + i * 8);
-                mma(acc[i], w0[0], w0[1], w0[2], w0[3], b[0], b[1]);
-                mma(acc[i], w1[0], w1[1], w1[2], w1[3], b[2], b[3]);
+                ldmatrix4_trans(b, keys + lane * pitch + tile * 8);
+                mma(acc[i], w[0][0], w[0][1], w[0][2], w[0][3], b[0], b[1]);
+                mma(acc[i], w[1][0], w[1][1], w[1][2], w[1][3], b[2], b[3]);
+                ldmatrix4_trans(b, keys + (32 + lane) * pitch + tile * 8);
+                mma(acc[i], w[2][0], w[2][1], w[2][2], w[2][3], b[0], b[1]);
+                mma(acc[i], w[3][0], w[3][1], w[3][2], w[3][3], b[2], b[3]);
             }
         }
         __syncthreads();
@@ -148,11 +162,11 @@ extern "C" __global__ void __launch_bounds__(128) mla_attention(const __grid_con
     bool whole = args.n_spans == 1;
     float inverse[2] = {whole ? 1.0f / sums[g] : 1.0f, whole ? 1.0f / sums[g + 8] : 1.0f};
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        if (i * 8 < columns) {
+    for (int i = 0; i < 8; i++) {
+        if (i * 8 + warp < n_tiles) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                u32 h = g + 8 * half, c = column0 + i * 8 + 2 * t;
+                u32 h = g + 8 * half, c = (i * 8 + warp) * 8 + 2 * t;
                 if (h >= heads) continue;
                 float2 v = make_float2(acc[i][2 * half] * inverse[half], acc[i][2 * half + 1] * inverse[half]);
                 if (whole) {

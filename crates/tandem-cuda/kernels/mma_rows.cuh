@@ -29,102 +29,120 @@ DI void decode_bytes(u32 first, u32 second, u32 (&p)[4]) {
     }
 }
 
-template <int NT>
-DI void mxfp4_rows(float (&acc)[NT][4], const u8* w0, const u8* w1, const u8* s0, const u8* s1, u32 begin, u32 end,
-                   const u16* x, const u32 (&column)[NT], u32 t, bool waited) {
-    for (u32 k = begin; k < end; k += 512) {
-        uint4 a[4], b[4];
+// Weights pass through shared memory, in which every lane has a ring of its own for what it alone loads and uses: copies
+// run ahead without holding registers, and nobody has to be waited for.
+#define RING 3
+
+// What one warp loads in one round: 128 bytes of each of its 16 rows, and their scales.
+struct Round {
+    uint4 a[2][32], b[2][32];
+    uint2 scales0[32], scales1[32];
+};
+
+// One lane's weights: rows w0 and w1 with their scales, the lane's quarter of columns begin .. end of each step.
+template <u32 FORMAT>
+struct RowLoader {
+    // Columns that a lane takes at once, of a step of all four, and of a round.
+    static constexpr u32 LANE = FORMAT == MXFP4 ? 32 : 16, STEP = 4 * LANE, ROUND = 2 * STEP;
+    const u8 *w0, *w1, *s0, *s1;
+    u32 end, t, lane;
+
+    DI void start(Round& round, u32 k) const {
+        if (k < end) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 kk = k + i * 128 + t * 32;
-            a[i] = b[i] = make_uint4(0, 0, 0, 0);
-            if (kk < end) {
-                a[i] = load_stream(w0 + kk / 2);
-                b[i] = load_stream(w1 + kk / 2);
-            }
-        }
-        uint4 sa = *(const uint4*)(s0 + k / 32), sb = *(const uint4*)(s1 + k / 32);
-        if (!waited) wait_for_previous();
-        waited = true;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 kk = k + i * 128 + t * 32;
-            u32 scale0 = ((word(sa, i) >> (8 * t) & 255) + 62 << 7) * 0x10001u;
-            u32 scale1 = ((word(sb, i) >> (8 * t) & 255) + 62 << 7) * 0x10001u;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 p[4], q[4];
-                decode_mxfp4(word(a[i], j), scale0, p);
-                decode_mxfp4(word(b[i], j), scale1, q);
-#pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    uint4 v = make_uint4(0, 0, 0, 0);
-                    if (column[n] != NO_COLUMN && kk < end) v = *(const uint4*)(x + column[n] + kk + j * 8);
-                    mma(acc[n], p[0], q[0], p[1], q[1], v.x, v.y);
-                    mma(acc[n], p[2], q[2], p[3], q[3], v.z, v.w);
+            for (int i = 0; i < 2; i++) {
+                u32 kk = k + i * STEP + t * LANE, byte = FORMAT == MXFP4 ? kk / 2 : kk;
+                if (kk < end) {
+                    copy16(&round.a[i][lane], w0 + byte);
+                    copy16(&round.b[i][lane], w1 + byte);
+                } else {
+                    round.a[i][lane] = round.b[i][lane] = make_uint4(0, 0, 0, 0);
                 }
             }
+            u32 byte = FORMAT == MXFP4 ? k / 32 : k / 16;
+            copy8(&round.scales0[lane], s0 + byte);
+            copy8(&round.scales1[lane], s1 + byte);
         }
+        commit_copies();
     }
-    if (!waited) wait_for_previous();
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) acc[n][r] *= MXFP4_FACTOR;
-}
+};
 
-// Affine codes of 8 bits in groups of 64 with bf16 scales and biases: scale * (q - 128) . x + (bias + 128 scale) * sum x,
-// the sum from an mma with ones.
-template <int NT>
-DI void affine8_rows(float (&acc)[NT][4], const u8* w0, const u8* w1, const u8* s0, const u8* s1, u32 begin, u32 end,
-                     const u16* x, const u32 (&column)[NT], u32 t, bool waited) {
+template <u32 FORMAT, int NT>
+DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* ring, u32 begin, const u16* x,
+                    const u32 (&column)[NT], bool waited) {
+    using Loader = RowLoader<FORMAT>;
     const u32 ones = 0x3f803f80u;
-    for (u32 k = begin; k < end; k += 256) {
-        uint4 a[4], b[4];
+    u32 end = rows.end, t = rows.t, lane = rows.lane;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 kk = k + i * 64 + t * 16;
-            a[i] = b[i] = make_uint4(0, 0, 0, 0);
-            if (kk < end) {
-                a[i] = load_stream(w0 + kk);
-                b[i] = load_stream(w1 + kk);
-            }
-        }
-        uint4 pa = *(const uint4*)(s0 + k / 16), pb = *(const uint4*)(s1 + k / 16);
-        if (!waited) wait_for_previous();
-        waited = true;
+    for (u32 r = 0; r < RING - 1; r++) rows.start(ring[r], begin + r * Loader::ROUND);
+    if (!waited) wait_for_previous();
+    u32 place = 0;
+    for (u32 k = begin; k < end; k += Loader::ROUND) {
+        wait_copies<RING - 2>();
+        const Round& round = ring[place];
+        uint4 a[2] = {round.a[0][lane], round.a[1][lane]}, b[2] = {round.b[0][lane], round.b[1][lane]};
+        uint2 sa = round.scales0[lane], sb = round.scales1[lane];
+        rows.start(ring[place == 0 ? RING - 1 : place - 1], k + (RING - 1) * Loader::ROUND);
+        place = place == RING - 1 ? 0 : place + 1;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 kk = k + i * 64 + t * 16;
-            float scale0 = __uint_as_float(word(pa, i) << 16), scale1 = __uint_as_float(word(pb, i) << 16);
-            float bias0 = __uint_as_float(word(pa, i) & 0xffff0000u) + 128.0f * scale0;
-            float bias1 = __uint_as_float(word(pb, i) & 0xffff0000u) + 128.0f * scale1;
-            u32 p[2][4], q[2][4];
+        for (int i = 0; i < 2; i++) {
+            u32 kk = k + i * Loader::STEP + t * Loader::LANE;
+            u32 raw0 = i ? sa.y : sa.x, raw1 = i ? sb.y : sb.x;
+            if constexpr (FORMAT == MXFP4) {
+                u32 scale0 = ((raw0 >> (8 * t) & 255) + 62 << 7) * 0x10001u;
+                u32 scale1 = ((raw1 >> (8 * t) & 255) + 62 << 7) * 0x10001u;
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                decode_bytes(word(a[i], 2 * j), word(a[i], 2 * j + 1), p[j]);
-                decode_bytes(word(b[i], 2 * j), word(b[i], 2 * j + 1), q[j]);
-            }
+                for (int j = 0; j < 4; j++) {
+                    u32 p[4], q[4];
+                    decode_mxfp4(word(a[i], j), scale0, p);
+                    decode_mxfp4(word(b[i], j), scale1, q);
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                float products[4] = {}, sums[4] = {};
+                    for (int n = 0; n < NT; n++) {
+                        uint4 v = make_uint4(0, 0, 0, 0);
+                        if (column[n] != NO_COLUMN && kk < end) v = *(const uint4*)(x + column[n] + kk + j * 8);
+                        mma(acc[n], p[0], q[0], p[1], q[1], v.x, v.y);
+                        mma(acc[n], p[2], q[2], p[3], q[3], v.z, v.w);
+                    }
+                }
+            } else {
+                // Codes of 8 bits in groups of 64 with bf16 scales and biases: scale * (q - 128) . x +
+                // (bias + 128 scale) * sum x, the sum from an mma with ones.
+                float scale0 = __uint_as_float(raw0 << 16), scale1 = __uint_as_float(raw1 << 16);
+                float bias0 = __uint_as_float(raw0 & 0xffff0000u) + 128.0f * scale0;
+                float bias1 = __uint_as_float(raw1 & 0xffff0000u) + 128.0f * scale1;
+                u32 p[2][4], q[2][4];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    uint4 v = make_uint4(0, 0, 0, 0);
-                    if (column[n] != NO_COLUMN && kk < end) v = *(const uint4*)(x + column[n] + kk + j * 8);
-                    mma(products, p[j][0], q[j][0], p[j][1], q[j][1], v.x, v.y);
-                    mma(products, p[j][2], q[j][2], p[j][3], q[j][3], v.z, v.w);
-                    mma(sums, ones, ones, ones, ones, v.x, v.y);
-                    mma(sums, ones, ones, ones, ones, v.z, v.w);
+                    decode_bytes(word(a[i], 2 * j), word(a[i], 2 * j + 1), p[j]);
+                    decode_bytes(word(b[i], 2 * j), word(b[i], 2 * j + 1), q[j]);
                 }
-                acc[n][0] += scale0 * products[0] + bias0 * sums[0];
-                acc[n][1] += scale0 * products[1] + bias0 * sums[1];
-                acc[n][2] += scale1 * products[2] + bias1 * sums[2];
-                acc[n][3] += scale1 * products[3] + bias1 * sums[3];
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    float products[4] = {}, sums[4] = {};
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        uint4 v = make_uint4(0, 0, 0, 0);
+                        if (column[n] != NO_COLUMN && kk < end) v = *(const uint4*)(x + column[n] + kk + j * 8);
+                        mma(products, p[j][0], q[j][0], p[j][1], q[j][1], v.x, v.y);
+                        mma(products, p[j][2], q[j][2], p[j][3], q[j][3], v.z, v.w);
+                        mma(sums, ones, ones, ones, ones, v.x, v.y);
+                        mma(sums, ones, ones, ones, ones, v.z, v.w);
+                    }
+                    acc[n][0] += scale0 * products[0] + bias0 * sums[0];
+                    acc[n][1] += scale0 * products[1] + bias0 * sums[1];
+                    acc[n][2] += scale1 * products[2] + bias1 * sums[2];
+                    acc[n][3] += scale1 * products[3] + bias1 * sums[3];
+                }
             }
         }
     }
-    if (!waited) wait_for_previous();
+    if constexpr (FORMAT == MXFP4) {
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) acc[n][r] *= MXFP4_FACTOR;
+    }
+    wait_copies<0>();
 }
 
 // Columns of one of `split` warps that share a row tile: whole units, the last possibly short.
@@ -153,10 +171,12 @@ DI void tile_rows(float (&acc)[NT][4], const Matrix& m0, u32 row0, const Matrix&
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int r = 0; r < 4; r++) acc[n][r] = 0.0f;
+    Round* ring = (Round*)dynamic_memory + (threadIdx.x >> 5) * RING;
     if (m0.format == MXFP4) {
-        mxfp4_rows<NT>(acc, w0, w1, s0, s1, begin, end, x, column, t, waited);
+        packed_rows<MXFP4, NT>(acc, RowLoader<MXFP4>{w0, w1, s0, s1, end, t, lane}, ring, begin, x, column, waited);
     } else {
-        affine8_rows<NT>(acc, w0, w1, s0, s1, begin, end, x, column, t, waited);
+        packed_rows<AFFINE_BF16, NT>(acc, RowLoader<AFFINE_BF16>{w0, w1, s0, s1, end, t, lane}, ring, begin, x, column,
+                                     waited);
     }
 }
 

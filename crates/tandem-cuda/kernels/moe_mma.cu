@@ -115,9 +115,9 @@ DI void moe_gate_up(const GateUpArgs& args) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) moe_gate_up_1(const __grid_constant__ GateUpArgs args) { moe_gate_up<1>(args); }
+extern "C" __global__ void __launch_bounds__(256, 3) moe_gate_up_1(const __grid_constant__ GateUpArgs args) { moe_gate_up<1>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) moe_gate_up_2(const __grid_constant__ GateUpArgs args) { moe_gate_up<2>(args); }
-extern "C" __global__ void __launch_bounds__(256, 1) moe_gate_up_4(const __grid_constant__ GateUpArgs args) { moe_gate_up<4>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) moe_gate_up_4(const __grid_constant__ GateUpArgs args) { moe_gate_up<4>(args); }
 
 struct DownArgs {
     Matrix down, shared_down;
@@ -165,6 +165,6 @@ DI void moe_down(const DownArgs& args) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) moe_down_1(const __grid_constant__ DownArgs args) { moe_down<1>(args); }
+extern "C" __global__ void __launch_bounds__(256, 3) moe_down_1(const __grid_constant__ DownArgs args) { moe_down<1>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) moe_down_2(const __grid_constant__ DownArgs args) { moe_down<2>(args); }
-extern "C" __global__ void __launch_bounds__(256, 1) moe_down_4(const __grid_constant__ DownArgs args) { moe_down<4>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) moe_down_4(const __grid_constant__ DownArgs args) { moe_down<4>(args); }

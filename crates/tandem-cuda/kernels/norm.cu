@@ -10,25 +10,48 @@ struct NormArgs {
     float eps;
 };
 
+// Elements that a thread keeps in registers; wider rows are read twice.
+#define NORM_KEPT 8
+
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ NormArgs args) {
     __shared__ float scratch[32];
     let_next_start();
     wait_for_previous();
     u64 r = blockIdx.x;
     float* x = args.x + r * args.x_pitch;
-    float squares = 0.0f;
-    for (u32 c = threadIdx.x; c < args.width; c += blockDim.x) {
+    const float* y = args.y + r * args.y_pitch;
+    float kept[NORM_KEPT], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_KEPT; i++) {
+        u32 c = i * blockDim.x + threadIdx.x;
+        kept[i] = 0.0f;
+        if (c < args.width) {
+            kept[i] = x[c];
+            if (args.y) {
+                kept[i] += y[c];
+                x[c] = kept[i];
+            }
+        }
+        squares += kept[i] * kept[i];
+    }
+    for (u32 c = NORM_KEPT * blockDim.x + threadIdx.x; c < args.width; c += blockDim.x) {
         float v = x[c];
         if (args.y) {
-            v += args.y[r * args.y_pitch + c];
+            v += y[c];
             x[c] = v;
         }
         squares += v * v;
     }
     float scale = 1.0f / sqrtf(block_sum(squares, scratch) / args.width + args.eps);
-    for (u32 c = threadIdx.x; c < args.width; c += blockDim.x) {
-        float v = x[c] * scale * args.weight[c];
+    auto store = [&](u32 c, float v) {
+        v = v * scale * args.weight[c];
         args.out[r * args.out_pitch + c] = v;
         if (args.packed) args.packed[r * args.packed_pitch + packed_place(c)] = to_bf16(v);
+    };
+#pragma unroll
+    for (int i = 0; i < NORM_KEPT; i++) {
+        u32 c = i * blockDim.x + threadIdx.x;
+        if (c < args.width) store(c, kept[i]);
     }
+    for (u32 c = NORM_KEPT * blockDim.x + threadIdx.x; c < args.width; c += blockDim.x) store(c, x[c]);
 }

@@ -41,22 +41,24 @@ struct RopeArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ RopeArgs args) {
+    __shared__ float cosines[128], sines[128];
     let_next_start();
+    u32 r = blockIdx.x, half = args.rope.half, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    // Positions come with the batch, before any kernel of the step.
+    if (threadIdx.x < half) angle(args.rope, threadIdx.x, args.positions[r], cosines[threadIdx.x], sines[threadIdx.x]);
     wait_for_previous();
-    u32 r = blockIdx.x, half = args.rope.half, position = args.positions[r];
-    const float* x = args.x + u64(r) * args.x_pitch + args.from.offset;
-    float* out = args.out + u64(r) * args.out_pitch + args.to.offset;
-    for (u32 i = threadIdx.x; i < args.from.n * half; i += 256) {
-        u32 h = i / half;
-        const float* from = x + h * args.from.stride;
-        float* to = out + h * args.to.stride;
-        rotate_pair(args.rope, i % half, position, [&](u32 e) { return from[e]; }, [&](u32 e, float v) { to[e] = v; });
+    __syncthreads();
+    u32 h = blockIdx.y * 8 + warp;
+    if (h >= args.from.n) return;
+    const float* from = args.x + u64(r) * args.x_pitch + args.from.offset + h * args.from.stride;
+    float* to = args.out + u64(r) * args.out_pitch + args.to.offset + h * args.to.stride;
+    for (u32 i = lane; i < half; i += 32) {
+        u32 a = args.rope.interleaved ? 2 * i : i, b = args.rope.interleaved ? 2 * i + 1 : i + half;
+        float x = from[a], y = from[b];
+        to[a] = x * cosines[i] - y * sines[i];
+        to[b] = y * cosines[i] + x * sines[i];
     }
-    u32 rest = args.from.width - 2 * half;
-    for (u32 i = threadIdx.x; i < args.from.n * rest; i += 256) {
-        u32 h = i / rest, e = 2 * half + i % rest;
-        out[h * args.to.stride + e] = x[h * args.from.stride + e];
-    }
+    for (u32 e = 2 * half + lane; e < args.from.width; e += 32) to[e] = from[e];
 }
 
 DI void store_element(float* p, float v) { *p = v; }

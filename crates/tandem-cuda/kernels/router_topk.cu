@@ -63,30 +63,34 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
             if (!(kept >> (e / size) & 1)) choice[e] = none;
         __syncwarp();
     }
-    // Each lane keeps the best of its own experts at hand.
+    // A lane has experts lane, lane + 32, ..; order-preserving integers, 0 for none and for those taken.
+    u32 keys[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        u32 e = i * 32 + lane;
+        keys[i] = e < n ? ordered(choice[e]) : 0;
+    }
     float sum = 0.0f, mine = 0.0f;
     u32 my_id = 0;
     for (u32 k = 0; k < args.top_k; k++) {
-        float value = none;
+        u32 best = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) best = max(best, keys[i]);
+        best = __reduce_max_sync(FULL, best);
         u32 index = 1u << 30;
-        for (u32 e = lane; e < n; e += 32) {
-            float v = choice[e];
-            if (v > value || (v == value && e < index)) {
-                value = v;
-                index = e;
-            }
-        }
-        best_of_warp(value, index);
-        index = min(index, n - 1);
+#pragma unroll
+        for (int i = 15; i >= 0; i--)
+            if (keys[i] == best) index = i * 32 + lane;
+        index = min(__reduce_min_sync(FULL, index), n - 1);
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (index == i * 32 + lane) keys[i] = 0;
         float s = scores[index];
         sum += s;
         if (lane == k) {
             mine = s;
             my_id = index;
         }
-        __syncwarp();
-        if (lane == 0) choice[index] = __int_as_float(0x7fc00000);
-        __syncwarp();
     }
     if (lane < args.top_k) {
         args.ids[u64(blockIdx.x) * args.top_k + lane] = my_id;

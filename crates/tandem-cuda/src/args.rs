@@ -131,6 +131,29 @@ pub(crate) struct DownArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct GemmArgs {
+    pub(crate) m0: Matrix,
+    pub(crate) m1: Matrix,
+    pub(crate) plan: MoePlan,
+    pub(crate) x: u64,
+    pub(crate) out: u64,
+    pub(crate) packed: u64,
+    pub(crate) x_pitch: u32,
+    pub(crate) out_pitch: u32,
+    pub(crate) packed_pitch: u32,
+    pub(crate) n: u32,
+    pub(crate) x_divisor: u32,
+    pub(crate) x_offset: u32,
+    pub(crate) x_stride: u32,
+    pub(crate) out_offset: u32,
+    pub(crate) out_stride: u32,
+    pub(crate) gated: u32,
+    pub(crate) routed: u32,
+    pub(crate) unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 pub(crate) struct NormArgs {
     pub(crate) x: u64,
     pub(crate) y: u64,

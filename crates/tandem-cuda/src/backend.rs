@@ -23,11 +23,19 @@ const DECODE_SPAN: usize = 64;
 /// Spans of one row, at most; their shares are merged.
 const MAX_SPANS: usize = 64;
 /// Tokens in shared memory at once (MLA_TILE), and the largest shapes of the tensor-core attention.
-const MLA_TILE: usize = 32;
+const MLA_TILE: usize = 64;
 const MLA_MAX_WIDTH: usize = 576;
 const MLA_MAX_LATENT: usize = 512;
 /// Widest vector of the reference attention (ATTENTION_ELEMENTS * 32).
 const ATTENTION_MAX_WIDTH: usize = 640;
+/// Shared memory of the row kernels: RING rounds of 2560 bytes for each of 8 warps.
+const ROWS_SHARED: usize = 8 * 3 * 2560;
+/// Rows and tokens of a block of gemm_mma, its shared memory, and the tokens that make it worth while.
+const GEMM_TILE: usize = 128;
+const GEMM_SHARED: usize = 4 * GEMM_TILE * 72 * 2;
+const GEMM_TOKENS: usize = 48;
+/// Blocks of gemm_mma that are worth a launch; fewer leave most of the device idle.
+const GEMM_BLOCKS: usize = 128;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 64 << 20;
 /// Experts and choices that router_topk and moe_plan hold.
@@ -213,13 +221,27 @@ impl CudaBackend {
         if args.ids != 0 || n == 1 {
             self.launch("linear_f32_1", (rows, n, parts), 256, &mut args![args]);
         } else {
-            self.launch("linear_f32_4", (rows, n.div_ceil(4), parts), 256, &mut args![args]);
+            self.launch("linear_f32_8", (rows, n.div_ceil(8), parts), 256, &mut args![args]);
         }
     }
 
     /// Tensor-core products of up to [`MAX_JOBS`] matrices of one format and width.
     fn linear_mma(&self, matrices: &[&CudaMatrix], mut args: args::LinearArgs) {
         let n = args.n as usize;
+        let tiles: usize = matrices.iter().map(|m| m.rows().div_ceil(GEMM_TILE) * m.parts).sum();
+        if n > DECODE_ROWS && tiles * n.div_ceil(GEMM_TILE) >= GEMM_BLOCKS {
+            for (m, job) in matrices.iter().zip(&args.jobs) {
+                let mut gemm = args::GemmArgs::zeroed();
+                (gemm.m0, gemm.m1) = (m.view, m.view);
+                (gemm.x, gemm.x_pitch, gemm.n) = (args.x, args.x_pitch, args.n);
+                (gemm.x_offset, gemm.x_stride) = (args.x_offset, args.x_stride);
+                (gemm.out, gemm.out_pitch) = (job.out, job.out_pitch);
+                (gemm.packed, gemm.packed_pitch) = (job.packed, job.packed_pitch);
+                (gemm.out_offset, gemm.out_stride) = (args.out_offset, args.out_stride);
+                self.gemm((n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
+            }
+            return;
+        }
         args.n_jobs = matrices.len() as u32;
         args.split = split(matrices[0].view) as u32;
         let rows_per_block = 16 * (8 / args.split as usize);
@@ -231,7 +253,56 @@ impl CudaBackend {
         }
         let (suffix, tokens) = token_tiles(n);
         let name = ["linear_mma_1", "linear_mma_2", "linear_mma_4"][suffix];
-        self.launch(name, (n.div_ceil(tokens), blocks, matrices[0].parts), 256, &mut args![args]);
+        let grid = (n.div_ceil(tokens), blocks, matrices[0].parts);
+        self.device.launch(name, grid, 256, ROWS_SHARED, &mut args![args]);
+    }
+
+    fn gemm(&self, grid: (usize, usize, usize), args: args::GemmArgs) {
+        self.device.launch("gemm_mma", grid, 256, GEMM_SHARED, &mut args![args]);
+    }
+
+    /// [`CudaBackend::mlp_mma`] for prefill: a product of tiles.
+    #[allow(clippy::too_many_arguments)]
+    fn mlp_gemm(
+        &self,
+        x: &CudaBuffer,
+        n: usize,
+        routed: Option<(&Mlp<CudaMatrix>, &args::MoePlan, usize, usize)>,
+        shared: Option<&Mlp<CudaMatrix>>,
+        parts: u64,
+        shared_out: u64,
+    ) {
+        let input = x.packed(&self.device, n);
+        let both =
+            |mlp: &Mlp<CudaMatrix>, rows: usize, h: u64, out: u64, plan: Option<(&args::MoePlan, usize, usize)>| {
+                let (inter, hidden) = (mlp.gate.rows(), mlp.down.rows());
+                let pitch = inter.next_multiple_of(64) as u32;
+                let mut args = args::GemmArgs::zeroed();
+                (args.m0, args.m1, args.gated) = (mlp.gate.view, mlp.up.view, 1);
+                (args.x, args.x_pitch, args.n, args.x_divisor) = (input.pointer, input.pitch as u32, rows as u32, 1);
+                (args.packed, args.packed_pitch) = (h, pitch);
+                // Blocks of tokens: all of them, or those of an expert that gets its share.
+                let (mut tiles, mut slots) = (rows.div_ceil(GEMM_TILE), 1);
+                if let Some((plan, top_k, n_slots)) = plan {
+                    (args.plan, args.routed, args.x_divisor) = (*plan, 1, top_k as u32);
+                    (tiles, slots) = ((rows / mlp.gate.parts).div_ceil(GEMM_TILE).max(1), n_slots);
+                }
+                self.gemm((tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
+                (args.m0, args.m1, args.gated) = (mlp.down.view, mlp.down.view, 0);
+                (args.x, args.x_pitch, args.x_divisor) = (h, pitch, 1);
+                (args.packed, args.packed_pitch) = (0, 0);
+                (args.out, args.out_pitch) = (out, hidden as u32);
+                self.gemm((tiles, hidden.div_ceil(GEMM_TILE), slots), args);
+            };
+        let h_bytes = |mlp: &Mlp<CudaMatrix>, rows: usize| rows * mlp.gate.rows().next_multiple_of(64) * 2;
+        if let Some((experts, plan, top_k, slots)) = routed {
+            let h = self.scratch("h", h_bytes(experts, n * top_k));
+            both(experts, n * top_k, h, parts, Some((plan, top_k, slots)));
+        }
+        if let Some(shared) = shared {
+            let h = self.scratch("shared_h", h_bytes(shared, n));
+            both(shared, n, h, shared_out, None);
+        }
     }
 
     fn mlp_f32(&self, x: &CudaBuffer, mlp: &Mlp<CudaMatrix>, ids: Option<(u64, usize)>, n: usize, out: u64) {
@@ -264,6 +335,16 @@ impl CudaBackend {
         parts: u64,
         shared_out: u64,
     ) {
+        // Enough tokens for each expert to fill tiles; few are better served row by row.
+        let per_expert = routed.map_or(n, |(experts, _, top_k, _)| n * top_k / experts.gate.parts);
+        if n > DECODE_ROWS && per_expert >= GEMM_TOKENS {
+            return self.mlp_gemm(x, n, routed, shared, parts, shared_out);
+        }
+        if n > DECODE_ROWS && routed.is_some() && shared.is_some() {
+            // The shared expert serves every token, the routed ones few each.
+            self.mlp_gemm(x, n, None, shared, parts, shared_out);
+            return self.mlp_mma(x, n, routed, None, parts, shared_out);
+        }
         let packed = x.packed(&self.device, n);
         let any = routed.map(|r| r.0).or(shared);
         let Some(any) = any else { return };
@@ -281,8 +362,8 @@ impl CudaBackend {
             let pitch = inter.next_multiple_of(64);
             gate_up.h = self.scratch("h", n * top_k * pitch * 2);
             gate_up.h_pitch = pitch as u32;
-            // Tokens of an expert, if they spread evenly; more take several rounds.
-            columns = (n * top_k).div_ceil(experts.gate.parts).min(n);
+            // Twice the tokens of an expert if they spread evenly; more take several rounds.
+            columns = (2 * n * top_k).div_ceil(experts.gate.parts).min(n);
         }
         let mut n_y = slots;
         if let Some(shared) = shared {
@@ -305,10 +386,10 @@ impl CudaBackend {
         let (suffix, _) = token_tiles(columns);
         let name = ["moe_gate_up_1", "moe_gate_up_2", "moe_gate_up_4"][suffix];
         let blocks = inter.div_ceil(8 * (8 / gate_up.split as usize));
-        self.launch(name, (blocks, n_y, 1), 256, &mut args![gate_up]);
+        self.device.launch(name, (blocks, n_y, 1), 256, ROWS_SHARED, &mut args![gate_up]);
         let name = ["moe_down_1", "moe_down_2", "moe_down_4"][suffix];
         let blocks = hidden.div_ceil(16 * (8 / down.split as usize));
-        self.launch(name, (blocks, n_y, 1), 256, &mut args![down]);
+        self.device.launch(name, (blocks, n_y, 1), 256, ROWS_SHARED, &mut args![down]);
     }
 
     fn write(&self, kernel: [&'static str; 2], n: usize, threads: usize, cache: &CudaCache, mut args: args::WriteArgs) {
@@ -516,7 +597,7 @@ impl Backend for CudaBackend {
             x_pitch: x.width() as u32,
             out_pitch: out.width() as u32,
         };
-        self.launch("rope", (batch.n_rows, 1, 1), 256, &mut args![args]);
+        self.launch("rope", (batch.n_rows, from.n.div_ceil(8), 1), 256, &mut args![args]);
     }
 
     fn add(&self, x: &mut CudaBuffer, y: &CudaBuffer, n_rows: usize) {
@@ -585,6 +666,12 @@ impl Backend for CudaBackend {
         matrices.extend(shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down]));
         if self.fast(&matrices) {
             let slots = n_experts.min(pairs);
+            if n_rows == 1 {
+                // One token's experts are a plan already.
+                let plan = args::MoePlan { active: ids.pointer(), ..self.plan_of_one(top_k) };
+                self.mlp_mma(x, 1, Some((experts, &plan, top_k, slots)), shared, parts, shared_out);
+                return self.combine(parts, shared.map(|_| shared_out), weights, top_k, 1, out);
+            }
             let memory = self.scratch("plan", (1 + slots + slots + 1 + pairs) * 4);
             let at = |index: usize| memory + (index * 4) as u64;
             let plan =
@@ -599,11 +686,7 @@ impl Backend for CudaBackend {
                 self.mlp_f32(x, shared, None, n_rows, shared_out);
             }
         }
-        let shared_out = if shared.is_some() { shared_out } else { 0 };
-        let (routing, pitch, to) = (weights.pointer(), weights.width() as u32, out.pointer());
-        let (width, k) = (hidden as u32, top_k as u32);
-        let grid = (hidden.div_ceil(1024), n_rows, 1);
-        self.launch("moe_combine", grid, 256, &mut args![parts, shared_out, routing, pitch, to, width, k]);
+        self.combine(parts, shared.map(|_| shared_out), weights, top_k, n_rows, out);
     }
 
     fn write_latent(
@@ -732,7 +815,7 @@ impl Backend for CudaBackend {
             && width <= MLA_MAX_WIDTH
             && width.is_multiple_of(16)
             && latent <= MLA_MAX_LATENT
-            && latent.is_multiple_of(32);
+            && latent.is_multiple_of(8);
         if !tensor_cores {
             let mut args = args::AttentionArgs::zeroed();
             (args.q, args.keys, args.values) = (q.pointer(), cache.memory.pointer(), cache.memory.pointer());
@@ -773,7 +856,7 @@ impl Backend for CudaBackend {
         }
         let shared = (16 + MLA_TILE) * (width + 8) * 2;
         let grid = (n_spans, n_heads.div_ceil(16), n);
-        self.device.launch("mla_attention", grid, 128, shared, &mut args![args]);
+        self.device.launch("mla_attention", grid, 256, shared, &mut args![args]);
         if n_spans > 1 {
             self.launch("mla_merge", (n_heads, n, 1), 128, &mut args![args]);
         }
@@ -801,6 +884,33 @@ impl Backend for CudaBackend {
 }
 
 impl CudaBackend {
+    /// The plan of one token but for its experts: slot i serves pair i.
+    fn plan_of_one(&self, top_k: usize) -> args::MoePlan {
+        let words: Vec<i32> = std::iter::once(top_k as i32).chain(0..=top_k as i32).collect();
+        let new = !self.scratch.borrow().contains_key("plan of one");
+        let memory = self.scratch("plan of one", words.len() * 4);
+        if new {
+            self.device.upload(memory, bytemuck::cast_slice(&words));
+        }
+        args::MoePlan { n_active: memory, active: 0, first: memory + 4, sorted: memory + 4 }
+    }
+
+    /// Adds up the results of each token's experts.
+    fn combine(
+        &self,
+        parts: u64,
+        shared: Option<u64>,
+        weights: &CudaBuffer,
+        top_k: usize,
+        n_rows: usize,
+        out: &CudaBuffer,
+    ) {
+        let (shared, routing, pitch) = (shared.unwrap_or(0), weights.pointer(), weights.width() as u32);
+        let (to, width, k) = (out.pointer(), out.width() as u32, top_k as u32);
+        let grid = (out.width().div_ceil(1024), n_rows, 1);
+        self.launch("moe_combine", grid, 256, &mut args![parts, shared, routing, pitch, to, width, k]);
+    }
+
     fn norm(
         &self,
         x: &CudaBuffer,

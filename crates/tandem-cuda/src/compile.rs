@@ -31,6 +31,7 @@ kernel_files!(
     "attention_f32.cu",
     "mla_attention.cu",
     "index_select.cu",
+    "gemm_mma.cu",
 );
 
 /// The kernels as one program.

@@ -126,6 +126,11 @@ fn check(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert!(worst <= 50.0 * tolerance * rms, "{what}: largest error {worst:e}, rms {rms:e}");
 }
 
+/// Sums of f32 only, except that prefill rounds affine weights to bf16.
+fn product_tolerance(b: &CudaBackend, n: usize) -> f32 {
+    if b.numerics() == Numerics::Bf16 && n > 64 { 6e-3 } else { 3e-5 }
+}
+
 fn linear<B: Backend>(b: &B, x: &[f32], n: usize, w: &MatrixData) -> Vec<f32> {
     let m = b.load_matrix(w.clone());
     let x = rows(b, x, w.cols);
@@ -145,12 +150,12 @@ fn linear_matches_the_oracle_over_ragged_shapes() {
                 continue;
             }
             let w = matrix(dtype, 1, n_rows, cols, 7);
-            for n in [1, 2, 5, 8, 9, 33, 67] {
+            for n in [1, 2, 5, 8, 9, 33, 67, 150] {
                 let x = coarse(n as u64 + 99, n * cols);
                 let expected = linear(&oracle(), &x, n, &w);
                 for b in &devices {
                     let what = format!("{:?} {dtype} {n_rows}x{cols} n={n}", b.numerics());
-                    check(&what, &linear(b, &x, n, &w), &expected, 3e-5);
+                    check(&what, &linear(b, &x, n, &w), &expected, product_tolerance(b, n));
                 }
             }
         }
@@ -243,7 +248,7 @@ fn products_by_head_match_the_oracle() {
                     &format!("{:?} {dtype} {cols} n={n}", b.numerics()),
                     &run(b, &x, n, &w, from, to),
                     &expected,
-                    3e-5,
+                    product_tolerance(b, n),
                 );
             }
         }
@@ -284,13 +289,13 @@ fn mixture_of_experts_matches_the_oracle() {
         for width in [inter, wide] {
             let shared = [(width, hidden), (width, hidden), (hidden, width)];
             let shared = shared.map(|(r, c)| matrix(shared_dtype, 1, r, c, 2));
-            for n in [1, 3, 8, 40, 70, 200] {
+            for n in [1, 3, 8, 40, 70, 600] {
                 let x = coarse(3, n * hidden);
                 for shared in [None, Some(&shared)] {
                     let expected = moe(&oracle(), &x, n, &experts, shared);
                     for b in &devices() {
                         // The intermediate layer is rounded to bf16 in the fast numerics.
-                        let tolerance = if b.numerics() == Numerics::F32 { 3e-5 } else { 4e-3 };
+                        let tolerance = if b.numerics() == Numerics::F32 { 3e-5 } else { 6e-3 };
                         let what = format!("{:?} {dtype} {shared_dtype} {width} n={n}", b.numerics());
                         check(&what, &moe(b, &x, n, &experts, shared), &expected, tolerance);
                     }
@@ -313,7 +318,7 @@ fn mixture_of_experts_is_the_same_in_any_batch_and_in_wide_layers() {
             let few = moe(b, &x[..n * hidden], n, &experts, Some(&shared));
             assert!(few == all[..n * hidden], "{:?} n={n}", b.numerics());
         }
-        let tolerance = if b.numerics() == Numerics::F32 { 3e-5 } else { 4e-3 };
+        let tolerance = if b.numerics() == Numerics::F32 { 3e-5 } else { 6e-3 };
         let expected = moe(&oracle(), &x[..5 * hidden], 5, &experts, Some(&shared));
         check("wide", &all[..5 * hidden], &expected, tolerance);
     }
@@ -333,7 +338,7 @@ fn mlp_matches_the_oracle() {
             let x = coarse(9, n * 128);
             let expected = run(&oracle(), &x, n, &m);
             for b in &devices() {
-                let tolerance = if b.numerics() == Numerics::F32 { 3e-5 } else { 4e-3 };
+                let tolerance = if b.numerics() == Numerics::F32 { 3e-5 } else { 6e-3 };
                 check(&format!("{:?} {dtype} n={n}", b.numerics()), &run(b, &x, n, &m), &expected, tolerance);
             }
         }
