@@ -140,9 +140,16 @@ extern "C" __global__ void __launch_bounds__(1024) index_topk(const __grid_const
         u32 shift = shifts[pass], width = widths[pass];
         for (u32 i = threadIdx.x; i < 4096; i += 1024) counts[i] = 0;
         __syncthreads();
-        for (u32 i = threadIdx.x; i < visible; i += 1024) {
-            u32 o = ordered(scores[i]);
-            if (pass == 0 || o >> (shift + width) == prefix) atomicAdd(&counts[o >> shift & ((1u << width) - 1)], 1);
+        for (u32 i0 = threadIdx.x; i0 < visible; i0 += 8 * 1024) {
+            float loaded[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) loaded[j] = i0 + j * 1024 < visible ? scores[i0 + j * 1024] : 0.0f;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                u32 o = ordered(loaded[j]);
+                bool member = pass == 0 || o >> (shift + width) == prefix;
+                if (i0 + j * 1024 < visible && member) atomicAdd(&counts[o >> shift & ((1u << width) - 1)], 1);
+            }
         }
         __syncthreads();
         if (warp == 0) {
@@ -162,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_topk(const __grid_const
     u32 each = ((visible + 31) / 32 + 31) / 32 * 32;
     u32 begin = min(warp * each, visible), end = min(begin + each, visible);
     u32 higher = 0, equal = 0;
+#pragma unroll 8
     for (u32 i = begin + lane; i < end; i += 32) {
         u32 o = ordered(scores[i]);
         higher += o > prefix;
@@ -180,9 +188,10 @@ extern "C" __global__ void __launch_bounds__(1024) index_topk(const __grid_const
         equals += warp_equal[w];
     }
     place += min(equals, wanted);
+#pragma unroll 4
     for (u32 i0 = begin; i0 < end; i0 += 32) {
         u32 i = i0 + lane;
-        u32 o = i < end ? ordered(scores[i]) : 0;
+        u32 o = i < end ? ordered(__ldg(scores + i)) : 0;
         bool is_higher = i < end && o > prefix, is_equal = i < end && o == prefix;
         u32 equal_mask = __ballot_sync(FULL, is_equal);
         bool taken = is_higher || (is_equal && equals + __popc(equal_mask & ((1u << lane) - 1)) < wanted);

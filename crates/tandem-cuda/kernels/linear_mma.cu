@@ -17,7 +17,7 @@ struct LinearArgs {
     u32 out_offset, out_stride;
 };
 
-template <int NT>
+template <int NT, bool ONE = false>
 DI void linear_mma(const LinearArgs& args) {
     __shared__ float shares[8][NT][4][32];
     u32 j = 0;
@@ -35,7 +35,8 @@ DI void linear_mma(const LinearArgs& args) {
     }
     let_next_start();
     float acc[NT][4];
-    tile_rows<NT>(acc, job.m, row, job.m, row + 8, part, split, warp % split, args.x, columns, false);
+    const u16* x = ONE ? args.x + args.x_offset + part * args.x_stride : args.x;
+    tile_rows<NT, ONE>(acc, job.m, row, job.m, row + 8, part, split, warp % split, x, columns, false);
     u32 out0 = args.out_offset + part * args.out_stride;
     add_shares<NT>(acc, split, shares, [&](u32 tile, u32 n, u32 r, u32 c, float value) {
         u32 out_row = block_row + tile * 16 + r, column = column0 + n * 8 + c;
@@ -47,6 +48,7 @@ DI void linear_mma(const LinearArgs& args) {
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3) linear_mma_1(const __grid_constant__ LinearArgs args) { linear_mma<1>(args); }
+extern "C" __global__ void __launch_bounds__(256, 3) linear_mma_one(const __grid_constant__ LinearArgs args) { linear_mma<1, true>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) linear_mma_1(const __grid_constant__ LinearArgs args) { linear_mma<1>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) linear_mma_2(const __grid_constant__ LinearArgs args) { linear_mma<2>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) linear_mma_4(const __grid_constant__ LinearArgs args) { linear_mma<4>(args); }

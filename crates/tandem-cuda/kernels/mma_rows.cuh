@@ -33,10 +33,11 @@ DI void decode_bytes(u32 first, u32 second, u32 (&p)[4]) {
 // run ahead without holding registers, and nobody has to be waited for.
 #define RING 3
 
-// What one warp loads in one round: 128 bytes of each of its 16 rows, and their scales.
+// What one warp loads in one round: 128 bytes of each of its 16 rows, their scales, and a single token's columns.
 struct Round {
     uint4 a[2][32], b[2][32];
     uint2 scales0[32], scales1[32];
+    uint4 x[32];
 };
 
 // One lane's weights: rows w0 and w1 with their scales, the lane's quarter of columns begin .. end of each step.
@@ -63,11 +64,21 @@ struct RowLoader {
             copy8(&round.scales0[lane], s0 + byte);
             copy8(&round.scales1[lane], s1 + byte);
         }
-        commit_copies();
+    }
+
+    // The columns of a single token, shared by all lanes.
+    DI void start_x(Round& round, const u16* x, u32 k) const {
+        if (lane >= ROUND / 8) return;
+        if (k + lane * 8 < end) {
+            copy16(&round.x[lane], x + k + lane * 8);
+        } else {
+            round.x[lane] = make_uint4(0, 0, 0, 0);
+        }
     }
 };
 
-template <u32 FORMAT, int NT>
+// ONE: a single token, whose x is given without columns; every column of the mma computes it.
+template <u32 FORMAT, int NT, bool ONE>
 DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* ring, u32 begin, const u16* x,
                     const u32 (&column)[NT], bool waited) {
     using Loader = RowLoader<FORMAT>;
@@ -76,13 +87,23 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
 #pragma unroll
     for (u32 r = 0; r < RING - 1; r++) rows.start(ring[r], begin + r * Loader::ROUND);
     if (!waited) wait_for_previous();
+    // Weights are constant, so their loads may overtake the previous kernel; tokens are its results.
+#pragma unroll
+    for (u32 r = 0; r < RING - 1; r++) {
+        if (ONE) rows.start_x(ring[r], x, begin + r * Loader::ROUND);
+        commit_copies();
+    }
     u32 place = 0;
     for (u32 k = begin; k < end; k += Loader::ROUND) {
         wait_copies<RING - 2>();
+        if (ONE) __syncwarp();
         const Round& round = ring[place];
         uint4 a[2] = {round.a[0][lane], round.a[1][lane]}, b[2] = {round.b[0][lane], round.b[1][lane]};
         uint2 sa = round.scales0[lane], sb = round.scales1[lane];
-        rows.start(ring[place == 0 ? RING - 1 : place - 1], k + (RING - 1) * Loader::ROUND);
+        Round& next = ring[place == 0 ? RING - 1 : place - 1];
+        rows.start(next, k + (RING - 1) * Loader::ROUND);
+        if (ONE) rows.start_x(next, x, k + (RING - 1) * Loader::ROUND);
+        commit_copies();
         place = place == RING - 1 ? 0 : place + 1;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -99,7 +120,11 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
 #pragma unroll
                     for (int n = 0; n < NT; n++) {
                         uint4 v = make_uint4(0, 0, 0, 0);
-                        if (column[n] != NO_COLUMN && kk < end) v = *(const uint4*)(x + column[n] + kk + j * 8);
+                        if (ONE) {
+                            v = round.x[(i * Loader::STEP + t * Loader::LANE) / 8 + j];
+                        } else if (column[n] != NO_COLUMN && kk < end) {
+                            v = *(const uint4*)(x + column[n] + kk + j * 8);
+                        }
                         mma(acc[n], p[0], q[0], p[1], q[1], v.x, v.y);
                         mma(acc[n], p[2], q[2], p[3], q[3], v.z, v.w);
                     }
@@ -122,7 +147,11 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         uint4 v = make_uint4(0, 0, 0, 0);
-                        if (column[n] != NO_COLUMN && kk < end) v = *(const uint4*)(x + column[n] + kk + j * 8);
+                        if (ONE) {
+                            v = round.x[(i * Loader::STEP + t * Loader::LANE) / 8 + j];
+                        } else if (column[n] != NO_COLUMN && kk < end) {
+                            v = *(const uint4*)(x + column[n] + kk + j * 8);
+                        }
                         mma(products, p[j][0], q[j][0], p[j][1], q[j][1], v.x, v.y);
                         mma(products, p[j][2], q[j][2], p[j][3], q[j][3], v.z, v.w);
                         mma(sums, ones, ones, ones, ones, v.x, v.y);
@@ -156,7 +185,7 @@ DI void warp_columns(const Matrix& m, u32 split, u32 which, u32& begin, u32& end
 
 // One warp's share of rows `row0 + g` of `m0` and `row1 + g` of `m1`, two matrices of one format and width (rows past the
 // end repeat the last one). `waited` is false in the first call of a kernel, before the previous kernel is known to be done.
-template <int NT>
+template <int NT, bool ONE>
 DI void tile_rows(float (&acc)[NT][4], const Matrix& m0, u32 row0, const Matrix& m1, u32 row1, u32 part, u32 split,
                   u32 which, const u16* x, const u32 (&column)[NT], bool waited) {
     u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -173,10 +202,10 @@ DI void tile_rows(float (&acc)[NT][4], const Matrix& m0, u32 row0, const Matrix&
         for (int r = 0; r < 4; r++) acc[n][r] = 0.0f;
     Round* ring = (Round*)dynamic_memory + (threadIdx.x >> 5) * RING;
     if (m0.format == MXFP4) {
-        packed_rows<MXFP4, NT>(acc, RowLoader<MXFP4>{w0, w1, s0, s1, end, t, lane}, ring, begin, x, column, waited);
+        packed_rows<MXFP4, NT, ONE>(acc, RowLoader<MXFP4>{w0, w1, s0, s1, end, t, lane}, ring, begin, x, column, waited);
     } else {
-        packed_rows<AFFINE_BF16, NT>(acc, RowLoader<AFFINE_BF16>{w0, w1, s0, s1, end, t, lane}, ring, begin, x, column,
-                                     waited);
+        packed_rows<AFFINE_BF16, NT, ONE>(acc, RowLoader<AFFINE_BF16>{w0, w1, s0, s1, end, t, lane}, ring, begin, x,
+                                          column, waited);
     }
 }
 

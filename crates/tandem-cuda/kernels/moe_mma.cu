@@ -21,18 +21,24 @@ struct GateUpArgs {
     u32 split;
 };
 
-// Tokens of one block: pairs first .. first + count of the list, or tokens themselves.
+// Tokens of one block: pairs first .. first + count of the list, or from `first` on if there is no list.
 struct Columns {
-    const int* sorted;       // null: the column is the token
+    const int* sorted;
     u32 first, count;
-    DI u32 pair(u32 c) const { return sorted ? u32(sorted[first + c]) : c; }
+    DI u32 pair(u32 c) const { return sorted ? u32(sorted[first + c]) : first + c; }
 };
 
-// Columns of this block, or none.
+// Columns of this block, or none. ONE: a single token, whose experts are `plan.active` and whose pairs are in order.
+template <bool ONE>
 DI bool find_columns(const MoePlan& plan, u32 slots, u32 n, u32& part, Columns& columns) {
     if (blockIdx.y == slots) {
         part = 0;
-        columns = Columns{nullptr, 0, n};
+        columns = Columns{nullptr, 0, ONE ? 1 : n};
+        return true;
+    }
+    if (ONE) {
+        part = plan.active[blockIdx.y];
+        columns = Columns{nullptr, blockIdx.y, 1};
         return true;
     }
     if (int(blockIdx.y) >= plan.n_active[0]) return false;
@@ -42,7 +48,7 @@ DI bool find_columns(const MoePlan& plan, u32 slots, u32 n, u32& part, Columns& 
     return true;
 }
 
-template <int NT>
+template <int NT, bool ONE = false>
 DI void moe_gate_up(const GateUpArgs& args) {
     __shared__ float shares[8][NT][4][32];
     let_next_start();
@@ -55,7 +61,7 @@ DI void moe_gate_up(const GateUpArgs& args) {
     if (block_row >= gate.rows) return;
     u32 part;
     Columns columns;
-    if (!find_columns(args.plan, args.slots, args.n, part, columns)) return;
+    if (!find_columns<ONE>(args.plan, args.slots, args.n, part, columns)) return;
     u32 row = block_row + warp / split * 8;
     for (u32 column0 = 0; column0 < columns.count; column0 += 8 * NT) {
         u32 x[NT];
@@ -66,40 +72,19 @@ DI void moe_gate_up(const GateUpArgs& args) {
             if (c < columns.count) x[n] = columns.pair(c) / (shared ? 1 : args.top_k) * args.x_pitch;
         }
         float acc[NT][4];
-        tile_rows<NT>(acc, gate, row, up, row, part, split, warp % split, args.x, x, true);
-        // Rows 0..8 of the tile are gate's, 8..16 up's: pair them within the share sums.
-        if (split > 1) {
+        tile_rows<NT, ONE>(acc, gate, row, up, row, part, split, warp % split, args.x, x, true);
+        // Rows 0..8 of the tile are gate's, 8..16 up's: the shares of both are added up by the same thread.
 #pragma unroll
-            for (int n = 0; n < NT; n++)
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) shares[warp][n][r][lane] = acc[n][r];
-            __syncthreads();
-        }
-        for (u32 i = threadIdx.x; i < (split == 1 ? 256 : 8 / split * 32) * NT * 2; i += 256) {
-            // With split 1 every warp keeps its own tile: i runs over (n, r) with the thread's own lane and warp.
-            u32 l = i & 31, r, n, tile;
-            float g, u;
-            if (split == 1) {
-                u32 step = i >> 8;
-                r = step & 1;
-                n = step >> 1;
-                tile = warp;
-                g = u = 0.0f;
-#pragma unroll
-                for (int m = 0; m < NT; m++)
-                    if (u32(m) == n) {
-                        g = r ? acc[m][1] : acc[m][0];
-                        u = r ? acc[m][3] : acc[m][2];
-                    }
-            } else {
-                r = i >> 5 & 1;
-                n = (i >> 6) % NT;
-                tile = (i >> 6) / NT;
-                g = u = 0.0f;
-                for (u32 s = 0; s < split; s++) {
-                    g += shares[tile * split + s][n][r][l];
-                    u += shares[tile * split + s][n][r + 2][l];
-                }
+            for (int r = 0; r < 4; r++) shares[warp][n][r][lane] = acc[n][r];
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < 8 / split * 32 * NT * 2; i += 256) {
+            u32 l = i & 31, r = i >> 5 & 1, n = (i >> 6) % NT, tile = (i >> 6) / NT;
+            float g = 0.0f, u = 0.0f;
+            for (u32 s = 0; s < split; s++) {
+                g += shares[tile * split + s][n][r][l];
+                u += shares[tile * split + s][n][r + 2][l];
             }
             u32 h_row = block_row + tile * 8 + (l >> 2), c = column0 + n * 8 + 2 * (l & 3) + r;
             if (h_row >= gate.rows || c >= columns.count) continue;
@@ -111,11 +96,12 @@ DI void moe_gate_up(const GateUpArgs& args) {
                 args.h[u64(pair) * args.h_pitch + packed_place(h_row)] = to_bf16(value);
             }
         }
-        if (split > 1) __syncthreads();
+        __syncthreads();
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3) moe_gate_up_1(const __grid_constant__ GateUpArgs args) { moe_gate_up<1>(args); }
+extern "C" __global__ void __launch_bounds__(256, 3) moe_gate_up_one(const __grid_constant__ GateUpArgs args) { moe_gate_up<1, true>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) moe_gate_up_1(const __grid_constant__ GateUpArgs args) { moe_gate_up<1>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) moe_gate_up_2(const __grid_constant__ GateUpArgs args) { moe_gate_up<2>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) moe_gate_up_4(const __grid_constant__ GateUpArgs args) { moe_gate_up<4>(args); }
 
@@ -132,7 +118,7 @@ struct DownArgs {
     u32 hidden;
 };
 
-template <int NT>
+template <int NT, bool ONE = false>
 DI void moe_down(const DownArgs& args) {
     __shared__ float shares[8][NT][4][32];
     let_next_start();
@@ -143,7 +129,7 @@ DI void moe_down(const DownArgs& args) {
     u32 block_row = blockIdx.x * (8 / split) * 16;
     u32 part;
     Columns columns;
-    if (!find_columns(args.plan, args.slots, args.n, part, columns)) return;
+    if (!find_columns<ONE>(args.plan, args.slots, args.n, part, columns)) return;
     u32 row = block_row + warp / split * 16;
     const u16* h = shared ? args.shared_h : args.h;
     u32 pitch = shared ? args.shared_h_pitch : args.h_pitch;
@@ -156,7 +142,7 @@ DI void moe_down(const DownArgs& args) {
             x[n] = c < columns.count ? columns.pair(c) * pitch : NO_COLUMN;
         }
         float acc[NT][4];
-        tile_rows<NT>(acc, down, row, down, row + 8, part, split, warp % split, h, x, true);
+        tile_rows<NT, ONE>(acc, down, row, down, row + 8, part, split, warp % split, ONE ? h + columns.pair(0) * pitch : h, x, true);
         add_shares<NT>(acc, split, shares, [&](u32 tile, u32 n, u32 r, u32 c, float value) {
             u32 out_row = block_row + tile * 16 + r, column = column0 + n * 8 + c;
             if (out_row >= down.rows || column >= columns.count) return;
@@ -165,6 +151,7 @@ DI void moe_down(const DownArgs& args) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3) moe_down_1(const __grid_constant__ DownArgs args) { moe_down<1>(args); }
+extern "C" __global__ void __launch_bounds__(256, 3) moe_down_one(const __grid_constant__ DownArgs args) { moe_down<1, true>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) moe_down_1(const __grid_constant__ DownArgs args) { moe_down<1>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) moe_down_2(const __grid_constant__ DownArgs args) { moe_down<2>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) moe_down_4(const __grid_constant__ DownArgs args) { moe_down<4>(args); }

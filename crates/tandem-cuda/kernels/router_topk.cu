@@ -27,13 +27,22 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
     const float none = -__int_as_float(0x7f800000);
     __shared__ float scores[512], choice[512];
     let_next_start();
-    wait_for_previous();
     u32 lane = threadIdx.x, n = args.n_experts;
+    float values[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) values[i] = i * 32 + lane < n ? __ldg(args.bias + i * 32 + lane) : 0.0f;
+    wait_for_previous();
     const float* logits = args.logits + u64(blockIdx.x) * n;
-    for (u32 e = lane; e < n; e += 32) {
-        float s = 1.0f / (1.0f + expf(-logits[e]));
+    float loaded[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) loaded[i] = i * 32 + lane < n ? logits[i * 32 + lane] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        u32 e = i * 32 + lane;
+        if (e >= n) break;
+        float s = 1.0f / (1.0f + expf(-loaded[i]));
         scores[e] = s;
-        choice[e] = s + args.bias[e];
+        choice[e] = s + values[i];
     }
     __syncwarp();
     if (args.n_group > 1) {

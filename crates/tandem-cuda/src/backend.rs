@@ -28,8 +28,8 @@ const MLA_MAX_WIDTH: usize = 576;
 const MLA_MAX_LATENT: usize = 512;
 /// Widest vector of the reference attention (ATTENTION_ELEMENTS * 32).
 const ATTENTION_MAX_WIDTH: usize = 640;
-/// Shared memory of the row kernels: RING rounds of 2560 bytes for each of 8 warps.
-const ROWS_SHARED: usize = 8 * 3 * 2560;
+/// Shared memory of the row kernels: RING rounds of 3 KB for each of 8 warps.
+const ROWS_SHARED: usize = 8 * 3 * 3072;
 /// Rows and tokens of a block of gemm_mma, its shared memory, and the tokens that make it worth while.
 const GEMM_TILE: usize = 128;
 const GEMM_SHARED: usize = 4 * GEMM_TILE * 72 * 2;
@@ -252,7 +252,7 @@ impl CudaBackend {
             blocks += m.rows().div_ceil(rows_per_block);
         }
         let (suffix, tokens) = token_tiles(n);
-        let name = ["linear_mma_1", "linear_mma_2", "linear_mma_4"][suffix];
+        let name = ["linear_mma_one", "linear_mma_1", "linear_mma_2", "linear_mma_4"][suffix];
         let grid = (n.div_ceil(tokens), blocks, matrices[0].parts);
         self.device.launch(name, grid, 256, ROWS_SHARED, &mut args![args]);
     }
@@ -363,7 +363,7 @@ impl CudaBackend {
             gate_up.h = self.scratch("h", n * top_k * pitch * 2);
             gate_up.h_pitch = pitch as u32;
             // Twice the tokens of an expert if they spread evenly; more take several rounds.
-            columns = (2 * n * top_k).div_ceil(experts.gate.parts).min(n);
+            columns = (2 * n * top_k).div_ceil(experts.gate.parts).max(2).min(n);
         }
         let mut n_y = slots;
         if let Some(shared) = shared {
@@ -384,10 +384,10 @@ impl CudaBackend {
         gate_up.split = split(any.gate.view) as u32;
         down.split = split(any.down.view) as u32;
         let (suffix, _) = token_tiles(columns);
-        let name = ["moe_gate_up_1", "moe_gate_up_2", "moe_gate_up_4"][suffix];
+        let name = ["moe_gate_up_one", "moe_gate_up_1", "moe_gate_up_2", "moe_gate_up_4"][suffix];
         let blocks = inter.div_ceil(8 * (8 / gate_up.split as usize));
         self.device.launch(name, (blocks, n_y, 1), 256, ROWS_SHARED, &mut args![gate_up]);
-        let name = ["moe_down_1", "moe_down_2", "moe_down_4"][suffix];
+        let name = ["moe_down_one", "moe_down_1", "moe_down_2", "moe_down_4"][suffix];
         let blocks = hidden.div_ceil(16 * (8 / down.split as usize));
         self.device.launch(name, (blocks, n_y, 1), 256, ROWS_SHARED, &mut args![down]);
     }
@@ -419,9 +419,10 @@ fn split(m: args::Matrix) -> usize {
 /// Which variant of a tensor-core kernel serves `n` tokens best, and how many it takes at once.
 fn token_tiles(n: usize) -> (usize, usize) {
     match n {
-        0..=8 => (0, 8),
-        9..=16 => (1, 16),
-        _ => (2, 32),
+        0..=1 => (0, 1),
+        2..=8 => (1, 8),
+        9..=16 => (2, 16),
+        _ => (3, 32),
     }
 }
 
@@ -668,7 +669,7 @@ impl Backend for CudaBackend {
             let slots = n_experts.min(pairs);
             if n_rows == 1 {
                 // One token's experts are a plan already.
-                let plan = args::MoePlan { active: ids.pointer(), ..self.plan_of_one(top_k) };
+                let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
                 self.mlp_mma(x, 1, Some((experts, &plan, top_k, slots)), shared, parts, shared_out);
                 return self.combine(parts, shared.map(|_| shared_out), weights, top_k, 1, out);
             }
@@ -884,17 +885,6 @@ impl Backend for CudaBackend {
 }
 
 impl CudaBackend {
-    /// The plan of one token but for its experts: slot i serves pair i.
-    fn plan_of_one(&self, top_k: usize) -> args::MoePlan {
-        let words: Vec<i32> = std::iter::once(top_k as i32).chain(0..=top_k as i32).collect();
-        let new = !self.scratch.borrow().contains_key("plan of one");
-        let memory = self.scratch("plan of one", words.len() * 4);
-        if new {
-            self.device.upload(memory, bytemuck::cast_slice(&words));
-        }
-        args::MoePlan { n_active: memory, active: 0, first: memory + 4, sorted: memory + 4 }
-    }
-
     /// Adds up the results of each token's experts.
     fn combine(
         &self,
