@@ -29,14 +29,14 @@ DI void decode_bytes(u32 first, u32 second, u32 (&p)[4]) {
     }
 }
 
-// Weights pass through shared memory, in which every lane has a ring of its own for what it alone loads and uses: copies
-// run ahead without holding registers, and nobody has to be waited for.
+// Weights pass through a ring in shared memory that a warp has to itself: copies run ahead without holding registers, and
+// no other warp is waited for.
 #define RING 3
 
 // What one warp loads in one round: 128 bytes of each of its 16 rows, their scales, and a single token's columns.
 struct Round {
     uint4 a[2][32], b[2][32];
-    uint2 scales0[32], scales1[32];
+    uint2 scales0[8], scales1[8];
     uint4 x[32];
 };
 
@@ -61,8 +61,10 @@ struct RowLoader {
                 }
             }
             u32 byte = FORMAT == MXFP4 ? k / 32 : k / 16;
-            copy8(&round.scales0[lane], s0 + byte);
-            copy8(&round.scales1[lane], s1 + byte);
+            if (t == 0) {
+                copy8(&round.scales0[lane >> 2], s0 + byte);
+                copy8(&round.scales1[lane >> 2], s1 + byte);
+            }
         }
     }
 
@@ -96,10 +98,11 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
     u32 place = 0;
     for (u32 k = begin; k < end; k += Loader::ROUND) {
         wait_copies<RING - 2>();
-        if (ONE) __syncwarp();
+        // Scales and a single token are shared by lanes; and all are done with the round that the next copies replace.
+        __syncwarp();
         const Round& round = ring[place];
         uint4 a[2] = {round.a[0][lane], round.a[1][lane]}, b[2] = {round.b[0][lane], round.b[1][lane]};
-        uint2 sa = round.scales0[lane], sb = round.scales1[lane];
+        uint2 sa = round.scales0[lane >> 2], sb = round.scales1[lane >> 2];
         Round& next = ring[place == 0 ? RING - 1 : place - 1];
         rows.start(next, k + (RING - 1) * Loader::ROUND);
         if (ONE) rows.start_x(next, x, k + (RING - 1) * Loader::ROUND);

@@ -28,8 +28,8 @@ const MLA_MAX_WIDTH: usize = 576;
 const MLA_MAX_LATENT: usize = 512;
 /// Widest vector of the reference attention (ATTENTION_ELEMENTS * 32).
 const ATTENTION_MAX_WIDTH: usize = 640;
-/// Shared memory of the row kernels: RING rounds of 3 KB for each of 8 warps.
-const ROWS_SHARED: usize = 8 * 3 * 3072;
+/// Shared memory of the row kernels: RING rounds of 2688 bytes for each of 8 warps.
+const ROWS_SHARED: usize = 8 * 3 * 2688;
 /// Rows and tokens of a block of gemm_mma, its shared memory, and the tokens that make it worth while.
 const GEMM_TILE: usize = 128;
 const GEMM_SHARED: usize = 4 * GEMM_TILE * 72 * 2;
