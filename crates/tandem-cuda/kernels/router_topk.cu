@@ -68,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
             best_of_warp(value, index);
             kept |= 1u << (index & 31);
         }
+        __syncwarp();
         for (u32 e = lane; e < size * args.n_group; e += 32)
             if (!(kept >> (e / size) & 1)) choice[e] = none;
         __syncwarp();
