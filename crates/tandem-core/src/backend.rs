@@ -103,6 +103,11 @@ pub struct Routing {
     pub normalize: bool,
     /// Factor on the result.
     pub scale: f32,
+    /// First expert that this rank holds. Ids are relative to it; an expert of another rank gets id -1, which
+    /// [`Backend::moe`] leaves out.
+    pub first_expert: usize,
+    /// Experts that this rank holds: all of them unless experts are partitioned.
+    pub n_held: usize,
 }
 
 /// Gate, up and down projections of a mixture of experts or of one MLP.
@@ -158,6 +163,8 @@ pub trait Backend {
     fn load_vector(&self, values: &[f32]) -> Self::Buffer;
     /// Copies a batch to the device.
     fn upload(&self, batch: Batch) -> Self::Batch;
+    /// Copies whole rows from the host to the start of `buffer`, after everything enqueued before.
+    fn write_rows(&self, rows: &[f32], buffer: &mut Self::Buffer);
     /// Copies the first `out.len() / width` rows to the host, after everything enqueued before.
     fn download(&self, buffer: &Self::Buffer, out: &mut [f32]);
     /// Waits for everything enqueued.
@@ -215,7 +222,8 @@ pub trait Backend {
     fn add_bias(&self, x: &mut Self::Buffer, bias: &Self::Buffer, n_rows: usize);
     /// `out = down(silu(gate(x)) * up(x))`
     fn mlp(&self, x: &Self::Buffer, mlp: &Mlp<Self::Matrix>, n_rows: usize, out: &mut Self::Buffer);
-    /// Chooses experts from `logits [n_rows, n_experts]`; `ids` and `weights` are `[n_rows, top_k]`.
+    /// Chooses experts from `logits [n_rows, n_experts]`; `ids` (relative to `routing.first_expert`, -1 when not held) and
+    /// `weights` are `[n_rows, top_k]`.
     fn router_topk(
         &self,
         logits: &Self::Buffer,
@@ -225,7 +233,7 @@ pub trait Backend {
         ids: &mut Self::Indices,
         weights: &mut Self::Buffer,
     );
-    /// `out = sum_k weights[k] * expert[ids[k]](x)`, plus `shared(x)` if given.
+    /// `out = sum_k weights[k] * expert[ids[k]](x)` over ids that are not negative, plus `shared(x)` if given.
     #[allow(clippy::too_many_arguments)]
     fn moe(
         &self,
@@ -300,4 +308,14 @@ pub trait Backend {
         values: &Self::Cache,
         out: &mut Self::Buffer,
     );
+}
+
+/// Ranks that hold slices of the same layers and add up what they compute.
+pub trait TensorGroup<B: Backend>: Send + Sync {
+    /// Called before each layer with the residual stream, which is the same on every rank: names the layer in errors, and
+    /// now and then compares the stream between ranks.
+    fn begin_layer(&self, backend: &B, layer: usize, hidden: &B::Buffer, n_rows: usize);
+    /// The first `n_rows` rows of `x` become the sum over all ranks, the same bits on each. As with every operation, an
+    /// error is kept until the step is over; what follows it in the step computes nothing of value.
+    fn all_reduce(&self, backend: &B, x: &mut B::Buffer, n_rows: usize, part: &'static str);
 }

@@ -6,8 +6,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -99,7 +101,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
-    files: Vec<Bytes>,
+    files: Vec<(Arc<Mmap>, Bytes)>,
     tensors: BTreeMap<String, Option<TensorInfo>>,
     duplicates: Vec<String>,
 }
@@ -201,15 +203,59 @@ impl Checkpoint {
         self.tensors.get(name).and_then(Option::as_ref)
     }
 
+    /// Names, types and shapes of all tensors, one line each: what must be the same on every rank of a launch.
+    pub fn table(&self) -> String {
+        let line = |(name, info): (&String, &Option<TensorInfo>)| match info {
+            Some(info) => format!("{name} {:?} {:?}\n", info.dtype, info.shape),
+            None => format!("{name}\n"),
+        };
+        self.tensors.iter().map(line).collect()
+    }
+
     /// The bytes of a tensor, still in the mapped file; `None` when it does not exist or only its name is known.
     pub fn bytes(&self, name: &str) -> Option<Bytes> {
         let info = self.info(name)?;
-        Some(self.files[info.file].slice(info.start..info.end))
+        Some(self.files[info.file].1.slice(info.start..info.end))
+    }
+
+    /// Asks the system to read `bytes` of a mapped file ahead of their use.
+    pub fn will_need(&self, bytes: &Bytes) {
+        #[cfg(unix)]
+        if let Some((map, start)) = self.mapping_of(bytes) {
+            // Advice: a system that does not take it reads on demand.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, start, bytes.len());
+        }
+        #[cfg(not(unix))]
+        let _ = bytes;
+    }
+
+    /// Tells the system that `bytes` of a mapped file have been copied: their pages need not stay in this process. They
+    /// are read again when touched again.
+    #[allow(unsafe_code)]
+    pub fn release(&self, bytes: &Bytes) {
+        #[cfg(unix)]
+        if let Some((map, start)) = self.mapping_of(bytes) {
+            // SAFETY: the mapping is of a file and read-only, so dropped pages come back as they were.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, bytes.len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = bytes;
+    }
+
+    /// The mapped file that `bytes` lie in, if any, and where.
+    #[cfg(unix)]
+    fn mapping_of(&self, bytes: &Bytes) -> Option<(&Mmap, usize)> {
+        let at = bytes.as_ptr() as usize;
+        self.files.iter().find_map(|(map, _)| {
+            let start = at.checked_sub(map.as_ptr() as usize)?;
+            (start + bytes.len() <= map.len() && !bytes.is_empty()).then_some((map.as_ref(), start))
+        })
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let file = File::open(path).map_err(|e| read_error(path, e))?;
-        let data = map_file(&file).map_err(|e| read_error(path, e))?;
+        let map = Arc::new(map_file(&file).map_err(|e| read_error(path, e))?);
+        let data = Bytes::from_owner(Mapped(map.clone()));
         let damaged = |message: String| CheckpointError::Damaged { path: path.display().to_string(), message };
         let (header, metadata) = SafeTensors::read_metadata(&data).map_err(|e| {
             damaged(match e {
@@ -233,7 +279,7 @@ impl Checkpoint {
                 self.duplicates.push(name);
             }
         }
-        self.files.push(data);
+        self.files.push((map, data));
         Ok(())
     }
 
@@ -280,10 +326,18 @@ fn shard_path(dir: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
     }
 }
 
+/// A mapping as the owner of bytes.
+struct Mapped(Arc<Mmap>);
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 #[allow(unsafe_code)]
-fn map_file(file: &File) -> std::io::Result<Bytes> {
+fn map_file(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
     // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
-    let map = unsafe { memmap2::Mmap::map(file)? };
-    Ok(Bytes::from_owner(map))
+    unsafe { Mmap::map(file) }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::ops::Range;
 
 use bytes::Bytes;
 
@@ -92,6 +93,32 @@ pub enum Form {
     UnembedOut,
 }
 
+/// A direction in a matrix or a stack of matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    /// Which matrix.
+    Stack,
+    /// Output dimension.
+    Rows,
+    /// Input dimension; the elements of a vector.
+    Cols,
+}
+
+/// How tensor-parallel ranks divide a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Not at all: every rank holds it.
+    Whole,
+    /// By query heads.
+    Heads(Axis),
+    /// By key and value heads.
+    KvHeads(Axis),
+    /// By the intermediate width of an MLP; routed experts may be divided by whole experts instead.
+    Width(Axis),
+    /// A term of a sum over ranks: the first rank holds it, the others hold zeros.
+    Once,
+}
+
 /// One weight a model needs.
 #[derive(Clone, Debug)]
 pub struct WeightSpec {
@@ -107,6 +134,8 @@ pub struct WeightSpec {
     pub layer: Option<usize>,
     /// Layout.
     pub form: Form,
+    /// How ranks divide it.
+    pub split: Split,
     /// May be absent.
     pub optional: bool,
 }
@@ -121,6 +150,7 @@ impl WeightSpec {
             kind,
             layer: None,
             form,
+            split: Split::Whole,
             optional: false,
         }
     }
@@ -134,8 +164,15 @@ impl WeightSpec {
             kind,
             layer: None,
             form: Form::Vector,
+            split: Split::Whole,
             optional: false,
         }
+    }
+
+    /// The same weight, divided as `split` says.
+    #[must_use]
+    pub fn divided(self, split: Split) -> WeightSpec {
+        WeightSpec { split, ..self }
     }
 
     /// Matrices in the stack, rows and columns of each.
@@ -267,6 +304,64 @@ impl MatrixData {
         }
     }
 
+    /// The part of each matrix (or of the stack) in `range` along `axis`. Rows and matrices stay where they are; columns
+    /// are copied together.
+    ///
+    /// # Panics
+    /// When the range does not keep quantisation groups whole.
+    #[must_use]
+    pub fn cut(self, axis: Axis, range: Range<usize>) -> MatrixData {
+        let (dtype, rows, cols) = (self.dtype, self.rows, self.cols);
+        match axis {
+            Axis::Stack => MatrixData { parts: self.parts[range].to_vec(), ..self },
+            Axis::Rows => {
+                let block = if dtype == DType::Fp8Block { FP8_BLOCK } else { 1 };
+                assert!(range.start.is_multiple_of(block), "{}: rows {range:?} split a block", self.name);
+                let blocks = range.start / block..range.end.div_ceil(block);
+                let cut = |bytes: &Bytes, range: &Range<usize>, row_bytes: usize| {
+                    let end = (range.end * row_bytes).min(bytes.len());
+                    bytes.slice((range.start * row_bytes).min(end)..end)
+                };
+                let parts = self
+                    .parts
+                    .iter()
+                    .map(|p| MatrixPart {
+                        weight: cut(&p.weight, &range, dtype.weight_bytes(1, cols)),
+                        scales: cut(&p.scales, &blocks, dtype.scale_bytes(1, cols)),
+                        biases: cut(&p.biases, &blocks, dtype.bias_bytes(1, cols)),
+                        global_scale: p.global_scale,
+                    })
+                    .collect();
+                MatrixData { rows: range.len(), parts, ..self }
+            }
+            Axis::Cols => {
+                let group = dtype.group_size();
+                assert!(range.start.is_multiple_of(group), "{}: columns {range:?} split a group", self.name);
+                let groups = range.start / group..range.end.div_ceil(group);
+                let elements = range.start * dtype.bits() / 8..range.end * dtype.bits() / 8;
+                let group_bytes = |all: usize| {
+                    let size = all / cols.div_ceil(group).max(1);
+                    groups.start * size..groups.end * size
+                };
+                let parts = self
+                    .parts
+                    .iter()
+                    .map(|p| MatrixPart {
+                        weight: columns(&p.weight, dtype.weight_bytes(1, cols), &elements),
+                        scales: columns(
+                            &p.scales,
+                            dtype.scale_bytes(1, cols),
+                            &group_bytes(dtype.scale_bytes(1, cols)),
+                        ),
+                        biases: columns(&p.biases, dtype.bias_bytes(1, cols), &group_bytes(dtype.bias_bytes(1, cols))),
+                        global_scale: p.global_scale,
+                    })
+                    .collect();
+                MatrixData { rows, cols: range.len(), parts, ..self }
+            }
+        }
+    }
+
     /// All bytes.
     pub fn bytes(&self) -> usize {
         self.parts.len() * self.dtype.total_bytes(self.rows, self.cols)
@@ -290,6 +385,16 @@ impl MatrixData {
         }
         Ok(MatrixData { name: self.name.clone(), dtype, rows: self.rows, cols: self.cols, parts })
     }
+}
+
+/// Bytes `range` of every row of `row_bytes`.
+fn columns(bytes: &Bytes, row_bytes: usize, range: &Range<usize>) -> Bytes {
+    if bytes.is_empty() {
+        return Bytes::new();
+    }
+    let mut out = Vec::with_capacity(bytes.len() / row_bytes * range.len());
+    bytes.chunks_exact(row_bytes).for_each(|row| out.extend_from_slice(&row[range.clone()]));
+    out.into()
 }
 
 /// Finds every weight of `specs` in `checkpoint`, and checks that nothing else is there.

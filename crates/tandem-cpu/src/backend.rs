@@ -17,20 +17,22 @@ use crate::kernels::rope::{angles, rotate};
 use crate::kernels::router_topk::router_topk;
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::vector::Element;
+use crate::matrix::CpuMatrix;
 use crate::pool::Pool;
 use crate::scratch::{with_activations, with_scratch};
 use crate::shared_mut::SharedMut;
+#[cfg(target_arch = "x86_64")]
+use crate::tiles::Tiles;
 
 /// Packed bytes of one task of a matrix product, at most: long runs stream better (64 KB: 42 to 55 ms for two GLM-5.1
 /// layers, 256 KB: 34 to 39 ms in the same run), and short ones balance better.
 const TASK_BYTES: std::ops::RangeInclusive<usize> = 16 << 10..=512 << 10;
 /// Tasks per thread, if their size allows.
 const TASKS_PER_THREAD: usize = 4;
-/// Rows of the largest batch whose rows must not depend on each other, bit for bit: decoding, drafts included. Larger
-/// batches are prefill.
-const DECODE_ROWS: usize = 64;
-/// Matrix rows that one task of a prefill takes at least.
-const PREFILL_TASK_ROWS: usize = 32;
+/// Rows of activations that the caller prepares by itself.
+const SERIAL_ROWS: usize = 64;
+/// Rows of a tile: tasks begin at multiples of it.
+const TILE_ROWS: usize = 32;
 /// Positions that one task of the indexer scores.
 const SCORE_SPAN: usize = 512;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
@@ -85,6 +87,8 @@ impl CpuIndices {
 pub struct CpuBackend {
     isa: Isa,
     numerics: Numerics,
+    /// Whether matrices are repacked where that makes them faster.
+    repack: bool,
     pool: Pool,
     work: Mutex<Work>,
 }
@@ -110,7 +114,14 @@ impl CpuBackend {
 
     /// A backend with given kernels; `Isa::Scalar` is the oracle.
     pub fn with_isa(n_threads: usize, numerics: Numerics, isa: Isa) -> CpuBackend {
-        CpuBackend { isa, numerics, pool: Pool::new(n_threads), work: Mutex::default() }
+        CpuBackend { isa, numerics, repack: true, pool: Pool::new(n_threads), work: Mutex::default() }
+    }
+
+    /// The same backend, leaving weights where they are mapped if `repack` is false: half the speed, but no memory of
+    /// its own for models that do not fit.
+    pub fn with_repacking(mut self, repack: bool) -> CpuBackend {
+        self.repack = repack;
+        self
     }
 
     /// The numerics that are fastest without quantising activations.
@@ -145,148 +156,115 @@ impl CpuBackend {
 
 /// One matrix of a stack applied to some tokens.
 struct Product<'a> {
-    matrix: &'a MatrixData,
+    matrix: &'a CpuMatrix,
     part: usize,
     /// Rows of the activations.
     tokens: &'a [u32],
 }
 
-/// A range of output rows of product `product`.
+/// A range of rows of matrix `item` of a list.
 struct Task {
-    product: usize,
+    item: usize,
     first_row: usize,
     n_rows: usize,
 }
 
-/// Bytes of one task when `total` are shared by `n_threads`.
-fn task_bytes(total: usize, n_threads: usize) -> usize {
-    (total / (TASKS_PER_THREAD * n_threads)).clamp(*TASK_BYTES.start(), *TASK_BYTES.end())
+/// Rows of a task for `total` bytes shared by `n_threads`, at `row_bytes` a row: whole tiles.
+fn task_rows(total: usize, row_bytes: usize, n_threads: usize) -> usize {
+    let bytes = (total / (TASKS_PER_THREAD * n_threads)).clamp(*TASK_BYTES.start(), *TASK_BYTES.end());
+    (bytes / row_bytes.max(1)).max(1).next_multiple_of(TILE_ROWS)
 }
 
-/// Cuts products into tasks of about [`task_bytes`].
-fn tasks(products: &[Product<'_>], many: bool, n_threads: usize) -> Vec<Task> {
-    let at_least = if many { PREFILL_TASK_ROWS } else { 4 };
-    let total = products.iter().map(|p| p.matrix.dtype.total_bytes(p.matrix.rows, p.matrix.cols)).sum();
-    let size = task_bytes(total, n_threads);
+/// Cuts matrices, given as rows and bytes of a row, into tasks.
+fn tasks(matrices: impl Iterator<Item = (usize, usize)> + Clone, n_threads: usize) -> Vec<Task> {
+    let total = matrices.clone().map(|(rows, row_bytes)| rows * row_bytes).sum();
     let mut tasks = vec![];
-    for (product, p) in products.iter().enumerate() {
-        let row_bytes = p.matrix.dtype.total_bytes(p.matrix.rows.min(128), p.matrix.cols) / p.matrix.rows.min(128);
-        let step = (size / row_bytes.max(1)).clamp(1, p.matrix.rows).next_multiple_of(at_least);
-        for first_row in (0..p.matrix.rows).step_by(step) {
-            tasks.push(Task { product, first_row, n_rows: step.min(p.matrix.rows - first_row) });
+    for (item, (rows, row_bytes)) in matrices.enumerate() {
+        let step = task_rows(total, row_bytes, n_threads);
+        for first_row in (0..rows).step_by(step) {
+            tasks.push(Task { item, first_row, n_rows: step.min(rows - first_row) });
         }
     }
     tasks
 }
 
 impl CpuBackend {
-    fn kernel(&self, matrix: &MatrixData, many: bool) -> Kernel {
-        Kernel::choose(matrix.dtype, self.numerics, self.isa, many)
-    }
-
     /// Takes rows of `width` elements in the forms that `matrices` need; many rows over the pool.
     fn prepare<'a>(
         &self,
         to: &mut Activations,
-        many: bool,
         n_rows: usize,
         row: impl Fn(usize) -> &'a [f32] + Sync,
         width: usize,
-        matrices: impl Iterator<Item = &'a MatrixData>,
+        matrices: impl Iterator<Item = &'a CpuMatrix>,
     ) {
-        let kernels = matrices.map(|m| (self.kernel(m, many), m.dtype));
-        to.prepare(many.then_some(&self.pool), self.isa, n_rows, row, width, kernels);
+        let kernels = matrices.map(|m| (Kernel::choose(m, self.numerics, self.isa), m.dtype()));
+        let pool = (n_rows > SERIAL_ROWS).then_some(&self.pool);
+        to.prepare(pool, self.isa, n_rows, row, width, kernels);
     }
 
-    /// Runs products over the pool; `store(product, first row, token index, values)` may be called from any thread.
-    fn products(
-        &self,
-        products: &[Product<'_>],
-        x: &Activations,
-        many: bool,
-        store: impl Fn(usize, usize, usize, &[f32]) + Sync,
-    ) {
-        let tasks = tasks(products, many, self.n_threads());
-        self.pool.chunks(tasks.len(), 1, |range| {
-            for task in &tasks[range] {
-                let p = &products[task.product];
-                let (view, kernel) = (p.matrix.view(p.part), self.kernel(p.matrix, many));
-                with_scratch(task.n_rows * p.tokens.len(), |out| {
-                    matrix_rows(self.isa, kernel, &view, task.first_row, task.n_rows, x, p.tokens, out);
-                    for (t, values) in out.chunks_exact(task.n_rows).enumerate() {
-                        store(task.product, task.first_row, t, values);
-                    }
-                });
-            }
-        });
+    /// `out [n_tokens, n_rows]`: rows of a matrix for each token.
+    fn matrix_rows(&self, p: &Product<'_>, x: &Activations, first_row: usize, n_rows: usize, out: &mut [f32]) {
+        matrix_rows(self.isa, self.numerics, p.matrix, p.part, first_row, n_rows, x, p.tokens, out);
     }
 
     /// `out = sum over experts of weight * expert(x)`, each expert with the rows and weights that chose it, in the order
     /// given per row, so that a row's result does not depend on the rest of the batch.
     fn experts(&self, x: &CpuBuffer, experts: &[Expert<'_>], n_rows: usize, out: &mut CpuBuffer) {
         let Some(first) = experts.first() else { return };
-        let many = n_rows > DECODE_ROWS;
         let mut starts = Vec::with_capacity(experts.len());
         let mut total = 0;
         for e in experts {
             starts.push(total);
-            total += e.tokens.len() * e.mlp.gate.rows;
+            total += e.tokens.len() * e.mlp.gate.rows();
         }
         let mut work = self.work();
         let Work { intermediate, input, routed, shared, .. } = &mut *work;
-        intermediate.resize(2 * total, 0.0);
-        let (gate, up) = intermediate.split_at_mut(total);
+        intermediate.resize(total, 0.0);
 
         let matrices = experts.iter().flat_map(|e| [&e.mlp.gate, &e.mlp.up]);
-        self.prepare(input, many, n_rows, |r| x.row(r), x.width, matrices);
-        let products: Vec<Product<'_>> = experts
-            .iter()
-            .flat_map(|e| [&e.mlp.gate, &e.mlp.up].map(|matrix| Product { matrix, part: e.part, tokens: &e.tokens }))
-            .collect();
+        self.prepare(input, n_rows, |r| x.row(r), x.width, matrices);
+        // A task owns a range of rows of both gate and up.
+        let sizes = experts.iter().map(|e| (e.mlp.gate.rows(), e.mlp.gate.bytes_of(1) + e.mlp.up.bytes_of(1)));
+        let gate_tasks = tasks(sizes, self.n_threads());
         {
-            let (gate, up) = (SharedMut::new(gate), SharedMut::new(up));
-            self.products(&products, input, many, |product, first_row, t, values| {
-                let e = product / 2;
-                let side = if product % 2 == 0 { &gate } else { &up };
-                // SAFETY: each (product, range of rows, token) is stored once.
-                #[allow(unsafe_code)]
-                unsafe {
-                    let start = starts[e] + t * experts[e].mlp.gate.rows + first_row;
-                    side.slice(start, values.len()).copy_from_slice(values);
+            let target = SharedMut::new(intermediate);
+            self.pool.chunks(gate_tasks.len(), 1, |range| {
+                for Task { item, first_row, n_rows: n } in &gate_tasks[range] {
+                    let e = &experts[*item];
+                    let product = |matrix| Product { matrix, part: e.part, tokens: &e.tokens };
+                    with_scratch(2 * n * e.tokens.len(), |values| {
+                        let (gate, up) = values.split_at_mut(n * e.tokens.len());
+                        self.matrix_rows(&product(&e.mlp.gate), input, *first_row, *n, gate);
+                        self.matrix_rows(&product(&e.mlp.up), input, *first_row, *n, up);
+                        silu_mul(self.isa, gate, up);
+                        for (t, values) in gate.chunks_exact(*n).enumerate() {
+                            let start = starts[*item] + t * e.mlp.gate.rows() + first_row;
+                            // SAFETY: each (expert, range of rows, token) is stored once.
+                            #[allow(unsafe_code)]
+                            unsafe { target.slice(start, *n) }.copy_from_slice(values);
+                        }
+                    });
                 }
             });
         }
-        {
-            let gate = SharedMut::new(gate);
-            let up = &*up;
-            self.pool.chunks(total, 4096, |range| {
-                // SAFETY: ranges are disjoint.
-                #[allow(unsafe_code)]
-                let gate = unsafe { gate.slice(range.start, range.len()) };
-                silu_mul(self.isa, gate, &up[range]);
-            });
-        }
         // Routed experts come first and have one width; the shared one, last, may have another.
-        let n_routed = experts.iter().take_while(|e| e.mlp.down.cols == first.mlp.down.cols).count();
+        let n_routed = experts.iter().take_while(|e| e.mlp.down.cols() == first.mlp.down.cols()).count();
         let split = starts.get(n_routed).copied().unwrap_or(total);
         for (to, experts, range) in
             [(&mut *routed, &experts[..n_routed], 0..split), (&mut *shared, &experts[n_routed..], split..total)]
         {
             if let Some(e) = experts.first() {
-                let width = e.mlp.down.cols;
-                let inputs = &gate[range];
+                let width = e.mlp.down.cols();
+                let inputs = &intermediate[range];
                 let row = |r: usize| &inputs[r * width..(r + 1) * width];
-                let n_inputs = inputs.len() / width;
-                self.prepare(to, many, n_inputs, row, width, experts.iter().map(|e| &e.mlp.down));
+                self.prepare(to, inputs.len() / width, row, width, experts.iter().map(|e| &e.mlp.down));
             }
         }
         // Down projections: a task owns a range of output columns for every expert, so that sums need no lock.
-        let hidden = first.mlp.down.rows;
-        let bytes: usize =
-            experts.iter().map(|e| e.mlp.down.dtype.total_bytes(1, e.mlp.down.cols.next_multiple_of(128))).sum();
-        let at_least = if many { PREFILL_TASK_ROWS } else { 4 };
-        let size = task_bytes(bytes * hidden, self.n_threads());
-        let step = (size / bytes.max(1)).clamp(4, hidden).next_multiple_of(at_least);
+        let hidden = first.mlp.down.rows();
+        let row_bytes: usize = experts.iter().map(|e| e.mlp.down.bytes_of(1)).sum();
+        let step = task_rows(row_bytes * hidden, row_bytes, self.n_threads());
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.pool.chunks(hidden.div_ceil(step), 1, |range| {
@@ -296,12 +274,12 @@ impl CpuBackend {
                     sums.fill(0.0);
                     for (i, (e, start)) in experts.iter().zip(&starts).enumerate() {
                         let (own, base) = if i < n_routed { (&*routed, 0) } else { (&*shared, split) };
-                        let first_input = (start - base) / e.mlp.down.cols;
-                        let (view, kernel) = (e.mlp.down.view(e.part), self.kernel(&e.mlp.down, many));
+                        let first_input = (start - base) / e.mlp.down.cols();
                         let n_tokens = e.tokens.len();
                         let inputs: Vec<u32> = (first_input..first_input + n_tokens).map(|t| t as u32).collect();
+                        let product = Product { matrix: &e.mlp.down, part: e.part, tokens: &inputs };
                         with_scratch(n * n_tokens, |values| {
-                            matrix_rows(self.isa, kernel, &view, first_row, n, own, &inputs, values);
+                            self.matrix_rows(&product, own, first_row, n, values);
                             for ((t, values), weight) in e.tokens.iter().zip(values.chunks_exact(n)).zip(&e.weights) {
                                 let sums = &mut sums[*t as usize * n..][..n];
                                 for (sum, value) in sums.iter_mut().zip(values) {
@@ -313,9 +291,7 @@ impl CpuBackend {
                     for (row, sums) in sums.chunks_exact(n).enumerate() {
                         // SAFETY: this task alone writes these columns.
                         #[allow(unsafe_code)]
-                        unsafe {
-                            target.slice(row * width + first_row, n).copy_from_slice(sums);
-                        }
+                        unsafe { target.slice(row * width + first_row, n) }.copy_from_slice(sums);
                     }
                 });
             }
@@ -439,7 +415,7 @@ impl CpuBackend {
 
 /// One expert, or a whole MLP, with the rows that it serves.
 struct Expert<'a> {
-    mlp: &'a Mlp<MatrixData>,
+    mlp: &'a Mlp<CpuMatrix>,
     part: usize,
     tokens: Vec<u32>,
     weights: Vec<f32>,
@@ -447,7 +423,7 @@ struct Expert<'a> {
 
 impl<'a> Expert<'a> {
     /// Serves every row with weight 1.
-    fn for_all(mlp: &'a Mlp<MatrixData>, n_rows: usize) -> Expert<'a> {
+    fn for_all(mlp: &'a Mlp<CpuMatrix>, n_rows: usize) -> Expert<'a> {
         Expert { mlp, part: 0, tokens: (0..n_rows as u32).collect(), weights: vec![1.0; n_rows] }
     }
 }
@@ -463,7 +439,7 @@ struct MlaArgs<'a> {
 impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
     type Indices = CpuIndices;
-    type Matrix = MatrixData;
+    type Matrix = CpuMatrix;
     type Batch = Batch;
     type Cache = CpuCache;
     type Error = CpuError;
@@ -492,8 +468,16 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn load_matrix(&self, data: MatrixData) -> MatrixData {
-        data
+    fn load_matrix(&self, data: MatrixData) -> CpuMatrix {
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512
+            && self.repack
+            && Tiles::supports(data.dtype, data.cols)
+            && let Some(tiles) = Tiles::new(&data, &self.pool)
+        {
+            return CpuMatrix::Tiled(tiles);
+        }
+        CpuMatrix::Mapped(data)
     }
 
     fn load_vector(&self, values: &[f32]) -> CpuBuffer {
@@ -504,6 +488,10 @@ impl Backend for CpuBackend {
         batch
     }
 
+    fn write_rows(&self, rows: &[f32], buffer: &mut CpuBuffer) {
+        buffer.data[..rows.len()].copy_from_slice(rows);
+    }
+
     fn download(&self, buffer: &CpuBuffer, out: &mut [f32]) {
         out.copy_from_slice(&buffer.data[..out.len()]);
     }
@@ -512,10 +500,9 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn embed(&self, table: &MatrixData, batch: &Batch, out: &mut CpuBuffer) {
-        let view = table.view(0);
+    fn embed(&self, table: &CpuMatrix, batch: &Batch, out: &mut CpuBuffer) {
         for (r, token) in batch.tokens.iter().enumerate() {
-            view.dequantize_row(*token as usize, out.row_mut(r));
+            table.dequantize_row(0, *token as usize, out.row_mut(r));
         }
     }
 
@@ -536,7 +523,7 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&MatrixData, &mut CpuBuffer)]) {
+    fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&CpuMatrix, &mut CpuBuffer)]) {
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let products: Vec<Product<'_>> =
             outputs.iter().map(|(matrix, _)| Product { matrix, part: 0, tokens: &tokens }).collect();
@@ -544,40 +531,46 @@ impl Backend for CpuBackend {
         let targets: Vec<SharedMut<'_, f32>> =
             outputs.iter_mut().map(|(_, out)| SharedMut::new(&mut out.data)).collect();
         let mut work = self.work();
-        let width = products.first().map_or(0, |p| p.matrix.cols);
-        let many = n_rows > DECODE_ROWS;
+        let width = products.first().map_or(0, |p| p.matrix.cols());
         let row = |r: usize| &x.row(r)[..width];
-        self.prepare(&mut work.input, many, n_rows, row, width, products.iter().map(|p| p.matrix));
-        self.products(&products, &work.input, many, |product, first_row, t, values| {
-            // SAFETY: each (product, range of rows, token) is stored once.
-            #[allow(unsafe_code)]
-            unsafe {
-                targets[product].slice(t * widths[product] + first_row, values.len()).copy_from_slice(values);
+        self.prepare(&mut work.input, n_rows, row, width, products.iter().map(|p| p.matrix));
+        let input = &work.input;
+        let tasks = tasks(products.iter().map(|p| (p.matrix.rows(), p.matrix.bytes_of(1))), self.n_threads());
+        self.pool.chunks(tasks.len(), 1, |range| {
+            for Task { item, first_row, n_rows: n } in &tasks[range] {
+                with_scratch(n * n_rows, |values| {
+                    self.matrix_rows(&products[*item], input, *first_row, *n, values);
+                    for (t, values) in values.chunks_exact(*n).enumerate() {
+                        // SAFETY: each (product, range of rows, token) is stored once.
+                        #[allow(unsafe_code)]
+                        unsafe { targets[*item].slice(t * widths[*item] + first_row, *n) }.copy_from_slice(values);
+                    }
+                });
             }
         });
     }
 
-    fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &MatrixData, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
-        let width = out.width;
-        let many = n_rows > DECODE_ROWS;
+    fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &CpuMatrix, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
+        let (width, rows) = (out.width, w.rows());
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
+        let kernel = Kernel::choose(w, self.numerics, self.isa);
         let target = SharedMut::new(&mut out.data);
         self.pool.chunks(from.n, 1, |range| {
             for head in range {
-                let view = w.view(head);
                 with_activations(|input| {
                     let start = from.offset + head * from.stride;
                     let row = |r: usize| &x.row(r)[start..start + from.width];
-                    let kernel = self.kernel(w, many);
                     // Not over the pool: this is one of its tasks.
-                    input.prepare(None, self.isa, n_rows, row, from.width, std::iter::once((kernel, w.dtype)));
-                    with_scratch(w.rows * n_rows, |values| {
-                        matrix_rows(self.isa, kernel, &view, 0, w.rows, input, &tokens, values);
+                    let kernels = std::iter::once((kernel, w.dtype()));
+                    input.prepare(None, self.isa, n_rows, row, from.width, kernels);
+                    with_scratch(rows * n_rows, |values| {
+                        let product = Product { matrix: w, part: head, tokens: &tokens };
+                        self.matrix_rows(&product, input, 0, rows, values);
                         for t in 0..n_rows {
                             // SAFETY: one task per head.
                             #[allow(unsafe_code)]
                             let out = unsafe { target.slice(t * width + to.offset + head * to.stride, to.width) };
-                            out.copy_from_slice(&values[t * w.rows..][..to.width]);
+                            out.copy_from_slice(&values[t * rows..][..to.width]);
                         }
                     });
                 });
@@ -618,7 +611,7 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn mlp(&self, x: &CpuBuffer, mlp: &Mlp<MatrixData>, n_rows: usize, out: &mut CpuBuffer) {
+    fn mlp(&self, x: &CpuBuffer, mlp: &Mlp<CpuMatrix>, n_rows: usize, out: &mut CpuBuffer) {
         self.experts(x, &[Expert::for_all(mlp, n_rows)], n_rows, out);
     }
 
@@ -639,18 +632,18 @@ impl Backend for CpuBackend {
     fn moe(
         &self,
         x: &CpuBuffer,
-        experts: &Mlp<MatrixData>,
-        shared: Option<&Mlp<MatrixData>>,
+        experts: &Mlp<CpuMatrix>,
+        shared: Option<&Mlp<CpuMatrix>>,
         ids: &CpuIndices,
         weights: &CpuBuffer,
         n_rows: usize,
         out: &mut CpuBuffer,
     ) {
-        let n_experts = experts.gate.parts.len();
+        let n_experts = experts.gate.n_parts();
         let mut chosen: Vec<Expert<'_>> =
             (0..n_experts).map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] }).collect();
         for r in 0..n_rows {
-            for (id, weight) in ids.row(r).iter().zip(weights.row(r)) {
+            for (id, weight) in ids.row(r).iter().zip(weights.row(r)).filter(|(id, _)| **id >= 0) {
                 let expert = &mut chosen[*id as usize];
                 expert.tokens.push(r as u32);
                 expert.weights.push(*weight);
@@ -658,6 +651,10 @@ impl Backend for CpuBackend {
         }
         chosen.retain(|e| !e.tokens.is_empty());
         chosen.extend(shared.map(|mlp| Expert::for_all(mlp, n_rows)));
+        if chosen.is_empty() {
+            // Every expert of these rows is on another rank.
+            out.data[..n_rows * out.width].fill(0.0);
+        }
         self.experts(x, &chosen, n_rows, out);
     }
 

@@ -26,25 +26,53 @@ const PARTS: usize = 16;
 
 /// Bytes per second that the pool's threads read together, in contiguous parts of at least 1 GiB in all.
 pub fn measure_read_bandwidth(pool: &Pool, bytes: usize) -> f64 {
-    // Parts divide into 4 streams of whole steps.
-    let n_parts = PARTS * pool.n_threads();
-    let part = (bytes.max(MIN_BYTES) / 8 / n_parts).next_multiple_of(4 * STEP);
-    let buffer = Buffer::new(part, n_parts, pool);
-    let words = buffer.words();
-    let n_bytes = words.len() * 8;
-    let mut best = f64::INFINITY;
-    for read in variants() {
-        for _ in 0..PASSES {
-            let start = Instant::now();
-            pool.chunks(n_parts, 1, |parts| {
-                for i in parts {
-                    black_box(read(&words[i * part..(i + 1) * part]));
+    ReadMeter::new(pool, bytes.max(MIN_BYTES)).best
+}
+
+/// A buffer to read, and the loop that reads it fastest.
+pub struct ReadMeter<'a> {
+    pool: &'a Pool,
+    buffer: Buffer,
+    read: Read,
+    /// Bytes per second of the best pass of the best loop.
+    pub best: f64,
+}
+
+impl<'a> ReadMeter<'a> {
+    /// Tries every loop on `bytes` of memory.
+    pub fn new(pool: &'a Pool, bytes: usize) -> ReadMeter<'a> {
+        // Parts divide into 4 streams of whole steps.
+        let n_parts = PARTS * pool.n_threads();
+        let part = (bytes / 8 / n_parts).next_multiple_of(4 * STEP);
+        let mut meter = ReadMeter { pool, buffer: Buffer::new(part, n_parts, pool), read: scalar, best: 0.0 };
+        for read in variants() {
+            for _ in 0..PASSES {
+                let rate = meter.rate(read);
+                if rate > meter.best {
+                    (meter.best, meter.read) = (rate, read);
                 }
-            });
-            best = best.min(start.elapsed().as_secs_f64());
+            }
         }
+        meter
     }
-    n_bytes as f64 / best
+
+    /// Bytes per second of one pass of the best loop, now.
+    pub fn pass(&self) -> f64 {
+        self.rate(self.read)
+    }
+
+    fn rate(&self, read: Read) -> f64 {
+        let words = self.buffer.words();
+        let n_parts = PARTS * self.pool.n_threads();
+        let part = words.len() / n_parts;
+        let start = Instant::now();
+        self.pool.chunks(n_parts, 1, |parts| {
+            for i in parts {
+                black_box(read(&words[i * part..(i + 1) * part]));
+            }
+        });
+        (words.len() * 8) as f64 / start.elapsed().as_secs_f64()
+    }
 }
 
 type Read = fn(&[u64]) -> u64;

@@ -29,10 +29,10 @@ impl Isa {
         false
     }
 
-    /// The processor has 512-bit integer dot products and byte permutations (VNNI).
+    /// The processor has 512-bit integer dot products and byte permutations (AVX512-VNNI and VBMI).
     pub fn has_vnni(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self == Isa::Avx512 && is_x86_feature_detected!("avx512vnni");
+        return self == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi");
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
@@ -41,8 +41,7 @@ impl Isa {
     pub fn has_int8_dot(self) -> bool {
         match self {
             Isa::Scalar => false,
-            Isa::Avx2 => true,
-            Isa::Avx512 => self.has_vnni(),
+            Isa::Avx2 | Isa::Avx512 => true,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
             #[cfg(not(target_arch = "aarch64"))]

@@ -1,18 +1,24 @@
-//! The CPU backend: vector kernels chosen at run time, a fork-join pool, weights read where they are mapped.
+//! The CPU backend: vector kernels chosen at run time and a fork-join pool. Weights are read where they are mapped, or
+//! from tiles that they are repacked into at load.
 
 pub mod bandwidth;
 pub mod isa;
 pub mod kernels;
+pub mod peak;
 pub mod pool;
 pub mod system;
 
 mod backend;
 mod cache;
+mod matrix;
 mod scratch;
 mod shared_mut;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use backend::{CpuBackend, CpuBuffer, CpuError, CpuIndices};
 pub use cache::CpuCache;
 pub use isa::Isa;
 pub use kernels::activations::Numerics;
+pub use matrix::CpuMatrix;
 pub use pool::Pool;

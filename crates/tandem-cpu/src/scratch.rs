@@ -6,8 +6,6 @@ use crate::kernels::activations::Activations;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
-    #[cfg(target_arch = "x86_64")]
-    static TILE: RefCell<Option<Tile>> = const { RefCell::new(None) };
     static ACTIVATIONS: RefCell<Option<Activations>> = const { RefCell::new(None) };
 }
 
@@ -27,28 +25,5 @@ pub(crate) fn with_activations<R>(body: impl FnOnce(&mut Activations) -> R) -> R
     let mut activations = ACTIVATIONS.with(|a| a.borrow_mut().take()).unwrap_or_default();
     let result = body(&mut activations);
     ACTIVATIONS.with(|a| *a.borrow_mut() = Some(activations));
-    result
-}
-
-/// Unpacked rows of a matrix, for the kernels that many tokens share.
-#[cfg(target_arch = "x86_64")]
-#[derive(Default)]
-pub(crate) struct Tile {
-    /// Operands, lanes across rows.
-    pub(crate) words: Vec<u32>,
-    /// `[groups, rows]`
-    pub(crate) scales: Vec<f32>,
-    /// `[groups, rows]`, or empty.
-    pub(crate) biases: Vec<f32>,
-    /// Decoded rows before they are transposed.
-    pub(crate) rows: Vec<f32>,
-}
-
-/// Calls `body` with this thread's tile.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn with_tile<R>(body: impl FnOnce(&mut Tile) -> R) -> R {
-    let mut tile = TILE.with(|t| t.borrow_mut().take()).unwrap_or_default();
-    let result = body(&mut tile);
-    TILE.with(|t| *t.borrow_mut() = Some(tile));
     result
 }

@@ -33,6 +33,36 @@ struct NoUsage {
     ru_majflt: i64,
 }
 
+/// Memory that new allocations can have without swapping, in bytes; `None` where the system does not tell.
+pub fn available_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+/// Pins all memory of this process, mapped files included, so that the system cannot take it back.
+///
+/// # Errors
+/// The limit on locked memory (`ulimit -l`) is too small, or there is not enough memory.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+pub fn lock_memory() -> std::io::Result<()> {
+    // SAFETY: mlockall changes no memory.
+    match unsafe { libc::mlockall(libc::MCL_CURRENT) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Pins all memory of this process.
+///
+/// # Errors
+/// Always: not built for this system.
+#[cfg(not(unix))]
+pub fn lock_memory() -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
 /// Threads to use when nobody says: one per core this process may run on.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

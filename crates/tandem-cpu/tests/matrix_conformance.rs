@@ -93,7 +93,10 @@ fn variants() -> Vec<(Isa, Numerics)> {
 #[test]
 fn linear_matches_the_oracle_over_ragged_shapes() {
     let oracle = CpuBackend::with_isa(1, Numerics::F32, Isa::Scalar);
-    let backends: Vec<CpuBackend> = variants().into_iter().map(|(i, n)| CpuBackend::with_isa(2, n, i)).collect();
+    let repacked = variants().into_iter().map(|(i, n)| CpuBackend::with_isa(2, n, i));
+    let mapped = variants().into_iter().filter(|(i, _)| *i == Isa::Avx512);
+    let mapped = mapped.map(|(i, n)| CpuBackend::with_isa(2, n, i).with_repacking(false));
+    let backends: Vec<CpuBackend> = repacked.chain(mapped).collect();
     let shapes = [(1, 32), (3, 64), (4, 96), (7, 128), (5, 160), (17, 256), (64, 384), (130, 512), (33, 2176)];
     for dtype in FORMATS {
         for (rows, cols) in shapes {
@@ -142,7 +145,15 @@ fn moe(backend: &CpuBackend, x: &CpuBuffer, n: usize, experts: &[MatrixData; 3],
     let (experts, shared) = (load(experts), load(shared));
     let logits = CpuBuffer::new(noise(17, n * n_experts), n_experts);
     let bias = backend.load_vector(&vec![0.0; n_experts]);
-    let routing = Routing { top_k: 3, n_group: 1, topk_group: 1, normalize: true, scale: 2.5 };
+    let routing = Routing {
+        top_k: 3,
+        n_group: 1,
+        topk_group: 1,
+        normalize: true,
+        scale: 2.5,
+        first_expert: 0,
+        n_held: usize::MAX,
+    };
     let mut ids = backend.alloc_indices(n, 3);
     let (mut weights, mut out) = (backend.alloc(n, 3), backend.alloc(n, hidden));
     backend.router_topk(&logits, &bias, &routing, n, &mut ids, &mut weights);

@@ -142,6 +142,8 @@ fn router_matches() {
             topk_group: units.size(&cfg, "topk_group"),
             normalize: units.info[&cfg]["norm_topk_prob"] == true,
             scale: units.number(&cfg, "routed_scaling_factor") as f32,
+            first_expert: 0,
+            n_held: usize::MAX,
         };
         let golden = |part: &str| units.f32s(&format!("router.{name}.{part}"));
         let (bias, logits, weights) = (golden("bias"), golden("logits"), golden("w"));

@@ -5,7 +5,7 @@ struct LinearF32Args {
     const float* x;      // [.., x_pitch]
     float* out;          // [n, out_pitch]
     u16* packed;         // the same as packed bf16, or null
-    const int* ids;      // matrix of each row of out, or null: blockIdx.z
+    const int* ids;      // matrix of each row of out (-1 for none), or null: blockIdx.z
     u32 x_pitch, out_pitch, packed_pitch, n;
     u32 x_divisor;       // row of x: row of out / x_divisor
     u32 x_offset, x_stride, out_offset, out_stride;
@@ -21,6 +21,7 @@ DI void linear_f32(const LinearF32Args& args) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = args.split;
     u32 row = blockIdx.x * (8 / split) + warp / split;
     u32 token0 = blockIdx.y * TOKENS;
+    if (args.ids && args.ids[token0] < 0) return;
     u32 part = args.ids ? u32(args.ids[token0]) : blockIdx.z;
     u32 x0 = args.x_offset + blockIdx.z * args.x_stride;
     float sums[TOKENS] = {};

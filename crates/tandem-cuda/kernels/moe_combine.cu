@@ -1,6 +1,6 @@
-// out[t] = sum_k weights[t, k] * parts[t, k] + shared[t], in that order.
+// out[t] = sum_k weights[t, k] * parts[t, k] + shared[t], in that order; pairs without an expert are left out.
 
-extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* parts, const float* shared, const float* weights,
+extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* parts, const float* shared, const int* ids, const float* weights,
                                                                u32 weights_pitch, float* out, u32 width, u32 top_k) {
     let_next_start();
     wait_for_previous();
@@ -9,6 +9,7 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* parts
     if ((width & 3) == 0) {
         float4 sum = make_float4(0, 0, 0, 0);
         for (u32 k = 0; k < top_k; k++) {
+            if (ids[t * top_k + k] < 0) continue;
             float w = weights[t * weights_pitch + k];
             float4 v = *(const float4*)(parts + (u64(t) * top_k + k) * width + c);
             sum.x += w * v.x, sum.y += w * v.y, sum.z += w * v.z, sum.w += w * v.w;
@@ -22,7 +23,8 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* parts
     }
     for (u32 i = c; i < min(c + 4, width); i++) {
         float sum = 0.0f;
-        for (u32 k = 0; k < top_k; k++) sum += weights[t * weights_pitch + k] * parts[(u64(t) * top_k + k) * width + i];
+        for (u32 k = 0; k < top_k; k++)
+            if (ids[t * top_k + k] >= 0) sum += weights[t * weights_pitch + k] * parts[(u64(t) * top_k + k) * width + i];
         out[u64(t) * width + i] = sum + (shared ? shared[u64(t) * width + i] : 0.0f);
     }
 }

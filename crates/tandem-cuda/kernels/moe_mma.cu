@@ -37,9 +37,10 @@ DI bool find_columns(const MoePlan& plan, u32 slots, u32 n, u32& part, Columns& 
         return true;
     }
     if (ONE) {
-        part = plan.active[blockIdx.y];
+        int expert = plan.active[blockIdx.y];
+        part = u32(expert);
         columns = Columns{nullptr, blockIdx.y, 1};
-        return true;
+        return expert >= 0;
     }
     if (int(blockIdx.y) >= plan.n_active[0]) return false;
     part = plan.active[blockIdx.y];

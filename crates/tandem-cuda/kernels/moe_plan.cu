@@ -1,7 +1,7 @@
 // Sorts (token, choice) pairs by expert, for moe_mma.cu. One block.
 
 struct MoePlanArgs {
-    const int* ids;      // [n_pairs] expert of each pair
+    const int* ids;      // [n_pairs] expert of each pair, -1 for none
     int* n_active;
     int* active;         // [slots]
     int* first;          // [slots + 1]
@@ -18,7 +18,8 @@ extern "C" __global__ void __launch_bounds__(1024) moe_plan(const __grid_constan
     u32 e = threadIdx.x, lane = e & 31, warp = e >> 5;
     counts[e] = 0;
     __syncthreads();
-    for (u32 i = e; i < args.n_pairs; i += blockDim.x) atomicAdd(&counts[args.ids[i]], 1);
+    for (u32 i = e; i < args.n_pairs; i += blockDim.x)
+        if (args.ids[i] >= 0) atomicAdd(&counts[args.ids[i]], 1);
     __syncthreads();
     // Prefix sums over experts of pairs and of experts in use.
     int count = counts[e], pairs = count, used = count > 0;
@@ -50,5 +51,6 @@ extern "C" __global__ void __launch_bounds__(1024) moe_plan(const __grid_constan
     slots[e] = first;
     __syncthreads();
     // The order within an expert does not change any result.
-    for (u32 i = e; i < args.n_pairs; i += blockDim.x) args.sorted[atomicAdd(&slots[args.ids[i]], 1)] = i;
+    for (u32 i = e; i < args.n_pairs; i += blockDim.x)
+        if (args.ids[i] >= 0) args.sorted[atomicAdd(&slots[args.ids[i]], 1)] = i;
 }

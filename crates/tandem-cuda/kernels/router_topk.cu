@@ -4,10 +4,11 @@
 struct RouterArgs {
     const float* logits;     // [n, n_experts]
     const float* bias;       // [n_experts]
-    int* ids;                // [n, top_k]
+    int* ids;                // [n, top_k] relative to first_expert, -1 for experts that are not held
     float* weights;          // [n, top_k]
     u32 n_experts, top_k, n_group, topk_group, normalize;
     float scale;
+    u32 first_expert, n_held;
 };
 
 // Lane and value of the largest (value, then lowest index).
@@ -103,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
         }
     }
     if (lane < args.top_k) {
-        args.ids[u64(blockIdx.x) * args.top_k + lane] = my_id;
+        u32 held = my_id - args.first_expert;
+        args.ids[u64(blockIdx.x) * args.top_k + lane] = held < args.n_held ? int(held) : -1;
         args.weights[u64(blockIdx.x) * args.top_k + lane] = (args.normalize ? mine / (sum + 1e-20f) : mine) * args.scale;
     }
 }

@@ -181,6 +181,8 @@ pub(crate) struct RouterArgs {
     pub(crate) topk_group: u32,
     pub(crate) normalize: u32,
     pub(crate) scale: f32,
+    pub(crate) first_expert: u32,
+    pub(crate) n_held: u32,
 }
 
 /// Pairs of a rotary embedding, at most.

@@ -475,6 +475,11 @@ impl Backend for CudaBackend {
         self.device.sync()
     }
 
+    fn write_rows(&self, values: &[f32], out: &mut CudaBuffer) {
+        out.written();
+        self.device.upload(out.pointer(), bytemuck::cast_slice(values));
+    }
+
     fn step(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
         if !self.options.graphs || batch.n_rows > DECODE_ROWS {
             return operations(batch.max_context);
@@ -644,6 +649,8 @@ impl Backend for CudaBackend {
             topk_group: routing.topk_group as u32,
             normalize: routing.normalize.into(),
             scale: routing.scale,
+            first_expert: routing.first_expert as u32,
+            n_held: routing.n_held as u32,
         };
         self.launch("router_topk", (n_rows, 1, 1), 32, &mut args![args]);
     }
@@ -671,7 +678,7 @@ impl Backend for CudaBackend {
                 // One token's experts are a plan already.
                 let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
                 self.mlp_mma(x, 1, Some((experts, &plan, top_k, slots)), shared, parts, shared_out);
-                return self.combine(parts, shared.map(|_| shared_out), weights, top_k, 1, out);
+                return self.combine(parts, shared.map(|_| shared_out), ids, weights, 1, out);
             }
             let memory = self.scratch("plan", (1 + slots + slots + 1 + pairs) * 4);
             let at = |index: usize| memory + (index * 4) as u64;
@@ -687,7 +694,7 @@ impl Backend for CudaBackend {
                 self.mlp_f32(x, shared, None, n_rows, shared_out);
             }
         }
-        self.combine(parts, shared.map(|_| shared_out), weights, top_k, n_rows, out);
+        self.combine(parts, shared.map(|_| shared_out), ids, weights, n_rows, out);
     }
 
     fn write_latent(
@@ -890,15 +897,15 @@ impl CudaBackend {
         &self,
         parts: u64,
         shared: Option<u64>,
+        ids: &CudaIndices,
         weights: &CudaBuffer,
-        top_k: usize,
         n_rows: usize,
         out: &CudaBuffer,
     ) {
         let (shared, routing, pitch) = (shared.unwrap_or(0), weights.pointer(), weights.width() as u32);
-        let (to, width, k) = (out.pointer(), out.width() as u32, top_k as u32);
+        let (to, width, k, ids) = (out.pointer(), out.width() as u32, ids.width() as u32, ids.pointer());
         let grid = (out.width().div_ceil(1024), n_rows, 1);
-        self.launch("moe_combine", grid, 256, &mut args![parts, shared, routing, pitch, to, width, k]);
+        self.launch("moe_combine", grid, 256, &mut args![parts, shared, ids, routing, pitch, to, width, k]);
     }
 
     fn norm(

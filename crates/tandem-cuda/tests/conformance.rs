@@ -259,7 +259,9 @@ fn load_mlp<B: Backend>(b: &B, m: &[MatrixData; 3]) -> Mlp<B::Matrix> {
     Mlp { gate: b.load_matrix(m[0].clone()), up: b.load_matrix(m[1].clone()), down: b.load_matrix(m[2].clone()) }
 }
 
-const ROUTING: Routing = Routing { top_k: 3, n_group: 1, topk_group: 1, normalize: true, scale: 2.5 };
+/// Nine of twelve experts are held; the others are somebody else's.
+const ROUTING: Routing =
+    Routing { top_k: 3, n_group: 1, topk_group: 1, normalize: true, scale: 2.5, first_expert: 2, n_held: 9 };
 
 fn moe<B: Backend>(
     b: &B,
@@ -268,7 +270,7 @@ fn moe<B: Backend>(
     experts: &[MatrixData; 3],
     shared: Option<&[MatrixData; 3]>,
 ) -> Vec<f32> {
-    let (n_experts, hidden) = (experts[0].parts.len(), experts[2].rows);
+    let (n_experts, hidden) = (experts[0].parts.len() + 3, experts[2].rows);
     let (experts, shared) = (load_mlp(b, experts), shared.map(|s| load_mlp(b, s)));
     let logits = rows(b, &noise(17, n * n_experts), n_experts);
     let bias = b.load_vector(&vec![0.0; n_experts]);
@@ -391,7 +393,8 @@ fn the_router_chooses_as_the_oracle_does() {
     for (n_experts, n_group, topk_group, top_k) in
         [(16, 1, 1, 4), (256, 1, 1, 8), (256, 8, 4, 8), (32, 1, 1, 6), (16, 4, 2, 4)]
     {
-        let routing = Routing { top_k, n_group, topk_group, normalize: n_group > 1, scale: 2.5 };
+        let (first_expert, n_held) = (n_experts / 4, n_experts / 2);
+        let routing = Routing { top_k, n_group, topk_group, normalize: n_group > 1, scale: 2.5, first_expert, n_held };
         let n = 33;
         let mut logits = noise(21, n * n_experts);
         // Ties.

@@ -38,6 +38,9 @@ pub enum EngineError {
     /// The backend failed.
     #[error("the device failed: {0}")]
     Device(Box<dyn std::error::Error + Send + Sync>),
+    /// Another rank failed.
+    #[error(transparent)]
+    Ranks(#[from] tandem_comm::CommError),
     /// The logits cannot be sampled.
     #[error(transparent)]
     Sample(#[from] SampleError),
@@ -150,7 +153,7 @@ impl Engine {
             Logits::Last => chunk.clamp(1, limits.max_rows),
             Logits::All => chunk.clamp(1, limits.max_rows.min(limits.max_logits_rows)),
         };
-        let mut logits = vec![];
+        let mut batches = vec![];
         let mut position = sequence.tokens.len();
         for part in tokens.chunks(chunk) {
             let end = position + part.len();
@@ -159,16 +162,17 @@ impl Engine {
                 Logits::Last if end == total => vec![part.len() as u32 - 1],
                 Logits::Last => vec![],
             };
-            let batch = Batch {
+            batches.push(Batch {
                 tokens: part.to_vec(),
                 positions: (position as u32..end as u32).collect(),
                 sequences: vec![0; part.len()],
                 block_tables: vec![sequence.pages.clone()],
                 logits_rows,
-            };
-            self.runner.step(batch, &mut logits)?;
+            });
             position = end;
         }
+        let mut logits = vec![];
+        self.runner.steps(batches, &mut logits)?;
         sequence.tokens.extend_from_slice(tokens);
         Ok(logits)
     }

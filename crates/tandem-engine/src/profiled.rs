@@ -194,6 +194,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Operation::Other, |b| b.download(buffer, out));
     }
 
+    fn write_rows(&self, rows: &[f32], buffer: &mut B::Buffer) {
+        self.timed(Operation::Other, |b| b.write_rows(rows, buffer));
+    }
+
     fn sync(&self) -> Result<(), B::Error> {
         let result = self.timed(Operation::Other, B::sync);
         self.error.borrow_mut().take().map_or(result, Err)

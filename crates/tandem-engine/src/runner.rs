@@ -12,6 +12,13 @@ pub trait Runner {
     /// # Errors
     /// The device failed.
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError>;
+    /// Runs several steps in order, as [`Runner::step`] does one by one; a pipeline works on some of them at once.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        batches.into_iter().try_for_each(|batch| self.step(batch, logits))
+    }
     /// Rows of the largest batch.
     fn limits(&self) -> Limits;
     /// Logits per row.

@@ -7,10 +7,10 @@
 
 use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, Rope, RopeLayout, Routing};
 use tandem_core::config::{IndexerConfig, MlaConfig};
-use tandem_core::weights::{Form, ModuleKind, WeightSpec};
+use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
-use crate::{KvCache, LayerCache, Limits, Loader, Model, StepShape};
+use crate::{KvCache, LayerCache, Limits, Loader, Model, Share, StepShape};
 
 /// Epsilon of the norms inside attention: 1e-6 in DeepSeek's code whatever `rms_norm_eps` says.
 const ATTENTION_NORM_EPS: f32 = 1e-6;
@@ -18,9 +18,12 @@ const ATTENTION_NORM_EPS: f32 = 1e-6;
 /// A loaded model of the DeepSeek line.
 pub struct DeepseekV32<B: Backend> {
     dims: Dims,
-    embed_tokens: B::Matrix,
+    share: Share<B>,
+    /// On the first stage, and on the last if the head is the embedding.
+    embed_tokens: Option<B::Matrix>,
     layers: Vec<Layer<B>>,
-    norm: B::Buffer,
+    /// On the last stage.
+    norm: Option<B::Buffer>,
     lm_head: Option<B::Matrix>,
     scratch: Scratch<B>,
 }
@@ -119,30 +122,49 @@ impl<B: Backend> Model<B> for DeepseekV32<B> {
     fn forward(&mut self, b: &B, batch: &B::Batch, shape: StepShape, cache: &mut KvCache<B>) {
         let n = shape.n_rows;
         let eps = self.dims.rms_norm_eps;
-        b.embed(&self.embed_tokens, batch, &mut self.scratch.hidden);
-        for (l, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+        let [attention_sliced, dense_sliced, moe_sliced] = self.share.division.reduces();
+        if let (true, Some(embed_tokens)) = (self.share.part().embeds, &self.embed_tokens) {
+            b.embed(embed_tokens, batch, &mut self.scratch.hidden);
+        }
+        for (i, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             let s = &mut self.scratch;
-            if l == 0 {
+            // The output of the layer before joins the residual stream together with this norm.
+            if i == 0 {
                 b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
             } else {
                 b.add_rms_norm(&mut s.hidden, &s.block, &layer.input_layernorm, eps, n, &mut s.normed);
             }
+            self.share.begin_layer(b, i, &s.hidden, n);
             layer.attention.forward(b, &self.dims, batch, shape, cache, s);
+            self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
             b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
             layer.mlp.forward(b, &self.dims, n, s);
+            let mlp_sliced = if matches!(layer.mlp, Block::Moe { .. }) { moe_sliced } else { dense_sliced };
+            self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
         }
-        b.add(&mut self.scratch.hidden, &self.scratch.block, n);
-        if shape.n_logits > 0 {
+        if !self.layers.is_empty() {
+            b.add(&mut self.scratch.hidden, &self.scratch.block, n);
+        }
+        if let (true, Some(norm)) = (shape.n_logits > 0, &self.norm) {
             let s = &mut self.scratch;
             b.gather_logits_rows(&s.hidden, batch, &mut s.last);
-            b.rms_norm(&s.last, &self.norm, eps, shape.n_logits, &mut s.last_normed);
-            let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-            b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+            b.rms_norm(&s.last, norm, eps, shape.n_logits, &mut s.last_normed);
+            if let Some(head) = self.lm_head.as_ref().or(self.embed_tokens.as_ref()) {
+                b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+            }
         }
     }
 
     fn logits(&self) -> &B::Buffer {
         &self.scratch.logits
+    }
+
+    fn hidden(&self) -> &B::Buffer {
+        &self.scratch.hidden
+    }
+
+    fn hidden_mut(&mut self) -> &mut B::Buffer {
+        &mut self.scratch.hidden
     }
 
     fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B> {
@@ -274,29 +296,38 @@ impl<B: Backend> Block<B> {
 }
 
 impl<B: Backend> DeepseekV32<B> {
-    /// Loads the decoder layers (an MTP layer stays in the checkpoint).
+    /// Loads the share's decoder layers (an MTP layer stays in the checkpoint).
     ///
     /// # Errors
     /// The checkpoint is damaged.
-    pub fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, limits: Limits) -> Result<Self, CheckpointError> {
-        let dims = Dims::new(config);
-        let layers =
-            (0..config.num_hidden_layers).map(|l| load_layer(loader, config, l)).collect::<Result<Vec<_>, _>>()?;
+    pub fn load(
+        loader: &mut Loader<'_, B>,
+        config: &ModelConfig,
+        share: Share<B>,
+        limits: Limits,
+    ) -> Result<Self, CheckpointError> {
+        let dims = Dims::new(config, &share);
+        let part = share.part();
+        let layers = part.layers.clone().map(|l| load_layer(loader, config, l)).collect::<Result<Vec<_>, _>>()?;
+        let tied = config.tie_word_embeddings;
+        let limits = Limits { max_logits_rows: if part.head { limits.max_logits_rows } else { 0 }, ..limits };
         Ok(DeepseekV32 {
-            embed_tokens: loader.matrix("model.embed_tokens")?,
+            embed_tokens: loader.matrix_if(part.embeds || (part.head && tied), "model.embed_tokens")?,
             layers,
-            norm: loader.vector("model.norm", "weight")?,
-            lm_head: if config.tie_word_embeddings { None } else { Some(loader.matrix("lm_head")?) },
+            norm: if part.head { Some(loader.vector("model.norm", "weight")?) } else { None },
+            lm_head: loader.matrix_if(part.head && !tied, "lm_head")?,
             scratch: Scratch::new(loader.backend, config, &dims, limits),
             dims,
+            share,
         })
     }
 }
 
 impl Dims {
-    fn new(config: &ModelConfig) -> Dims {
+    fn new<B: Backend>(config: &ModelConfig, share: &Share<B>) -> Dims {
         let (mla, moe) = (config.mla.clone(), config.moe.as_ref());
         let (Some(mla), Some(moe)) = (mla, moe) else { unreachable!("this family's config has both") };
+        let held = share.division.held_experts();
         let rope = |interleaved: bool| Rope {
             inv_freq: config.rope.inv_freq(mla.qk_rope_head_dim),
             scaling: config.rope.attention_scaling(),
@@ -310,6 +341,8 @@ impl Dims {
                 topk_group: moe.topk_group,
                 normalize: moe.norm_topk_prob,
                 scale: moe.routed_scaling_factor,
+                first_expert: held.start,
+                n_held: held.len(),
             },
             rms_norm_eps: config.rms_norm_eps,
             softmax_scale: config.softmax_scale(),
@@ -467,16 +500,19 @@ fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
         norm(format!("{p}.post_attention_layernorm"), hidden),
         attention("kv_a_proj_with_mqa", &[kv_lora + rope, hidden], Form::Matrix),
         norm(format!("{a}.kv_a_layernorm"), kv_lora),
-        attention("embed_q", &[heads, kv_lora, nope], Form::EmbedQ),
-        attention("unembed_out", &[heads, v, kv_lora], Form::UnembedOut),
-        attention("o_proj", &[hidden, heads * v], Form::Matrix),
+        attention("embed_q", &[heads, kv_lora, nope], Form::EmbedQ).divided(Split::Heads(Axis::Stack)),
+        attention("unembed_out", &[heads, v, kv_lora], Form::UnembedOut).divided(Split::Heads(Axis::Stack)),
+        attention("o_proj", &[hidden, heads * v], Form::Matrix).divided(Split::Heads(Axis::Cols)),
     ];
+    let q_proj = |name: &str, cols: usize| {
+        attention(name, &[heads * (nope + rope), cols], Form::Matrix).divided(Split::Heads(Axis::Rows))
+    };
     match mla.q_lora_rank {
-        None => specs.push(attention("q_proj", &[heads * (nope + rope), hidden], Form::Matrix)),
+        None => specs.push(q_proj("q_proj", hidden)),
         Some(q_lora) => specs.extend([
             attention("q_a_proj", &[q_lora, hidden], Form::Matrix),
             norm(format!("{a}.q_a_layernorm"), q_lora),
-            attention("q_b_proj", &[heads * (nope + rope), q_lora], Form::Matrix),
+            q_proj("q_b_proj", q_lora),
         ]),
     }
     if let (true, Some(i), Some(q_lora)) = (config.has_indexer(layer), &config.indexer, mla.q_lora_rank) {
@@ -492,14 +528,17 @@ fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
         ]);
     }
     let mut mlp = |module: String, stack: Option<usize>, width: usize, kind: ModuleKind| {
-        for (name, rows, cols) in
-            [("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)]
-        {
+        for (name, rows, cols, axis) in [
+            ("gate_proj", width, hidden, Axis::Rows),
+            ("up_proj", width, hidden, Axis::Rows),
+            ("down_proj", hidden, width, Axis::Cols),
+        ] {
             let module = format!("{module}.{name}");
-            specs.push(match stack {
+            let spec = match stack {
                 Some(n) => WeightSpec::matrix(module, &[n, rows, cols], kind, Form::Experts),
                 None => WeightSpec::matrix(module, &[rows, cols], kind, Form::Matrix),
-            });
+            };
+            specs.push(spec.divided(Split::Width(axis)));
         }
     };
     if config.is_sparse(layer) {

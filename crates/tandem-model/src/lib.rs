@@ -8,6 +8,8 @@ mod deepseek_v32;
 mod dummy;
 mod llama;
 mod loader;
+mod plan;
+mod share;
 
 use tandem_core::backend::{Backend, Batch};
 use tandem_core::weights::{self, Weight, WeightSpec};
@@ -18,6 +20,8 @@ pub use deepseek_v32::DeepseekV32;
 pub use dummy::{DummyWeights, Recipe, Stacks};
 pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
+pub use plan::{Plan, PlanError, Planner, RankPlan, RankResources, Request};
+pub use share::{Division, Part, PartWeights, Share};
 
 /// Sizes fixed when a model is loaded.
 #[derive(Clone, Copy, Debug)]
@@ -72,10 +76,15 @@ pub struct KvCache<B: Backend> {
 
 /// A loaded model.
 pub trait Model<B: Backend> {
-    /// Enqueues one step. Logits of the wanted rows are in [`Model::logits`] afterwards.
+    /// Enqueues one step: from tokens, or from [`Model::hidden_mut`] if an earlier stage has the embedding. Afterwards the
+    /// logits of the wanted rows are in [`Model::logits`], or the residual stream for the next stage in [`Model::hidden`].
     fn forward(&mut self, backend: &B, batch: &B::Batch, shape: StepShape, cache: &mut KvCache<B>);
     /// `[max_logits_rows, vocab_size]`
     fn logits(&self) -> &B::Buffer;
+    /// The residual stream, `[max_rows, hidden_size]`.
+    fn hidden(&self) -> &B::Buffer;
+    /// The residual stream, to be filled before [`Model::forward`].
+    fn hidden_mut(&mut self) -> &mut B::Buffer;
     /// An empty cache for `n_slots` tokens.
     fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B>;
     /// Bytes that one token takes in the cache.
@@ -134,9 +143,25 @@ pub fn load_from<B: Backend + 'static>(
     limits: Limits,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
+    load_share(backend, config, source, Share::whole(config), limits, progress)
+}
+
+/// [`load_from`] for one rank's share: `source` gives its slices ([`PartWeights`]) and `config` has their sizes
+/// ([`Division::config`]).
+///
+/// # Errors
+/// The source fails.
+pub fn load_share<B: Backend + 'static>(
+    backend: &B,
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    share: Share<B>,
+    limits: Limits,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Box<dyn Model<B>>, CheckpointError> {
     let mut loader = Loader::new(backend, source, progress);
     Ok(match config.mla {
-        Some(_) => Box::new(DeepseekV32::load(&mut loader, config, limits)?),
-        None => Box::new(Llama::load(&mut loader, config, limits)?),
+        Some(_) => Box::new(DeepseekV32::load(&mut loader, config, share, limits)?),
+        None => Box::new(Llama::load(&mut loader, config, share, limits)?),
     })
 }

@@ -3,17 +3,20 @@
 //! Reference: transformers' `modeling_llama.py`.
 
 use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, Rope, RopeLayout};
-use tandem_core::weights::{Form, ModuleKind, WeightSpec};
+use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
-use crate::{KvCache, LayerCache, Limits, Loader, Model, StepShape};
+use crate::{KvCache, LayerCache, Limits, Loader, Model, Share, StepShape};
 
 /// A loaded Llama.
 pub struct Llama<B: Backend> {
     dims: Dims,
-    embed_tokens: B::Matrix,
+    share: Share<B>,
+    /// On the first stage, and on the last if the head is the embedding.
+    embed_tokens: Option<B::Matrix>,
     layers: Vec<Layer<B>>,
-    norm: B::Buffer,
+    /// On the last stage.
+    norm: Option<B::Buffer>,
     lm_head: Option<B::Matrix>,
     scratch: Scratch<B>,
 }
@@ -72,8 +75,12 @@ impl<B: Backend> Model<B> for Llama<B> {
         let Dims { n_heads, n_kv_heads, head_dim, rms_norm_eps: eps, softmax_scale, ref rope } = self.dims;
         let s = &mut self.scratch;
         let (q_heads, k_heads) = (Heads::packed(n_heads, head_dim), Heads::packed(n_kv_heads, head_dim));
-        b.embed(&self.embed_tokens, batch, &mut s.hidden);
-        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+        let [attention_sliced, mlp_sliced, _] = self.share.division.reduces();
+        if let (true, Some(embed_tokens)) = (self.share.part().embeds, &self.embed_tokens) {
+            b.embed(embed_tokens, batch, &mut s.hidden);
+        }
+        for (i, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            self.share.begin_layer(b, i, &s.hidden, n);
             let LayerCache::KeyValue { keys, values } = cache else { unreachable!("the cache was made by this model") };
             b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
             b.linear(
@@ -95,20 +102,31 @@ impl<B: Backend> Model<B> for Llama<B> {
             b.gqa_attention(&s.q_rotated, n_heads, n_kv_heads, softmax_scale, batch, keys, values, &mut s.attended);
             b.linear(&s.attended, n, &mut [(&layer.o_proj.weight, &mut s.block)]);
             layer.o_proj.add_bias(b, &mut s.block, n);
+            self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
             b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
             b.mlp(&s.normed, &layer.mlp, n, &mut s.block);
+            self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
             b.add(&mut s.hidden, &s.block, n);
         }
-        if shape.n_logits > 0 {
+        if let (true, Some(norm)) = (shape.n_logits > 0, &self.norm) {
             b.gather_logits_rows(&s.hidden, batch, &mut s.last);
-            b.rms_norm(&s.last, &self.norm, eps, shape.n_logits, &mut s.last_normed);
-            let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-            b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+            b.rms_norm(&s.last, norm, eps, shape.n_logits, &mut s.last_normed);
+            if let Some(head) = self.lm_head.as_ref().or(self.embed_tokens.as_ref()) {
+                b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+            }
         }
     }
 
     fn logits(&self) -> &B::Buffer {
         &self.scratch.logits
+    }
+
+    fn hidden(&self) -> &B::Buffer {
+        &self.scratch.hidden
+    }
+
+    fn hidden_mut(&mut self) -> &mut B::Buffer {
+        &mut self.scratch.hidden
     }
 
     fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B> {
@@ -146,13 +164,21 @@ impl<B: Backend> Projection<B> {
 }
 
 impl<B: Backend> Llama<B> {
-    /// Loads every layer.
+    /// Loads the share's layers.
     ///
     /// # Errors
     /// The checkpoint is damaged.
-    pub fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, limits: Limits) -> Result<Self, CheckpointError> {
-        let bias = config.attention_bias;
-        let layers = (0..config.num_hidden_layers)
+    pub fn load(
+        loader: &mut Loader<'_, B>,
+        config: &ModelConfig,
+        share: Share<B>,
+        limits: Limits,
+    ) -> Result<Self, CheckpointError> {
+        let (bias, part, tied) = (config.attention_bias, share.part(), config.tie_word_embeddings);
+        let max_logits_rows = if part.head { limits.max_logits_rows } else { 0 };
+        let layers = part
+            .layers
+            .clone()
             .map(|l| {
                 let p = format!("model.layers.{l}");
                 Ok(Layer {
@@ -183,10 +209,10 @@ impl<B: Backend> Llama<B> {
                     layout: RopeLayout::Half,
                 },
             },
-            embed_tokens: loader.matrix("model.embed_tokens")?,
+            embed_tokens: loader.matrix_if(part.embeds || (part.head && tied), "model.embed_tokens")?,
             layers,
-            norm: loader.vector("model.norm", "weight")?,
-            lm_head: if config.tie_word_embeddings { None } else { Some(loader.matrix("lm_head")?) },
+            norm: if part.head { Some(loader.vector("model.norm", "weight")?) } else { None },
+            lm_head: loader.matrix_if(part.head && !tied, "lm_head")?,
             scratch: Scratch {
                 hidden: b.alloc(n, hidden),
                 normed: b.alloc(n, hidden),
@@ -197,10 +223,11 @@ impl<B: Backend> Llama<B> {
                 k_rotated: b.alloc(n, k_width),
                 v: b.alloc(n, k_width),
                 attended: b.alloc(n, q_width),
-                last: b.alloc(limits.max_logits_rows, hidden),
-                last_normed: b.alloc(limits.max_logits_rows, hidden),
-                logits: b.alloc(limits.max_logits_rows, config.vocab_size),
+                last: b.alloc(max_logits_rows, hidden),
+                last_normed: b.alloc(max_logits_rows, hidden),
+                logits: b.alloc(max_logits_rows, config.vocab_size),
             },
+            share,
         })
     }
 }
@@ -223,25 +250,28 @@ pub(crate) fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
         for norm in ["input_layernorm", "post_attention_layernorm"] {
             specs.push(WeightSpec::vector(format!("{p}.{norm}"), "weight", hidden, ModuleKind::Norms));
         }
-        for (name, rows, cols) in [
-            ("q_proj", q_width, hidden),
-            ("k_proj", k_width, hidden),
-            ("v_proj", k_width, hidden),
-            ("o_proj", hidden, q_width),
+        for (name, rows, cols, split, bias_split) in [
+            ("q_proj", q_width, hidden, Split::Heads(Axis::Rows), Split::Heads(Axis::Cols)),
+            ("k_proj", k_width, hidden, Split::KvHeads(Axis::Rows), Split::KvHeads(Axis::Cols)),
+            ("v_proj", k_width, hidden, Split::KvHeads(Axis::Rows), Split::KvHeads(Axis::Cols)),
+            ("o_proj", hidden, q_width, Split::Heads(Axis::Cols), Split::Once),
         ] {
             let module = format!("{p}.self_attn.{name}");
             if config.attention_bias {
-                specs.push(WeightSpec::vector(module.clone(), "bias", rows, ModuleKind::Attention));
+                let bias = WeightSpec::vector(module.clone(), "bias", rows, ModuleKind::Attention);
+                specs.push(bias.divided(bias_split));
             }
-            specs.push(WeightSpec::matrix(module, &[rows, cols], ModuleKind::Attention, Form::Matrix));
+            let weight = WeightSpec::matrix(module, &[rows, cols], ModuleKind::Attention, Form::Matrix);
+            specs.push(weight.divided(split));
         }
-        for (name, rows, cols) in [
-            ("gate_proj", intermediate, hidden),
-            ("up_proj", intermediate, hidden),
-            ("down_proj", hidden, intermediate),
+        for (name, rows, cols, axis) in [
+            ("gate_proj", intermediate, hidden, Axis::Rows),
+            ("up_proj", intermediate, hidden, Axis::Rows),
+            ("down_proj", hidden, intermediate, Axis::Cols),
         ] {
             let module = format!("{p}.mlp.{name}");
-            specs.push(WeightSpec::matrix(module, &[rows, cols], ModuleKind::DenseMlp, Form::Matrix));
+            let spec = WeightSpec::matrix(module, &[rows, cols], ModuleKind::DenseMlp, Form::Matrix);
+            specs.push(spec.divided(Split::Width(axis)));
         }
         for spec in &mut specs[of_layer..] {
             spec.layer = Some(layer);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use tandem_core::backend::{Backend, Mlp};
-use tandem_core::weights::{MatrixData, Weight};
+use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_core::{Checkpoint, CheckpointError};
 
 /// Where weights come from, by module name.
@@ -18,6 +18,8 @@ pub trait WeightSource {
     /// # Errors
     /// The file is damaged.
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError>;
+    /// Called when a backend has what it needs of a matrix: memory that only served to read it may go.
+    fn release(&self, _part: &MatrixPart) {}
 }
 
 /// Weights by tensor name.
@@ -51,7 +53,17 @@ impl<'a> CheckpointWeights<'a> {
 
 impl WeightSource for CheckpointWeights<'_> {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
-        self.weights.get(module, "weight")?.matrix(self.checkpoint)
+        let data = self.weights.get(module, "weight")?.matrix(self.checkpoint)?;
+        for part in &data.parts {
+            self.checkpoint.will_need(&part.weight);
+        }
+        Ok(data)
+    }
+
+    fn release(&self, part: &MatrixPart) {
+        for bytes in [&part.weight, &part.scales, &part.biases] {
+            self.checkpoint.release(bytes);
+        }
     }
 
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
@@ -79,10 +91,19 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// The file is damaged.
     pub fn matrix(&mut self, module: &str) -> Result<B::Matrix, CheckpointError> {
         let data = self.source.matrix(module)?;
-        let bytes = data.bytes();
+        let (bytes, parts) = (data.bytes(), data.parts.clone());
         let matrix = self.backend.load_matrix(data);
+        parts.iter().for_each(|part| self.source.release(part));
         (self.progress)(bytes);
         Ok(matrix)
+    }
+
+    /// [`Loader::matrix`], if this rank needs it.
+    ///
+    /// # Errors
+    /// The file is damaged.
+    pub fn matrix_if(&mut self, needed: bool, module: &str) -> Result<Option<B::Matrix>, CheckpointError> {
+        if needed { self.matrix(module).map(Some) } else { Ok(None) }
     }
 
     /// The vector `module.leaf`.

@@ -1,8 +1,11 @@
 //! Commands and flags.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use anyhow::ensure;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
 #[derive(Debug, Parser)]
@@ -11,6 +14,9 @@ pub(crate) struct Cli {
     /// Say more on stderr (-v, -vv, -vvv).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
+    /// Where `tandem launch` sends its orders.
+    #[arg(long, global = true, hide = true, value_name = "FD")]
+    pub(crate) launch_fd: Option<u32>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -25,6 +31,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Measure speed against what this machine's memory allows.
     Bench(BenchArgs),
+    /// Run a command on several machines, or as several processes of this one.
+    Launch(LaunchArgs),
 }
 
 /// Which model, and how it runs.
@@ -39,6 +47,9 @@ pub(crate) struct ModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// Pin the weights in memory, so that the system cannot take it back.
+    #[arg(long)]
+    pub(crate) lock: bool,
     /// Tokens of prompt run at once.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) prefill_chunk: usize,
@@ -48,6 +59,8 @@ pub(crate) struct ModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -224,6 +237,8 @@ pub(crate) enum BenchCommand {
     Decode(BenchDecodeArgs),
     /// Prompt processing: tokens per second, GFLOP/s.
     Prefill(BenchPrefillArgs),
+    /// Collectives between ranks: latency and bandwidth by size, next to a raw socket's.
+    Comm(BenchCommArgs),
 }
 
 /// What is measured, and how.
@@ -253,6 +268,9 @@ pub(crate) struct BenchModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// Pin the weights in memory, so that the system cannot take it back.
+    #[arg(long)]
+    pub(crate) lock: bool,
     /// Numerics of the activations that meet quantised weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
     pub(crate) activations: ActivationsArg,
@@ -342,4 +360,179 @@ fn token_count(text: &str) -> Result<usize, String> {
         .ok()
         .and_then(|n| n.checked_mul(factor))
         .ok_or_else(|| format!("expected a number of tokens such as 512 or 8k, found {text:?}"))
+}
+
+/// How a model is divided among ranks.
+#[derive(Clone, Debug, Default, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Several ranks")]
+pub(crate) struct ParallelArgs {
+    /// Ranks; on this machine, unless `tandem launch` has a hostfile.
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: Option<usize>,
+    /// Pipeline stages: each rank holds some layers.
+    #[arg(long, value_name = "N")]
+    pub(crate) pp: Option<usize>,
+    /// Tensor parallelism: each rank holds a slice of every head group and MLP.
+    #[arg(long, value_name = "N")]
+    pub(crate) tp: Option<usize>,
+    /// Expert parallelism: each rank holds some of the experts.
+    #[arg(long, value_name = "N")]
+    pub(crate) ep: Option<usize>,
+    /// Let measured bandwidth and memory choose; the default when none of --pp, --tp, --ep is given.
+    #[arg(long, value_enum, conflicts_with_all = ["pp", "tp", "ep"])]
+    pub(crate) plan: Option<PlanArg>,
+    /// How ranks talk to each other.
+    #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
+    pub(crate) transport: TransportArg,
+    /// Seconds after which a rank that does not answer is taken for dead (10 if not given).
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) deadline: Option<f64>,
+    /// Send sums of tensor-parallel ranks as bf16: half the traffic, less exact.
+    #[arg(long)]
+    pub(crate) wire_bf16: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub(crate) enum PlanArg {
+    /// The fastest division that fits.
+    #[default]
+    Auto,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub(crate) enum TransportArg {
+    /// TCP.
+    #[default]
+    Auto,
+    /// Threads of one process.
+    Local,
+    /// Built in; nothing to install.
+    #[value(alias = "ring")]
+    Tcp,
+    /// An installed Open MPI or MPICH.
+    Mpi,
+}
+
+impl ParallelArgs {
+    /// Ranks asked for.
+    pub(crate) fn n_ranks(&self) -> anyhow::Result<usize> {
+        let of_plan = self.pp.unwrap_or(1) * self.tp.unwrap_or(1).max(self.ep.unwrap_or(1));
+        let n = self.ranks.unwrap_or(of_plan);
+        ensure!((1..=4096).contains(&n), "--ranks, --pp, --tp and --ep must be at least 1");
+        Ok(n)
+    }
+
+    /// The bound on a wait.
+    pub(crate) fn patience(&self) -> anyhow::Result<Duration> {
+        let seconds = self.deadline.unwrap_or(10.0);
+        ensure!((0.1..=86_400.0).contains(&seconds), "--deadline must be between 0.1 and 86400 seconds");
+        Ok(Duration::from_secs_f64(seconds))
+    }
+
+    /// The same as flags of a command.
+    pub(crate) fn flags(&self, n_ranks: usize) -> Vec<String> {
+        let transport = self.transport.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
+        let mut flags = vec!["--transport".to_string(), transport, "--ranks".to_string(), n_ranks.to_string()];
+        for (name, value) in [("--pp", self.pp), ("--tp", self.tp), ("--ep", self.ep)] {
+            flags.extend(value.into_iter().flat_map(|n| [name.to_string(), n.to_string()]));
+        }
+        flags.extend(self.deadline.into_iter().flat_map(|s| ["--deadline".to_string(), s.to_string()]));
+        flags.extend(self.wire_bf16.then(|| "--wire-bf16".to_string()));
+        flags
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LaunchArgs {
+    /// Hosts as mlx.launch has them: [{"ssh": "name", "ips": ["10.0.0.1"]}, ...]. "localhost" starts a process here.
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) hostfile: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
+    /// The same as --transport, as mlx.launch spells it: ring is tcp.
+    #[arg(long, value_enum, value_name = "TRANSPORT", conflicts_with = "transport")]
+    pub(crate) backend: Option<TransportArg>,
+    /// Start all ranks again after a failure, at most N times.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) restart: u32,
+    /// Rank r listens on this port plus r; any free port if 0.
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub(crate) starting_port: u16,
+    /// Seconds for all ranks to start and meet.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    pub(crate) start_timeout: f64,
+    /// This program on the other hosts; the same path as here if not given.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) remote_binary: Option<PathBuf>,
+    /// The model's directory on the other hosts; as in the command if not given.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) remote_model: Option<String>,
+    /// Option for ssh, as after its -o; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) ssh_option: Vec<String>,
+    /// MPI's launcher.
+    #[arg(long, value_name = "PROGRAM", default_value = "mpirun")]
+    pub(crate) mpirun: PathBuf,
+    /// The command: run, eval, bench ... with its flags.
+    #[arg(last = true, required = true)]
+    pub(crate) command: Vec<String>,
+}
+
+impl LaunchArgs {
+    /// `--ranks N` of a command, without a launch.
+    pub(crate) fn short_form(command: Vec<String>, parallel: ParallelArgs) -> LaunchArgs {
+        LaunchArgs {
+            hostfile: None,
+            parallel,
+            backend: None,
+            restart: 0,
+            starting_port: 0,
+            start_timeout: 60.0,
+            remote_binary: None,
+            remote_model: None,
+            ssh_option: vec![],
+            mpirun: PathBuf::new(),
+            command,
+        }
+    }
+
+    /// The flags, --backend counted in.
+    pub(crate) fn parallel_args(&self) -> ParallelArgs {
+        ParallelArgs { transport: self.backend.unwrap_or(self.parallel.transport), ..self.parallel.clone() }
+    }
+}
+
+impl Command {
+    /// The model's flags, of commands that can run on several ranks.
+    pub(crate) fn model_args(&self) -> Option<&ModelArgs> {
+        match self {
+            Command::Run(args) => Some(&args.model),
+            Command::Eval(args) => Some(match &args.command {
+                EvalCommand::Logits(args) => &args.model,
+                EvalCommand::Perplexity(args) => &args.model,
+                EvalCommand::Tasks(args) => &args.model,
+            }),
+            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) => None,
+        }
+    }
+
+    /// How the command's ranks are arranged.
+    pub(crate) fn parallel_args(&self) -> Option<&ParallelArgs> {
+        match self {
+            Command::Bench(BenchArgs { command: BenchCommand::Comm(args) }) => Some(&args.parallel),
+            command => command.model_args().map(|args| &args.parallel),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchCommArgs {
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
+    /// Largest payload in bytes.
+    #[arg(long, value_name = "BYTES", default_value = "16m", value_parser = token_count)]
+    pub(crate) max_bytes: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -13,6 +13,8 @@ use tandem_engine::{BlockManager, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
 use crate::cli::{ActivationsArg, BackendArg, ModelArgs};
+use crate::distributed;
+use crate::report::bytes;
 
 /// The model that ships with the project.
 const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
@@ -61,22 +63,32 @@ pub(crate) fn load(args: &ModelArgs, logits: LogitsRows) -> anyhow::Result<Loade
     let limits = Limits { max_rows, max_logits_rows: if logits == LogitsRows::One { 1 } else { max_rows } };
 
     let blocks = BlockManager::for_tokens(context);
-    let source = CheckpointWeights::new(&checkpoint, weights);
     let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
     let resident = accounting.total(|k| k.resident_bytes);
-    let (runner, numerics): (Box<dyn Runner>, _) = match choose(args.backend, args.activations)? {
-        Device::Cpu => {
-            let (backend, numerics) = cpu_backend(args.threads, args.activations);
-            (Box::new(runner(backend, &source, shape, resident)?), numerics)
+    let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
+        if args.backend == BackendArg::Cuda {
+            bail!("several processes run on the CPU only so far; use --backend cpu");
         }
-        #[cfg(feature = "cuda")]
-        Device::Cuda => {
-            let backend = cuda_backend(args.activations)?;
-            crate::cuda::check_memory(&backend, shape, resident)?;
-            let numerics = backend.numerics().name();
-            (Box::new(runner(backend, &source, shape, resident)?), numerics)
+        distributed::lead(args, &config, checkpoint, weights, limits, blocks.n_slots())?
+    } else {
+        let source = CheckpointWeights::new(&checkpoint, weights);
+        match choose(args.backend, args.activations)? {
+            Device::Cpu => {
+                let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
+                (Box::new(runner(backend, &source, shape, resident)?), numerics)
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda => {
+                let backend = cuda_backend(args.activations)?;
+                crate::cuda::check_memory(&backend, shape, resident)?;
+                let numerics = backend.numerics().name();
+                (Box::new(runner(backend, &source, shape, resident)?), numerics)
+            }
         }
     };
+    if args.lock {
+        lock_memory();
+    }
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk: max_rows, numerics })
 }
@@ -144,15 +156,39 @@ pub(crate) fn cuda_backend(activations: ActivationsArg) -> anyhow::Result<tandem
     Ok(CudaBackend::new(Options::new(numerics))?)
 }
 
-/// The processor as a backend, and the name of the activations' numerics.
-pub(crate) fn cpu_backend(threads: Option<usize>, activations: ActivationsArg) -> (CpuBackend, &'static str) {
+/// The processor as a backend for `weight_bytes` of weights, and the name of the activations' numerics.
+pub(crate) fn cpu_backend(
+    threads: Option<usize>,
+    activations: ActivationsArg,
+    weight_bytes: u64,
+) -> (CpuBackend, &'static str) {
     let numerics = match activations {
         ActivationsArg::F32 => Numerics::F32,
         ActivationsArg::Bf16 => Numerics::Bf16,
         ActivationsArg::Int8 => Numerics::Int8,
         ActivationsArg::Auto => CpuBackend::default_numerics(),
     };
-    (CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics), numerics.name())
+    // Repacked weights take memory of their own; mapped ones can be read again from their files.
+    let available = system::available_memory_bytes().unwrap_or(u64::MAX);
+    let repack = weight_bytes <= available;
+    if !repack {
+        tracing::warn!(
+            "the weights take {} and {} of memory are available: they stay mapped from their files, which is slower",
+            bytes(weight_bytes),
+            bytes(available)
+        );
+    }
+    let backend = CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics);
+    (backend.with_repacking(repack), numerics.name())
+}
+
+/// `--lock`: pins what is loaded, or says why not.
+pub(crate) fn lock_memory() {
+    if let Err(error) = system::lock_memory() {
+        eprintln!(
+            "--lock: the weights are not locked ({error}); raise the limit with `ulimit -l unlimited`, or as root"
+        );
+    }
 }
 
 /// A load bar with GB/s on stderr, silent when that is not a terminal.

@@ -4,6 +4,7 @@ mod bench;
 mod cli;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod distributed;
 mod eval;
 mod inspect;
 mod load;
@@ -13,7 +14,9 @@ mod text;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
+use distributed::Role;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
@@ -22,20 +25,39 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|info| {
         eprintln!("error: tandem has a bug: {info}. Please report this with the command you ran");
     }));
-    let result = match cli.command {
-        cli::Command::Run(args) => run::run(&args),
-        cli::Command::Inspect(args) => inspect::inspect(&args),
-        cli::Command::Eval(args) => eval::eval(&args),
-        cli::Command::Bench(args) => bench::bench(&args),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(cli) {
+        Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
+    match distributed::role(&cli)? {
+        Role::Lead => {}
+        Role::Launch(n) => {
+            let parallel = cli.command.parallel_args().cloned().unwrap_or_default();
+            return distributed::launch::launch_here(n, &parallel);
+        }
+        Role::Follow(started) => {
+            if let cli::Command::Bench(cli::BenchArgs { command: cli::BenchCommand::Comm(args) }) = &cli.command {
+                return bench::comm::comm(args, Some(*started)).map(|()| ExitCode::SUCCESS);
+            }
+            let args = cli.command.model_args().context("tandem launch runs run, eval and bench comm")?;
+            return distributed::follow(*started, args).map(|()| ExitCode::SUCCESS);
+        }
+    }
+    match cli.command {
+        cli::Command::Launch(args) => return distributed::launch::launch(&args),
+        cli::Command::Run(args) => run::run(&args)?,
+        cli::Command::Inspect(args) => inspect::inspect(&args)?,
+        cli::Command::Eval(args) => eval::eval(&args)?,
+        cli::Command::Bench(args) => bench::bench(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn init_logging(verbose: u8) {

@@ -3,6 +3,7 @@
 use tandem_core::DType;
 
 use crate::isa::Isa;
+use crate::matrix::CpuMatrix;
 use crate::pool::Pool;
 use crate::shared_mut::SharedMut;
 
@@ -35,44 +36,40 @@ pub const NIBBLE_BLOCK: usize = 128;
 /// Elements of one step of the kernels for 8-bit weights.
 pub const BYTE_BLOCK: usize = 64;
 
-/// Which kernel family multiplies a matrix, decided by its format, the numerics, the processor and the batch.
+/// Which kernel family multiplies a matrix, decided by its layout, its format, the numerics and the processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
     /// Decode each row to f32, then a dot product: any format on any processor.
     Generic,
     /// 4-bit codes, f32 products.
     NibbleF32,
-    /// 4-bit codes, bf16 products.
-    NibbleBf16,
     /// 4-bit codes, integer products.
     NibbleInt8,
     /// 8-bit codes, f32 products.
     ByteF32,
     /// 8-bit codes, integer products.
     ByteInt8,
-    /// Tiles of rows shared by many tokens.
+    /// Tiles.
     #[cfg(target_arch = "x86_64")]
-    Gemm(super::gemm::Operand),
+    Tiles(super::tile_rows::Operand),
 }
 
 impl Kernel {
-    /// `many` rows of activations allow kernels whose sums run in another order than a single row's.
-    pub(crate) fn choose(dtype: DType, numerics: Numerics, isa: Isa, many: bool) -> Kernel {
+    pub(crate) fn choose(matrix: &CpuMatrix, numerics: Numerics, isa: Isa) -> Kernel {
+        let dtype = matrix.dtype();
         if isa == Isa::Scalar {
             return Kernel::Generic;
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = many;
         #[cfg(target_arch = "x86_64")]
-        if many && isa == Isa::Avx512 {
-            return Kernel::Gemm(super::gemm::Operand::choose(dtype, numerics, isa));
+        if let CpuMatrix::Tiled(_) = matrix {
+            return Kernel::Tiles(super::tile_rows::Operand::choose(dtype, numerics, isa));
         }
-        match (dtype, numerics) {
-            (DType::Mxfp4, Numerics::Bf16) if isa.has_bf16() => Kernel::NibbleBf16,
-            (DType::Mxfp4 | DType::Affine { bits: 4, .. }, Numerics::Int8) if isa.has_int8_dot() => Kernel::NibbleInt8,
-            (DType::Mxfp4 | DType::Affine { bits: 4, .. }, _) => Kernel::NibbleF32,
-            (DType::Affine { bits: 8, .. }, Numerics::Int8) if isa.has_int8_dot() => Kernel::ByteInt8,
-            (DType::Affine { bits: 8, .. }, _) => Kernel::ByteF32,
+        let int8 = numerics == Numerics::Int8 && isa.has_int8_dot();
+        match dtype {
+            DType::Mxfp4 | DType::Affine { bits: 4, .. } if int8 => Kernel::NibbleInt8,
+            DType::Mxfp4 | DType::Affine { bits: 4, .. } => Kernel::NibbleF32,
+            DType::Affine { bits: 8, .. } if int8 => Kernel::ByteInt8,
+            DType::Affine { bits: 8, .. } => Kernel::ByteF32,
             _ => Kernel::Generic,
         }
     }
@@ -81,19 +78,15 @@ impl Kernel {
     fn forms(self, dtype: DType) -> Forms {
         let mut forms = Forms::default();
         match self {
-            Kernel::Generic => {}
+            Kernel::Generic | Kernel::ByteF32 => {}
             Kernel::NibbleF32 => forms.nibble_f32 = true,
-            Kernel::NibbleBf16 => forms.nibble_bf16 = true,
             Kernel::NibbleInt8 => forms.nibble_q8 = true,
-            Kernel::ByteF32 => {}
-            Kernel::ByteInt8 => forms.byte_q8 = true,
+            Kernel::ByteInt8 => forms.q8 = true,
             #[cfg(target_arch = "x86_64")]
-            Kernel::Gemm(operand) => match operand {
-                super::gemm::Operand::Int8 if dtype.bits() == 4 => forms.nibble_q8 = true,
-                super::gemm::Operand::Int8 => forms.byte_q8 = true,
-                super::gemm::Operand::Bf16 if dtype.bits() == 4 => forms.nibble_bf16 = true,
-                super::gemm::Operand::Bf16 => forms.plain_bf16 = true,
-                super::gemm::Operand::F32 => {}
+            Kernel::Tiles(operand) => match operand {
+                super::tile_rows::Operand::Int8 => forms.q8 = true,
+                super::tile_rows::Operand::Bf16 => forms.pairs_bf16 = true,
+                super::tile_rows::Operand::F32 => {}
             },
         }
         if let DType::Affine { group_size, .. } = dtype {
@@ -108,10 +101,9 @@ impl Kernel {
 struct Forms {
     sums: [bool; 3],
     nibble_f32: bool,
-    nibble_bf16: bool,
     nibble_q8: bool,
-    byte_q8: bool,
-    plain_bf16: bool,
+    q8: bool,
+    pairs_bf16: bool,
 }
 
 impl Forms {
@@ -119,10 +111,9 @@ impl Forms {
         Forms {
             sums: std::array::from_fn(|i| self.sums[i] || other.sums[i]),
             nibble_f32: self.nibble_f32 || other.nibble_f32,
-            nibble_bf16: self.nibble_bf16 || other.nibble_bf16,
             nibble_q8: self.nibble_q8 || other.nibble_q8,
-            byte_q8: self.byte_q8 || other.byte_q8,
-            plain_bf16: self.plain_bf16 || other.plain_bf16,
+            q8: self.q8 || other.q8,
+            pairs_bf16: self.pairs_bf16 || other.pairs_bf16,
         }
     }
 }
@@ -139,8 +130,6 @@ pub struct Activations {
     q8_sums: [Vec<f32>; 3],
     /// `[n_rows, blocks * 128]`, element `8 i + j` of a block at `16 j + i`.
     nibble_f32: Vec<f32>,
-    /// `[n_rows, blocks * 128]`, element `4 m + j` of a block at `32 j + m`.
-    nibble_bf16: Vec<u16>,
     /// `[n_rows, blocks * 128]`, element `2 m + j` of a block at `64 j + m`.
     nibble_q8: Vec<i8>,
     /// Scale of each 32-bit lane of a 128-block, `[n_rows, blocks * 16]`.
@@ -148,14 +137,14 @@ pub struct Activations {
     /// Sum of the 8 integers of each lane, `[n_rows, blocks * 16]`.
     nibble_lane_sums: Vec<i32>,
     /// `[n_rows, blocks * 64]`
-    byte_q8: Vec<i8>,
+    q8: Vec<i8>,
     /// Scale of each 32-bit lane of a 64-block, `[n_rows, blocks * 16]`.
     byte_scales: Vec<f32>,
-    /// `[n_rows, blocks * 128]`, in order.
-    plain_bf16: Vec<u16>,
-    /// Scale and sum of the integers of each group of 32, `[n_rows, groups]`.
+    /// `[n_rows, blocks * 8]`, the even ones of eight elements before the odd ones.
+    pairs_bf16: Vec<u16>,
+    /// Scale of each group of 32, and -12 times the sum of its integers, `[n_rows, groups]`.
     q8_scales: Vec<f32>,
-    q8_group_sums: Vec<i32>,
+    q8_starts: Vec<i32>,
 }
 
 impl Activations {
@@ -172,7 +161,7 @@ impl Activations {
     ) {
         self.width = width;
         let forms = kernels.fold(Forms::default(), |forms, (kernel, dtype)| forms.or(kernel.forms(dtype)));
-        let quantized = forms.nibble_q8 || forms.byte_q8;
+        let quantized = forms.nibble_q8 || forms.q8;
         let lengths = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
         let nibbles = width.div_ceil(NIBBLE_BLOCK) * NIBBLE_BLOCK;
         let bytes = width.div_ceil(BYTE_BLOCK) * BYTE_BLOCK;
@@ -183,15 +172,14 @@ impl Activations {
             self.q8_sums[i].resize(lengths(forms.sums[i] && quantized, width / (32 << i)), 0.0);
         }
         self.nibble_f32.resize(lengths(forms.nibble_f32, nibbles), 0.0);
-        self.nibble_bf16.resize(lengths(forms.nibble_bf16, nibbles), 0);
-        self.plain_bf16.resize(lengths(forms.plain_bf16, nibbles), 0);
+        self.pairs_bf16.resize(lengths(forms.pairs_bf16, width.next_multiple_of(8)), 0);
         self.nibble_q8.resize(lengths(forms.nibble_q8, nibbles), 0);
         self.nibble_scales.resize(lengths(forms.nibble_q8, nibbles / 8), 0.0);
         self.nibble_lane_sums.resize(lengths(forms.nibble_q8, nibbles / 8), 0);
-        self.byte_q8.resize(lengths(forms.byte_q8, bytes), 0);
-        self.byte_scales.resize(lengths(forms.byte_q8, bytes / 4), 0.0);
+        self.q8.resize(lengths(forms.q8, bytes), 0);
+        self.byte_scales.resize(lengths(forms.q8, bytes / 4), 0.0);
         self.q8_scales.resize(lengths(quantized, groups), 0.0);
-        self.q8_group_sums.resize(lengths(quantized, groups), 0);
+        self.q8_starts.resize(lengths(quantized, groups), 0);
 
         let shared = Shared {
             width,
@@ -199,15 +187,14 @@ impl Activations {
             sums: self.sums.each_mut().map(|v| SharedMut::new(v)),
             q8_sums: self.q8_sums.each_mut().map(|v| SharedMut::new(v)),
             nibble_f32: SharedMut::new(&mut self.nibble_f32),
-            nibble_bf16: SharedMut::new(&mut self.nibble_bf16),
-            plain_bf16: SharedMut::new(&mut self.plain_bf16),
+            pairs_bf16: SharedMut::new(&mut self.pairs_bf16),
             nibble_q8: SharedMut::new(&mut self.nibble_q8),
             nibble_scales: SharedMut::new(&mut self.nibble_scales),
             nibble_lane_sums: SharedMut::new(&mut self.nibble_lane_sums),
-            byte_q8: SharedMut::new(&mut self.byte_q8),
+            q8: SharedMut::new(&mut self.q8),
             byte_scales: SharedMut::new(&mut self.byte_scales),
             q8_scales: SharedMut::new(&mut self.q8_scales),
-            q8_group_sums: SharedMut::new(&mut self.q8_group_sums),
+            q8_starts: SharedMut::new(&mut self.q8_starts),
         };
         let fill = |range: std::ops::Range<usize>| {
             for r in range {
@@ -236,20 +223,21 @@ impl Activations {
     }
 
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn nibble_bf16(&self, row: usize) -> &[u16] {
-        block_row(&self.nibble_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
+    pub(crate) fn pairs_bf16(&self, row: usize) -> &[u16] {
+        block_row(&self.pairs_bf16, row, self.width, 8, 8)
     }
 
+    /// Integers in order.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn plain_bf16(&self, row: usize) -> &[u16] {
-        block_row(&self.plain_bf16, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
+    pub(crate) fn q8(&self, row: usize) -> &[i8] {
+        block_row(&self.q8, row, self.width, BYTE_BLOCK, BYTE_BLOCK)
     }
 
-    /// Scales and integer sums of the groups of 32.
+    /// Scales of the groups of 32, and -12 times their integer sums.
     pub(crate) fn q8_groups(&self, row: usize) -> (&[f32], &[i32]) {
         (
             block_row(&self.q8_scales, row, self.width, Q8_GROUP, 1),
-            block_row(&self.q8_group_sums, row, self.width, Q8_GROUP, 1),
+            block_row(&self.q8_starts, row, self.width, Q8_GROUP, 1),
         )
     }
 
@@ -265,7 +253,7 @@ impl Activations {
     /// Integers and lane scales.
     pub(crate) fn byte_q8(&self, row: usize) -> (&[i8], &[f32]) {
         (
-            block_row(&self.byte_q8, row, self.width, BYTE_BLOCK, BYTE_BLOCK),
+            block_row(&self.q8, row, self.width, BYTE_BLOCK, BYTE_BLOCK),
             block_row(&self.byte_scales, row, self.width, BYTE_BLOCK, 16),
         )
     }
@@ -284,15 +272,14 @@ struct Shared<'a> {
     sums: [SharedMut<'a, f32>; 3],
     q8_sums: [SharedMut<'a, f32>; 3],
     nibble_f32: SharedMut<'a, f32>,
-    nibble_bf16: SharedMut<'a, u16>,
-    plain_bf16: SharedMut<'a, u16>,
+    pairs_bf16: SharedMut<'a, u16>,
     nibble_q8: SharedMut<'a, i8>,
     nibble_scales: SharedMut<'a, f32>,
     nibble_lane_sums: SharedMut<'a, i32>,
-    byte_q8: SharedMut<'a, i8>,
+    q8: SharedMut<'a, i8>,
     byte_scales: SharedMut<'a, f32>,
     q8_scales: SharedMut<'a, f32>,
-    q8_group_sums: SharedMut<'a, i32>,
+    q8_starts: SharedMut<'a, i32>,
 }
 
 impl Shared<'_> {
@@ -326,16 +313,13 @@ impl Shared<'_> {
         if forms.nibble_f32 {
             reorder::<8, _, _>(x, NIBBLE_BLOCK, own(&self.nibble_f32, row, n_rows), |v| v);
         }
-        if forms.nibble_bf16 {
-            reorder::<4, _, _>(x, NIBBLE_BLOCK, own(&self.nibble_bf16, row, n_rows), bf16_bits);
+        if forms.pairs_bf16 {
+            reorder::<2, _, _>(x, 8, own(&self.pairs_bf16, row, n_rows), bf16_bits);
         }
-        if forms.plain_bf16 {
-            reorder::<1, _, _>(x, NIBBLE_BLOCK, own(&self.plain_bf16, row, n_rows), bf16_bits);
-        }
-        if !forms.nibble_q8 && !forms.byte_q8 {
+        if !forms.nibble_q8 && !forms.q8 {
             return;
         }
-        let (scales, sums) = (own(&self.q8_scales, row, n_rows), own(&self.q8_group_sums, row, n_rows));
+        let (scales, starts) = (own(&self.q8_scales, row, n_rows), own(&self.q8_starts, row, n_rows));
         // Blocks of bytes are in order, so they hold the integers until nibbles are made of them.
         let mut codes = [0i8; NIBBLE_BLOCK];
         for (b, block) in x.chunks(NIBBLE_BLOCK).enumerate() {
@@ -352,7 +336,7 @@ impl Shared<'_> {
                     *code = q as i8;
                 }
                 scales[b * 4 + g] = largest / 127.0;
-                sums[b * 4 + g] = total;
+                starts[b * 4 + g] = -12 * total;
             }
             if forms.nibble_q8 {
                 let out = &mut own(&self.nibble_q8, row, n_rows)[b * NIBBLE_BLOCK..][..NIBBLE_BLOCK];
@@ -362,8 +346,8 @@ impl Shared<'_> {
                     *sum = codes[lane * 8..lane * 8 + 8].iter().map(|q| i32::from(*q)).sum();
                 }
             }
-            if forms.byte_q8 {
-                let out = &mut own(&self.byte_q8, row, n_rows)[b * NIBBLE_BLOCK..];
+            if forms.q8 {
+                let out = &mut own(&self.q8, row, n_rows)[b * NIBBLE_BLOCK..];
                 let n = out.len().min(NIBBLE_BLOCK);
                 out[..n].copy_from_slice(&codes[..n]);
             }
@@ -371,13 +355,13 @@ impl Shared<'_> {
         if forms.nibble_q8 {
             lanes(scales, NIBBLE_BLOCK, own(&self.nibble_scales, row, n_rows));
         }
-        if forms.byte_q8 {
+        if forms.q8 {
             lanes(scales, BYTE_BLOCK, own(&self.byte_scales, row, n_rows));
         }
         for (i, out) in self.q8_sums.iter().enumerate() {
-            let groups = scales.chunks_exact(1 << i).zip(sums.chunks_exact(1 << i));
-            for (out, (scales, sums)) in own(out, row, n_rows).iter_mut().zip(groups) {
-                *out = scales.iter().zip(sums).map(|(scale, sum)| scale * *sum as f32).sum();
+            let groups = scales.chunks_exact(1 << i).zip(starts.chunks_exact(1 << i));
+            for (out, (scales, starts)) in own(out, row, n_rows).iter_mut().zip(groups) {
+                *out = scales.iter().zip(starts).map(|(scale, start)| scale * (start / -12) as f32).sum();
             }
         }
     }

@@ -2,37 +2,45 @@
 
 use tandem_core::quant::PackedView;
 
-use super::activations::{Activations, Kernel};
+use super::activations::{Activations, Kernel, Numerics};
 #[cfg(target_arch = "x86_64")]
-use super::gemm;
+use super::tile_rows::tile_rows;
 use super::vector::dot;
 use super::{byte_rows, nibble_rows};
 use crate::isa::Isa;
+use crate::matrix::CpuMatrix;
 use crate::scratch::with_scratch;
 
-/// Rows that the vector kernels take at once: they share the loads of the activations.
+/// Rows that the row kernels take at once: they share the loads of the activations.
 const ROW_BLOCK: usize = 4;
 
-/// `out[t * n_rows + i] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows.
+/// `out[t * n_rows + i] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows of matrix `part`, `first_row` a
+/// multiple of 32.
 ///
-/// Except for `Kernel::Gemm`, a value depends on its row and token alone, not on what else is asked for.
+/// A value depends on its row and token alone, not on what else is asked for.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn matrix_rows(
     isa: Isa,
-    kernel: Kernel,
-    matrix: &PackedView<'_>,
+    numerics: Numerics,
+    matrix: &CpuMatrix,
+    part: usize,
     first_row: usize,
     n_rows: usize,
     x: &Activations,
     tokens: &[u32],
     out: &mut [f32],
 ) {
+    let kernel = Kernel::choose(matrix, numerics, isa);
+    let view = match matrix {
+        CpuMatrix::Mapped(data) => data.view(part),
+        #[cfg(target_arch = "x86_64")]
+        CpuMatrix::Tiled(tiles) => {
+            let Kernel::Tiles(operand) = kernel else { unreachable!("tiles have their own kernels") };
+            return tile_rows(operand, tiles, part, first_row, n_rows, x, tokens, out);
+        }
+    };
     if kernel == Kernel::Generic {
-        return generic_rows(isa, matrix, first_row, n_rows, x, tokens, out);
-    }
-    #[cfg(target_arch = "x86_64")]
-    if let Kernel::Gemm(operand) = kernel {
-        return gemm::gemm_rows(operand, matrix, first_row, n_rows, x, tokens, out);
+        return generic_rows(isa, &view, first_row, n_rows, x, tokens, out);
     }
     for start in (0..n_rows).step_by(ROW_BLOCK) {
         let n = ROW_BLOCK.min(n_rows - start);
@@ -40,13 +48,11 @@ pub(crate) fn matrix_rows(
             let mut values = [0.0f32; ROW_BLOCK];
             let (first, token) = (first_row + start, *token as usize);
             match kernel {
-                Kernel::NibbleF32 => nibble_rows::f32_rows(isa, matrix, first, n, x, token, &mut values),
-                #[cfg(target_arch = "x86_64")]
-                Kernel::NibbleBf16 => nibble_rows::bf16_rows(matrix, first, n, x, token, &mut values),
-                Kernel::NibbleInt8 => nibble_rows::int8_rows(isa, matrix, first, n, x, token, &mut values),
-                Kernel::ByteF32 => byte_rows::f32_rows(isa, matrix, first, n, x, token, &mut values),
-                Kernel::ByteInt8 => byte_rows::int8_rows(isa, matrix, first, n, x, token, &mut values),
-                _ => unreachable!("handled above, or never chosen for {isa}"),
+                Kernel::NibbleF32 => nibble_rows::f32_rows(isa, &view, first, n, x, token, &mut values),
+                Kernel::NibbleInt8 => nibble_rows::int8_rows(isa, &view, first, n, x, token, &mut values),
+                Kernel::ByteF32 => byte_rows::f32_rows(isa, &view, first, n, x, token, &mut values),
+                Kernel::ByteInt8 => byte_rows::int8_rows(isa, &view, first, n, x, token, &mut values),
+                _ => unreachable!("handled above"),
             }
             out[t * n_rows + start..][..n].copy_from_slice(&values[..n]);
         }

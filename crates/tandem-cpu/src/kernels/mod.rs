@@ -10,8 +10,6 @@ mod avx2;
 mod byte_rows;
 #[cfg(target_arch = "x86_64")]
 mod exp;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod gemm;
 pub mod index_select;
 pub mod matrix;
 #[cfg(target_arch = "aarch64")]
@@ -21,4 +19,6 @@ pub mod norm;
 pub mod rope;
 pub mod router_topk;
 pub mod silu_mul;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tile_rows;
 pub mod vector;

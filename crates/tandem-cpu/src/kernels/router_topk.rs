@@ -2,7 +2,8 @@
 
 use tandem_core::backend::Routing;
 
-/// Chooses `routing.top_k` experts from `logits [n_experts]`.
+/// Chooses `routing.top_k` experts from `logits [n_experts]`; ids are relative to `routing.first_expert`, and -1 for
+/// experts that are not held.
 ///
 /// Scores are `sigmoid(logits)`; `scores + bias` pick groups (by the sum of their two best) and experts, the scores
 /// alone weigh them. Experts of rejected groups cannot be chosen, whatever the bias. Ties go to the lower index.
@@ -44,6 +45,11 @@ pub fn router_topk(logits: &[f32], bias: &[f32], routing: &Routing, ids: &mut [i
     let sum = if routing.normalize { weights.iter().sum::<f32>() + 1e-20 } else { 1.0 };
     for weight in weights {
         *weight = *weight / sum * routing.scale;
+    }
+    let held = routing.first_expert..routing.first_expert + routing.n_held;
+    for id in ids {
+        let expert = *id as usize;
+        *id = if held.contains(&expert) { (expert - held.start) as i32 } else { -1 };
     }
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use tandem_core::backend::{Backend, CacheKind};
 use tandem_core::{Batch, ModelConfig};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
+use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::peak_memory_bytes;
 use tandem_cpu::{CpuBackend, CpuIndices, Pool};
 use tandem_engine::{EngineError, ModelRunner, Profile, Profiled, Runner};
@@ -32,6 +33,8 @@ pub(super) trait BenchRunner {
     fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize;
     /// Bytes per second that the device's memory delivers.
     fn bandwidth(&self) -> f64;
+    /// Operations per second that the device's arithmetic reaches, where that can be measured.
+    fn peak(&self) -> Option<f64>;
     /// Peak memory of the process, or memory in use on the device.
     fn peak_memory_bytes(&self) -> u64;
     /// The device in one line.
@@ -43,6 +46,7 @@ pub(super) trait BenchRunner {
 /// What differs from backend to backend.
 trait BenchDevice: Backend {
     fn bandwidth(&self) -> f64;
+    fn peak(&self) -> Option<f64>;
     fn memory_bytes(&self) -> u64;
     fn name(&self) -> String;
     fn describe(&self) -> Value;
@@ -73,6 +77,10 @@ impl<B: BenchDevice> BenchRunner for ModelRunner<Profiled<B>> {
         self.backend().inner().bandwidth()
     }
 
+    fn peak(&self) -> Option<f64> {
+        self.backend().inner().peak()
+    }
+
     fn peak_memory_bytes(&self) -> u64 {
         self.backend().inner().memory_bytes()
     }
@@ -98,7 +106,7 @@ pub(super) fn load(
 ) -> anyhow::Result<(Box<dyn BenchRunner>, &'static str)> {
     match choose(args.backend, args.activations)? {
         Device::Cpu => {
-            let (backend, numerics) = cpu_backend(args.threads, args.activations);
+            let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
             let backend = Profiled::new(backend, count_distinct);
             Ok((Box::new(runner(backend, source, shape, resident)?), numerics))
         }
@@ -111,6 +119,11 @@ pub(super) fn load(
             Ok((Box::new(runner(backend, source, shape, resident)?), numerics))
         }
     }
+}
+
+/// True if the flags name the processor.
+pub(super) fn is_cpu(args: &BenchModelArgs) -> anyhow::Result<bool> {
+    Ok(matches!(choose(args.backend, args.activations)?, Device::Cpu))
 }
 
 /// Bytes per second before a model is loaded, where that can be measured without it.
@@ -140,6 +153,10 @@ impl BenchDevice for CpuBackend {
         cpu_bandwidth(self.n_threads())
     }
 
+    fn peak(&self) -> Option<f64> {
+        measure_peak(self.pool(), self.numerics(), self.isa())
+    }
+
     fn memory_bytes(&self) -> u64 {
         peak_memory_bytes()
     }
@@ -157,6 +174,10 @@ impl BenchDevice for CpuBackend {
 impl BenchDevice for tandem_cuda::CudaBackend {
     fn bandwidth(&self) -> f64 {
         tandem_cuda::CudaBackend::bandwidth(self)
+    }
+
+    fn peak(&self) -> Option<f64> {
+        None
     }
 
     fn memory_bytes(&self) -> u64 {

@@ -5,6 +5,7 @@
 //! exactly the context asked for.
 
 mod bytes_read;
+pub(crate) mod comm;
 mod device;
 mod model;
 mod plot;
@@ -15,6 +16,8 @@ use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::Batch;
 use tandem_core::backend::PAGE_SIZE;
+use tandem_cpu::Pool;
+use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{Operation, Profile};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
@@ -22,6 +25,8 @@ use crate::report::{bytes, print_json};
 use bytes_read::BytesRead;
 use model::BenchModel;
 
+/// Read between two steps, for the bandwidth of that moment.
+const PASS_BYTES: usize = 256 << 20;
 /// Steps of the profiled run, at most.
 const PROFILED_STEPS: usize = 8;
 
@@ -30,6 +35,7 @@ pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
         BenchCommand::Decode(args) => decode(args),
         BenchCommand::Prefill(args) => prefill(args),
+        BenchCommand::Comm(args) => comm::comm(args, None),
     }
 }
 
@@ -46,13 +52,17 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
     model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
 
+    let pool = Pool::new(model::n_threads(args.model.threads));
+    // A processor's memory is shared with others and changes speed; a device's does not.
+    let meter = if device::is_cpu(&args.model)? { Some(ReadMeter::new(&pool, PASS_BYTES)) } else { None };
     let mut points = vec![];
     for context in &contexts {
-        let point = decode_point(&mut model, &sequences, *context, args)?;
+        let point = decode_point(&mut model, meter.as_ref(), &sequences, *context, args)?;
         eprintln!("context {context}: {:.2} ms per step, {:.2} tokens/s", point.ms.median, point.tokens_per_second);
         points.push(point);
     }
-    model.note_peak_memory();
+    model.note_peak_memory(if meter.is_some() { PASS_BYTES } else { 0 });
+    drop(meter);
     let measured = bandwidth_before.max(model.runner.bandwidth());
 
     let mut report = model.describe();
@@ -105,11 +115,15 @@ struct DecodePoint {
     ms: Spread,
     tokens_per_second: f64,
     bytes: BytesRead,
+    /// Of each step: its rate over the better of the reads just before and after it. Shared machines change speed from
+    /// second to second, and this follows.
+    fraction_of_moment: Spread,
     breakdown: Breakdown,
 }
 
 fn decode_point(
     model: &mut BenchModel,
+    meter: Option<&ReadMeter<'_>>,
     sequences: &Sequences,
     context: usize,
     args: &BenchDecodeArgs,
@@ -129,7 +143,15 @@ fn decode_point(
     for _ in 0..args.warmup {
         step(model)?;
     }
-    let times = (0..args.steps).map(|_| step(model)).collect::<anyhow::Result<Vec<f64>>>()?;
+    let (mut times, mut around) = (vec![], vec![]);
+    let pass = |model: &BenchModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
+    let mut before = pass(model);
+    for _ in 0..args.steps {
+        times.push(step(model)?);
+        let after = pass(model);
+        around.push(before.max(after));
+        before = after;
+    }
     let n_profiled = args.steps.min(PROFILED_STEPS);
     model.runner.start();
     let mut profiled_ms = 0.0;
@@ -137,12 +159,15 @@ fn decode_point(
         profiled_ms += step(model)?;
     }
     let profile = model.runner.stop();
+    let bytes = BytesRead::of_decode_step(model, context + 1, args.batch, profile.experts_per_layer());
+    let fractions = times.iter().zip(&around).map(|(ms, rate)| bytes.total() / (ms / 1e3) / rate).collect();
     let ms = Spread::of(times);
     Ok(DecodePoint {
         context,
         batch: args.batch,
         tokens_per_second: args.batch as f64 * 1e3 / ms.median,
-        bytes: BytesRead::of_decode_step(model, context + 1, args.batch, profile.experts_per_layer()),
+        bytes,
+        fraction_of_moment: Spread::of(fractions),
         breakdown: Breakdown::new(&profile, profiled_ms, n_profiled),
         ms,
     })
@@ -165,6 +190,9 @@ impl DecodePoint {
         map.insert("experts_read_per_layer".into(), json!(self.bytes.experts_per_layer));
         map.insert("achieved_gb_per_s".into(), json!(self.bytes_per_second() / 1e9));
         map.insert("bandwidth_fraction".into(), json!(self.bytes_per_second() / measured));
+        map.insert("bandwidth_fraction_of_moment_median".into(), json!(self.fraction_of_moment.median));
+        map.insert("bandwidth_fraction_of_moment_p10".into(), json!(self.fraction_of_moment.p10));
+        map.insert("bandwidth_fraction_of_moment_p90".into(), json!(self.fraction_of_moment.p90));
         self.breakdown.insert_json(&mut map);
         map
     }
@@ -182,6 +210,12 @@ impl DecodePoint {
             self.bytes_per_second() / 1e9,
             measured / 1e9,
             100.0 * self.bytes_per_second() / measured
+        );
+        println!(
+            "  each step against the reads just before and after it: {:.1} % (median; p10 {:.1}, p90 {:.1})",
+            100.0 * self.fraction_of_moment.median,
+            100.0 * self.fraction_of_moment.p10,
+            100.0 * self.fraction_of_moment.p90
         );
         println!("  bytes per step");
         for (name, n) in &self.bytes.kinds {
@@ -221,21 +255,24 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     for _ in 0..args.warmup {
         prompt(&mut model, &mut vec![])?;
     }
-    let mut times = vec![];
+    let (mut times, mut peaks) = (vec![], vec![model.runner.peak()]);
     for step in 0..args.steps {
         times.push(prompt(&mut model, &mut chunk_times)?);
+        peaks.push(model.runner.peak());
         eprintln!("prompt {} of {}: {:.1} ms", step + 1, args.steps, times[step]);
     }
     model.runner.start();
     let profiled_ms = prompt(&mut model, &mut vec![])?;
     let breakdown = Breakdown::new(&model.runner.stop(), profiled_ms, 1);
 
-    model.note_peak_memory();
+    model.note_peak_memory(0);
     let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
+    let flop = bytes_read::prefill_flop(&model, args.context, args.prompt_tokens, chunk);
+    let peaks: Option<Vec<f64>> = peaks.into_iter().collect();
+    let peak = peaks.map(|peaks| Peak::new(&peaks, &times, flop));
     let ms = Spread::of(times);
     let chunk_ms = Spread::of(chunk_times);
     let tokens_per_second = args.prompt_tokens as f64 * 1e3 / ms.median;
-    let flop = bytes_read::prefill_flop(&model, args.context, args.prompt_tokens, chunk);
     let gflop_per_s = flop / 1e9 / (ms.median / 1e3);
     if let Some(file) = &args.model.plot {
         let bars = [(format!("{} tokens in chunks of {chunk}", args.prompt_tokens), breakdown.rows.clone())];
@@ -263,6 +300,11 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
         ] {
             report.insert(name.to_string(), value);
         }
+        if let Some(peak) = peak {
+            report.insert("measured_peak_gflop_per_s".into(), json!(peak.best / 1e9));
+            report.insert("peak_fraction".into(), json!(gflop_per_s * 1e9 / peak.best));
+            report.insert("peak_fraction_of_moment_median".into(), json!(peak.fraction_of_moment.median));
+        }
         breakdown.insert_json(&mut report);
         return print_json(&report);
     }
@@ -272,8 +314,34 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     println!("  {:.1} ms (median; p10 {:.1}, p90 {:.1})", ms.median, ms.p10, ms.p90);
     println!("  {:.1} ms per chunk (median; p10 {:.1}, p90 {:.1})", chunk_ms.median, chunk_ms.p10, chunk_ms.p90);
     println!("  {tokens_per_second:.1} tokens/s, {gflop_per_s:.1} GFLOP/s (2 per active weight and token)");
+    if let Some(peak) = peak {
+        println!(
+            "  {:.1} % of the {:.1} GFLOP/s that {} multiplications in registers reach; each prompt against those just \
+             before and after it: {:.1} %",
+            100.0 * gflop_per_s * 1e9 / peak.best,
+            peak.best / 1e9,
+            model.numerics,
+            100.0 * peak.fraction_of_moment.median
+        );
+    }
     breakdown.print();
     Ok(())
+}
+
+/// The arithmetic limit beside a prefill.
+struct Peak {
+    /// Operations per second.
+    best: f64,
+    /// Of each prompt: its rate over the better of the peaks measured just before and after it.
+    fraction_of_moment: Spread,
+}
+
+impl Peak {
+    /// `peaks` were measured around the prompts of `flop` operations that took `times` ms.
+    fn new(peaks: &[f64], times: &[f64], flop: f64) -> Peak {
+        let fractions = peaks.windows(2).zip(times).map(|(p, ms)| flop / (ms / 1e3) / p[0].max(p[1])).collect();
+        Peak { best: peaks.iter().copied().fold(0.0, f64::max), fraction_of_moment: Spread::of(fractions) }
+    }
 }
 
 /// Sequences with consecutive pages.

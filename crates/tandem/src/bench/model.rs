@@ -11,7 +11,7 @@ use tandem_cpu::system::default_threads;
 use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Recipe, Stacks, WeightSource};
 
 use crate::cli::{BenchModelArgs, LoadFormatArg, QuantArg};
-use crate::load::{Device, Shape, choose, model_dir};
+use crate::load::{Device, Shape, choose, lock_memory, model_dir};
 use crate::report::{bytes, count};
 
 use super::device::{self, BenchRunner};
@@ -34,7 +34,7 @@ pub(super) struct BenchModel {
     pub(super) title: String,
     name: String,
     quant: Option<&'static str>,
-    numerics: &'static str,
+    pub(super) numerics: &'static str,
     /// Weights in memory; an MTP head stays in its file.
     resident_bytes: u64,
     load_seconds: f64,
@@ -106,6 +106,9 @@ impl BenchModel {
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
         let shape = Shape { config: &config, limits, n_slots };
         let (runner, numerics) = device::load(args, &*source, shape, resident_bytes)?;
+        if args.lock {
+            lock_memory();
+        }
         let quant = dummy.then(|| recipe(args.quant).name());
         let title = format!(
             "{name}, {} layers, {}, activations {numerics}",
@@ -138,8 +141,9 @@ impl BenchModel {
 
     /// Records the peak so far: measuring bandwidth beside the loaded model would add its buffer. (The buffer of the
     /// first measurement is gone before the model is loaded, but it shows in the peak of models smaller than it.)
-    pub(super) fn note_peak_memory(&mut self) {
-        self.peak_memory_bytes = self.runner.peak_memory_bytes();
+    /// `beside` bytes are the measurement's own.
+    pub(super) fn note_peak_memory(&mut self, beside: usize) {
+        self.peak_memory_bytes = self.runner.peak_memory_bytes() - beside as u64;
     }
 
     /// What was measured, for JSON.

@@ -10,8 +10,6 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
@@ -37,12 +35,10 @@ pub(crate) fn f32_rows(
     let rows = Rows::new(matrix, first_row, n_rows);
     let values = x.row(token);
     match isa {
-        // SAFETY: an `Isa` other than Scalar only exists on processors that have it; `Rows` checked the lengths.
+        // SAFETY: an `Isa` other than Scalar only exists on processors that have it; `Rows` checked the lengths. A
+        // processor with AVX-512 has AVX2 too.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::f32_kernel(&rows, values, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::f32_kernel(&rows, values, out) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::f32_kernel(&rows, values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::f32_kernel(&rows, values, out) },
@@ -65,10 +61,7 @@ pub(crate) fn int8_rows(
     match isa {
         // SAFETY: as in `f32_rows`; the kernel was chosen because `Isa::has_int8_dot`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::int8_kernel(&rows, x.byte_q8(token), out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::int8_kernel(&rows, x.byte_q8(token).0, x.q8_groups(token).0, out) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::int8_kernel(&rows, x.byte_q8(token).0, x.q8_groups(token).0, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::int8_kernel(&rows, x.byte_q8(token).0, x.q8_groups(token), out) },

@@ -1,0 +1,284 @@
+//! Ranks that an MPI launcher started (mpirun, srun), over a libmpi found at run time: the road to RDMA through UCX and
+//! libfabric, and to job schedulers.
+//!
+//! Only point-to-point messages are used, so that sums have the same bits as with every other transport and waits have
+//! deadlines. The launcher watches over processes; there are no signs of life here. A rank that gives up ends the whole
+//! job with `MPI_Abort`, because memory of an unfinished message cannot be taken back.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::time::{Duration, Instant};
+
+use libloading::{Library, Symbol};
+
+use crate::error::{CommError, Failure};
+use crate::frame::{Counters, HEADER, Header};
+use crate::transport::{Channel, Incoming, Transport, Wait};
+
+/// As [`crate::tcp`]: no sleep before this.
+const SPIN: Duration = Duration::from_micros(200);
+/// After this, the rank is taken for idle and asks less often.
+const IDLE: Duration = Duration::from_millis(20);
+const THREAD_SERIALIZED: c_int = 2;
+
+/// A communicator, datatype or request: a pointer in Open MPI, an int in MPICH.
+type Handle = usize;
+type SendReceive = unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, c_int, Handle, *mut Handle) -> c_int;
+
+struct Functions {
+    isend: SendReceive,
+    irecv: SendReceive,
+    test: unsafe extern "C" fn(*mut Handle, *mut c_int, *mut c_void) -> c_int,
+    finalize: unsafe extern "C" fn() -> c_int,
+    abort: unsafe extern "C" fn(Handle, c_int) -> c_int,
+}
+
+/// One rank of an MPI job.
+pub struct Mpi {
+    functions: Functions,
+    world: Handle,
+    byte: Handle,
+    status_ignore: *mut c_void,
+    rank: usize,
+    size: usize,
+    sent: Vec<Counters>,
+    received: Vec<Counters>,
+    left: bool,
+    /// Keeps the functions loaded.
+    _library: Library,
+}
+
+// SAFETY: MPI was initialised for use from any thread, one at a time; `&mut self` sees to that.
+#[allow(unsafe_code)]
+unsafe impl Send for Mpi {}
+
+/// True when an MPI launcher started this process.
+pub fn launched() -> bool {
+    ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"].iter().any(|name| std::env::var_os(name).is_some())
+}
+
+/// Names under which libmpi is looked for: the launcher's own kind first.
+fn candidates() -> Vec<&'static str> {
+    let open_mpi = ["libmpi.so.40", "libmpi.40.dylib"];
+    let mpich = ["libmpich.so.12", "libmpi.so.12", "libmpi.12.dylib"];
+    let mut names = vec![];
+    if std::env::var_os("OMPI_COMM_WORLD_RANK").is_some() {
+        names.extend(open_mpi);
+        names.extend(mpich);
+    } else {
+        names.extend(mpich);
+        names.extend(open_mpi);
+    }
+    names.extend(["libmpi.so", "libmpi.dylib"]);
+    names
+}
+
+/// Joins the job.
+///
+/// # Errors
+/// There is no libmpi, or it is of an unknown kind.
+#[allow(unsafe_code)]
+pub fn init() -> Result<Mpi, CommError> {
+    let broken = |e: libloading::Error| CommError::setup(format!("this libmpi is incomplete: {e}"));
+    // SAFETY: libmpi's initialisers are made to be run by loading it.
+    let library = candidates().into_iter().find_map(|name| unsafe { Library::new(name) }.ok()).ok_or_else(|| {
+        CommError::setup(
+            "libmpi was not found; install Open MPI or MPICH (Debian: openmpi-bin or mpich), or use --transport tcp",
+        )
+    })?;
+    // SAFETY: these symbols have these types in the MPI standard and in both ABIs; data symbols are only addressed.
+    unsafe {
+        let (world, byte, status_ignore) = match library.get::<*mut c_void>(b"ompi_mpi_comm_world\0") {
+            Ok(_) => {
+                let address = |name: &[u8]| -> Result<Handle, CommError> {
+                    let symbol: Symbol<'_, *mut c_void> = library.get(name).map_err(broken)?;
+                    Ok(symbol.try_as_raw_ptr().map_or(0, |p| p as usize))
+                };
+                (address(b"ompi_mpi_comm_world\0")?, address(b"ompi_mpi_byte\0")?, std::ptr::null_mut())
+            }
+            // mpi.h of MPICH: MPI_COMM_WORLD, MPI_BYTE, MPI_STATUS_IGNORE.
+            Err(_) => (0x4400_0000, 0x4c00_010d, std::ptr::without_provenance_mut(1)),
+        };
+        let init: Symbol<'_, unsafe extern "C" fn(*mut c_int, *mut *mut *mut c_char, c_int, *mut c_int) -> c_int> =
+            library.get(b"MPI_Init_thread\0").map_err(broken)?;
+        let of_world: [Symbol<'_, unsafe extern "C" fn(Handle, *mut c_int) -> c_int>; 2] =
+            [library.get(b"MPI_Comm_rank\0").map_err(broken)?, library.get(b"MPI_Comm_size\0").map_err(broken)?];
+        let functions = Functions {
+            isend: *library.get(b"MPI_Isend\0").map_err(broken)?,
+            irecv: *library.get(b"MPI_Irecv\0").map_err(broken)?,
+            test: *library.get(b"MPI_Test\0").map_err(broken)?,
+            finalize: *library.get(b"MPI_Finalize\0").map_err(broken)?,
+            abort: *library.get(b"MPI_Abort\0").map_err(broken)?,
+        };
+        let mut provided = 0;
+        init(std::ptr::null_mut(), std::ptr::null_mut(), THREAD_SERIALIZED, &mut provided);
+        let [mut rank, mut size] = [0; 2];
+        of_world[0](world, &mut rank);
+        of_world[1](world, &mut size);
+        let (rank, size) = (rank.max(0) as usize, size.max(1) as usize);
+        Ok(Mpi {
+            functions,
+            world,
+            byte,
+            status_ignore,
+            rank,
+            size,
+            sent: vec![Counters::default(); size],
+            received: vec![Counters::default(); size],
+            left: false,
+            _library: library,
+        })
+    }
+}
+
+impl Mpi {
+    /// Starts sending `data`, which must stay where it is until the request is done.
+    #[allow(unsafe_code)]
+    fn start_send(&self, to: usize, tag: Channel, data: &[u8]) -> Handle {
+        let mut request = 0;
+        // SAFETY: `exchange` does not return before the request is done; MPI does not write to what it sends.
+        unsafe {
+            let data_ptr = data.as_ptr().cast_mut().cast();
+            (self.functions.isend)(
+                data_ptr,
+                data.len() as c_int,
+                self.byte,
+                to as c_int,
+                tag as c_int,
+                self.world,
+                &mut request,
+            );
+        }
+        request
+    }
+
+    #[allow(unsafe_code)]
+    fn start_receive(&self, from: usize, tag: Channel, into: &mut [u8]) -> Handle {
+        let mut request = 0;
+        let (length, into) = (into.len() as c_int, into.as_mut_ptr().cast());
+        // SAFETY: `exchange` does not return before the request is done.
+        unsafe {
+            (self.functions.irecv)(into, length, self.byte, from as c_int, tag as c_int, self.world, &mut request);
+        }
+        request
+    }
+
+    #[allow(unsafe_code)]
+    fn done(&self, request: &mut Handle) -> bool {
+        let mut flag = 0;
+        // SAFETY: the request was made by isend or irecv and has not been done yet.
+        unsafe { (self.functions.test)(request, &mut flag, self.status_ignore) };
+        flag != 0
+    }
+
+    /// Waits for requests to or from `rank`.
+    fn wait_for(&self, requests: &mut Vec<Handle>, rank: usize, start: Instant, wait: Wait) {
+        loop {
+            requests.retain_mut(|request| !self.done(request));
+            if requests.is_empty() {
+                return;
+            }
+            let waited = start.elapsed();
+            if wait.patience.is_some_and(|p| waited >= p) {
+                let failure = Failure::Stalled { seconds: waited.as_secs_f64() };
+                self.end_job(&CommError::by(rank, &self.host(rank), failure).while_doing(wait.doing).to_string());
+            }
+            match waited {
+                waited if waited < SPIN => std::hint::spin_loop(),
+                waited if waited < IDLE => std::thread::yield_now(),
+                _ => std::thread::sleep(Duration::from_micros(200)),
+            }
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn end_job(&self, message: &str) -> ! {
+        tracing::error!("rank {}: {message}", self.rank);
+        // SAFETY: MPI is initialised.
+        unsafe { (self.functions.abort)(self.world, 1) };
+        std::process::exit(1)
+    }
+}
+
+impl Transport for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn host(&self, _rank: usize) -> String {
+        "see mpirun".to_string()
+    }
+
+    fn exchange(
+        &mut self,
+        channel: Channel,
+        send: Option<(usize, &[u8])>,
+        recv: Option<(usize, Incoming<'_>)>,
+        wait: Wait,
+    ) -> Result<(), CommError> {
+        let start = Instant::now();
+        let awaited = recv.as_ref().map(|(from, _)| *from).or(send.map(|(to, _)| to)).unwrap_or(self.rank);
+        let mut requests = vec![];
+        let out;
+        if let Some((to, data)) = send {
+            out = Header { channel, sequence: self.sent[to].next(channel), length: data.len() }.encode();
+            requests.push(self.start_send(to, channel, &out));
+            if !data.is_empty() {
+                requests.push(self.start_send(to, channel, data));
+            }
+        }
+        let mut result = Ok(());
+        if let Some((from, mut into)) = recv {
+            let mut header = [0; HEADER];
+            let mut first = vec![self.start_receive(from, channel, &mut header)];
+            let known = match &mut into {
+                Incoming::Exact(into) if !into.is_empty() => {
+                    requests.push(self.start_receive(from, channel, into));
+                    true
+                }
+                Incoming::Exact(_) => true,
+                Incoming::Any(_) => false,
+            };
+            self.wait_for(&mut first, from, start, wait);
+            let checked = Header::decode(&header)
+                .and_then(|header| self.received[from].check(&header).map(|()| header))
+                .and_then(|header| into.room(header.length));
+            match checked {
+                Ok(room) if !known && !room.is_empty() => requests.push(self.start_receive(from, channel, room)),
+                Ok(_) => {}
+                // A message that was announced wrongly never ends: the job has to.
+                Err(failure) if known && !requests.is_empty() => {
+                    let error = CommError::by(from, &self.host(from), failure).while_doing(wait.doing);
+                    self.end_job(&error.to_string());
+                }
+                Err(failure) => {
+                    result = Err(CommError::by(from, &self.host(from), failure).while_doing(wait.doing));
+                }
+            }
+        }
+        self.wait_for(&mut requests, awaited, start, wait);
+        result
+    }
+
+    fn abort(&mut self, message: &str) {
+        self.end_job(message);
+    }
+
+    fn leave(&mut self) {
+        self.left = true;
+    }
+}
+
+impl Drop for Mpi {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if !self.left {
+            self.end_job("this rank ended without leaving the group");
+        }
+        // SAFETY: MPI is initialised, and every rank that leaves comes here.
+        unsafe { (self.functions.finalize)() };
+    }
+}

@@ -1,0 +1,350 @@
+//! Every transport does the same: one suite over threads, TCP, and MPI where a launcher is installed.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use tandem_comm::tcp::{Hello, Peer, Secret, Tcp, TcpConfig};
+use tandem_comm::{Channel, CommError, Doing, Failure, Group, Transport, Wire, local, tcp};
+
+const TEST: Doing = Doing::of("test");
+const DEADLINE: Duration = Duration::from_secs(5);
+
+fn peers(listeners: &[TcpListener]) -> Vec<Peer> {
+    listeners.iter().map(|l| Peer { host: "loopback".to_string(), address: l.local_addr().expect("bound") }).collect()
+}
+
+fn config(rank: usize, peers: &[Peer], deadline: Duration) -> TcpConfig {
+    TcpConfig {
+        rank,
+        peers: peers.to_vec(),
+        secret: Secret([7; 32]),
+        generation: 0,
+        hello: Hello { version: "test".to_string(), model: "none".to_string() },
+        deadline,
+        start_timeout: Duration::from_secs(20),
+        on_failure: Box::new(|_| {}),
+    }
+}
+
+fn listeners(n: usize) -> Vec<TcpListener> {
+    (0..n).map(|_| tcp::listen("127.0.0.1:0".parse().expect("an address")).expect("loopback")).collect()
+}
+
+/// Runs `rank` in a thread per rank over TCP.
+fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
+    let listeners = listeners(n);
+    let peers = peers(&listeners);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(i, listener)| {
+                let (peers, rank) = (&peers, &rank);
+                scope.spawn(move || rank(tcp::connect(listener, config(i, peers, deadline)).expect("meets")))
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().expect("no panic")).collect()
+    })
+}
+
+fn over_local<R: Send>(n: usize, rank: impl Fn(local::Local) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let rank = &rank;
+        let threads: Vec<_> = local::group(n).into_iter().map(|t| scope.spawn(move || rank(t))).collect();
+        threads.into_iter().map(|t| t.join().expect("no panic")).collect()
+    })
+}
+
+fn world(transport: impl Transport + 'static) -> Group {
+    Group::world(Box::new(transport), DEADLINE)
+}
+
+/// Values whose sum depends on the order.
+fn values(rank: usize, n: usize) -> Vec<f32> {
+    (0..n)
+        .map(|i| ((i * 7919 + rank * 104_729) % 1000) as f32 * 1.7e-3 * 10f32.powi((i + rank) as i32 % 7 - 3))
+        .collect()
+}
+
+/// The whole suite, from one rank's side.
+fn suite(group: &Group) {
+    let (n, me) = (group.size(), group.rank());
+    group.barrier(TEST).expect("barrier");
+    for len in [0, 1, 3, 97, 6144, 16 * 1024 + 5, 100_003] {
+        let mut sum = values(me, len);
+        group.all_reduce(&mut sum, Wire::F32, TEST).expect("all_reduce");
+        let expected =
+            (1..n).fold(values(0, len), |sum, r| sum.iter().zip(values(r, len)).map(|(a, b)| a + b).collect());
+        assert!(sum.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{n} ranks, {len} values");
+
+        let mut sum = values(me, len);
+        group.all_reduce(&mut sum, Wire::Bf16, TEST).expect("all_reduce");
+        let round = |v: &f32| if n == 1 { *v } else { half::bf16::from_f32(*v).to_f32() };
+        let rounded = |r: usize| -> Vec<f32> { values(r, len).iter().map(round).collect() };
+        let expected = (1..n)
+            .fold(rounded(0), |sum, r| sum.iter().zip(rounded(r)).map(|(a, b)| a + b).collect())
+            .iter()
+            .map(round)
+            .collect::<Vec<f32>>();
+        assert_eq!(sum, expected, "{n} ranks, {len} values in bf16");
+
+        let mine: Vec<u8> = (0..len).map(|i| (i * 31 + me) as u8).collect();
+        let mut all = vec![0; n * len];
+        group.all_gather(&mine, &mut all, TEST).expect("all_gather");
+        assert!(all.iter().enumerate().all(|(i, b)| *b == (i % len.max(1) * 31 + i / len.max(1)) as u8));
+
+        let send: Vec<u8> = (0..n * len).map(|i| (i * 13 + me * 5) as u8).collect();
+        let mut recv = vec![0; n * len];
+        group.all_to_all(&send, &mut recv, TEST).expect("all_to_all");
+        let expected = |i: usize| ((me * len + i % len.max(1)) * 13 + i / len.max(1) * 5) as u8;
+        assert!(recv.iter().enumerate().all(|(i, b)| *b == expected(i)));
+
+        for root in 0..n {
+            let mut data = if me == root { values(root, len) } else { vec![0.0; len] };
+            group.broadcast(root, bytemuck::cast_slice_mut(&mut data), TEST).expect("broadcast");
+            assert_eq!(data, values(root, len));
+        }
+    }
+    let messages = group.gather_messages(format!("rank {me}").repeat(me).as_bytes(), TEST).expect("gathers");
+    assert!(messages.iter().enumerate().all(|(r, m)| *m == format!("rank {r}").repeat(r).as_bytes()));
+
+    // Channels do not wait for each other, whatever order the other side sends in.
+    if n > 1 && me == 0 {
+        for i in 0..3u8 {
+            group.send(1, Channel::Command, &vec![i; 10 + usize::from(i)], TEST).expect("sends");
+        }
+        group.send(1, Channel::Data, &[9; 50_000], TEST).expect("sends");
+        group.send(1, Channel::Command, &[3; 13], TEST).expect("sends");
+        group.send(1, Channel::Data, &[8; 5], TEST).expect("sends");
+    } else if me == 1 {
+        let (mut large, mut small, mut command) = ([0; 50_000], [0; 5], vec![]);
+        group.recv(0, Channel::Data, &mut large, TEST).expect("receives");
+        for i in 0..4u8 {
+            group.recv_when_ready(0, Channel::Command, &mut command, TEST).expect("receives");
+            assert_eq!(command, vec![i; 10 + usize::from(i)]);
+        }
+        group.recv(0, Channel::Data, &mut small, TEST).expect("receives");
+        assert!(large == [9; 50_000] && small == [8; 5]);
+    }
+    // Every second rank on its own.
+    let members: Vec<usize> = (0..n).filter(|r| r % 2 == me % 2).collect();
+    let pair = group.subgroup(&members);
+    let mut sum = vec![me as f32; 10];
+    pair.all_reduce(&mut sum, Wire::F32, TEST).expect("all_reduce");
+    assert_eq!(sum, vec![members.iter().sum::<usize>() as f32; 10]);
+    group.barrier(TEST).expect("barrier");
+    group.leave();
+}
+
+#[test]
+fn threads_conform() {
+    for n in 1..=5 {
+        over_local(n, |t| suite(&world(t)));
+    }
+}
+
+#[test]
+fn tcp_conforms() {
+    for n in 1..=4 {
+        over_tcp(n, DEADLINE, |t| suite(&world(t)));
+    }
+}
+
+fn blamed(result: Result<(), CommError>) -> (Option<usize>, CommError) {
+    let error = result.expect_err("the other rank failed");
+    (error.rank, error)
+}
+
+#[test]
+fn a_rank_that_ends_is_named_by_every_other() {
+    let errors = over_tcp(3, DEADLINE, |t| {
+        let rank = t.rank();
+        let group = world(t);
+        group.barrier(TEST).expect("all there");
+        if rank == 2 {
+            return None;
+        }
+        // Rank 0 waits for rank 1, which waits for rank 2.
+        let mut byte = [0];
+        let start = Instant::now();
+        let (blamed, error) = blamed(group.recv(rank + 1, Channel::Data, &mut byte, TEST));
+        assert!(start.elapsed() < Duration::from_secs(2));
+        group.abort(&error.to_string());
+        Some((blamed, error))
+    });
+    for (blamed, error) in errors.into_iter().flatten() {
+        assert!(blamed == Some(2) || error.to_string().contains("rank 2"), "{error}");
+        assert_eq!(error.doing, Some(TEST));
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_is_named_within_the_deadline() {
+    // The other side of these connections is this test, which never speaks after the handshake.
+    let deadline = Duration::from_millis(600);
+    let errors = over_tcp(2, deadline, |t| {
+        if t.rank() == 1 {
+            // Signs of life go on, data does not come.
+            std::thread::sleep(deadline * 3);
+            return None;
+        }
+        let group = Group::world(Box::new(t), deadline);
+        let start = Instant::now();
+        let (blamed, error) = blamed(group.recv(1, Channel::Data, &mut [0], TEST));
+        assert!((deadline..deadline * 2).contains(&start.elapsed()), "{:?}", start.elapsed());
+        Some((blamed, error))
+    });
+    let (blamed, error) = errors[0].clone().expect("rank 0");
+    assert!(blamed == Some(1) && matches!(error.failure, Failure::Stalled { .. }), "{error}");
+}
+
+#[test]
+fn a_reason_reaches_the_others() {
+    let errors = over_tcp(2, DEADLINE, |t| {
+        let rank = t.rank();
+        let group = world(t);
+        if rank == 1 {
+            group.abort("the disk is full");
+            return None;
+        }
+        let mut byte = vec![];
+        Some(group.recv_when_ready(1, Channel::Command, &mut byte, TEST).expect_err("aborted"))
+    });
+    let error = errors[0].clone().expect("rank 0");
+    assert_eq!(error.failure, Failure::Stopped { message: "the disk is full".to_string() });
+}
+
+#[test]
+fn an_order_leave_is_no_failure() {
+    over_tcp(3, DEADLINE, |t| {
+        let rank = t.rank();
+        let group = world(t);
+        group.barrier(TEST).expect("all there");
+        if rank == 0 {
+            group.leave();
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        group.subgroup(&[1, 2]).barrier(TEST).expect("the others go on");
+        group.leave();
+    });
+}
+
+#[test]
+fn different_versions_and_models_do_not_meet() {
+    for (version, model, expected) in [("2", "a", "runs tandem"), ("1", "b", "has another model")] {
+        let listeners = listeners(2);
+        let peers = peers(&listeners);
+        let errors: Vec<String> = std::thread::scope(|scope| {
+            let threads: Vec<_> = listeners
+                .into_iter()
+                .enumerate()
+                .map(|(i, listener)| {
+                    let hello = if i == 0 { ("1", "a") } else { (version, model) };
+                    let hello = Hello { version: hello.0.to_string(), model: hello.1.to_string() };
+                    let config = TcpConfig { hello, ..config(i, &peers, DEADLINE) };
+                    scope.spawn(move || tcp::connect(listener, config).err().expect("differs").to_string())
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().expect("no panic")).collect()
+        });
+        assert!(errors.iter().all(|e| e.contains(expected)), "{errors:?}");
+    }
+}
+
+#[test]
+fn strangers_are_dropped_and_nothing_is_lost() {
+    knock(600);
+}
+
+#[test]
+#[ignore = "takes half a minute"]
+fn ten_thousand_strangers_are_dropped() {
+    knock(10_000);
+}
+
+/// `n` connections that do not belong to the launch, then the ranks that do.
+fn knock(n: u32) {
+    use std::io::Write;
+    use std::net::TcpStream;
+    let listeners = listeners(2);
+    let peers = peers(&listeners);
+    let target = peers[0].address;
+    let mut listeners = listeners.into_iter();
+    let (first, second) = (listeners.next().expect("two"), listeners.next().expect("two"));
+    let rank = |i: usize, listener: TcpListener| {
+        let config = config(i, &peers, DEADLINE);
+        std::thread::spawn(move || tcp::connect(listener, config).map(|t| suite(&world(t))))
+    };
+    let zero = rank(0, first);
+    let mut kept = vec![];
+    for i in 0..n {
+        let Ok(mut stream) = TcpStream::connect(target) else { continue };
+        let _ = match i % 4 {
+            0 => stream.write_all(&i.to_le_bytes().repeat(20)),
+            1 => stream.write_all(b"GET / HTTP/1.1\r\n\r\n"),
+            // A first message and a wrong proof that claims to be rank 1.
+            2 => stream.write_all(&[&b"TANDEM/1"[..], &[1; 32], &[1, 0, 0], &[5; 32]].concat()),
+            _ => Ok(()), // half-open
+        };
+        if i % 3 == 0 {
+            // As many as one process may have open.
+            kept.truncate(300);
+            kept.push(stream);
+        }
+    }
+    let one = rank(1, second);
+    for thread in [zero, one] {
+        thread.join().expect("no panic").expect("meets");
+    }
+}
+
+#[test]
+fn a_wrong_secret_or_generation_does_not_get_in() {
+    for (secret, generation) in [(Secret([8; 32]), 0), (Secret([7; 32]), 1)] {
+        let listeners = listeners(2);
+        let peers = peers(&listeners);
+        std::thread::scope(|scope| {
+            for (i, listener) in listeners.into_iter().enumerate() {
+                let mut config = config(i, &peers, DEADLINE);
+                config.start_timeout = Duration::from_millis(400);
+                if i == 1 {
+                    (config.secret, config.generation) = (secret.clone(), generation);
+                }
+                scope.spawn(move || assert!(tcp::connect(listener, config).is_err()));
+            }
+        });
+    }
+}
+
+/// One rank of [`mpi_conforms`], started by mpirun.
+#[test]
+#[ignore = "started by mpi_conforms under mpirun"]
+fn mpi_rank() {
+    suite(&world(tandem_comm::mpi::init().expect("libmpi")));
+}
+
+#[test]
+fn mpi_conforms() {
+    let mut found = 0;
+    for mpirun in ["mpirun.openmpi", "mpirun.mpich"] {
+        for n in ["1", "2", "3"] {
+            let mut command = std::process::Command::new(mpirun);
+            command.args(["-n", n]).arg(std::env::current_exe().expect("this test"));
+            command.args(["--exact", "mpi_rank", "--ignored"]);
+            // Open MPI refuses root and more ranks than cores unless told otherwise.
+            for name in
+                ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"]
+            {
+                command.env(name, "1");
+            }
+            let Ok(output) = command.output() else { continue };
+            found += 1;
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{mpirun}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+    if found == 0 {
+        eprintln!("no MPI launcher is installed (Debian: openmpi-bin, mpich): nothing was tested");
+    }
+}

@@ -1,0 +1,94 @@
+//! The machine's arithmetic limit: what prefill is measured against.
+
+use crate::isa::Isa;
+use crate::kernels::activations::Numerics;
+use crate::pool::Pool;
+
+/// Passes; the best counts, since other programs only ever slow it down.
+#[cfg(target_arch = "x86_64")]
+const PASSES: usize = 8;
+/// Steps of 12 multiplications per thread and pass: some milliseconds.
+#[cfg(target_arch = "x86_64")]
+const STEPS: usize = 1 << 20;
+
+/// Operations per second (a multiplication and an addition are two) of the pool's threads together on the
+/// multiplications that `numerics` uses, operands in registers; `None` where no such loop is written.
+pub fn measure_peak(pool: &Pool, numerics: Numerics, isa: Isa) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 {
+        return Some(x86::best(pool, numerics, isa));
+    }
+    let _ = (pool, numerics, isa);
+    None
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+    use std::time::Instant;
+
+    use super::{Isa, Numerics, PASSES, Pool, STEPS};
+
+    /// Accumulators: enough to hide the latency of a multiplication.
+    const CHAINS: usize = 12;
+
+    pub(super) fn best(pool: &Pool, numerics: Numerics, isa: Isa) -> f64 {
+        // Loop, and multiplications in one instruction.
+        let (run, lanes): (unsafe fn(), usize) = match numerics {
+            Numerics::Int8 if isa.has_vnni() => (int8, 64),
+            Numerics::Bf16 if isa.has_bf16() => (bf16, 32),
+            _ => (f32, 16),
+        };
+        let operations = 2 * lanes * CHAINS * STEPS * pool.n_threads();
+        let mut best = 0.0f64;
+        for _ in 0..PASSES {
+            let start = Instant::now();
+            pool.chunks(pool.n_threads(), 1, |parts| {
+                for _ in parts {
+                    // SAFETY: the instructions are there, as checked above.
+                    unsafe { run() };
+                }
+            });
+            best = best.max(operations as f64 / start.elapsed().as_secs_f64());
+        }
+        best
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn int8() {
+        let (a, b) = (black_box(_mm512_set1_epi8(3)), black_box(_mm512_set1_epi8(1)));
+        let mut sums = [a; CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn bf16() {
+        let a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(black_box(1.0)), _mm512_set1_ps(1.0));
+        let mut sums = [_mm512_set1_ps(black_box(1.0)); CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, a, a);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn f32() {
+        let a = _mm512_set1_ps(black_box(0.5));
+        let mut sums = [_mm512_set1_ps(black_box(1.0)); CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, a, a);
+            }
+        }
+        black_box(sums);
+    }
+}

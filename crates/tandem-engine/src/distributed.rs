@@ -1,0 +1,426 @@
+//! One model on several ranks: a pipeline of stages, each of one or more tensor-parallel ranks.
+//!
+//! Rank 0 has the engine. It sends each batch to every rank; the first stage starts from tokens, hidden states go from
+//! stage to stage, and the last stage, which rank 0 belongs to, ends with logits. The other ranks only ever do what rank 0
+//! sends. A rank that fails tells the others why and stops; every wait is bounded by the [`Group`].
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tandem_comm::{Channel, CommError, Doing, Failure, Group, Wire};
+use tandem_core::backend::{Backend, Batch, TensorGroup};
+use tandem_model::{KvCache, Limits, Model, Plan, StepShape};
+
+use crate::EngineError;
+use crate::runner::Runner;
+
+/// Tensor-parallel ranks compare their residual streams once in this many steps.
+pub const CHECK_STEPS: u64 = 16;
+/// Batches of at most this many rows give the same bits however they are cut into smaller ones.
+const DECODE_ROWS: usize = 64;
+/// Rows that a rank may compute in one patience.
+const ROWS_PER_PATIENCE: usize = 8;
+
+/// Sums over tensor ranks through host memory: nothing is held open on a device while the host waits.
+pub struct HostReduce {
+    group: Group,
+    wire: Wire,
+    hidden_size: usize,
+    state: Mutex<ReduceState>,
+}
+
+#[derive(Default)]
+struct ReduceState {
+    rows: Vec<f32>,
+    layer: usize,
+    step: u64,
+    error: Option<CommError>,
+}
+
+impl HostReduce {
+    /// Sums over `group` of rows of `hidden_size`.
+    pub fn new(group: Group, wire: Wire, hidden_size: usize) -> HostReduce {
+        HostReduce { group, wire, hidden_size, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, ReduceState> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Ends a step.
+    ///
+    /// # Errors
+    /// The first error since the last call.
+    pub fn finish_step(&self) -> Result<(), CommError> {
+        let mut state = self.state();
+        state.step += 1;
+        state.error.take().map_or(Ok(()), Err)
+    }
+
+    /// Compares what must be equal on every rank.
+    fn compare(&self, rows: &[f32], layer: usize) -> Result<(), CommError> {
+        let doing = Doing { operation: "compare", part: "activations", layer: Some(layer) };
+        // FNV-1a over words.
+        let hash = rows
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325u64, |h, v| (h ^ u64::from(v.to_bits())).wrapping_mul(0x0100_0000_01b3));
+        let mut hashes = vec![0u64; self.group.size()];
+        self.group.all_gather(&hash.to_le_bytes(), bytemuck::cast_slice_mut(&mut hashes), doing)?;
+        // The minority is at fault; of two, one cannot know.
+        let count = |h: &u64| hashes.iter().filter(|other| *other == h).count();
+        let most = hashes.iter().map(count).max().unwrap_or(0);
+        let odd = hashes.iter().position(|h| count(h) < most);
+        let odd = odd.or((most < hashes.len()).then_some(usize::from(self.group.rank() == 0)));
+        match odd {
+            None => Ok(()),
+            Some(rank) => {
+                let message = format!(
+                    "the residual stream before layer {layer} is not the same on all ranks; a host computes wrongly, or \
+                     its processor rounds differently where modules are replicated"
+                );
+                Err(self.group.blame(rank, Failure::Diverged { message }, doing))
+            }
+        }
+    }
+}
+
+impl<B: Backend> TensorGroup<B> for HostReduce {
+    fn begin_layer(&self, backend: &B, layer: usize, hidden: &B::Buffer, n_rows: usize) {
+        let mut state = self.state();
+        state.layer = layer;
+        if state.error.is_none() && state.step.is_multiple_of(CHECK_STEPS) {
+            let mut rows = std::mem::take(&mut state.rows);
+            rows.resize(n_rows * self.hidden_size, 0.0);
+            backend.download(hidden, &mut rows);
+            state.error = self.compare(&rows, layer).err();
+            state.rows = rows;
+        }
+    }
+
+    fn all_reduce(&self, backend: &B, x: &mut B::Buffer, n_rows: usize, part: &'static str) {
+        let mut state = self.state();
+        if state.error.is_some() {
+            return;
+        }
+        let mut rows = std::mem::take(&mut state.rows);
+        rows.resize(n_rows * self.hidden_size, 0.0);
+        backend.download(x, &mut rows);
+        let doing = Doing { operation: "all_reduce", part, layer: Some(state.layer) };
+        match self.group.all_reduce(&mut rows, self.wire, doing) {
+            Ok(()) => backend.write_rows(&rows, x),
+            Err(error) => state.error = Some(error),
+        }
+        state.rows = rows;
+    }
+}
+
+/// Where a rank stands in the pipeline.
+#[derive(Clone)]
+pub struct Pipeline {
+    /// All ranks.
+    pub world: Group,
+    /// The rank that hidden states come from; none for the first stage.
+    pub previous: Option<usize>,
+    /// The rank that hidden states go to; none for the last stage.
+    pub next: Option<usize>,
+    /// Stages.
+    pub n_stages: usize,
+}
+
+impl Pipeline {
+    /// Rank `world.rank()`'s place in `plan`.
+    pub fn new(world: Group, plan: &Plan) -> Pipeline {
+        let (rank, size, n) = (world.rank(), plan.tensor_size, plan.n_stages);
+        let (stage, tensor_rank) = (rank / size, rank % size);
+        // Stages run 1, 2, .., n - 1, 0.
+        let position = (stage + n - 1) % n;
+        let at = |position: usize| (position + 1) % n * size + tensor_rank;
+        Pipeline {
+            previous: (position > 0).then(|| at(position - 1)),
+            next: (position + 1 < n).then(|| at(position + 1)),
+            n_stages: n,
+            world,
+        }
+    }
+
+    /// The ranks that share this rank's layers.
+    pub fn tensor_group(&self, plan: &Plan) -> Group {
+        let first = self.world.rank() / plan.tensor_size * plan.tensor_size;
+        self.world.subgroup(&(first..first + plan.tensor_size).collect::<Vec<_>>())
+    }
+}
+
+/// A rank's share of the model, its backend, its cache, and its neighbours.
+pub struct RankRunner<B: Backend> {
+    backend: B,
+    model: Box<dyn Model<B>>,
+    cache: KvCache<B>,
+    pipeline: Pipeline,
+    reduce: Option<Arc<HostReduce>>,
+    limits: Limits,
+    vocab_size: usize,
+    hidden_size: usize,
+    /// Hidden states on the host, `[n, hidden_size]`.
+    hidden: Vec<f32>,
+}
+
+impl<B: Backend> RankRunner<B> {
+    /// A runner with an empty cache of `n_slots` tokens; `reduce` is what the model's share sums with.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        backend: B,
+        model: Box<dyn Model<B>>,
+        pipeline: Pipeline,
+        reduce: Option<Arc<HostReduce>>,
+        limits: Limits,
+        vocab_size: usize,
+        hidden_size: usize,
+        n_slots: usize,
+    ) -> Self {
+        let cache = model.new_cache(&backend, n_slots);
+        RankRunner { backend, model, cache, pipeline, reduce, limits, vocab_size, hidden_size, hidden: vec![] }
+    }
+
+    /// Runs this rank's part of a step; logits are appended on the rank that has the head.
+    fn run(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let shape = StepShape::of(&batch);
+        let world = self.pipeline.world.clone();
+        // Others compute before they answer; in prefill, for long.
+        world.set_slack((1 + shape.n_rows.div_ceil(ROWS_PER_PATIENCE)) as u32);
+        self.hidden.resize(shape.n_rows * self.hidden_size, 0.0);
+        if let Some(previous) = self.pipeline.previous {
+            let doing = Doing::of("receiving hidden states");
+            world.recv(previous, Channel::Data, bytemuck::cast_slice_mut(&mut self.hidden), doing)?;
+            self.backend.write_rows(&self.hidden, self.model.hidden_mut());
+        }
+        let batch = self.backend.upload(batch);
+        self.model.forward(&self.backend, &batch, shape, &mut self.cache);
+        if let Some(next) = self.pipeline.next {
+            self.backend.download(self.model.hidden(), &mut self.hidden);
+            self.sync()?;
+            let doing = Doing::of("sending hidden states");
+            world.send(next, Channel::Data, bytemuck::cast_slice(&self.hidden), doing)?;
+        } else {
+            let start = logits.len();
+            logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
+            self.backend.download(self.model.logits(), &mut logits[start..]);
+            self.sync()?;
+        }
+        world.set_slack(1);
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), EngineError> {
+        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))?;
+        Ok(self.reduce.as_ref().map_or(Ok(()), |reduce| reduce.finish_step())?)
+    }
+
+    /// Does what rank 0 sends until it says stop.
+    ///
+    /// # Errors
+    /// The device or another rank failed; the other ranks have been told.
+    pub fn follow(mut self) -> Result<(), EngineError> {
+        let world = self.pipeline.world.clone();
+        let result = self.follow_until_stop(&world);
+        match &result {
+            Ok(()) => world.leave(),
+            Err(error) => world.abort(&error.to_string()),
+        }
+        result
+    }
+
+    fn follow_until_stop(&mut self, world: &Group) -> Result<(), EngineError> {
+        let mut command = vec![];
+        loop {
+            let doing = Doing::of("waiting for work");
+            world.recv_when_ready(0, Channel::Command, &mut command, doing)?;
+            let wrong = |message: &str| world.blame(0, Failure::Protocol { message: message.to_string() }, doing);
+            if command.is_empty() {
+                return Ok(());
+            }
+            let mut batch = decode(&command).ok_or_else(|| wrong("a batch that cannot be read"))?;
+            if batch.n_rows() > self.limits.max_rows {
+                return Err(wrong("a batch larger than agreed").into());
+            }
+            // Only rank 0 has the head.
+            batch.logits_rows.clear();
+            self.run(batch, &mut vec![])?;
+        }
+    }
+}
+
+/// Rank 0: a [`Runner`] over all ranks.
+pub struct DistributedRunner<B: Backend> {
+    rank: RankRunner<B>,
+}
+
+impl<B: Backend> DistributedRunner<B> {
+    /// Leads the ranks that [`RankRunner::follow`].
+    pub fn new(rank: RankRunner<B>) -> Self {
+        DistributedRunner { rank }
+    }
+
+    fn submit(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        let command = encode(batch);
+        let world = &self.rank.pipeline.world;
+        let doing = Doing::of("sending a batch");
+        Ok((1..world.size()).try_for_each(|to| world.send(to, Channel::Command, &command, doing))?)
+    }
+
+    fn run_all(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let mut waiting: VecDeque<Batch> = batches.into();
+        let mut running = VecDeque::new();
+        loop {
+            // As many as there are stages keep every stage busy.
+            while running.len() < self.rank.pipeline.n_stages
+                && let Some(batch) = waiting.pop_front()
+            {
+                self.submit(&batch)?;
+                running.push_back(batch);
+            }
+            match running.pop_front() {
+                Some(batch) => self.rank.run(batch, logits)?,
+                None => return Ok(()),
+            }
+        }
+    }
+}
+
+impl<B: Backend> Runner for DistributedRunner<B> {
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let parts = cut_decode_batch(batch, self.rank.pipeline.n_stages);
+        self.steps(parts, logits)
+    }
+
+    fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let result = self.run_all(batches, logits);
+        if let Err(error) = &result {
+            self.rank.pipeline.world.abort(&error.to_string());
+        }
+        result
+    }
+
+    fn limits(&self) -> Limits {
+        self.rank.limits
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.rank.vocab_size
+    }
+}
+
+impl<B: Backend> Drop for DistributedRunner<B> {
+    fn drop(&mut self) {
+        let world = &self.rank.pipeline.world;
+        for to in 1..world.size() {
+            // A rank that is gone cannot be told.
+            let _ = world.send(to, Channel::Command, &[], Doing::of("ending"));
+        }
+        world.leave();
+    }
+}
+
+/// Cuts a batch of several sequences' next tokens so that every stage has one part; rows do not depend on each other.
+fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
+    let n = batch.n_rows();
+    let mut seen = vec![false; batch.block_tables.len()];
+    let own_sequences = batch.sequences.iter().all(|s| !std::mem::replace(&mut seen[*s as usize], true));
+    let every_row_once = batch.logits_rows.iter().copied().eq(0..n as u32);
+    if n_parts == 1 || !(2..=DECODE_ROWS).contains(&n) || !own_sequences || !every_row_once {
+        return vec![batch];
+    }
+    (0..n_parts)
+        .map(|i| n * i / n_parts..n * (i + 1) / n_parts)
+        .filter(|rows| !rows.is_empty())
+        .map(|rows| Batch {
+            tokens: batch.tokens[rows.clone()].to_vec(),
+            positions: batch.positions[rows.clone()].to_vec(),
+            sequences: (0..rows.len() as u32).collect(),
+            block_tables: batch.sequences[rows.clone()]
+                .iter()
+                .map(|s| batch.block_tables[*s as usize].clone())
+                .collect(),
+            logits_rows: (0..rows.len() as u32).collect(),
+        })
+        .collect()
+}
+
+/// Lists of u32, each with its length in front.
+fn encode(batch: &Batch) -> Vec<u8> {
+    let Batch { tokens, positions, sequences, block_tables, logits_rows } = batch;
+    let mut words: Vec<u32> = vec![];
+    let mut push = |list: &[u32]| {
+        words.push(list.len() as u32);
+        words.extend(list);
+    };
+    [tokens, positions, sequences, logits_rows].into_iter().for_each(|list| push(list));
+    block_tables.iter().for_each(|table| push(table));
+    words.iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
+fn decode(bytes: &[u8]) -> Option<Batch> {
+    let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let mut rest = words.as_slice();
+    let mut take = || -> Option<Vec<u32>> {
+        let (length, after) = rest.split_first()?;
+        let list = after.get(..*length as usize)?.to_vec();
+        rest = &after[*length as usize..];
+        Some(list)
+    };
+    let [tokens, positions, sequences, logits_rows] = [take()?, take()?, take()?, take()?];
+    let mut block_tables = vec![];
+    while let Some(table) = take() {
+        block_tables.push(table);
+    }
+    let n = tokens.len();
+    let fits = positions.len() == n
+        && sequences.len() == n
+        && sequences.iter().zip(&positions).all(|(s, p)| {
+            let page = *p as usize / tandem_core::backend::PAGE_SIZE;
+            block_tables.get(*s as usize).is_some_and(|table| page < table.len())
+        });
+    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn batch(n: usize) -> Batch {
+        Batch {
+            tokens: (0..n as u32).map(|i| i * 7).collect(),
+            positions: vec![70; n],
+            sequences: (0..n as u32).rev().collect(),
+            block_tables: (0..n as u32).map(|i| vec![2 * i, 2 * i + 1]).collect(),
+            logits_rows: (0..n as u32).collect(),
+        }
+    }
+
+    #[test]
+    fn batches_survive_the_way_and_the_cut() {
+        for n in [1, 2, 5, 64] {
+            let whole = batch(n);
+            assert_eq!(decode(&encode(&whole)), Some(whole.clone()));
+            let parts = cut_decode_batch(whole.clone(), 3);
+            assert_eq!(parts.iter().map(Batch::n_rows).sum::<usize>(), n);
+            let slots: Vec<usize> = parts
+                .iter()
+                .flat_map(|p| (0..p.n_rows()).map(|r| p.slot(p.sequences[r] as usize, p.positions[r] as usize)))
+                .collect();
+            let expected: Vec<usize> = (0..n).map(|r| whole.slot(whole.sequences[r] as usize, 70)).collect();
+            assert_eq!(slots, expected);
+        }
+        // A prompt is one sequence: its rows stay together.
+        let mut prompt = batch(5);
+        prompt.sequences = vec![0; 5];
+        assert_eq!(cut_decode_batch(prompt.clone(), 2), [prompt]);
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_batch_never_panics(bytes: Vec<u8>) {
+            let _ = decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! `tandem bench comm`: what the network between the ranks does, by collective and size, next to a raw socket.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Instant;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+use tandem_comm::{Channel, Doing, Group, Wire};
+
+use crate::cli::BenchCommArgs;
+use crate::distributed;
+use crate::distributed::Started;
+use crate::report::print_json;
+
+const DOING: Doing = Doing::of("bench comm");
+/// Time spent on one row.
+const ROW_SECONDS: f64 = 0.4;
+
+/// Runs the command; every rank comes here.
+pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Result<()> {
+    let raw_address = started.as_ref().map(Started::listen).unwrap_or_else(distributed::own_address);
+    let world = distributed::world(started, &args.parallel)?;
+    let mut rows = vec![];
+    let sizes: Vec<usize> =
+        [8, 1 << 10, 24 << 10, 64 << 10, 256 << 10].into_iter().chain((20..40).step_by(2).map(|b| 1 << b)).collect();
+    for bytes in sizes.into_iter().filter(|b| *b <= args.max_bytes) {
+        rows.extend(measure(&world, bytes, raw_address)?);
+    }
+    world.leave();
+    if world.rank() > 0 {
+        return Ok(());
+    }
+    if args.json {
+        return print_json(&json!({ "ranks": world.size(), "rows": rows }));
+    }
+    println!("{:<12}{:>12}{:>12}{:>12}{:>12}", "operation", "bytes", "us median", "us p90", "GB/s");
+    for row in &rows {
+        let text = |key: &str| row[key].as_f64().unwrap_or(0.0);
+        println!(
+            "{:<12}{:>12}{:>12.1}{:>12.1}{:>12.3}",
+            row["operation"].as_str().unwrap_or(""),
+            row["bytes"],
+            text("us_median"),
+            text("us_p90"),
+            text("gb_per_s")
+        );
+    }
+    Ok(())
+}
+
+/// Every collective at one size; bandwidth is what one rank sends and receives each way.
+fn measure(world: &Group, bytes: usize, raw_address: std::net::IpAddr) -> anyhow::Result<Vec<Value>> {
+    let n = world.size();
+    let mut floats = vec![1.0f32; bytes / 4];
+    let mine = vec![1u8; bytes];
+    let mut all = vec![0u8; bytes * n];
+    let parts = vec![1u8; bytes / n * n];
+    let mut received = vec![0u8; bytes / n * n];
+    let mut buffer = vec![0u8; bytes];
+    let share = |times: f64| bytes as f64 * times;
+    let moved = (n - 1) as f64 / n as f64;
+    let mut rows = vec![];
+    let mut row = |name: &str, traffic: f64, mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        let at = |q: f64| times[(q * (times.len() - 1) as f64) as usize] * 1e6;
+        rows.push(json!({
+            "operation": name,
+            "bytes": bytes,
+            "repetitions": times.len(),
+            "us_median": at(0.5),
+            "us_p90": at(0.9),
+            "gb_per_s": traffic / at(0.5) / 1e3,
+        }));
+    };
+    row("raw", share(1.0), raw(world, bytes, raw_address)?);
+    row(
+        "ping-pong",
+        share(1.0),
+        timed(world, || match world.rank() {
+            0 => {
+                world.send(1, Channel::Data, &mine, DOING)?;
+                Ok(world.recv(1, Channel::Data, &mut buffer, DOING)?)
+            }
+            1 => {
+                world.recv(0, Channel::Data, &mut buffer, DOING)?;
+                Ok(world.send(0, Channel::Data, &mine, DOING)?)
+            }
+            _ => Ok(()),
+        })?,
+    );
+    row("all_reduce", share(2.0 * moved), timed(world, || Ok(world.all_reduce(&mut floats, Wire::F32, DOING)?))?);
+    row("bf16", share(moved), timed(world, || Ok(world.all_reduce(&mut floats, Wire::Bf16, DOING)?))?);
+    row("all_gather", share((n - 1) as f64), timed(world, || Ok(world.all_gather(&mine, &mut all, DOING)?))?);
+    row("all_to_all", share(moved), timed(world, || Ok(world.all_to_all(&parts, &mut received, DOING)?))?);
+    row("broadcast", share(1.0), timed(world, || Ok(world.broadcast(0, &mut buffer, DOING)?))?);
+    Ok(rows)
+}
+
+/// Times of `operation` on this rank, as often on every rank as rank 0 says.
+fn timed(world: &Group, mut operation: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Vec<f64>> {
+    world.barrier(DOING)?;
+    let start = Instant::now();
+    for _ in 0..3 {
+        operation()?;
+    }
+    let once = start.elapsed().as_secs_f64() / 3.0;
+    let mut repetitions = [((ROW_SECONDS / once) as u32).clamp(5, 2000)];
+    world.broadcast(0, bytemuck::cast_slice_mut(&mut repetitions), DOING)?;
+    (0..repetitions[0])
+        .map(|_| {
+            let start = Instant::now();
+            operation()?;
+            Ok(start.elapsed().as_secs_f64())
+        })
+        .collect()
+}
+
+/// Ranks 0 and 1 exchange `bytes` both ways over a socket of their own, without anything of Tandem: a round trip of half
+/// of them each way for small sizes is what an all_reduce of two ranks has to beat.
+fn raw(world: &Group, bytes: usize, address: std::net::IpAddr) -> anyhow::Result<Vec<f64>> {
+    let (mut out, mut into) = (vec![1u8; bytes], vec![0u8; bytes]);
+    let mut stream = match world.rank() {
+        0 => {
+            let listener = TcpListener::bind((address, 0)).context("cannot listen for the raw socket")?;
+            let text = listener.local_addr()?.to_string();
+            world.send(1, Channel::Command, text.as_bytes(), DOING)?;
+            Some(listener.accept()?.0)
+        }
+        1 => {
+            let mut text = vec![];
+            world.recv_when_ready(0, Channel::Command, &mut text, DOING)?;
+            Some(TcpStream::connect(String::from_utf8(text)?).context("cannot reach rank 0's raw socket")?)
+        }
+        _ => None,
+    };
+    if let Some(stream) = &mut stream {
+        stream.set_nodelay(true)?;
+    }
+    let rank = world.rank();
+    timed(world, || {
+        let Some(stream) = &mut stream else { return Ok(()) };
+        if rank == 0 {
+            stream.write_all(&out)?;
+            stream.read_exact(&mut into)?;
+        } else {
+            stream.read_exact(&mut out)?;
+            stream.write_all(&into)?;
+        }
+        Ok(())
+    })
+}
