@@ -181,6 +181,14 @@ pub trait Backend {
     /// # Errors
     /// The first device error since the last call.
     fn sync(&self) -> Result<(), Self::Error>;
+    /// Enqueues one step: calls `operations` with a context that is at least the batch's longest.
+    ///
+    /// A device may record the operations of one batch and replay them for later ones of the same shape, so they must
+    /// follow from the context and the batch's numbers of rows alone.
+    fn step(&self, batch: &Self::Batch, max_context: usize, operations: &mut dyn FnMut(usize)) {
+        let _ = batch;
+        operations(max_context);
+    }
 
     // --- required primitives ---
 
@@ -190,6 +198,19 @@ pub trait Backend {
     fn gather_logits_rows(&self, x: &Self::Buffer, batch: &Self::Batch, out: &mut Self::Buffer);
     /// `out = x / sqrt(mean(x^2) + eps) * weight` over whole rows.
     fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Buffer, eps: f32, n_rows: usize, out: &mut Self::Buffer);
+    /// [`Backend::add`] of `y`, then [`Backend::rms_norm`] of the sum.
+    fn add_rms_norm(
+        &self,
+        x: &mut Self::Buffer,
+        y: &Self::Buffer,
+        weight: &Self::Buffer,
+        eps: f32,
+        n_rows: usize,
+        out: &mut Self::Buffer,
+    ) {
+        self.add(x, y, n_rows);
+        self.rms_norm(x, weight, eps, n_rows, out);
+    }
     /// `out = x . w^T` for each `(w, out)`; `x` is `[n_rows, cols]`, each `out` `[n_rows, rows]`.
     fn linear(&self, x: &Self::Buffer, n_rows: usize, outputs: &mut [(&Self::Matrix, &mut Self::Buffer)]);
     /// Head `h` of `out` is `x`'s head `h` times matrix `h` of the stack: `[width_in] -> [width_out]`.

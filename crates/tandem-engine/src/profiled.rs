@@ -1,6 +1,6 @@
 //! A backend that times every operation of another.
 //!
-//! It relies on operations that have finished when they return, as on a CPU. Labels follow from the order in which a
+//! While it is on, every operation is waited for, and nothing is recorded or replayed. Labels follow from the order in which a
 //! forward pass calls operations, not from the weights, so that matrices pass through as they are and a profiled model
 //! is the very model that the unprofiled figures come from.
 
@@ -98,7 +98,7 @@ impl Profile {
 }
 
 /// Counts the different values in the first rows of indices.
-type CountDistinct<B> = fn(&<B as Backend>::Indices, usize) -> usize;
+type CountDistinct<B> = fn(&B, &<B as Backend>::Indices, usize) -> usize;
 
 /// `B` with a stopwatch, which is off at first.
 pub struct Profiled<B: Backend> {
@@ -106,12 +106,14 @@ pub struct Profiled<B: Backend> {
     count_distinct: CountDistinct<B>,
     on: Cell<bool>,
     profile: RefCell<Profile>,
+    /// The first error while waiting, until `sync` returns it.
+    error: RefCell<Option<B::Error>>,
 }
 
 impl<B: Backend> Profiled<B> {
     /// Wraps a backend; `count_distinct` counts the experts that a step touches.
     pub fn new(inner: B, count_distinct: CountDistinct<B>) -> Profiled<B> {
-        Profiled { inner, count_distinct, on: Cell::new(false), profile: RefCell::default() }
+        Profiled { inner, count_distinct, on: Cell::new(false), profile: RefCell::default(), error: RefCell::default() }
     }
 
     /// The backend inside.
@@ -137,6 +139,9 @@ impl<B: Backend> Profiled<B> {
         }
         let start = Instant::now();
         let result = call(&self.inner);
+        if let Err(error) = self.inner.sync() {
+            self.error.borrow_mut().get_or_insert(error);
+        }
         let time = start.elapsed();
         self.profile.borrow_mut().calls.push((operation, time));
         result
@@ -202,7 +207,12 @@ impl<B: Backend> Backend for Profiled<B> {
     }
 
     fn sync(&self) -> Result<(), B::Error> {
-        self.timed(Operation::Other, B::sync)
+        let result = self.timed(Operation::Other, B::sync);
+        self.error.borrow_mut().take().map_or(result, Err)
+    }
+
+    fn step(&self, batch: &B::Batch, max_context: usize, operations: &mut dyn FnMut(usize)) {
+        if self.on.get() { operations(max_context) } else { self.inner.step(batch, max_context, operations) }
     }
 
     fn embed(&self, table: &B::Matrix, batch: &B::Batch, out: &mut B::Buffer) {
@@ -217,6 +227,18 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn rms_norm(&self, x: &B::Buffer, weight: &B::Buffer, eps: f32, n_rows: usize, out: &mut B::Buffer) {
         self.timed(Operation::Norms, |b| b.rms_norm(x, weight, eps, n_rows, out));
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &mut B::Buffer,
+        y: &B::Buffer,
+        weight: &B::Buffer,
+        eps: f32,
+        n_rows: usize,
+        out: &mut B::Buffer,
+    ) {
+        self.timed(Operation::Norms, |b| b.add_rms_norm(x, y, weight, eps, n_rows, out));
     }
 
     fn linear(&self, x: &B::Buffer, n_rows: usize, outputs: &mut [(&B::Matrix, &mut B::Buffer)]) {
@@ -271,7 +293,7 @@ impl<B: Backend> Backend for Profiled<B> {
     ) {
         self.timed(Operation::Experts, |b| b.moe(x, experts, shared, ids, weights, n_rows, out));
         self.note(|p| {
-            p.experts_touched += (self.count_distinct)(ids, n_rows) as u64;
+            p.experts_touched += (self.count_distinct)(&self.inner, ids, n_rows) as u64;
             p.moe_calls += 1;
         });
     }

@@ -55,6 +55,14 @@ impl<B: Backend> ModelRunner<B> {
         &self.backend
     }
 
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// What went wrong since the last time: after loading, too little memory.
+    pub fn sync(&self) -> Result<(), EngineError> {
+        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
+    }
+
     /// Fills the first `n_slots` slots of every layer's cache with random vectors, to measure long contexts without
     /// running them.
     ///
@@ -62,7 +70,7 @@ impl<B: Backend> ModelRunner<B> {
     /// The device failed.
     pub fn fill_cache_random(&mut self, config: &ModelConfig, n_slots: usize, seed: u64) -> Result<(), EngineError> {
         self.cache.fill_random(&self.backend, config, n_slots, seed);
-        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
+        self.sync()
     }
 }
 
@@ -70,11 +78,14 @@ impl<B: Backend> Runner for ModelRunner<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         let shape = StepShape::of(&batch);
         let batch = self.backend.upload(batch);
-        self.model.forward(&self.backend, &batch, shape, &mut self.cache);
+        let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
+        backend.step(&batch, shape.max_context, &mut |max_context| {
+            model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
+        });
         let start = logits.len();
         logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
         self.backend.download(self.model.logits(), &mut logits[start..]);
-        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
+        self.sync()
     }
 
     fn limits(&self) -> Limits {

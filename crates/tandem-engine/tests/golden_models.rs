@@ -1,125 +1,9 @@
-//! Every fixture checkpoint against the logits of an independent implementation, through every path.
-//!
-//! `tests/golden/models` is in the repository; set `TANDEM_FIXTURES` to a folder of more checkpoints of the same form.
+//! Every fixture checkpoint on the CPU, through every path.
 
-use std::path::{Path, PathBuf};
+mod golden;
 
-use safetensors::SafeTensors;
-use tandem_core::{Checkpoint, ModelConfig};
+use golden::{check_all, check_fast};
 use tandem_cpu::{CpuBackend, Isa, Numerics};
-use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
-use tandem_model::Limits;
-
-/// Largest difference allowed in f32: tests/golden/README.md.
-const TOLERANCE: f32 = 5e-4;
-
-struct Golden {
-    name: String,
-    tokens: Vec<u32>,
-    /// `[n, vocab]`, if stored.
-    logits: Option<Vec<f32>>,
-    greedy: Vec<u32>,
-}
-
-fn fixtures() -> Vec<PathBuf> {
-    let mut roots = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/models"))];
-    roots.extend(std::env::var_os("TANDEM_FIXTURES").map(PathBuf::from));
-    let mut dirs: Vec<PathBuf> = roots
-        .iter()
-        .flat_map(|root| std::fs::read_dir(root).expect("a folder of checkpoints"))
-        .map(|entry| entry.expect("readable").path())
-        .filter(|dir| dir.join("golden.safetensors").exists())
-        .collect();
-    dirs.sort();
-    assert!(dirs.len() >= 7, "found {dirs:?}");
-    dirs
-}
-
-fn goldens(dir: &Path) -> Vec<Golden> {
-    let data = std::fs::read(dir.join("golden.safetensors")).expect("golden.safetensors");
-    let tensors = SafeTensors::deserialize(&data).expect("safetensors");
-    let u32s = |name: &str| -> Vec<u32> {
-        let data = tensors.tensor(name).unwrap_or_else(|_| panic!("{name}")).data().to_vec();
-        data.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("4 bytes"))).collect()
-    };
-    let f32s = |name: &str| -> Option<Vec<f32>> {
-        let data = tensors.tensor(name).ok()?.data().to_vec();
-        Some(data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect())
-    };
-    (0..3)
-        .map(|p| Golden {
-            name: format!("{} p{p}", dir.file_name().expect("named").to_string_lossy()),
-            tokens: u32s(&format!("p{p}.tokens")),
-            logits: f32s(&format!("p{p}.logits")),
-            greedy: u32s(&format!("p{p}.greedy")),
-        })
-        .collect()
-}
-
-fn engine(dir: &Path, backend: CpuBackend) -> Engine {
-    let config = ModelConfig::load(dir).expect("config.json");
-    let checkpoint = Checkpoint::open(dir).expect("weights");
-    let limits = Limits { max_rows: 256, max_logits_rows: 256 };
-    let model = tandem_model::load(&backend, &config, &checkpoint, limits, &mut |_| {}).expect("model");
-    let blocks = BlockManager::for_tokens(512);
-    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
-    Engine::new(Box::new(runner), blocks, 512, config.max_position_embeddings)
-}
-
-/// Compares logits with the reference at every position.
-fn check(what: &str, found: &[f32], golden: &Golden) {
-    let Some(expected) = &golden.logits else { return };
-    assert_eq!(found.len(), expected.len(), "{what}");
-    let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
-    assert!(worst <= TOLERANCE, "{what}: logits differ by {worst}");
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, v) in logits.iter().enumerate() {
-        if *v > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
-}
-
-/// Prefill in chunks of `chunk`, from position `decode_from` on one by one.
-fn all_logits(engine: &mut Engine, tokens: &[u32], chunk: usize, decode_from: usize) -> Vec<f32> {
-    let mut sequence = Sequence::default();
-    let (prompt, rest) = tokens.split_at(decode_from.min(tokens.len()));
-    let mut logits = vec![];
-    for (part, chunk) in [(prompt, chunk), (rest, 1)] {
-        if !part.is_empty() {
-            logits.extend(engine.run(&mut sequence, part, chunk, Logits::All).expect("runs"));
-        }
-    }
-    engine.release(&mut sequence);
-    logits
-}
-
-fn check_all(backend: impl Fn() -> CpuBackend) {
-    for dir in fixtures() {
-        let mut engine = engine(&dir, backend());
-        for golden in goldens(&dir) {
-            let n = golden.tokens.len();
-            for (chunk, decode_from) in [(256, n), (16, n), (7, n), (256, 0), (5, n / 2)] {
-                let what = format!("{}, chunk {chunk}, decode from {decode_from}", golden.name);
-                check(&what, &all_logits(&mut engine, &golden.tokens, chunk, decode_from), &golden);
-            }
-            let mut sequence = Sequence::default();
-            let mut logits = engine.run(&mut sequence, &golden.tokens, 64, Logits::Last).expect("runs");
-            let mut greedy = vec![];
-            for _ in 0..golden.greedy.len() {
-                let token = argmax(&logits);
-                greedy.push(token);
-                logits = engine.run(&mut sequence, &[token], 1, Logits::Last).expect("runs");
-            }
-            engine.release(&mut sequence);
-            assert_eq!(greedy, golden.greedy, "{}", golden.name);
-        }
-    }
-}
 
 #[test]
 fn vector_kernels_match_the_reference_logits_on_every_path() {
@@ -131,35 +15,12 @@ fn scalar_kernels_match_the_reference_logits_on_every_path() {
     check_all(|| CpuBackend::with_isa(1, Numerics::F32, Isa::Scalar));
 }
 
-/// Quality of the fast numerics on random weights, whose selections flip easily: README of the fixtures, section 2.
-fn check_fast(numerics: Numerics) {
-    for dir in fixtures() {
-        let mut engine = engine(&dir, CpuBackend::new(2, numerics));
-        for golden in goldens(&dir) {
-            let Some(expected) = &golden.logits else { continue };
-            let n = golden.tokens.len();
-            for (chunk, decode_from) in [(256, n), (7, n), (256, 0)] {
-                let found = all_logits(&mut engine, &golden.tokens, chunk, decode_from);
-                let square = |x: f32| f64::from(x) * f64::from(x);
-                let error: f64 = found.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
-                let size: f64 = expected.iter().map(|v| square(*v)).sum();
-                let vocab = engine.vocab_size();
-                let rows = found.chunks_exact(vocab).zip(expected.chunks_exact(vocab));
-                let agree = rows.filter(|(a, b)| argmax(a) == argmax(b)).count() as f64 / n as f64;
-                let relative = (error / size).sqrt();
-                let what = format!("{} {numerics:?} chunk {chunk} decode from {decode_from}", golden.name);
-                assert!(relative <= 0.15 && agree >= 0.85, "{what}: relative error {relative}, argmax agrees {agree}");
-            }
-        }
-    }
-}
-
 #[test]
 fn bf16_activations_stay_within_the_fixtures_tolerance() {
-    check_fast(Numerics::Bf16);
+    check_fast("bf16", || CpuBackend::new(2, Numerics::Bf16));
 }
 
 #[test]
 fn int8_activations_stay_within_the_fixtures_tolerance() {
-    check_fast(Numerics::Int8);
+    check_fast("int8", || CpuBackend::new(2, Numerics::Int8));
 }

@@ -128,16 +128,22 @@ impl<B: Backend> Model<B> for DeepseekV32<B> {
         }
         for (i, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             let s = &mut self.scratch;
+            // The output of the layer before joins the residual stream together with this norm.
+            if i == 0 {
+                b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
+            } else {
+                b.add_rms_norm(&mut s.hidden, &s.block, &layer.input_layernorm, eps, n, &mut s.normed);
+            }
             self.share.begin_layer(b, i, &s.hidden, n);
-            b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
             layer.attention.forward(b, &self.dims, batch, shape, cache, s);
             self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
-            b.add(&mut s.hidden, &s.block, n);
-            b.rms_norm(&s.hidden, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
             layer.mlp.forward(b, &self.dims, n, s);
             let mlp_sliced = if matches!(layer.mlp, Block::Moe { .. }) { moe_sliced } else { dense_sliced };
             self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
-            b.add(&mut s.hidden, &s.block, n);
+        }
+        if !self.layers.is_empty() {
+            b.add(&mut self.scratch.hidden, &self.scratch.block, n);
         }
         if let (true, Some(norm)) = (shape.n_logits > 0, &self.norm) {
             let s = &mut self.scratch;

@@ -12,15 +12,25 @@ use tandem_core::{CheckpointError, DType, Float, ModelConfig};
 use crate::loader::WeightTable;
 use crate::{Recipe, WeightSource, weight_specs};
 
+/// Whether the matrices of a stack differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stacks {
+    /// Each has random bits of its own, as a processor's caches could tell.
+    Distinct,
+    /// All share the first one's: for devices that copy them.
+    Repeated,
+}
+
 /// The weights of a configuration, filled with random bits when asked for.
 pub struct DummyWeights {
     list: Vec<Weight>,
     table: WeightTable,
+    stacks: Stacks,
 }
 
 impl DummyWeights {
     /// Plans every weight; no memory is taken yet.
-    pub fn new(config: &ModelConfig, recipe: &Recipe) -> DummyWeights {
+    pub fn new(config: &ModelConfig, recipe: &Recipe, stacks: Stacks) -> DummyWeights {
         let list: Vec<Weight> = weight_specs(config)
             .into_iter()
             .map(|spec| {
@@ -29,7 +39,7 @@ impl DummyWeights {
                 Weight::nowhere(spec, dtype)
             })
             .collect();
-        DummyWeights { table: WeightTable::new(list.clone()), list }
+        DummyWeights { table: WeightTable::new(list.clone()), list, stacks }
     }
 
     /// Every weight, for accounting.
@@ -41,7 +51,8 @@ impl DummyWeights {
 impl WeightSource for DummyWeights {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
         let weight = self.table.get(module, "weight")?;
-        let (stack, rows, cols) = weight.spec.dims();
+        let (n, rows, cols) = weight.spec.dims();
+        let stack = if self.stacks == Stacks::Repeated { 1 } else { n };
         let dtype = weight.dtype;
         let (row_bytes, scale_bytes, bias_bytes) =
             (dtype.weight_bytes(1, cols), dtype.scale_bytes(1, cols), dtype.bias_bytes(1, cols));
@@ -59,8 +70,12 @@ impl WeightSource for DummyWeights {
                 scope.spawn(move || random.fill(i * n_rows, elements, scales, biases));
             }
         });
-        let (weight_bytes, scales, biases) = (elements.into(), scales.into(), biases.into());
-        Ok(weight.matrix_of(&MatrixPart { weight: weight_bytes, scales, biases, global_scale: None }))
+        let whole =
+            MatrixPart { weight: elements.into(), scales: scales.into(), biases: biases.into(), global_scale: None };
+        if self.stacks == Stacks::Repeated {
+            return Ok(MatrixData { name: module.to_string(), dtype, rows, cols, parts: vec![whole; n] });
+        }
+        Ok(weight.matrix_of(&whole))
     }
 
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
@@ -209,9 +224,14 @@ mod tests {
         ] {
             let spec = WeightSpec::matrix("m", &[3, 40, cols], ModuleKind::RoutedExperts, Form::Experts);
             let weight = Weight::nowhere(spec, dtype);
-            let dummy = DummyWeights { list: vec![], table: WeightTable::new(vec![weight]) };
+            let table = WeightTable::new(vec![weight]);
+            let mut dummy = DummyWeights { list: vec![], table, stacks: Stacks::Repeated };
+            let data = dummy.matrix("m").expect("made up");
+            assert_eq!(data.view(0).dequantize(), data.view(2).dequantize());
+            dummy.stacks = Stacks::Distinct;
             let data = dummy.matrix("m").expect("made up");
             assert_eq!(data.parts.len(), 3);
+            assert_ne!(data.view(0).dequantize(), data.view(2).dequantize());
             let values: Vec<f32> = (0..3).flat_map(|part| data.view(part).dequantize()).collect();
             assert!(values.iter().all(|v| v.is_finite()), "{dtype}");
             let rms = (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt() * (cols as f32).sqrt();

@@ -18,7 +18,7 @@ use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
 pub use accounting::{Accounting, KindShare};
 pub use deepseek_v32::DeepseekV32;
-pub use dummy::{DummyWeights, RandomRows};
+pub use dummy::{DummyWeights, RandomRows, Stacks};
 pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
 pub use plan::{Plan, PlanError, Planner, RankPlan, RankResources, Request};

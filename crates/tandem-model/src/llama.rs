@@ -103,8 +103,7 @@ impl<B: Backend> Model<B> for Llama<B> {
             b.linear(&s.attended, n, &mut [(&layer.o_proj.weight, &mut s.block)]);
             layer.o_proj.add_bias(b, &mut s.block, n);
             self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
-            b.add(&mut s.hidden, &s.block, n);
-            b.rms_norm(&s.hidden, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
             b.mlp(&s.normed, &layer.mlp, n, &mut s.block);
             self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
             b.add(&mut s.hidden, &s.block, n);

@@ -2,13 +2,13 @@
 
 use tandem_core::ModelConfig;
 use tandem_core::backend::CacheKind;
-use tandem_model::{DummyWeights, Plan, PlanError, Planner, RankResources, Recipe, Request};
+use tandem_model::{DummyWeights, Plan, PlanError, Planner, RankResources, Recipe, Request, Stacks};
 
 const GB: u64 = 1_000_000_000;
 
 fn plan(memory: &[u64], bandwidth: &[f64], round_trip: f64, request: Request) -> Result<Plan, PlanError> {
     let config = ModelConfig::parse(include_str!("../../../crates/tandem/src/presets/glm-5.1.json")).expect("valid");
-    let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"));
+    let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"), Stacks::Distinct);
     let ranks: Vec<RankResources> = memory
         .iter()
         .zip(bandwidth)

@@ -138,6 +138,8 @@ pub(crate) enum ActivationsArg {
 pub(crate) enum BackendArg {
     /// This machine's processor.
     Cpu,
+    /// An NVIDIA GPU (Hopper or later).
+    Cuda,
     /// The best device found.
     Auto,
 }

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tandem_core::Backend;
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
 use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
-use tandem_model::{Accounting, CheckpointWeights, Limits};
+use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
-use crate::cli::{ActivationsArg, ModelArgs};
+use crate::cli::{ActivationsArg, BackendArg, ModelArgs};
 use crate::distributed;
 use crate::report::bytes;
 
@@ -80,23 +81,98 @@ pub(crate) fn load_with_cache(
 
     // One sequence always fits.
     let blocks = BlockManager::for_tokens(cache_tokens.unwrap_or(n_contexts * context).max(context));
+    let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
+    let resident = accounting.total(|k| k.resident_bytes);
     let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
+        if args.backend == BackendArg::Cuda {
+            bail!("several processes run on the CPU only so far; use --backend cpu");
+        }
         distributed::lead(args, &config, checkpoint, weights, limits, blocks.n_slots())?
     } else {
-        let resident_bytes = accounting.total(|k| k.resident_bytes);
-        let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
-        let bar = progress_bar(resident_bytes);
         let source = CheckpointWeights::new(&checkpoint, weights);
-        let progress = &mut |bytes| bar.inc(bytes as u64);
-        let model = tandem_model::load_from(&backend, &config, &source, limits, progress)?;
-        bar.finish_and_clear();
-        if args.lock {
-            lock_memory();
+        match choose(args.backend, args.activations)? {
+            Device::Cpu => {
+                let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
+                let runner = runner(backend, &source, shape, resident)?;
+                if args.lock {
+                    lock_memory();
+                }
+                (Box::new(runner), numerics)
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda => {
+                let backend = cuda_backend(args.activations)?;
+                crate::cuda::check_memory(&backend, shape, resident)?;
+                let numerics = backend.numerics().name();
+                (Box::new(runner(backend, &source, shape, resident)?), numerics)
+            }
         }
-        (Box::new(ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots())), numerics)
     };
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk, numerics })
+}
+
+/// What a runner is made for.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape<'a> {
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) limits: Limits,
+    /// Tokens in the cache.
+    pub(crate) n_slots: usize,
+}
+
+/// Loads a model onto a backend, with a progress bar up to `resident` bytes.
+pub(crate) fn runner<B: Backend + 'static>(
+    backend: B,
+    source: &dyn WeightSource,
+    shape: Shape<'_>,
+    resident: u64,
+) -> anyhow::Result<ModelRunner<B>> {
+    let Shape { config, limits, n_slots } = shape;
+    let bar = progress_bar(resident);
+    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| bar.inc(bytes as u64))?;
+    bar.finish_and_clear();
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
+    runner.sync()?;
+    Ok(runner)
+}
+
+/// Where a model runs.
+pub(crate) enum Device {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+/// The device that `--backend` asks for.
+pub(crate) fn choose(backend: BackendArg, activations: ActivationsArg) -> anyhow::Result<Device> {
+    match backend {
+        BackendArg::Cpu => Ok(Device::Cpu),
+        #[cfg(feature = "cuda")]
+        BackendArg::Cuda => Ok(Device::Cuda),
+        #[cfg(not(feature = "cuda"))]
+        BackendArg::Cuda => {
+            bail!("this tandem was built without CUDA; build it with --features cuda, or use --backend cpu")
+        }
+        #[cfg(feature = "cuda")]
+        BackendArg::Auto if activations != ActivationsArg::Int8 && tandem_cuda::device_present() => Ok(Device::Cuda),
+        BackendArg::Auto => {
+            let _ = activations;
+            Ok(Device::Cpu)
+        }
+    }
+}
+
+/// The first GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_backend(activations: ActivationsArg) -> anyhow::Result<tandem_cuda::CudaBackend> {
+    use tandem_cuda::{CudaBackend, Numerics, Options};
+    let numerics = match activations {
+        ActivationsArg::F32 => Numerics::F32,
+        ActivationsArg::Bf16 | ActivationsArg::Auto => Numerics::Bf16,
+        ActivationsArg::Int8 => bail!("--activations int8 is for --backend cpu; on a GPU use bf16 or f32"),
+    };
+    Ok(CudaBackend::new(Options::new(numerics))?)
 }
 
 /// The processor as a backend for `weight_bytes` of weights, and the name of the activations' numerics.

@@ -4,6 +4,8 @@ mod bench;
 mod cli;
 mod compare;
 mod convert;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod distributed;
 mod eval;
 mod inspect;

@@ -68,7 +68,7 @@ impl ShapeArgs {
 #[cfg(test)]
 mod tests {
     use tandem_core::ModelConfig;
-    use tandem_model::{Accounting, DummyWeights, Recipe};
+    use tandem_model::{Accounting, DummyWeights, Recipe, Stacks};
 
     use super::*;
 
@@ -76,7 +76,7 @@ mod tests {
     fn presets_are_valid() {
         for (name, text) in PRESETS {
             let config = ModelConfig::parse(text).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"));
+            let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"), Stacks::Distinct);
             let active = Accounting::new(weights.weights(), &config).total(|k| k.active_parameters);
             let billions = match name {
                 "glm-5.1" => 40.0..42.0,

@@ -1,7 +1,6 @@
 //! Bytes that a decode step really reads, and arithmetic that a prefill really does.
 
 use serde_json::{Map, Value, json};
-use tandem_core::Backend;
 use tandem_core::backend::CacheKind;
 use tandem_core::weights::ModuleKind;
 
@@ -59,7 +58,7 @@ impl BytesRead {
 
 /// Cached bytes that one sequence's token attends to, each counted once.
 fn cache_bytes(model: &BenchModel, visible: usize, sparse: bool) -> f64 {
-    let (config, backend) = (&model.config, model.runner.backend());
+    let (config, backend) = (&model.config, &model.runner);
     let n_layers = config.num_hidden_layers;
     let bytes = match (&config.mla, &config.indexer) {
         (Some(mla), indexer) => {

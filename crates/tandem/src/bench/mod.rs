@@ -6,6 +6,7 @@
 
 mod bytes_read;
 pub(crate) mod comm;
+mod device;
 mod model;
 mod plot;
 mod serve;
@@ -17,17 +18,14 @@ use serde_json::{Map, Value, json};
 use tandem_core::Batch;
 use tandem_core::backend::PAGE_SIZE;
 use tandem_cpu::Pool;
-use tandem_cpu::bandwidth::{ReadMeter, measure_read_bandwidth};
-use tandem_cpu::peak::measure_peak;
-use tandem_engine::{Operation, Profile, Runner};
+use tandem_cpu::bandwidth::ReadMeter;
+use tandem_engine::{Operation, Profile};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
 use crate::report::{bytes, print_json};
 use bytes_read::BytesRead;
 use model::BenchModel;
 
-/// Read for the bandwidth.
-const BANDWIDTH_BYTES: usize = 1 << 30;
 /// Read between two steps, for the bandwidth of that moment.
 const PASS_BYTES: usize = 256 << 20;
 /// Steps of the profiled run, at most.
@@ -51,22 +49,23 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     ensure!(args.steps >= 1, "--steps must be at least 1");
     let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
     let longest = contexts.iter().copied().max().unwrap_or(0);
-    let bandwidth_before = bandwidth(args.model.threads);
+    let bandwidth_before = device::bandwidth_before(&args.model)?;
     let sequences = Sequences::new(args.batch, longest + 1);
     let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
     model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
 
     let pool = Pool::new(model::n_threads(args.model.threads));
-    let meter = ReadMeter::new(&pool, PASS_BYTES);
+    // A processor's memory is shared with others and changes speed; a device's does not.
+    let meter = if device::is_cpu(&args.model)? { Some(ReadMeter::new(&pool, PASS_BYTES)) } else { None };
     let mut points = vec![];
     for context in &contexts {
-        let point = decode_point(&mut model, &meter, &sequences, *context, args)?;
+        let point = decode_point(&mut model, meter.as_ref(), &sequences, *context, args)?;
         eprintln!("context {context}: {:.2} ms per step, {:.2} tokens/s", point.ms.median, point.tokens_per_second);
         points.push(point);
     }
-    model.note_peak_memory(PASS_BYTES);
+    model.note_peak_memory(if meter.is_some() { PASS_BYTES } else { 0 });
     drop(meter);
-    let measured = bandwidth_before.max(bandwidth(args.model.threads));
+    let measured = bandwidth_before.max(model.runner.bandwidth());
 
     let mut report = model.describe();
     report.insert("command".into(), json!("decode"));
@@ -126,7 +125,7 @@ struct DecodePoint {
 
 fn decode_point(
     model: &mut BenchModel,
-    meter: &ReadMeter<'_>,
+    meter: Option<&ReadMeter<'_>>,
     sequences: &Sequences,
     context: usize,
     args: &BenchDecodeArgs,
@@ -147,20 +146,21 @@ fn decode_point(
         step(model)?;
     }
     let (mut times, mut around) = (vec![], vec![]);
-    let mut before = meter.pass();
+    let pass = |model: &BenchModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
+    let mut before = pass(model);
     for _ in 0..args.steps {
         times.push(step(model)?);
-        let after = meter.pass();
+        let after = pass(model);
         around.push(before.max(after));
         before = after;
     }
     let n_profiled = args.steps.min(PROFILED_STEPS);
-    model.runner.backend().start();
+    model.runner.start();
     let mut profiled_ms = 0.0;
     for _ in 0..n_profiled {
         profiled_ms += step(model)?;
     }
-    let profile = model.runner.backend().stop();
+    let profile = model.runner.stop();
     let bytes = BytesRead::of_decode_step(model, context + 1, args.batch, profile.experts_per_layer());
     let fractions = times.iter().zip(&around).map(|(ms, rate)| bytes.total() / (ms / 1e3) / rate).collect();
     let ms = Spread::of(times);
@@ -233,7 +233,7 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
     let chunk = args.prefill_chunk.min(args.prompt_tokens);
     let length = args.context + args.prompt_tokens;
-    let measured = bandwidth(args.model.threads);
+    let before = device::bandwidth_before(&args.model)?;
     let sequences = Sequences::new(1, length);
     let mut model = BenchModel::load(&args.model, chunk, 1, length, sequences.n_slots())?;
     model.fill_cache(args.context)?;
@@ -257,21 +257,18 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     for _ in 0..args.warmup {
         prompt(&mut model, &mut vec![])?;
     }
-    let peak = |model: &BenchModel| {
-        let cpu = model.runner.backend().inner();
-        measure_peak(cpu.pool(), cpu.numerics(), cpu.isa())
-    };
-    let (mut times, mut peaks) = (vec![], vec![peak(&model)]);
+    let (mut times, mut peaks) = (vec![], vec![model.runner.peak()]);
     for step in 0..args.steps {
         times.push(prompt(&mut model, &mut chunk_times)?);
-        peaks.push(peak(&model));
+        peaks.push(model.runner.peak());
         eprintln!("prompt {} of {}: {:.1} ms", step + 1, args.steps, times[step]);
     }
-    model.runner.backend().start();
+    model.runner.start();
     let profiled_ms = prompt(&mut model, &mut vec![])?;
-    let breakdown = Breakdown::new(&model.runner.backend().stop(), profiled_ms, 1);
+    let breakdown = Breakdown::new(&model.runner.stop(), profiled_ms, 1);
 
     model.note_peak_memory(0);
+    let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
     let flop = bytes_read::prefill_flop(&model, args.context, args.prompt_tokens, chunk);
     let peaks: Option<Vec<f64>> = peaks.into_iter().collect();
     let peak = peaks.map(|peaks| Peak::new(&peaks, &times, flop));
@@ -347,14 +344,6 @@ impl Peak {
         let fractions = peaks.windows(2).zip(times).map(|(p, ms)| flop / (ms / 1e3) / p[0].max(p[1])).collect();
         Peak { best: peaks.iter().copied().fold(0.0, f64::max), fraction_of_moment: Spread::of(fractions) }
     }
-}
-
-/// Bytes per second, with as many threads as the model gets.
-fn bandwidth(threads: Option<usize>) -> f64 {
-    let pool = Pool::new(model::n_threads(threads));
-    let bandwidth = measure_read_bandwidth(&pool, BANDWIDTH_BYTES);
-    eprintln!("read bandwidth with {} threads: {:.2} GB/s", pool.n_threads(), bandwidth / 1e9);
-    bandwidth
 }
 
 /// Sequences with consecutive pages.

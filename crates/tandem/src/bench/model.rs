@@ -1,6 +1,5 @@
 //! The model that a benchmark runs: from a checkpoint, or of a preset's shapes with random weights.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -8,13 +7,12 @@ use anyhow::ensure;
 use serde_json::{Map, Value, json};
 use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Checkpoint, ModelConfig};
-use tandem_cpu::system::{default_threads, peak_memory_bytes};
-use tandem_cpu::{CpuBackend, CpuIndices};
-use tandem_engine::{ModelRunner, Profiled};
-use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, WeightSource};
+use tandem_cpu::system::default_threads;
+use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Stacks, WeightSource};
 
+use super::device::{self, BenchRunner};
 use crate::cli::BenchModelArgs;
-use crate::load::{cpu_backend, lock_memory, model_dir, progress_bar};
+use crate::load::{Device, Shape, choose, lock_memory, model_dir};
 use crate::presets;
 use crate::report::{bytes, count};
 
@@ -22,7 +20,7 @@ use crate::report::{bytes, count};
 pub(super) struct BenchModel {
     pub(super) config: ModelConfig,
     pub(super) accounting: Accounting,
-    pub(super) runner: ModelRunner<Profiled<CpuBackend>>,
+    pub(super) runner: Box<dyn BenchRunner>,
     /// Parameters of the index queries, which short contexts do not need.
     pub(super) index_query_parameters: u64,
     /// One line that names model, formats and numerics.
@@ -80,7 +78,12 @@ impl BenchModel {
                 (weights.clone(), Box::new(CheckpointWeights::new(checkpoint, weights)))
             }
             None => {
-                let made_up = DummyWeights::new(&config, &args.quant);
+                let stacks = match choose(args.backend, args.activations)? {
+                    Device::Cpu => Stacks::Distinct,
+                    #[cfg(feature = "cuda")]
+                    Device::Cuda => Stacks::Repeated,
+                };
+                let made_up = DummyWeights::new(&config, &args.quant, stacks);
                 (made_up.weights().to_vec(), Box::new(made_up))
             }
         };
@@ -92,15 +95,11 @@ impl BenchModel {
             .sum();
         let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
-        let (backend, numerics) = cpu_backend(args.threads, args.activations, resident_bytes);
-        let backend = Profiled::new(backend, count_distinct);
-        let bar = progress_bar(resident_bytes);
-        let model = tandem_model::load_from(&backend, &config, &*source, limits, &mut |bytes| bar.inc(bytes as u64))?;
-        bar.finish_and_clear();
+        let shape = Shape { config: &config, limits, n_slots };
+        let (runner, numerics) = device::load(args, &*source, shape, resident_bytes)?;
         if args.lock {
             lock_memory();
         }
-        let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
         let quant = dummy.then(|| args.quant.name.clone());
         let title = format!(
             "{name}, {} layers, {}, activations {numerics}",
@@ -126,7 +125,7 @@ impl BenchModel {
     /// Puts random vectors into the first `n_slots` slots of the cache.
     pub(super) fn fill_cache(&mut self, n_slots: usize) -> anyhow::Result<()> {
         let start = Instant::now();
-        self.runner.fill_cache_random(&self.config, n_slots, 1)?;
+        self.runner.fill_cache(&self.config, n_slots)?;
         eprintln!("cache filled with {n_slots} random vectors per layer in {:.1} s", start.elapsed().as_secs_f64());
         Ok(())
     }
@@ -135,12 +134,11 @@ impl BenchModel {
     /// first measurement is gone before the model is loaded, but it shows in the peak of models smaller than it.)
     /// `beside` bytes are the measurement's own.
     pub(super) fn note_peak_memory(&mut self, beside: usize) {
-        self.peak_memory_bytes = peak_memory_bytes() - beside as u64;
+        self.peak_memory_bytes = self.runner.peak_memory_bytes() - beside as u64;
     }
 
     /// What was measured, for JSON.
     pub(super) fn describe(&self) -> Map<String, Value> {
-        let cpu = self.runner.backend().inner();
         let moe_layers = (0..self.config.num_hidden_layers).filter(|l| self.config.is_sparse(*l)).count();
         let value = json!({
             "tandem_version": env!("CARGO_PKG_VERSION"),
@@ -153,21 +151,17 @@ impl BenchModel {
             "resident_bytes": self.resident_bytes,
             "active_parameters": self.accounting.total(|k| k.active_parameters),
             "numerics": self.numerics,
-            "threads": cpu.n_threads(),
-            "isa": cpu.isa().to_string(),
             "load_seconds": self.load_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         });
-        match value {
-            Value::Object(map) => map,
-            _ => Map::new(),
-        }
+        let Value::Object(mut map) = value else { return Map::new() };
+        map.extend(self.runner.describe());
+        map
     }
 
     /// The same for people.
     pub(super) fn print(&self) {
-        let cpu = self.runner.backend().inner();
-        println!("{}; {} threads, {}", self.title, cpu.n_threads(), cpu.isa());
+        println!("{}; {}", self.title, self.runner.name());
         println!(
             "{} parameters active per token, weights {}, peak memory {}",
             count(self.accounting.total(|k| k.active_parameters)),
@@ -175,11 +169,6 @@ impl BenchModel {
             bytes(self.peak_memory_bytes)
         );
     }
-}
-
-/// Different experts in the first rows.
-fn count_distinct(ids: &CpuIndices, n_rows: usize) -> usize {
-    (0..n_rows).flat_map(|row| ids.row(row)).collect::<HashSet<_>>().len()
 }
 
 /// A model directory's own name.

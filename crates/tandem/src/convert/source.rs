@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_core::{Checkpoint, CheckpointError, DType, ModelConfig};
-use tandem_model::{DummyWeights, RandomRows, Recipe};
+use tandem_model::{DummyWeights, RandomRows, Recipe, Stacks};
 
 use crate::presets;
 
@@ -177,7 +177,7 @@ pub(super) struct DummySource {
 impl DummySource {
     pub(super) fn new(config_text: &str, recipe: &Recipe) -> anyhow::Result<DummySource> {
         let config = ModelConfig::parse(config_text)?;
-        let weights = DummyWeights::new(&config, recipe).weights().to_vec();
+        let weights = DummyWeights::new(&config, recipe, Stacks::Distinct).weights().to_vec();
         let random = weights.iter().map(RandomRows::new).collect();
         Ok(DummySource { config_json: json_object(config_text)?, config, weights, random })
     }

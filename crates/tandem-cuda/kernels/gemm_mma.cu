@@ -1,0 +1,191 @@
+// Prefill: many tokens times a packed matrix on the tensor cores. A block takes 128 rows and 128 tokens; weights are
+// decoded into shared memory as bf16, 64 columns at a time, while the columns before are multiplied. Unlike the row
+// kernels of decoding, affine weights are rounded to bf16 here.
+
+#define GEMM_K 64
+#define GEMM_PITCH (GEMM_K + 8)
+#define GEMM_TILE (128 * GEMM_PITCH)
+
+struct GemmArgs {
+    Matrix m0, m1;           // gated: gate and up, else the same matrix twice
+    MoePlan plan;            // routed: the expert of blockIdx.z and its pairs
+    const u16* x;            // packed bf16, [.., x_pitch]
+    float* out;              // [.., out_pitch], or null
+    u16* packed;             // packed bf16, [.., packed_pitch], or null
+    u32 x_pitch, out_pitch, packed_pitch, n;
+    u32 x_divisor;           // routed: row of x = pair / x_divisor
+    u32 x_offset, x_stride, out_offset, out_stride;
+    u32 gated, routed;
+    u32 unused;
+};
+
+// 32 elements of a row, from memory and then decoded.
+struct RawRow {
+    uint4 a, b;
+    u32 scale;
+};
+
+DI RawRow load_raw(const Matrix& m, const u8* w, const u8* s, u32 k) {
+    RawRow raw;
+    raw.a = raw.b = make_uint4(0, 0, 0, 0);
+    raw.scale = 0;
+    if (k >= m.cols) return raw;
+    if (m.format == MXFP4) {
+        raw.a = load_stream(w + k / 2);
+        raw.scale = s[k / 32];
+    } else {
+        raw.a = load_stream(w + k);
+        raw.b = load_stream(w + k + 16);
+        raw.scale = ((const u32*)s)[k / 64];
+    }
+    return raw;
+}
+
+DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
+    u32 out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
+    if (m.format == MXFP4) {
+        u32 scale = (raw.scale + 62 << 7) * 0x10001u;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 p[4];
+            decode_mxfp4(word(raw.a, j), scale, p);
+            *(uint4*)(to + j * 8) = make_uint4(p[0], p[1], p[2], p[3]);
+        }
+    } else {
+        float scale = __uint_as_float(raw.scale << 16);
+        float bias = __uint_as_float(raw.scale & 0xffff0000u) + 128.0f * scale;
+        u32 scales = pack_bf16(scale, scale), biases = pack_bf16(bias, bias);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint4& v = j < 2 ? raw.a : raw.b;
+            u32 p[4];
+            decode_bytes(word(v, 2 * (j & 1)), word(v, 2 * (j & 1) + 1), p);
+#pragma unroll
+            for (int e = 0; e < 4; e++) p[e] = fma_bf16x2(p[e], scales, biases);
+            *(uint4*)(to + j * 8) = make_uint4(p[0], p[1], p[2], p[3]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma(const __grid_constant__ GemmArgs args) {
+    u16* memory = (u16*)dynamic_memory;
+    let_next_start();
+    wait_for_previous();
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 part = blockIdx.z, first = 0, count = args.n;
+    if (args.routed) {
+        if (int(blockIdx.z) >= args.plan.n_active[0]) return;
+        part = args.plan.active[blockIdx.z];
+        first = args.plan.first[blockIdx.z];
+        count = args.plan.first[blockIdx.z + 1] - first;
+    }
+    u32 x0 = args.routed ? 0 : args.x_offset + part * args.x_stride;
+    u32 out0 = args.routed ? 0 : args.out_offset + part * args.out_stride;
+    // This thread decodes half a row: rows 0..8 of each 16 are of m0, the others of m1 if gated.
+    u32 tile_row = threadIdx.x >> 1, half = (threadIdx.x & 1) * 32;
+    bool second = args.gated && (tile_row & 8);
+    const Matrix& m = second ? args.m1 : args.m0;
+    u32 row0 = blockIdx.y * (args.gated ? 64 : 128);
+    u32 row = min(args.gated ? row0 + tile_row / 16 * 8 + (tile_row & 7) : row0 + tile_row, m.rows - 1);
+    const u8* w = m.weight + part * m.weight_part + u64(row) * m.row_bytes;
+    const u8* s = m.scales + part * m.scale_part + u64(row) * m.scale_pitch;
+    float factor = m.format == MXFP4 ? MXFP4_FACTOR : 1.0f;
+    u32 cols = m.cols, steps = (cols + GEMM_K - 1) / GEMM_K;
+    u32 warp_row = (warp & 1) * 64, warp_token = (warp >> 1) * 32;
+
+    for (u32 column0 = blockIdx.x * 128; column0 < count; column0 += gridDim.x * 128) {
+        // This thread copies half a token's columns.
+        u32 c = column0 + tile_row;
+        const u16* x = nullptr;
+        if (c < count) {
+            u32 source = args.routed ? u32(args.plan.sorted[first + c]) / args.x_divisor : c;
+            x = args.x + u64(source) * args.x_pitch + x0 + half;
+        }
+        auto copy_x = [&](u32 k, u16* stage) {
+            u16* to = stage + tile_row * GEMM_PITCH + half;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (x && k + half + j * 8 < cols) {
+                    copy16(to + j * 8, x + k + j * 8);
+                } else {
+                    *(uint4*)(to + j * 8) = make_uint4(0, 0, 0, 0);
+                }
+            }
+            commit_copies();
+        };
+        float acc[4][4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
+        u16* weights = memory;               // [2][128, GEMM_PITCH]
+        u16* tokens = memory + 2 * GEMM_TILE;
+        copy_x(0, tokens);
+        store_raw(m, load_raw(m, w, s, half), weights + tile_row * GEMM_PITCH + half);
+        wait_copies<0>();
+        __syncthreads();
+        for (u32 step = 0; step < steps; step++) {
+            u32 now = step & 1, next = now ^ 1, k = (step + 1) * GEMM_K;
+            bool more = step + 1 < steps;
+            RawRow raw;
+            if (more) {
+                copy_x(k, tokens + next * GEMM_TILE);
+                raw = load_raw(m, w, s, k + half);
+            }
+            const u16* a_tile = weights + now * GEMM_TILE + (warp_row + (lane & 15)) * GEMM_PITCH + (lane >> 4) * 8;
+            const u16* b_tile = tokens + now * GEMM_TILE +
+                                (warp_token + (lane & 7) + (lane >> 4) * 8) * GEMM_PITCH + (lane >> 3 & 1) * 8;
+#pragma unroll
+            for (int kk = 0; kk < GEMM_K; kk += 16) {
+                u32 a[4][4], b[2][4];
+#pragma unroll
+                for (int j = 0; j < 2; j++) ldmatrix4(b[j], b_tile + j * 16 * GEMM_PITCH + kk);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    ldmatrix4(a[i], a_tile + i * 16 * GEMM_PITCH + kk);
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        mma(acc[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
+                }
+            }
+            if (more) store_raw(m, raw, weights + next * GEMM_TILE + tile_row * GEMM_PITCH + half);
+            wait_copies<0>();
+            __syncthreads();
+        }
+        u32 g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+#pragma unroll
+            for (int side = 0; side < 2; side++) {
+                u32 c = column0 + warp_token + j * 8 + 2 * t + side;
+                if (c >= count) continue;
+                u64 to = args.routed ? u32(args.plan.sorted[first + c]) : c;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float low = acc[i][j][side] * factor, high = acc[i][j][side + 2] * factor;
+                    if (args.gated) {
+                        u32 r = row0 + (warp_row / 16 + i) * 8 + g;
+                        if (r < m.rows)
+                            args.packed[to * args.packed_pitch + packed_place(r)] = to_bf16(low / (1.0f + __expf(-low)) * high);
+                        continue;
+                    }
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        u32 r = row0 + warp_row + i * 16 + g + 8 * e;
+                        if (r >= m.rows) continue;
+                        float value = e ? high : low;
+                        if (args.out) args.out[to * args.out_pitch + out0 + r] = value;
+                        if (args.packed) args.packed[to * args.packed_pitch + packed_place(out0 + r)] = to_bf16(value);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,228 @@
+// Absorbed MLA over bf16 latents on the tensor cores: a block is one row, 16 heads and a span of attended positions.
+// With several spans each block leaves an unnormalised share, which mla_merge adds up; one span stores the result.
+
+#define MLA_TILE 64          // positions in shared memory at once
+#define MLA_MAX_WIDTH 576
+#define MLA_MAX_LATENT 512
+
+struct MlaArgs {
+    Pages pages;
+    const float* q;          // [n, n_heads * width]
+    const u16* cache;        // [n_slots, width]
+    const int* selected;     // [n, n_selected] or null
+    float* shares;           // [n, n_spans, n_heads, latent]
+    float2* stats;           // [n, n_spans, n_heads] (maximum, sum)
+    float* out;              // [n, n_heads * latent]
+    u16* packed;             // or null
+    u32 n_heads, width, latent, n_selected, packed_pitch;
+    u32 span, n_spans;
+    float scale;
+};
+
+DI void ldmatrix4(u32 (&r)[4], const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p)));
+}
+
+DI void ldmatrix2(u32& r0, u32& r1, const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r0), "=r"(r1) : "r"(shared_address(p)));
+}
+
+DI void ldmatrix4_trans(u32 (&r)[4], const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p)));
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_constant__ MlaArgs args) {
+    u16* memory = (u16*)dynamic_memory;
+    __shared__ float scores[16][MLA_TILE + 1];
+    __shared__ __align__(16) u16 weights[16][MLA_TILE + 8];
+    __shared__ float maxima[16], sums[16], rescale[16];
+    __shared__ u32 slots[MLA_TILE];
+    u32 pitch = args.width + 8;
+    u16* q = memory;                     // [16, pitch]
+    u16* keys = memory + 16 * pitch;     // [MLA_TILE, pitch]
+    let_next_start();
+    wait_for_previous();
+    u32 r = blockIdx.z, head0 = blockIdx.y * 16, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 g = lane >> 2, t = lane & 3;
+    u32 visible = args.pages.positions[r] + 1, sequence = args.pages.sequences[r];
+    u32 n = args.selected ? min(visible, args.n_selected) : visible;
+    u32 begin = blockIdx.x * args.span, end = min(begin + args.span, n);
+    if (begin >= n) return;
+    u32 heads = min(16u, args.n_heads - head0);
+    if (threadIdx.x < 16) {
+        maxima[threadIdx.x] = -__int_as_float(0x7f800000);
+        sums[threadIdx.x] = 0.0f;
+    }
+    // Columns of the result: warp w has tiles w, w + 8, .. of 8.
+    u32 n_tiles = args.latent / 8;
+    float acc[8][4];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) acc[i][j] = 0.0f;
+
+    for (u32 first = begin; first < end; first += MLA_TILE) {
+        u32 count = min(u32(MLA_TILE), end - first);
+        if (threadIdx.x < MLA_TILE) {
+            u32 p = first + threadIdx.x;
+            if (threadIdx.x < count) {
+                if (args.selected) p = args.selected[u64(r) * args.n_selected + p];
+                slots[threadIdx.x] = args.pages.slot(sequence, p);
+            }
+        }
+        __syncthreads();
+        for (u32 p = warp; p < MLA_TILE; p += 8) {
+            u16* to = keys + p * pitch;
+            if (p < count) {
+                const u16* from = args.cache + u64(slots[p]) * args.width;
+                for (u32 c = lane * 8; c < args.width; c += 256) copy16(to + c, from + c);
+            } else {
+                for (u32 c = lane * 8; c < args.width; c += 256) *(uint4*)(to + c) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        if (first == begin) {
+            for (u32 h = warp; h < 16; h += 8) {
+                const float* from = args.q + (u64(r) * args.n_heads + head0 + h) * args.width;
+                for (u32 c = lane * 4; c < args.width; c += 128) {
+                    uint2 v = make_uint2(0, 0);
+                    if (h < heads) {
+                        float4 f = *(const float4*)(from + c);
+                        v = make_uint2(pack_bf16(f.x, f.y), pack_bf16(f.z, f.w));
+                    }
+                    *(uint2*)(q + h * pitch + c) = v;
+                }
+            }
+        }
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+        // Scores: warp w has positions 8w .. 8w + 7.
+        float s[4] = {}, s2[4] = {};
+        for (u32 k = 0; k < args.width; k += 32) {
+            u32 a[4], b0, b1;
+            ldmatrix4(a, q + (lane & 15) * pitch + k + (lane >> 4) * 8);
+            ldmatrix2(b0, b1, keys + (warp * 8 + (lane & 7)) * pitch + k + (lane >> 3 & 1) * 8);
+            mma(s, a[0], a[1], a[2], a[3], b0, b1);
+            if (k + 16 < args.width) {
+                ldmatrix4(a, q + (lane & 15) * pitch + k + 16 + (lane >> 4) * 8);
+                ldmatrix2(b0, b1, keys + (warp * 8 + (lane & 7)) * pitch + k + 16 + (lane >> 3 & 1) * 8);
+                mma(s2, a[0], a[1], a[2], a[3], b0, b1);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) scores[g + 8 * (i >> 1)][warp * 8 + 2 * t + (i & 1)] = (s[i] + s2[i]) * args.scale;
+        __syncthreads();
+        // Softmax: warp w has heads 2w and 2w + 1, a lane two positions.
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            u32 h = warp * 2 + i;
+            float low = lane < count ? scores[h][lane] : -__int_as_float(0x7f800000);
+            float high = lane + 32 < count ? scores[h][lane + 32] : -__int_as_float(0x7f800000);
+            float old = maxima[h], higher = fmaxf(old, warp_max(fmaxf(low, high)));
+            float w0 = __expf(low - higher), w1 = __expf(high - higher);
+            float sum = warp_sum(w0 + w1);
+            weights[h][lane] = to_bf16(w0);
+            weights[h][lane + 32] = to_bf16(w1);
+            __syncwarp();
+            if (lane == 0) {
+                float factor = __expf(old - higher);
+                maxima[h] = higher;
+                sums[h] = sums[h] * factor + sum;
+                rescale[h] = factor;
+            }
+        }
+        __syncthreads();
+        float low = rescale[g], high = rescale[g + 8];
+        u32 w[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) ldmatrix4(w[j], &weights[lane & 15][j * 16 + (lane >> 4) * 8]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 tile = i * 8 + warp;
+            if (tile < n_tiles) {
+                acc[i][0] *= low;
+                acc[i][1] *= low;
+                acc[i][2] *= high;
+                acc[i][3] *= high;
+                u32 b[4];
+                ldmatrix4_trans(b, keys + lane * pitch + tile * 8);
+                mma(acc[i], w[0][0], w[0][1], w[0][2], w[0][3], b[0], b[1]);
+                mma(acc[i], w[1][0], w[1][1], w[1][2], w[1][3], b[2], b[3]);
+                ldmatrix4_trans(b, keys + (32 + lane) * pitch + tile * 8);
+                mma(acc[i], w[2][0], w[2][1], w[2][2], w[2][3], b[0], b[1]);
+                mma(acc[i], w[3][0], w[3][1], w[3][2], w[3][3], b[2], b[3]);
+            }
+        }
+        __syncthreads();
+    }
+    bool whole = args.n_spans == 1;
+    float inverse[2] = {whole ? 1.0f / sums[g] : 1.0f, whole ? 1.0f / sums[g + 8] : 1.0f};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i * 8 + warp < n_tiles) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 h = g + 8 * half, c = (i * 8 + warp) * 8 + 2 * t;
+                if (h >= heads) continue;
+                float2 v = make_float2(acc[i][2 * half] * inverse[half], acc[i][2 * half + 1] * inverse[half]);
+                if (whole) {
+                    u32 place = (head0 + h) * args.latent + c;
+                    *(float2*)(args.out + u64(r) * args.n_heads * args.latent + place) = v;
+                    if (args.packed) {
+                        u16* packed = args.packed + u64(r) * args.packed_pitch;
+                        packed[packed_place(place)] = to_bf16(v.x);
+                        packed[packed_place(place + 1)] = to_bf16(v.y);
+                    }
+                } else {
+                    u64 row = (u64(r) * args.n_spans + blockIdx.x) * args.n_heads + head0 + h;
+                    *(float2*)(args.shares + row * args.latent + c) = v;
+                }
+            }
+        }
+    }
+    if (!whole && threadIdx.x < heads) {
+        u64 row = (u64(r) * args.n_spans + blockIdx.x) * args.n_heads + head0 + threadIdx.x;
+        args.stats[row] = make_float2(maxima[threadIdx.x], sums[threadIdx.x]);
+    }
+}
+
+// Adds up the spans of one row and head, in order.
+extern "C" __global__ void __launch_bounds__(128) mla_merge(const __grid_constant__ MlaArgs args) {
+    let_next_start();
+    wait_for_previous();
+    u32 r = blockIdx.y, h = blockIdx.x;
+    u32 visible = args.pages.positions[r] + 1;
+    u32 n = args.selected ? min(visible, args.n_selected) : visible;
+    u32 spans = (n + args.span - 1) / args.span;
+    const float2* stats = args.stats + u64(r) * args.n_spans * args.n_heads + h;
+    float highest = -__int_as_float(0x7f800000);
+    for (u32 s = 0; s < spans; s++) highest = fmaxf(highest, stats[s * args.n_heads].x);
+    float total = 0.0f;
+    for (u32 s = 0; s < spans; s++) {
+        float2 v = stats[s * args.n_heads];
+        total += __expf(v.x - highest) * v.y;
+    }
+    const float* shares = args.shares + (u64(r) * args.n_spans * args.n_heads + h) * args.latent;
+    for (u32 c = threadIdx.x * 4; c < args.latent; c += 512) {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (u32 s = 0; s < spans; s++) {
+            float factor = __expf(stats[s * args.n_heads].x - highest);
+            float4 v = *(const float4*)(shares + u64(s) * args.n_heads * args.latent + c);
+            sum.x += factor * v.x, sum.y += factor * v.y, sum.z += factor * v.z, sum.w += factor * v.w;
+        }
+        float inverse = 1.0f / total;
+        float v[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+        u32 place = h * args.latent + c;
+        float* out = args.out + u64(r) * args.n_heads * args.latent + place;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            out[i] = v[i];
+            if (args.packed) args.packed[u64(r) * args.packed_pitch + packed_place(place + i)] = to_bf16(v[i]);
+        }
+    }
+}

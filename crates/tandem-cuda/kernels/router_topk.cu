@@ -1,0 +1,111 @@
+// The choice of experts (DeepSeek-V3's noaux_tc): sigmoid scores plus bias pick groups and experts, scores alone weigh.
+// One warp a row; at most 512 experts in at most 32 groups. Ties go to the lower index.
+
+struct RouterArgs {
+    const float* logits;     // [n, n_experts]
+    const float* bias;       // [n_experts]
+    int* ids;                // [n, top_k] relative to first_expert, -1 for experts that are not held
+    float* weights;          // [n, top_k]
+    u32 n_experts, top_k, n_group, topk_group, normalize;
+    float scale;
+    u32 first_expert, n_held;
+};
+
+// Lane and value of the largest (value, then lowest index).
+DI void best_of_warp(float& value, u32& index) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) {
+        float v = __shfl_xor_sync(FULL, value, d);
+        u32 i = __shfl_xor_sync(FULL, index, d);
+        if (v > value || (v == value && i < index)) {
+            value = v;
+            index = i;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_constant__ RouterArgs args) {
+    const float none = -__int_as_float(0x7f800000);
+    __shared__ float scores[512], choice[512];
+    let_next_start();
+    u32 lane = threadIdx.x, n = args.n_experts;
+    float values[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) values[i] = i * 32 + lane < n ? __ldg(args.bias + i * 32 + lane) : 0.0f;
+    wait_for_previous();
+    const float* logits = args.logits + u64(blockIdx.x) * n;
+    float loaded[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) loaded[i] = i * 32 + lane < n ? logits[i * 32 + lane] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        u32 e = i * 32 + lane;
+        if (e >= n) break;
+        float s = 1.0f / (1.0f + expf(-loaded[i]));
+        scores[e] = s;
+        choice[e] = s + values[i];
+    }
+    __syncwarp();
+    if (args.n_group > 1) {
+        u32 size = n / args.n_group;
+        float group = none;
+        if (lane < args.n_group) {
+            float first = none, second = none;
+            for (u32 e = lane * size; e < (lane + 1) * size; e++) {
+                float v = choice[e];
+                if (v > first) {
+                    second = first;
+                    first = v;
+                } else if (v > second) {
+                    second = v;
+                }
+            }
+            group = first + second;
+        }
+        u32 kept = 0;
+        for (u32 i = 0; i < args.topk_group; i++) {
+            float value = kept >> lane & 1 ? none : group;
+            u32 index = kept >> lane & 1 ? 64 + lane : lane;
+            best_of_warp(value, index);
+            kept |= 1u << (index & 31);
+        }
+        __syncwarp();
+        for (u32 e = lane; e < size * args.n_group; e += 32)
+            if (!(kept >> (e / size) & 1)) choice[e] = none;
+        __syncwarp();
+    }
+    // A lane has experts lane, lane + 32, ..; order-preserving integers, 0 for none and for those taken.
+    u32 keys[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        u32 e = i * 32 + lane;
+        keys[i] = e < n ? ordered(choice[e]) : 0;
+    }
+    float sum = 0.0f, mine = 0.0f;
+    u32 my_id = 0;
+    for (u32 k = 0; k < args.top_k; k++) {
+        u32 best = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) best = max(best, keys[i]);
+        best = __reduce_max_sync(FULL, best);
+        u32 index = 1u << 30;
+#pragma unroll
+        for (int i = 15; i >= 0; i--)
+            if (keys[i] == best) index = i * 32 + lane;
+        index = min(__reduce_min_sync(FULL, index), n - 1);
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (index == i * 32 + lane) keys[i] = 0;
+        float s = scores[index];
+        sum += s;
+        if (lane == k) {
+            mine = s;
+            my_id = index;
+        }
+    }
+    if (lane < args.top_k) {
+        u32 held = my_id - args.first_expert;
+        args.ids[u64(blockIdx.x) * args.top_k + lane] = held < args.n_held ? int(held) : -1;
+        args.weights[u64(blockIdx.x) * args.top_k + lane] = (args.normalize ? mine / (sum + 1e-20f) : mine) * args.scale;
+    }
+}

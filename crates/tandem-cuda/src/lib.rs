@@ -1,0 +1,20 @@
+//! The NVIDIA backend: CUDA C++ kernels (`kernels/`), compiled by NVRTC for the device found and kept on disk.
+//!
+//! The driver and NVRTC are loaded at run time, so that a binary with this crate starts on machines without either.
+
+#[macro_use]
+mod args;
+mod backend;
+mod batch;
+mod buffer;
+mod compile;
+mod driver;
+mod error;
+mod matrix;
+
+pub use backend::{CudaBackend, Numerics, Options};
+pub use buffer::{CudaBuffer, CudaIndices};
+pub use compile::{KERNEL_FILES, kernel_source};
+pub use driver::{DeviceInfo, Memory, device_present};
+pub use error::CudaError;
+pub use matrix::CudaMatrix;
