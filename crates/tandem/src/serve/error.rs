@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use tokio_stream::StreamExt;
 use utoipa::ToSchema;
 
 /// Why a request was not served.
@@ -168,23 +169,39 @@ pub(crate) struct ErrorBody {
     pub(crate) code: Option<String>,
 }
 
+/// Bytes of a body, at most.
+#[derive(Clone, Copy)]
+pub(crate) struct MaxBody(pub(crate) usize);
+
+/// A body that is too large is read and dropped up to this many times the limit: a client that is still writing when the
+/// connection closes would see a broken pipe instead of the answer.
+const TOO_LARGE_READ: usize = 8;
+
 /// A JSON body, whatever its content type says.
 pub(crate) struct Body<T>(pub(crate) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let bytes = axum::body::Bytes::from_request(request, state).await.map_err(|rejection| {
-            let response = ApiError::new(rejection.status(), rejection.body_text());
-            match rejection.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => {
-                    let message = "the request is larger than this server takes (--max-body-mb)";
-                    ApiError { message: message.into(), code: Some("request_too_large"), ..response }
-                }
-                _ => response,
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let limit = request.extensions().get::<MaxBody>().map_or(usize::MAX, |max| max.0);
+        let mut chunks = request.into_body().into_data_stream();
+        let (mut bytes, mut n_read) = (vec![], 0usize);
+        while let Some(chunk) = chunks.next().await {
+            let chunk =
+                chunk.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body broke off: {e}")))?;
+            n_read += chunk.len();
+            if n_read <= limit {
+                bytes.extend_from_slice(&chunk);
+            } else if n_read / TOO_LARGE_READ > limit {
+                break;
             }
-        })?;
+        }
+        if n_read > limit {
+            let message = "the request is larger than this server takes (--max-body-mb)";
+            let error = ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message);
+            return Err(ApiError { code: Some("request_too_large"), ..error });
+        }
         let mut reader = serde_json::Deserializer::from_slice(&bytes);
         let body = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
             let path = error.path().to_string();

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -38,7 +38,7 @@ use tandem_model::Accounting;
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
 use self::dialect::Dialect;
-use self::error::ApiError;
+use self::error::{ApiError, MaxBody};
 use self::generation::App;
 use self::grammar::Grammars;
 use self::worker::{StepBytes, Worker};
@@ -264,7 +264,7 @@ fn router(app: Arc<App>, args: &ServeArgs) -> anyhow::Result<Router> {
         .route("/openapi.json", get(pages::openapi))
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .fallback(|| async { ApiError::not_found() })
-        .layer(DefaultBodyLimit::max(args.max_body_mb << 20))
+        .layer(axum::Extension(MaxBody(args.max_body_mb << 20)))
         .with_state(app);
     if !args.cors_origin.is_empty() {
         let origins: Vec<HeaderValue> = args
