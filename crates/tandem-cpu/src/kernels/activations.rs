@@ -142,9 +142,9 @@ pub struct Activations {
     byte_scales: Vec<f32>,
     /// `[n_rows, blocks * 8]`, the even ones of eight elements before the odd ones.
     pairs_bf16: Vec<u16>,
-    /// Scale of each group of 32, and -12 times the sum of its integers, `[n_rows, groups]`.
+    /// Scale and sum of the integers of each group of 32, `[n_rows, groups]`.
     q8_scales: Vec<f32>,
-    q8_starts: Vec<i32>,
+    q8_group_sums: Vec<i32>,
 }
 
 impl Activations {
@@ -179,7 +179,7 @@ impl Activations {
         self.q8.resize(lengths(forms.q8, bytes), 0);
         self.byte_scales.resize(lengths(forms.q8, bytes / 4), 0.0);
         self.q8_scales.resize(lengths(quantized, groups), 0.0);
-        self.q8_starts.resize(lengths(quantized, groups), 0);
+        self.q8_group_sums.resize(lengths(quantized, groups), 0);
 
         let shared = Shared {
             width,
@@ -194,7 +194,7 @@ impl Activations {
             q8: SharedMut::new(&mut self.q8),
             byte_scales: SharedMut::new(&mut self.byte_scales),
             q8_scales: SharedMut::new(&mut self.q8_scales),
-            q8_starts: SharedMut::new(&mut self.q8_starts),
+            q8_group_sums: SharedMut::new(&mut self.q8_group_sums),
         };
         let fill = |range: std::ops::Range<usize>| {
             for r in range {
@@ -233,11 +233,11 @@ impl Activations {
         block_row(&self.q8, row, self.width, BYTE_BLOCK, BYTE_BLOCK)
     }
 
-    /// Scales of the groups of 32, and -12 times their integer sums.
+    /// Scales and integer sums of the groups of 32.
     pub(crate) fn q8_groups(&self, row: usize) -> (&[f32], &[i32]) {
         (
             block_row(&self.q8_scales, row, self.width, Q8_GROUP, 1),
-            block_row(&self.q8_starts, row, self.width, Q8_GROUP, 1),
+            block_row(&self.q8_group_sums, row, self.width, Q8_GROUP, 1),
         )
     }
 
@@ -279,7 +279,7 @@ struct Shared<'a> {
     q8: SharedMut<'a, i8>,
     byte_scales: SharedMut<'a, f32>,
     q8_scales: SharedMut<'a, f32>,
-    q8_starts: SharedMut<'a, i32>,
+    q8_group_sums: SharedMut<'a, i32>,
 }
 
 impl Shared<'_> {
@@ -319,7 +319,7 @@ impl Shared<'_> {
         if !forms.nibble_q8 && !forms.q8 {
             return;
         }
-        let (scales, starts) = (own(&self.q8_scales, row, n_rows), own(&self.q8_starts, row, n_rows));
+        let (scales, sums) = (own(&self.q8_scales, row, n_rows), own(&self.q8_group_sums, row, n_rows));
         // Blocks of bytes are in order, so they hold the integers until nibbles are made of them.
         let mut codes = [0i8; NIBBLE_BLOCK];
         for (b, block) in x.chunks(NIBBLE_BLOCK).enumerate() {
@@ -336,7 +336,7 @@ impl Shared<'_> {
                     *code = q as i8;
                 }
                 scales[b * 4 + g] = largest / 127.0;
-                starts[b * 4 + g] = -12 * total;
+                sums[b * 4 + g] = total;
             }
             if forms.nibble_q8 {
                 let out = &mut own(&self.nibble_q8, row, n_rows)[b * NIBBLE_BLOCK..][..NIBBLE_BLOCK];
@@ -359,9 +359,9 @@ impl Shared<'_> {
             lanes(scales, BYTE_BLOCK, own(&self.byte_scales, row, n_rows));
         }
         for (i, out) in self.q8_sums.iter().enumerate() {
-            let groups = scales.chunks_exact(1 << i).zip(starts.chunks_exact(1 << i));
-            for (out, (scales, starts)) in own(out, row, n_rows).iter_mut().zip(groups) {
-                *out = scales.iter().zip(starts).map(|(scale, start)| scale * (start / -12) as f32).sum();
+            let groups = scales.chunks_exact(1 << i).zip(sums.chunks_exact(1 << i));
+            for (out, (scales, sums)) in own(out, row, n_rows).iter_mut().zip(groups) {
+                *out = scales.iter().zip(sums).map(|(scale, sum)| scale * *sum as f32).sum();
             }
         }
     }

@@ -165,22 +165,16 @@ struct Int8Token<'a> {
     values: &'a [i8],
     /// Per group of 32.
     scales: &'a [f32],
-    /// What sums of products start with per group of 32: `-12 * sum of the values`, which takes away the offset that
-    /// makes e2m1 codes unsigned. Empty for affine codes.
-    starts: &'a [i32],
+    /// Sums of the values per group of 32.
+    group_sums: &'a [i32],
     /// See [`affine_sums`].
     sums: &'a [f32],
 }
 
 impl<'a> Int8Token<'a> {
     fn new(x: &'a Activations, token: usize, tile: &Tile<'_>) -> Int8Token<'a> {
-        let (scales, starts) = x.q8_groups(token);
-        Int8Token {
-            values: x.q8(token),
-            scales,
-            starts: if tile.dtype == DType::Mxfp4 { starts } else { &[] },
-            sums: affine_sums(x, token, tile, true),
-        }
+        let (scales, group_sums) = x.q8_groups(token);
+        Int8Token { values: x.q8(token), scales, group_sums, sums: affine_sums(x, token, tile, true) }
     }
 }
 
@@ -305,8 +299,7 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool>(
     let n_groups = tile.cols / GROUP;
     let is_mx = tile.dtype == DType::Mxfp4;
     for x in x {
-        assert!(x.values.len() >= tile.cols && x.scales.len() >= n_groups);
-        assert!(!is_mx || x.starts.len() >= n_groups);
+        assert!(x.values.len() >= tile.cols && x.scales.len() >= n_groups && x.group_sums.len() >= n_groups);
     }
     // Four times the 16 values: the permutation reads six bits, of which two belong to the next code.
     let table: [i8; 16] = std::array::from_fn(|i| if is_mx { (E2M1[i] * 2.0) as i8 + 12 } else { i as i8 });
@@ -318,8 +311,8 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool>(
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
         if is_mx {
             for t in 0..T {
-                // SAFETY: checked above.
-                dots[t] = [_mm512_set1_epi32(unsafe { *x[t].starts.get_unchecked(group) }); 2];
+                // Takes away the 12 that make e2m1 codes unsigned. SAFETY: checked above.
+                dots[t] = [_mm512_set1_epi32(-12 * unsafe { *x[t].group_sums.get_unchecked(group) }); 2];
             }
         }
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
