@@ -3,6 +3,7 @@
 use tandem_core::quant::PackedView;
 
 use super::activations::{Activations, Kernel, Numerics};
+use super::rows::ROWS;
 #[cfg(target_arch = "x86_64")]
 use super::tile_rows::tile_rows;
 use super::vector::dot;
@@ -10,9 +11,6 @@ use super::{byte_rows, nibble_rows};
 use crate::isa::Isa;
 use crate::matrix::CpuMatrix;
 use crate::scratch::with_scratch;
-
-/// Rows that the row kernels take at once: they share the loads of the activations.
-const ROW_BLOCK: usize = 4;
 
 /// `out[t * n_rows + i] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows of matrix `part`, `first_row` a
 /// multiple of 32.
@@ -42,10 +40,10 @@ pub(crate) fn matrix_rows(
     if kernel == Kernel::Generic {
         return generic_rows(isa, &view, first_row, n_rows, x, tokens, out);
     }
-    for start in (0..n_rows).step_by(ROW_BLOCK) {
-        let n = ROW_BLOCK.min(n_rows - start);
+    for start in (0..n_rows).step_by(ROWS) {
+        let n = ROWS.min(n_rows - start);
         for (t, token) in tokens.iter().enumerate() {
-            let mut values = [0.0f32; ROW_BLOCK];
+            let mut values = [0.0f32; ROWS];
             let (first, token) = (first_row + start, *token as usize);
             match kernel {
                 Kernel::NibbleF32 => nibble_rows::f32_rows(isa, &view, first, n, x, token, &mut values),

@@ -18,6 +18,7 @@ mod nibble_rows;
 pub mod norm;
 pub mod rope;
 pub mod router_topk;
+mod rows;
 pub mod silu_mul;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tile_rows;

@@ -8,12 +8,13 @@ use super::{ROWS, Rows};
 
 #[target_feature(enable = "neon")]
 pub(super) unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS]) {
+    let (group_size, params) = rows.affine();
     assert!(x.len() >= rows.cols);
     let mut sums = [vdupq_n_f32(0.0); ROWS];
-    for group in 0..rows.cols / rows.group_size {
+    for group in 0..rows.cols / group_size {
         let mut partial = [vdupq_n_f32(0.0); ROWS];
-        let start = group * rows.group_size;
-        for k in (start..start + rows.group_size).step_by(16) {
+        let start = group * group_size;
+        for k in (start..start + group_size).step_by(16) {
             // No closures here: they would be compiled without this function's instructions.
             let mut values = [vdupq_n_f32(0.0); 4];
             for (i, values) in values.iter_mut().enumerate() {
@@ -36,7 +37,7 @@ pub(super) unsafe fn f32_kernel(rows: &Rows<'_>, x: &[f32], out: &mut [f32; ROWS
             }
         }
         for r in 0..ROWS {
-            sums[r] = vfmaq_n_f32(sums[r], partial[r], param(rows.params, rows.scales[r], group));
+            sums[r] = vfmaq_n_f32(sums[r], partial[r], param(params, rows.scales[r], group));
         }
     }
     for (out, sum) in out.iter_mut().zip(sums) {
@@ -52,9 +53,10 @@ pub(super) unsafe fn int8_kernel(
     (group_scales, group_sums): (&[f32], &[i32]),
     out: &mut [f32; ROWS],
 ) {
+    let (group_size, params) = rows.affine();
     let n_groups = rows.cols / Q8_GROUP;
     assert!(x.len() >= rows.cols && group_scales.len() >= n_groups && group_sums.len() >= n_groups);
-    let shift = rows.group_size.trailing_zeros() - Q8_GROUP.trailing_zeros();
+    let shift = group_size.trailing_zeros() - Q8_GROUP.trailing_zeros();
     let sign = vdupq_n_u8(0x80);
     let mut sums = [vdupq_n_f32(0.0); ROWS];
     for group in 0..n_groups {
@@ -70,7 +72,7 @@ pub(super) unsafe fn int8_kernel(
             };
             let dot = sdot(offset, vreinterpretq_s8_u8(veorq_u8(a, sign)), first);
             let dot = sdot(dot, vreinterpretq_s8_u8(veorq_u8(b, sign)), second);
-            let scale = group_scales[group] * param(rows.params, rows.scales[r], group >> shift);
+            let scale = group_scales[group] * param(params, rows.scales[r], group >> shift);
             sums[r] = vfmaq_n_f32(sums[r], vcvtq_f32_s32(dot), scale);
         }
     }

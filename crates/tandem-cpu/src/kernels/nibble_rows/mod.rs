@@ -18,10 +18,8 @@ use tandem_core::quant::PackedView;
 use tandem_core::quant::minifloat::E2M1;
 
 use super::activations::{Activations, NIBBLE_BLOCK};
-use super::affine::bias_dot;
+use super::rows::{ROWS, Rows};
 use crate::isa::Isa;
-
-const ROWS: usize = 4;
 
 /// f32 products. `out[i] = matrix[first_row + i] . x[token]` for `n_rows` (at most 4) rows.
 pub(crate) fn f32_rows(
@@ -70,46 +68,7 @@ pub(crate) fn int8_rows(
     rows.add_biases(isa, |group| x.sums(token, group, true), out);
 }
 
-/// Up to four rows of a 4-bit matrix, lengths checked.
-struct Rows<'a> {
-    /// Packed codes of each row; rows beyond `n` repeat the last.
-    codes: [&'a [u8]; ROWS],
-    scales: [&'a [u8]; ROWS],
-    biases: [&'a [u8]; ROWS],
-    n: usize,
-    cols: usize,
-    dtype: DType,
-}
-
-impl<'a> Rows<'a> {
-    fn new(matrix: &PackedView<'a>, first_row: usize, n: usize) -> Rows<'a> {
-        assert!((1..=ROWS).contains(&n) && first_row + n <= matrix.rows && matrix.cols.is_multiple_of(32));
-        let row = |bytes: &'a [u8], size: usize, i: usize| {
-            let start = (first_row + i.min(n - 1)) * size;
-            &bytes[start..start + size]
-        };
-        let (code_bytes, scale_bytes) =
-            (matrix.dtype.weight_bytes(1, matrix.cols), matrix.dtype.scale_bytes(1, matrix.cols));
-        let bias_bytes = matrix.dtype.bias_bytes(1, matrix.cols);
-        Rows {
-            codes: std::array::from_fn(|i| row(matrix.weight, code_bytes, i)),
-            scales: std::array::from_fn(|i| row(matrix.scales, scale_bytes, i)),
-            biases: std::array::from_fn(|i| row(matrix.biases, bias_bytes, i)),
-            n,
-            cols: matrix.cols,
-            dtype: matrix.dtype,
-        }
-    }
-
-    fn add_biases<'s>(&self, isa: Isa, sums: impl Fn(usize) -> &'s [f32], out: &mut [f32; ROWS]) {
-        if let DType::Affine { group_size, params, .. } = self.dtype {
-            let sums = sums(group_size as usize);
-            for (out, biases) in out.iter_mut().zip(&self.biases[..self.n]) {
-                *out += bias_dot(isa, params, biases, sums);
-            }
-        }
-    }
-
+impl Rows<'_> {
     /// Values of the 16 codes.
     fn table(&self) -> [f32; 16] {
         match self.dtype {
