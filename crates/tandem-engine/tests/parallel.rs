@@ -284,7 +284,7 @@ fn faults(seed: u64) -> local::Faults {
 /// Whatever the network does, every rank ends, and every token that comes out is right.
 #[test]
 fn no_fault_schedule_hangs_or_gives_a_wrong_token() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models/dsv3_tiny");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models/dsv3_fp8_tiny");
     let patience = Duration::from_millis(25);
     let greedy = |engine: &mut Engine| -> Vec<u32> {
         let vocab = engine.vocab_size();
