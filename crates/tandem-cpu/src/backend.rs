@@ -1,6 +1,6 @@
 //! [`Backend`] on the CPU: splits each operation over the pool and calls the kernels.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use tandem_core::Backend;
 use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, Rope, Routing};
@@ -89,7 +89,7 @@ pub struct CpuBackend {
     numerics: Numerics,
     /// Whether matrices are repacked where that makes them faster.
     repack: bool,
-    pool: Pool,
+    pool: Arc<Pool>,
     work: Mutex<Work>,
 }
 
@@ -114,7 +114,7 @@ impl CpuBackend {
 
     /// A backend with given kernels; `Isa::Scalar` is the oracle.
     pub fn with_isa(n_threads: usize, numerics: Numerics, isa: Isa) -> CpuBackend {
-        CpuBackend { isa, numerics, repack: true, pool: Pool::new(n_threads), work: Mutex::default() }
+        CpuBackend { isa, numerics, repack: true, pool: Arc::new(Pool::new(n_threads)), work: Mutex::default() }
     }
 
     /// The same backend, leaving weights where they are mapped if `repack` is false: half the speed, but no memory of
@@ -134,8 +134,8 @@ impl CpuBackend {
         self.numerics
     }
 
-    /// The worker threads.
-    pub fn pool(&self) -> &Pool {
+    /// The worker threads, for others to use between operations.
+    pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
@@ -199,7 +199,7 @@ impl CpuBackend {
         matrices: impl Iterator<Item = &'a CpuMatrix>,
     ) {
         let kernels = matrices.map(|m| (Kernel::choose(m, self.numerics, self.isa), m.dtype()));
-        let pool = (n_rows > SERIAL_ROWS).then_some(&self.pool);
+        let pool = (n_rows > SERIAL_ROWS).then_some(&*self.pool);
         to.prepare(pool, self.isa, n_rows, row, width, kernels);
     }
 

@@ -48,6 +48,13 @@ pub(crate) struct Tile<'a> {
     pub(crate) biases: &'a [u8],
 }
 
+impl Tile<'_> {
+    /// Bytes of 32 columns with their share of scales and biases.
+    pub(crate) fn group_bytes(&self) -> usize {
+        (self.codes.len() + self.scales.len() + self.biases.len()) * 32 / self.cols
+    }
+}
+
 impl Tiles {
     /// Formats and widths that tiles exist for.
     pub(crate) fn supports(dtype: DType, cols: usize) -> bool {

@@ -1,14 +1,16 @@
 //! What is measured on: a backend with a stopwatch, whichever it is.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use tandem_core::backend::{Backend, CacheKind};
 use tandem_core::{Batch, ModelConfig};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
+use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_cpu::{CpuBackend, CpuIndices, Pool};
+use tandem_cpu::{CpuBackend, CpuIndices, Numerics, Pool};
 use tandem_engine::{EngineError, ModelRunner, Profile, Profiled, Runner};
 use tandem_model::WeightSource;
 
@@ -33,8 +35,13 @@ pub(super) trait BenchRunner {
     fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize;
     /// Bytes per second that the device's memory delivers.
     fn bandwidth(&self) -> f64;
+    /// The threads that compute, if the device is the processor: its memory is measured with the same ones, since two
+    /// pools would be in each other's way.
+    fn pool(&self) -> Option<Arc<Pool>>;
     /// Operations per second that the device's arithmetic reaches, where that can be measured.
     fn peak(&self) -> Option<f64>;
+    /// Share of the positions that f32 index scores select which the device's selects too; `None` where it uses f32.
+    fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64>;
     /// Peak memory of the process, or memory in use on the device.
     fn peak_memory_bytes(&self) -> u64;
     /// The device in one line.
@@ -46,7 +53,9 @@ pub(super) trait BenchRunner {
 /// What differs from backend to backend.
 trait BenchDevice: Backend {
     fn bandwidth(&self) -> f64;
+    fn pool(&self) -> Option<Arc<Pool>>;
     fn peak(&self) -> Option<f64>;
+    fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64>;
     fn memory_bytes(&self) -> u64;
     fn name(&self) -> String;
     fn describe(&self) -> Value;
@@ -77,8 +86,16 @@ impl<B: BenchDevice> BenchRunner for ModelRunner<Profiled<B>> {
         self.backend().inner().bandwidth()
     }
 
+    fn pool(&self) -> Option<Arc<Pool>> {
+        self.backend().inner().pool()
+    }
+
     fn peak(&self) -> Option<f64> {
         self.backend().inner().peak()
+    }
+
+    fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64> {
+        self.backend().inner().index_agreement(n_heads, dim, n_keys, k)
     }
 
     fn peak_memory_bytes(&self) -> u64 {
@@ -121,24 +138,18 @@ pub(super) fn load(
     }
 }
 
-/// True if the flags name the processor.
-pub(super) fn is_cpu(args: &BenchModelArgs) -> anyhow::Result<bool> {
-    Ok(matches!(choose(args.backend, args.activations)?, Device::Cpu))
-}
-
 /// Bytes per second before a model is loaded, where that can be measured without it.
 pub(super) fn bandwidth_before(args: &BenchModelArgs) -> anyhow::Result<f64> {
     Ok(match choose(args.backend, args.activations)? {
-        Device::Cpu => cpu_bandwidth(n_threads(args.threads)),
+        Device::Cpu => cpu_bandwidth(&Pool::new(n_threads(args.threads))),
         #[cfg(feature = "cuda")]
         Device::Cuda => 0.0,
     })
 }
 
-/// Bytes per second with as many threads as the model gets.
-fn cpu_bandwidth(threads: usize) -> f64 {
-    let pool = Pool::new(threads);
-    let bandwidth = measure_read_bandwidth(&pool, BANDWIDTH_BYTES);
+/// Bytes per second with the threads of a model.
+fn cpu_bandwidth(pool: &Pool) -> f64 {
+    let bandwidth = measure_read_bandwidth(pool, BANDWIDTH_BYTES);
     eprintln!("read bandwidth with {} threads: {:.2} GB/s", pool.n_threads(), bandwidth / 1e9);
     bandwidth
 }
@@ -150,11 +161,19 @@ fn count_distinct(_: &CpuBackend, ids: &CpuIndices, n_rows: usize) -> usize {
 
 impl BenchDevice for CpuBackend {
     fn bandwidth(&self) -> f64 {
-        cpu_bandwidth(self.n_threads())
+        cpu_bandwidth(self.pool())
+    }
+
+    fn pool(&self) -> Option<Arc<Pool>> {
+        Some(Arc::clone(self.pool()))
     }
 
     fn peak(&self) -> Option<f64> {
         measure_peak(self.pool(), self.numerics(), self.isa())
+    }
+
+    fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64> {
+        (self.numerics() != Numerics::F32).then(|| agreement(self.isa(), n_heads, dim, n_keys, k))
     }
 
     fn memory_bytes(&self) -> u64 {
@@ -176,7 +195,15 @@ impl BenchDevice for tandem_cuda::CudaBackend {
         tandem_cuda::CudaBackend::bandwidth(self)
     }
 
+    fn pool(&self) -> Option<Arc<Pool>> {
+        None
+    }
+
     fn peak(&self) -> Option<f64> {
+        None
+    }
+
+    fn index_agreement(&self, _: usize, _: usize, _: usize, _: usize) -> Option<f64> {
         None
     }
 

@@ -17,7 +17,6 @@ use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::Batch;
 use tandem_core::backend::PAGE_SIZE;
-use tandem_cpu::Pool;
 use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{Operation, Profile};
 
@@ -54,9 +53,9 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
     model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
 
-    let pool = Pool::new(model::n_threads(args.model.threads));
     // A processor's memory is shared with others and changes speed; a device's does not.
-    let meter = if device::is_cpu(&args.model)? { Some(ReadMeter::new(&pool, PASS_BYTES)) } else { None };
+    let pool = model.runner.pool();
+    let meter = pool.as_deref().map(|pool| ReadMeter::new(pool, PASS_BYTES));
     let mut points = vec![];
     for context in &contexts {
         let point = decode_point(&mut model, meter.as_ref(), &sequences, *context, args)?;
@@ -120,6 +119,9 @@ struct DecodePoint {
     /// Of each step: its rate over the better of the reads just before and after it. Shared machines change speed from
     /// second to second, and this follows.
     fraction_of_moment: Spread,
+    /// Where the indexer selects from more positions than it may keep, in 8 bits: the share of f32's choice that it makes,
+    /// for random vectors.
+    index_agreement: Option<f64>,
     breakdown: Breakdown,
 }
 
@@ -164,12 +166,19 @@ fn decode_point(
     let bytes = BytesRead::of_decode_step(model, context + 1, args.batch, profile.experts_per_layer());
     let fractions = times.iter().zip(&around).map(|(ms, rate)| bytes.total() / (ms / 1e3) / rate).collect();
     let ms = Spread::of(times);
+    let index_agreement = match &model.config.indexer {
+        Some(i) if context > i.index_topk => {
+            model.runner.index_agreement(i.index_n_heads, i.index_head_dim, context, i.index_topk)
+        }
+        _ => None,
+    };
     Ok(DecodePoint {
         context,
         batch: args.batch,
         tokens_per_second: args.batch as f64 * 1e3 / ms.median,
         bytes,
         fraction_of_moment: Spread::of(fractions),
+        index_agreement,
         breakdown: Breakdown::new(&profile, profiled_ms, n_profiled),
         ms,
     })
@@ -195,6 +204,9 @@ impl DecodePoint {
         map.insert("bandwidth_fraction_of_moment_median".into(), json!(self.fraction_of_moment.median));
         map.insert("bandwidth_fraction_of_moment_p10".into(), json!(self.fraction_of_moment.p10));
         map.insert("bandwidth_fraction_of_moment_p90".into(), json!(self.fraction_of_moment.p90));
+        if let Some(share) = self.index_agreement {
+            map.insert("index_agreement_with_f32".into(), json!(share));
+        }
         self.breakdown.insert_json(&mut map);
         map
     }
@@ -219,6 +231,9 @@ impl DecodePoint {
             100.0 * self.fraction_of_moment.p10,
             100.0 * self.fraction_of_moment.p90
         );
+        if let Some(share) = self.index_agreement {
+            println!("  the 8-bit indexer selects {:.2} % of what f32 selects (random vectors)", 100.0 * share);
+        }
         println!("  bytes per step");
         for (name, n) in &self.bytes.kinds {
             println!("    {name:<24}{:>12}{:>8.1} %", bytes(*n as u64), 100.0 * n / self.bytes.total());
