@@ -1,7 +1,6 @@
 //! What goes wrong between ranks, and what was being done then.
 
 use std::fmt;
-use std::ops::Range;
 
 /// What a rank is doing while it communicates, for messages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,10 +75,8 @@ pub struct CommError {
     pub failure: Failure,
     /// The rank at fault, if known.
     pub rank: Option<usize>,
-    /// Its host.
+    /// Its host, and what it holds, as far as that is known.
     pub host: String,
-    /// The decoder layers that it holds, once that is planned.
-    pub layers: Option<Range<usize>>,
     /// What this rank was doing, if it was waiting.
     pub doing: Option<Doing>,
 }
@@ -87,13 +84,13 @@ pub struct CommError {
 impl CommError {
     /// A failure caused by `rank` on `host`.
     pub fn by(rank: usize, host: &str, failure: Failure) -> CommError {
-        CommError { failure, rank: Some(rank), host: host.to_string(), layers: None, doing: None }
+        CommError { failure, rank: Some(rank), host: host.to_string(), doing: None }
     }
 
     /// A group that could not be formed.
     pub fn setup(message: impl Into<String>) -> CommError {
         let failure = Failure::Setup { message: message.into() };
-        CommError { failure, rank: None, host: String::new(), layers: None, doing: None }
+        CommError { failure, rank: None, host: String::new(), doing: None }
     }
 
     /// Adds what this rank was doing.
@@ -106,11 +103,7 @@ impl CommError {
 
 impl fmt::Display for CommError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let layers = match &self.layers {
-            Some(layers) if !layers.is_empty() => format!(", layers {} to {}", layers.start, layers.end - 1),
-            _ => String::new(),
-        };
-        let who = self.rank.map_or_else(|| "a rank".to_string(), |rank| format!("rank {rank} ({}{layers})", self.host));
+        let who = self.rank.map_or_else(|| "a rank".to_string(), |rank| format!("rank {rank} ({})", self.host));
         match &self.failure {
             Failure::Lost { why } => write!(f, "{who} is gone: {why}")?,
             Failure::Stalled { seconds } => write!(
