@@ -75,7 +75,7 @@ pub struct CommError {
     pub failure: Failure,
     /// The rank at fault, if known.
     pub rank: Option<usize>,
-    /// Its host.
+    /// Its host, and what it holds, as far as that is known.
     pub host: String,
     /// What this rank was doing, if it was waiting.
     pub doing: Option<Doing>,
@@ -89,7 +89,8 @@ impl CommError {
 
     /// A group that could not be formed.
     pub fn setup(message: impl Into<String>) -> CommError {
-        CommError { failure: Failure::Setup { message: message.into() }, rank: None, host: String::new(), doing: None }
+        let failure = Failure::Setup { message: message.into() };
+        CommError { failure, rank: None, host: String::new(), doing: None }
     }
 
     /// Adds what this rank was doing.

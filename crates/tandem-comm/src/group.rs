@@ -14,8 +14,10 @@ use crate::error::{CommError, Doing, Failure};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
 /// Up to this many bytes an all_reduce sends everything to everyone and sums locally: one hop. Above, ranks sum a part
-/// each and gather: two hops, less traffic.
+/// each and gather: two hops, less traffic (but not for two ranks).
 const DIRECT_BYTES: usize = 64 << 10;
+/// What is sent to everyone is added up in slices of this size, while they are in the processor's cache.
+const SLICE_BYTES: usize = 256 << 10;
 
 /// Type of a payload between ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,7 +213,10 @@ impl Group {
     }
 
     fn reduce<T: Element>(&self, x: &mut [T], doing: Doing) -> Result<(), CommError> {
-        if size_of_val(x) <= DIRECT_BYTES { self.reduce_direct(x, doing) } else { self.reduce_scattered(x, doing) }
+        if self.size() == 2 || size_of_val(x) <= DIRECT_BYTES {
+            return x.chunks_mut(SLICE_BYTES / size_of::<T>()).try_for_each(|slice| self.reduce_direct(slice, doing));
+        }
+        self.reduce_scattered(x, doing)
     }
 
     /// Everything to everyone, one hop.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use libloading::{Library, Symbol};
 
-use crate::error::{CommError, Failure};
+use crate::error::{CommError, Doing, Failure};
 use crate::frame::{Counters, HEADER, Header};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
@@ -18,7 +18,11 @@ use crate::transport::{Channel, Incoming, Transport, Wait};
 const SPIN: Duration = Duration::from_micros(200);
 /// After this, the rank is taken for idle and asks less often.
 const IDLE: Duration = Duration::from_millis(20);
+/// For ranks to tell their hosts at the start, and to take the last commands at the end.
+const PATIENCE: Duration = Duration::from_secs(60);
 const THREAD_SERIALIZED: c_int = 2;
+/// Of both Open MPI and MPICH.
+const MAX_PROCESSOR_NAME: usize = 256;
 
 /// A communicator, datatype or request: a pointer in Open MPI, an int in MPICH.
 type Handle = usize;
@@ -39,12 +43,22 @@ pub struct Mpi {
     byte: Handle,
     status_ignore: *mut c_void,
     rank: usize,
-    size: usize,
+    /// Of every rank.
+    hosts: Vec<String>,
     sent: Vec<Counters>,
     received: Vec<Counters>,
+    /// Commands on their way, which must stay where they are until their requests are done.
+    posted: Vec<Posted>,
     left: bool,
     /// Keeps the functions loaded.
     _library: Library,
+}
+
+struct Posted {
+    requests: Vec<Handle>,
+    to: usize,
+    _header: Box<[u8; HEADER]>,
+    _data: Vec<u8>,
 }
 
 // SAFETY: MPI was initialised for use from any thread, one at a time; `&mut self` sees to that.
@@ -75,7 +89,7 @@ fn candidates() -> Vec<&'static str> {
 /// Joins the job.
 ///
 /// # Errors
-/// There is no libmpi, or it is of an unknown kind.
+/// There is no libmpi, it is of an unknown kind, or it cannot be used from the engine's thread.
 #[allow(unsafe_code)]
 pub fn init() -> Result<Mpi, CommError> {
     let broken = |e: libloading::Error| CommError::setup(format!("this libmpi is incomplete: {e}"));
@@ -85,8 +99,9 @@ pub fn init() -> Result<Mpi, CommError> {
             "libmpi was not found; install Open MPI or MPICH (Debian: openmpi-bin or mpich), or use --transport tcp",
         )
     })?;
+    let mut name = [0u8; MAX_PROCESSOR_NAME];
     // SAFETY: these symbols have these types in the MPI standard and in both ABIs; data symbols are only addressed.
-    unsafe {
+    let mut mpi = unsafe {
         let (world, byte, status_ignore) = match library.get::<*mut c_void>(b"ompi_mpi_comm_world\0") {
             Ok(_) => {
                 let address = |name: &[u8]| -> Result<Handle, CommError> {
@@ -102,6 +117,8 @@ pub fn init() -> Result<Mpi, CommError> {
             library.get(b"MPI_Init_thread\0").map_err(broken)?;
         let of_world: [Symbol<'_, unsafe extern "C" fn(Handle, *mut c_int) -> c_int>; 2] =
             [library.get(b"MPI_Comm_rank\0").map_err(broken)?, library.get(b"MPI_Comm_size\0").map_err(broken)?];
+        let get_processor_name: Symbol<'_, unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int> =
+            library.get(b"MPI_Get_processor_name\0").map_err(broken)?;
         let functions = Functions {
             isend: *library.get(b"MPI_Isend\0").map_err(broken)?,
             irecv: *library.get(b"MPI_Irecv\0").map_err(broken)?,
@@ -111,31 +128,58 @@ pub fn init() -> Result<Mpi, CommError> {
         };
         let mut provided = 0;
         init(std::ptr::null_mut(), std::ptr::null_mut(), THREAD_SERIALIZED, &mut provided);
-        let [mut rank, mut size] = [0; 2];
+        if provided < THREAD_SERIALIZED {
+            return Err(CommError::setup(
+                "this libmpi was built without support for threads (MPI_THREAD_SERIALIZED); install one that has it",
+            ));
+        }
+        let [mut rank, mut size, mut length] = [0; 3];
+        get_processor_name(name.as_mut_ptr().cast(), &mut length);
         of_world[0](world, &mut rank);
         of_world[1](world, &mut size);
         let (rank, size) = (rank.max(0) as usize, size.max(1) as usize);
-        Ok(Mpi {
+        Mpi {
             functions,
             world,
             byte,
             status_ignore,
             rank,
-            size,
+            hosts: vec![String::new(); size],
             sent: vec![Counters::default(); size],
             received: vec![Counters::default(); size],
+            posted: vec![],
             left: false,
             _library: library,
-        })
-    }
+        }
+    };
+    mpi.exchange_hosts(&name)?;
+    Ok(mpi)
 }
 
 impl Mpi {
+    /// Every rank learns where the others run.
+    fn exchange_hosts(&mut self, mine: &[u8; MAX_PROCESSOR_NAME]) -> Result<(), CommError> {
+        let n = self.size();
+        let wait = Wait { patience: Some(PATIENCE), doing: Doing::of("telling the host's name") };
+        for step in 0..n {
+            let (to, from) = ((self.rank + step) % n, (self.rank + n - step) % n);
+            let mut name = *mine;
+            if step > 0 {
+                let recv = Some((from, Incoming::Exact(&mut name)));
+                self.exchange(Channel::Data, Some((to, mine)), recv, wait)?;
+            }
+            let length = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+            self.hosts[from] = String::from_utf8_lossy(&name[..length]).into_owned();
+        }
+        Ok(())
+    }
+
     /// Starts sending `data`, which must stay where it is until the request is done.
     #[allow(unsafe_code)]
     fn start_send(&self, to: usize, tag: Channel, data: &[u8]) -> Handle {
         let mut request = 0;
-        // SAFETY: `exchange` does not return before the request is done; MPI does not write to what it sends.
+        // SAFETY: `exchange` does not return before the request is done, or keeps the data in `posted` until then; MPI
+        // does not write to what it sends.
         unsafe {
             let data_ptr = data.as_ptr().cast_mut().cast();
             (self.functions.isend)(
@@ -170,6 +214,22 @@ impl Mpi {
         flag != 0
     }
 
+    /// Starts sending a command, and forgets those that have arrived.
+    fn post(&mut self, to: usize, header: [u8; HEADER], data: &[u8]) {
+        let mut posted = std::mem::take(&mut self.posted);
+        posted.retain_mut(|message| {
+            message.requests.retain_mut(|request| !self.done(request));
+            !message.requests.is_empty()
+        });
+        let (header, data) = (Box::new(header), data.to_vec());
+        let mut requests = vec![self.start_send(to, Channel::Command, &*header)];
+        if !data.is_empty() {
+            requests.push(self.start_send(to, Channel::Command, &data));
+        }
+        posted.push(Posted { requests, to, _header: header, _data: data });
+        self.posted = posted;
+    }
+
     /// Waits for requests to or from `rank`.
     fn wait_for(&self, requests: &mut Vec<Handle>, rank: usize, start: Instant, wait: Wait) {
         loop {
@@ -190,6 +250,15 @@ impl Mpi {
         }
     }
 
+    /// MPI counts in an int.
+    fn check_length(&self, rank: usize, length: usize) -> Result<(), CommError> {
+        if c_int::try_from(length).is_ok() {
+            return Ok(());
+        }
+        let message = format!("a message of {length} bytes; MPI takes 2 GB at most");
+        Err(CommError::by(rank, &self.hosts[rank], Failure::Protocol { message }))
+    }
+
     #[allow(unsafe_code)]
     fn end_job(&self, message: &str) -> ! {
         tracing::error!("rank {}: {message}", self.rank);
@@ -205,11 +274,11 @@ impl Transport for Mpi {
     }
 
     fn size(&self) -> usize {
-        self.size
+        self.hosts.len()
     }
 
-    fn host(&self, _rank: usize) -> String {
-        "see mpirun".to_string()
+    fn host(&self, rank: usize) -> String {
+        self.hosts[rank].clone()
     }
 
     fn exchange(
@@ -224,14 +293,22 @@ impl Transport for Mpi {
         let mut requests = vec![];
         let out;
         if let Some((to, data)) = send {
+            self.check_length(to, data.len())?;
             out = Header { channel, sequence: self.sent[to].next(channel), length: data.len() }.encode();
-            requests.push(self.start_send(to, channel, &out));
-            if !data.is_empty() {
-                requests.push(self.start_send(to, channel, data));
+            if channel == Channel::Command {
+                self.post(to, out, data);
+            } else {
+                requests.push(self.start_send(to, channel, &out));
+                if !data.is_empty() {
+                    requests.push(self.start_send(to, channel, data));
+                }
             }
         }
         let mut result = Ok(());
         if let Some((from, mut into)) = recv {
+            if let Incoming::Exact(into) = &into {
+                self.check_length(from, into.len())?;
+            }
             let mut header = [0; HEADER];
             let mut first = vec![self.start_receive(from, channel, &mut header)];
             let known = match &mut into {
@@ -277,6 +354,10 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         if !self.left {
             self.end_job("this rank ended without leaving the group");
+        }
+        let wait = Wait { patience: Some(PATIENCE), doing: Doing::of("ending") };
+        for mut message in std::mem::take(&mut self.posted) {
+            self.wait_for(&mut message.requests, message.to, Instant::now(), wait);
         }
         // SAFETY: MPI is initialised, and every rank that leaves comes here.
         unsafe { (self.functions.finalize)() };

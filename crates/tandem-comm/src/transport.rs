@@ -76,7 +76,8 @@ pub trait Transport: Send {
     /// A name for messages: where `rank` runs.
     fn host(&self, rank: usize) -> String;
     /// Sends a message, receives one, or both at once; returns when everything asked for is done. A sent message may
-    /// still be on its way.
+    /// still be on its way. On [`Channel::Command`] sending never waits for the receiver, which may itself be waiting for
+    /// this rank to take its activations.
     ///
     /// # Errors
     /// A rank is gone, stalled, stopped, or sent something else; the patience is over. The transport is then unusable.

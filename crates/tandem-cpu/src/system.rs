@@ -14,6 +14,13 @@ pub fn major_page_faults() -> u64 {
     resource_usage().map_or(0, |usage| usage.ru_majflt as u64)
 }
 
+/// Memory of this process that is resident now, in bytes; `None` where the system does not tell.
+pub fn resident_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Rss:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
 #[cfg(unix)]
 #[allow(unsafe_code)]
 fn resource_usage() -> Option<libc::rusage> {

@@ -3,9 +3,12 @@
 //! Rank 0 has the engine. It sends each batch to every rank; the first stage starts from tokens, hidden states go from
 //! stage to stage, and the last stage, which rank 0 belongs to, ends with logits. The other ranks only ever do what rank 0
 //! sends. A rank that fails tells the others why and stops; every wait is bounded by the [`Group`].
+//!
+//! A command is a list of u32: [`STEP`] and a batch, or [`QUESTION`] and bytes; an empty one ends the rank.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use tandem_comm::{Channel, CommError, Doing, Failure, Group, Wire};
 use tandem_core::backend::{Backend, Batch, TensorGroup};
@@ -20,12 +23,17 @@ pub const CHECK_STEPS: u64 = 16;
 const DECODE_ROWS: usize = 64;
 /// Rows that a rank may compute in one patience.
 const ROWS_PER_PATIENCE: usize = 8;
+/// First word of a command: a batch to run.
+const STEP: u32 = 0;
+/// First word of a command: something to answer.
+const QUESTION: u32 = 1;
 
 /// Sums over tensor ranks through host memory: nothing is held open on a device while the host waits.
 pub struct HostReduce {
     group: Group,
     wire: Wire,
     hidden_size: usize,
+    sync_every: usize,
     state: Mutex<ReduceState>,
 }
 
@@ -34,13 +42,25 @@ struct ReduceState {
     rows: Vec<f32>,
     layer: usize,
     step: u64,
+    time: Duration,
     error: Option<CommError>,
 }
 
 impl HostReduce {
     /// Sums over `group` of rows of `hidden_size`.
     pub fn new(group: Group, wire: Wire, hidden_size: usize) -> HostReduce {
-        HostReduce { group, wire, hidden_size, state: Mutex::default() }
+        HostReduce { group, wire, hidden_size, sync_every: 1, state: Mutex::default() }
+    }
+
+    /// Sums only in each `n`th layer, and compares nothing: for measuring what sums cost. The results mean nothing.
+    #[must_use]
+    pub fn with_sync_every(self, n: usize) -> HostReduce {
+        HostReduce { sync_every: n.max(1), ..self }
+    }
+
+    /// Spent in sums since the last call, waiting for the others included.
+    fn take_time(&self) -> Duration {
+        std::mem::take(&mut self.state().time)
     }
 
     fn state(&self) -> MutexGuard<'_, ReduceState> {
@@ -88,7 +108,7 @@ impl<B: Backend> TensorGroup<B> for HostReduce {
     fn begin_layer(&self, backend: &B, layer: usize, hidden: &B::Buffer, n_rows: usize) {
         let mut state = self.state();
         state.layer = layer;
-        if state.error.is_none() && state.step.is_multiple_of(CHECK_STEPS) {
+        if state.error.is_none() && self.sync_every == 1 && state.step.is_multiple_of(CHECK_STEPS) {
             let mut rows = std::mem::take(&mut state.rows);
             rows.resize(n_rows * self.hidden_size, 0.0);
             backend.download(hidden, &mut rows);
@@ -99,14 +119,17 @@ impl<B: Backend> TensorGroup<B> for HostReduce {
 
     fn all_reduce(&self, backend: &B, x: &mut B::Buffer, n_rows: usize, part: &'static str) {
         let mut state = self.state();
-        if state.error.is_some() {
+        if state.error.is_some() || !(state.layer + 1).is_multiple_of(self.sync_every) {
             return;
         }
         let mut rows = std::mem::take(&mut state.rows);
         rows.resize(n_rows * self.hidden_size, 0.0);
         backend.download(x, &mut rows);
         let doing = Doing { operation: "all_reduce", part, layer: Some(state.layer) };
-        match self.group.all_reduce(&mut rows, self.wire, doing) {
+        let start = Instant::now();
+        let result = self.group.all_reduce(&mut rows, self.wire, doing);
+        state.time += start.elapsed();
+        match result {
             Ok(()) => backend.write_rows(&rows, x),
             Err(error) => state.error = Some(error),
         }
@@ -123,13 +146,13 @@ pub struct Pipeline {
     pub previous: Option<usize>,
     /// The rank that hidden states go to; none for the last stage.
     pub next: Option<usize>,
-    /// Stages.
-    pub n_stages: usize,
+    /// Who holds what.
+    pub plan: Arc<Plan>,
 }
 
 impl Pipeline {
     /// Rank `world.rank()`'s place in `plan`.
-    pub fn new(world: Group, plan: &Plan) -> Pipeline {
+    pub fn new(world: Group, plan: Arc<Plan>) -> Pipeline {
         let (rank, size, n) = (world.rank(), plan.tensor_size, plan.n_stages);
         let (stage, tensor_rank) = (rank / size, rank % size);
         // Stages run 1, 2, .., n - 1, 0.
@@ -138,17 +161,58 @@ impl Pipeline {
         Pipeline {
             previous: (position > 0).then(|| at(position - 1)),
             next: (position + 1 < n).then(|| at(position + 1)),
-            n_stages: n,
+            plan,
             world,
         }
     }
 
     /// The ranks that share this rank's layers.
-    pub fn tensor_group(&self, plan: &Plan) -> Group {
-        let first = self.world.rank() / plan.tensor_size * plan.tensor_size;
-        self.world.subgroup(&(first..first + plan.tensor_size).collect::<Vec<_>>())
+    pub fn tensor_group(&self) -> Group {
+        let size = self.plan.tensor_size;
+        let first = self.world.rank() / size * size;
+        self.world.subgroup(&(first..first + size).collect::<Vec<_>>())
+    }
+
+    /// What a step does with hidden states, for messages: they enter before this rank's first layer, and leave after its
+    /// last one.
+    fn doing(&self, operation: &'static str) -> Doing {
+        let layers = &self.plan.ranks[self.world.rank()].part.layers;
+        let layer = if operation == "send" { layers.end.checked_sub(1) } else { Some(layers.start) };
+        Doing { operation, part: "hidden states", layer }
+    }
+
+    /// Adds the layers of the rank at fault.
+    fn explain(&self, error: EngineError) -> EngineError {
+        match error {
+            EngineError::Ranks(mut error) => {
+                let at_fault = error.rank.and_then(|rank| self.plan.ranks.get(rank));
+                if let Some(layers) = at_fault.map(|rank| &rank.part.layers).filter(|layers| !layers.is_empty()) {
+                    error.host.push_str(&format!(", layers {} to {}", layers.start, layers.end - 1));
+                }
+                EngineError::Ranks(error)
+            }
+            other => other,
+        }
     }
 }
+
+/// Where a rank's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RankTimes {
+    /// Its part of the model, sums left out.
+    pub working: Duration,
+    /// Sums over tensor-parallel ranks, waiting for the others included.
+    pub summing: Duration,
+    /// Waiting for hidden states.
+    pub receiving: Duration,
+    /// Sending hidden states.
+    pub sending: Duration,
+    /// Steps in these.
+    pub n_steps: u64,
+}
+
+/// Answers what rank 0 asks this rank between two steps.
+pub type Answer<B> = Box<dyn FnMut(&B, &mut KvCache<B>, &mut RankTimes, &[u8]) -> Vec<u8>>;
 
 /// A rank's share of the model, its backend, its cache, and its neighbours.
 pub struct RankRunner<B: Backend> {
@@ -162,6 +226,8 @@ pub struct RankRunner<B: Backend> {
     hidden_size: usize,
     /// Hidden states on the host, `[n, hidden_size]`.
     hidden: Vec<f32>,
+    times: RankTimes,
+    answer: Option<Answer<B>>,
 }
 
 impl<B: Backend> RankRunner<B> {
@@ -178,7 +244,30 @@ impl<B: Backend> RankRunner<B> {
         n_slots: usize,
     ) -> Self {
         let cache = model.new_cache(&backend, n_slots);
-        RankRunner { backend, model, cache, pipeline, reduce, limits, vocab_size, hidden_size, hidden: vec![] }
+        RankRunner {
+            backend,
+            model,
+            cache,
+            pipeline,
+            reduce,
+            limits,
+            vocab_size,
+            hidden_size,
+            hidden: vec![],
+            times: RankTimes::default(),
+            answer: None,
+        }
+    }
+
+    /// Answers questions with `answer`; without, all answers are empty.
+    #[must_use]
+    pub fn with_answer(self, answer: Option<Answer<B>>) -> Self {
+        RankRunner { answer, ..self }
+    }
+
+    fn answer(&mut self, question: &[u8]) -> Vec<u8> {
+        let (backend, cache, times) = (&self.backend, &mut self.cache, &mut self.times);
+        self.answer.as_mut().map_or_else(Vec::new, |answer| answer(backend, cache, times, question))
     }
 
     /// Runs this rank's part of a step; logits are appended on the rank that has the head.
@@ -188,25 +277,37 @@ impl<B: Backend> RankRunner<B> {
         // Others compute before they answer; in prefill, for long.
         world.set_slack((1 + shape.n_rows.div_ceil(ROWS_PER_PATIENCE)) as u32);
         self.hidden.resize(shape.n_rows * self.hidden_size, 0.0);
+        let start = Instant::now();
         if let Some(previous) = self.pipeline.previous {
-            let doing = Doing::of("receiving hidden states");
+            let doing = self.pipeline.doing("recv");
             world.recv(previous, Channel::Data, bytemuck::cast_slice_mut(&mut self.hidden), doing)?;
+        }
+        let received = Instant::now();
+        if self.pipeline.previous.is_some() {
             self.backend.write_rows(&self.hidden, self.model.hidden_mut());
         }
         let batch = self.backend.upload(batch);
         self.model.forward(&self.backend, &batch, shape, &mut self.cache);
-        if let Some(next) = self.pipeline.next {
+        if self.pipeline.next.is_some() {
             self.backend.download(self.model.hidden(), &mut self.hidden);
-            self.sync()?;
-            let doing = Doing::of("sending hidden states");
-            world.send(next, Channel::Data, bytemuck::cast_slice(&self.hidden), doing)?;
         } else {
             let start = logits.len();
             logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
             self.backend.download(self.model.logits(), &mut logits[start..]);
-            self.sync()?;
+        }
+        self.sync()?;
+        let computed = Instant::now();
+        if let Some(next) = self.pipeline.next {
+            let doing = self.pipeline.doing("send");
+            world.send(next, Channel::Data, bytemuck::cast_slice(&self.hidden), doing)?;
         }
         world.set_slack(1);
+        let summing = self.reduce.as_ref().map_or(Duration::ZERO, |reduce| reduce.take_time());
+        self.times.receiving += received - start;
+        self.times.summing += summing;
+        self.times.working += (computed - received).saturating_sub(summing);
+        self.times.sending += computed.elapsed();
+        self.times.n_steps += 1;
         Ok(())
     }
 
@@ -221,7 +322,7 @@ impl<B: Backend> RankRunner<B> {
     /// The device or another rank failed; the other ranks have been told.
     pub fn follow(mut self) -> Result<(), EngineError> {
         let world = self.pipeline.world.clone();
-        let result = self.follow_until_stop(&world);
+        let result = self.follow_until_stop(&world).map_err(|error| self.pipeline.explain(error));
         match &result {
             Ok(()) => world.leave(),
             Err(error) => world.abort(&error.to_string()),
@@ -235,10 +336,13 @@ impl<B: Backend> RankRunner<B> {
             let doing = Doing::of("waiting for work");
             world.recv_when_ready(0, Channel::Command, &mut command, doing)?;
             let wrong = |message: &str| world.blame(0, Failure::Protocol { message: message.to_string() }, doing);
-            if command.is_empty() {
-                return Ok(());
+            let Some((first, rest)) = command.split_at_checked(size_of::<u32>()) else { return Ok(()) };
+            if *first == QUESTION.to_le_bytes() {
+                let answer = self.answer(rest);
+                world.send(0, Channel::Data, &answer, Doing::of("answering rank 0"))?;
+                continue;
             }
-            let mut batch = decode(&command).ok_or_else(|| wrong("a batch that cannot be read"))?;
+            let mut batch = decode(rest).ok_or_else(|| wrong("a batch that cannot be read"))?;
             if batch.n_rows() > self.limits.max_rows {
                 return Err(wrong("a batch larger than agreed").into());
             }
@@ -260,6 +364,40 @@ impl<B: Backend> DistributedRunner<B> {
         DistributedRunner { rank }
     }
 
+    /// Rank 0's share.
+    pub fn backend(&self) -> &B {
+        &self.rank.backend
+    }
+
+    /// Who holds what.
+    pub fn plan(&self) -> &Plan {
+        &self.rank.pipeline.plan
+    }
+
+    /// The host of `rank`.
+    pub fn host(&self, rank: usize) -> String {
+        self.rank.pipeline.world.host(rank)
+    }
+
+    /// The answers of `ranks` to a question, which they work on at the same time.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn ask(&mut self, ranks: std::ops::Range<usize>, question: &[u8]) -> Result<Vec<Vec<u8>>, EngineError> {
+        let world = self.rank.pipeline.world.clone();
+        let doing = Doing::of("asking the ranks");
+        let command = [&QUESTION.to_le_bytes()[..], question].concat();
+        for to in ranks.clone().filter(|rank| *rank > 0) {
+            world.send(to, Channel::Command, &command, doing)?;
+        }
+        let own = if ranks.contains(&0) { self.rank.answer(question) } else { vec![] };
+        let mut answers = vec![own; ranks.len()];
+        for (from, answer) in ranks.zip(&mut answers).filter(|(rank, _)| *rank > 0) {
+            world.recv_when_ready(from, Channel::Data, answer, doing)?;
+        }
+        Ok(answers)
+    }
+
     fn submit(&mut self, batch: &Batch) -> Result<(), EngineError> {
         let command = encode(batch);
         let world = &self.rank.pipeline.world;
@@ -272,7 +410,7 @@ impl<B: Backend> DistributedRunner<B> {
         let mut running = VecDeque::new();
         loop {
             // As many as there are stages keep every stage busy.
-            while running.len() < self.rank.pipeline.n_stages
+            while running.len() < self.rank.pipeline.plan.n_stages
                 && let Some(batch) = waiting.pop_front()
             {
                 self.submit(&batch)?;
@@ -288,12 +426,12 @@ impl<B: Backend> DistributedRunner<B> {
 
 impl<B: Backend> Runner for DistributedRunner<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        let parts = cut_decode_batch(batch, self.rank.pipeline.n_stages);
+        let parts = cut_decode_batch(batch, self.rank.pipeline.plan.n_stages);
         self.steps(parts, logits)
     }
 
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        let result = self.run_all(batches, logits);
+        let result = self.run_all(batches, logits).map_err(|error| self.rank.pipeline.explain(error));
         if let Err(error) = &result {
             self.rank.pipeline.world.abort(&error.to_string());
         }
@@ -345,10 +483,10 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
         .collect()
 }
 
-/// Lists of u32, each with its length in front.
+/// [`STEP`], then lists of u32, each with its length in front.
 fn encode(batch: &Batch) -> Vec<u8> {
     let Batch { tokens, positions, sequences, block_tables, logits_rows } = batch;
-    let mut words: Vec<u32> = vec![];
+    let mut words: Vec<u32> = vec![STEP];
     let mut push = |list: &[u32]| {
         words.push(list.len() as u32);
         words.extend(list);
@@ -358,6 +496,7 @@ fn encode(batch: &Batch) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
+/// What [`encode`] wrote behind the first word.
 fn decode(bytes: &[u8]) -> Option<Batch> {
     let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let mut rest = words.as_slice();
@@ -401,7 +540,7 @@ mod tests {
     fn batches_survive_the_way_and_the_cut() {
         for n in [1, 2, 5, 64] {
             let whole = batch(n);
-            assert_eq!(decode(&encode(&whole)), Some(whole.clone()));
+            assert_eq!(decode(&encode(&whole)[4..]), Some(whole.clone()));
             let parts = cut_decode_batch(whole.clone(), 3);
             assert_eq!(parts.iter().map(Batch::n_rows).sum::<usize>(), n);
             let slots: Vec<usize> = parts

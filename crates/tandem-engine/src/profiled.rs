@@ -85,9 +85,9 @@ impl Profile {
         self.calls.iter().map(|(_, time)| *time).sum()
     }
 
-    /// Different routed experts that one MoE layer ran in one step, on average.
-    pub fn experts_per_layer(&self) -> Option<f64> {
-        (self.moe_calls > 0).then(|| self.experts_touched as f64 / self.moe_calls as f64)
+    /// Different routed experts of all runs of MoE layers, and the number of these runs.
+    pub fn experts(&self) -> (u64, u64) {
+        (self.experts_touched, self.moe_calls)
     }
 
     fn relabel_last(&mut self, operation: Operation) {

@@ -2,12 +2,13 @@
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tandem_comm::local::Fault;
+use tandem_comm::mpi::{self, Mpi};
 use tandem_comm::tcp::{Hello, Peer, Secret, TcpConfig};
-use tandem_comm::{Group, Transport, Wire, local, tcp};
+use tandem_comm::{Channel, CommError, Group, Incoming, Transport, Wait, Wire, local, tcp};
 use tandem_core::backend::{Backend, Batch};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics};
@@ -70,10 +71,11 @@ fn share(
         ranks: &vec![resources; world.size()],
     };
     let plan = planner.plan(request).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let plan = Arc::new(plan);
     let rank = &plan.ranks[world.rank()];
-    let pipeline = Pipeline::new(world, &plan);
+    let pipeline = Pipeline::new(world, plan.clone());
     let reduce = (plan.tensor_size > 1)
-        .then(|| Arc::new(HostReduce::new(pipeline.tensor_group(&plan), Wire::F32, config.hidden_size)));
+        .then(|| Arc::new(HostReduce::new(pipeline.tensor_group(), Wire::F32, config.hidden_size)));
     let division = Division::new(&rank.part, &config, &weights);
     let local = division.config(&config);
     let whole = CheckpointWeights::new(&checkpoint, weights.clone());
@@ -219,6 +221,100 @@ fn slices_agree_with_one_rank_and_repeat() {
     }
 }
 
+/// An MPI job can be joined once; it is left when the last model has run.
+#[derive(Clone)]
+struct Job(Arc<Mutex<Mpi>>);
+
+impl Job {
+    fn mpi(&self) -> std::sync::MutexGuard<'_, Mpi> {
+        self.0.lock().expect("no panic")
+    }
+}
+
+impl Transport for Job {
+    fn rank(&self) -> usize {
+        self.mpi().rank()
+    }
+
+    fn size(&self) -> usize {
+        self.mpi().size()
+    }
+
+    fn host(&self, rank: usize) -> String {
+        self.mpi().host(rank)
+    }
+
+    fn exchange(
+        &mut self,
+        channel: Channel,
+        send: Option<(usize, &[u8])>,
+        recv: Option<(usize, Incoming<'_>)>,
+        wait: Wait,
+    ) -> Result<(), CommError> {
+        self.mpi().exchange(channel, send, recv, wait)
+    }
+
+    fn abort(&mut self, message: &str) {
+        self.mpi().abort(message);
+    }
+
+    fn leave(&mut self) {}
+}
+
+/// What `mpi_rank` is to run: stages, slices, parts of the experts.
+const LAYOUT: &str = "TANDEM_TEST_LAYOUT";
+
+/// One rank of [`mpi_gives_the_bits_of_threads`], started by mpirun: every model in turn.
+#[test]
+#[ignore = "started by mpi_gives_the_bits_of_threads under mpirun"]
+fn mpi_rank() {
+    let layout = std::env::var(LAYOUT).expect("set by the other test");
+    let numbers: Vec<usize> = layout.split(',').map(|n| n.parse().expect("a number")).collect();
+    let request = request(numbers[0], numbers[1], numbers[2]);
+    let job = Job(Arc::new(Mutex::new(mpi::init().expect("libmpi"))));
+    for dir in models() {
+        if request.ep.is_some() && ModelConfig::load(&dir).expect("config.json").moe.is_none() {
+            continue;
+        }
+        let (runner, config) = share(&dir, Numerics::F32, Box::new(job.clone()), request, PATIENCE);
+        if job.rank() > 0 {
+            runner.follow().expect("follows");
+            continue;
+        }
+        let (found, tokens) = trace(&mut engine(DistributedRunner::new(runner), &config));
+        let (_, of_one_rank) = trace(&mut one_rank(&dir, Numerics::F32));
+        assert_eq!(tokens, of_one_rank, "{}", dir.display());
+        let (of_threads, _) = on_ranks(&dir, Numerics::F32, over_local(job.size()), request, trace);
+        assert!(bits(&found) == bits(&of_threads), "{}: logits differ from those over threads", dir.display());
+    }
+    job.mpi().leave();
+}
+
+#[test]
+fn mpi_gives_the_bits_of_threads() {
+    for mpirun in ["mpirun.openmpi", "mpirun.mpich"] {
+        let mut found = 0;
+        for (n, layout) in [("2", "2,1,1"), ("3", "3,1,1"), ("2", "1,2,1"), ("4", "2,2,1"), ("2", "1,1,2")] {
+            let mut command = std::process::Command::new(mpirun);
+            command.args(["-n", n]).arg(std::env::current_exe().expect("this test")).env(LAYOUT, layout);
+            command.args(["--exact", "mpi_rank", "--ignored"]);
+            // Open MPI refuses root and more ranks than cores unless told otherwise, and looks for an ssh.
+            for name in
+                ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"]
+            {
+                command.env(name, "1");
+            }
+            command.env("OMPI_MCA_plm", "isolated");
+            let Ok(output) = command.output() else { continue };
+            found += 1;
+            let text = [output.stdout, output.stderr].map(|t| String::from_utf8_lossy(&t).into_owned()).join("");
+            assert!(output.status.success() && text.contains("1 passed"), "{mpirun} {layout}: {text}");
+        }
+        let required = std::env::var_os("TANDEM_REQUIRE_MPI").is_some();
+        assert!(found == 5 || !required, "{mpirun} was not found (Debian: apt-get install openmpi-bin mpich)");
+    }
+}
+
 /// Sequences that decode together keep their bits when the pipeline cuts the batch.
 #[test]
 fn batches_of_sequences_are_cut_without_a_trace() {
@@ -330,7 +426,7 @@ fn no_fault_schedule_hangs_or_gives_a_wrong_token() {
 #[test]
 fn diverging_ranks_are_named() {
     let everyone = &std::sync::Barrier::new(3);
-    let results: Vec<Result<(), tandem_comm::CommError>> = std::thread::scope(|scope| {
+    let results: Vec<Result<(), CommError>> = std::thread::scope(|scope| {
         let threads: Vec<_> = local::group(3)
             .into_iter()
             .enumerate()

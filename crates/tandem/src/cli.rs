@@ -328,6 +328,42 @@ pub(crate) enum BenchCommand {
     Serve(BenchServeArgs),
     /// Collectives between ranks: latency and bandwidth by size, next to a raw socket's.
     Comm(BenchCommArgs),
+    /// What limits decoding: formats, one rank and several, transports and sums compared in one table, on random weights.
+    Matrix(BenchMatrixArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchMatrixArgs {
+    /// Model directory or Hugging Face id whose shapes are used. The bundled fable-30m's if not given.
+    #[arg(long, value_name = "DIR|ID", conflicts_with = "config")]
+    pub(crate) model: Option<String>,
+    /// Shapes of glm-5.1, deepseek-v3.2, llama-3.2-3b or a config.json.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) config: Option<String>,
+    /// Layers; with it, half of them are measured too.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_layers: Option<usize>,
+    /// Leading layers without experts.
+    #[arg(long, value_name = "K")]
+    pub(crate) first_dense: Option<usize>,
+    /// Vocabulary size.
+    #[arg(long, value_name = "V")]
+    pub(crate) vocab: Option<usize>,
+    /// Ranks on this machine to compare with one.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) ranks: usize,
+    /// Threads of one rank; several share them. One per core if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Tokens in the cache before each step.
+    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
+    pub(crate) context: usize,
+    /// Steps measured for each row.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) steps: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -393,6 +429,11 @@ pub(crate) struct BenchModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
+    /// Tensor-parallel ranks sum in each Nth layer only, to see what the sums cost; the output means nothing then.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Several ranks")]
+    pub(crate) sync_every: usize,
     /// Draw the result.
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
@@ -697,10 +738,20 @@ impl Command {
         }
     }
 
+    /// What `bench decode` and `bench prefill` measure.
+    pub(crate) fn bench_model_args(&self) -> Option<&BenchModelArgs> {
+        match self {
+            Command::Bench(BenchArgs { command: BenchCommand::Decode(args) }) => Some(&args.model),
+            Command::Bench(BenchArgs { command: BenchCommand::Prefill(args) }) => Some(&args.model),
+            _ => None,
+        }
+    }
+
     /// How the command's ranks are arranged.
     pub(crate) fn parallel_args(&self) -> Option<&ParallelArgs> {
         match self {
             Command::Bench(BenchArgs { command: BenchCommand::Comm(args) }) => Some(&args.parallel),
+            Command::Bench(_) => self.bench_model_args().map(|args| &args.parallel),
             command => command.model_args().map(|args| &args.parallel),
         }
     }

@@ -87,7 +87,9 @@ pub(crate) fn load_with_cache(
         if args.backend == BackendArg::Cuda {
             bail!("several processes run on the CPU only so far; use --backend cpu");
         }
-        distributed::lead(args, &config, checkpoint, weights, limits, blocks.n_slots())?
+        let model = distributed::Model::new(config.clone(), checkpoint, weights, args);
+        let (runner, numerics) = distributed::lead::<CpuBackend>(&model, &args.parallel, limits, blocks.n_slots(), 1)?;
+        (Box::new(runner), numerics)
     } else {
         let source = CheckpointWeights::new(&checkpoint, weights);
         match choose(args.backend, args.activations)? {

@@ -50,7 +50,10 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
             if let cli::Command::Bench(cli::BenchArgs { command: cli::BenchCommand::Comm(args) }) = &cli.command {
                 return bench::comm::comm(args, Some(*started)).map(|()| ExitCode::SUCCESS);
             }
-            let args = cli.command.model_args().context("tandem launch runs run, serve, eval and bench comm")?;
+            if let Some(args) = cli.command.bench_model_args() {
+                return bench::model::follow(*started, args).map(|()| ExitCode::SUCCESS);
+            }
+            let args = cli.command.model_args().context("tandem launch runs run, serve, eval and bench")?;
             return distributed::follow(*started, args).map(|()| ExitCode::SUCCESS);
         }
     }

@@ -98,3 +98,30 @@ fn mistakes_are_explained() {
         assert!(!output.status.success() && stderr.contains(expected), "{args:?}: {stderr}");
     }
 }
+
+#[test]
+fn ranks_decode_random_weights_and_say_where_the_time_goes() {
+    let shapes = ["--load-format", "dummy", "--num-layers", "4", "--context", "32", "--steps", "3", "--json"];
+    for (launch, flags) in [
+        (&["launch", "--tp", "2", "--"][..], &["bench", "decode", "--sync-every", "2"][..]),
+        (&[], &["bench", "decode", "--pp", "2", "--transport", "local"]),
+        (&[], &["bench", "prefill", "--pp", "2", "--prompt-tokens", "64", "--transport", "local"]),
+    ] {
+        let output = tandem(&[launch, flags, &shapes].concat());
+        let said = String::from_utf8_lossy(&output.stderr);
+        // So small a model may stay in the processor's cache, which is an error after the report.
+        assert!(output.status.success() || said.contains("stay in the processor's cache"), "{flags:?}: {said}");
+        let value: Value = serde_json::from_slice(&output.stdout).expect("stdout is one JSON object");
+        positive(&value, "tokens_per_second");
+        assert_eq!(value["weights"], "dummy");
+        assert_eq!(value["ranks"].as_array().map(Vec::len), Some(2));
+        let rows = value["breakdown_ms"].as_object().expect("breakdown");
+        assert!(rows["communication"].is_number() && rows["waiting"].is_number());
+        let sum: f64 = rows.values().map(|v| v.as_f64().expect("ms")).sum();
+        assert!((sum / positive(&value, "breakdown_total_ms") - 1.0).abs() < 0.05, "{value}");
+        if value["command"] == "decode" {
+            assert_eq!(value["rank_ms"].as_array().map(Vec::len), Some(2));
+            assert!(value["between_stages_ms"].is_number());
+        }
+    }
+}

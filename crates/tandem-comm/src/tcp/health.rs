@@ -22,8 +22,6 @@ const MAX_REASON: usize = 2000;
 pub(super) struct Health {
     failure: Mutex<Option<CommError>>,
     failed: Condvar,
-    /// The rank's own thread has seen the failure, or the rank is leaving.
-    noticed: AtomicBool,
     stopped: AtomicBool,
     /// Readable once the group has failed.
     wake: OwnedFd,
@@ -60,7 +58,6 @@ impl Health {
         let health = Arc::new(Health {
             failure: Mutex::default(),
             failed: Condvar::new(),
-            noticed: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             wake,
             wake_sender,
@@ -76,11 +73,7 @@ impl Health {
 
     /// Why the group has failed, if it has.
     pub(super) fn failure(&self) -> Option<CommError> {
-        let failure = self.failure.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        if failure.is_some() {
-            self.noticed.store(true, Ordering::Relaxed);
-        }
-        failure
+        self.failure.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// [`Health::failure`], waiting up to `patience` for one.
@@ -97,12 +90,10 @@ impl Health {
 
     pub(super) fn abort(&self, message: &str) {
         let end = (0..=message.len().min(MAX_REASON)).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
-        self.noticed.store(true, Ordering::Relaxed);
         self.tell_all(ABORT, &message.as_bytes()[..end]);
     }
 
     pub(super) fn leave(&self) {
-        self.noticed.store(true, Ordering::Relaxed);
         self.stopped.store(true, Ordering::Relaxed);
         self.tell_all(LEAVE, &[]);
     }
@@ -175,8 +166,7 @@ impl Health {
                     self.fail(CommError::by(w.rank, &hosts[w.rank], failure));
                 }
             }
-            let failure = self.failure.lock().unwrap_or_else(|e| e.into_inner()).clone();
-            if let Some(error) = failure {
+            if let Some(error) = self.failure() {
                 self.insist(&error, deadline.mul_f64(0.2), on_failure);
                 return;
             }

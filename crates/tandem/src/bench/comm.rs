@@ -16,6 +16,8 @@ use crate::report::print_json;
 const DOING: Doing = Doing::of("bench comm");
 /// Time spent on one row.
 const ROW_SECONDS: f64 = 0.4;
+/// From here on bandwidth counts.
+const DUPLEX_BYTES: usize = 64 << 10;
 
 /// Runs the command; every rank comes here.
 pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Result<()> {
@@ -73,7 +75,12 @@ fn measure(world: &Group, bytes: usize, raw_address: std::net::IpAddr) -> anyhow
             "gb_per_s": traffic / at(0.5) / 1e3,
         }));
     };
-    row("raw", share(1.0), raw(world, bytes, raw_address)?);
+    let mut socket = raw_socket(world, raw_address)?;
+    row("raw", share(1.0), raw(world, bytes, &mut socket)?);
+    if bytes >= DUPLEX_BYTES {
+        row("raw duplex", share(1.0), raw_duplex(world, bytes, &socket)?);
+    }
+    drop(socket);
     row(
         "ping-pong",
         share(1.0),
@@ -116,11 +123,9 @@ fn timed(world: &Group, mut operation: impl FnMut() -> anyhow::Result<()>) -> an
         .collect()
 }
 
-/// Ranks 0 and 1 exchange `bytes` both ways over a socket of their own, without anything of Tandem: a round trip of half
-/// of them each way for small sizes is what an all_reduce of two ranks has to beat.
-fn raw(world: &Group, bytes: usize, address: std::net::IpAddr) -> anyhow::Result<Vec<f64>> {
-    let (mut out, mut into) = (vec![1u8; bytes], vec![0u8; bytes]);
-    let mut stream = match world.rank() {
+/// A socket between ranks 0 and 1, without anything of Tandem.
+fn raw_socket(world: &Group, address: std::net::IpAddr) -> anyhow::Result<Option<TcpStream>> {
+    let stream = match world.rank() {
         0 => {
             let listener = TcpListener::bind((address, 0)).context("cannot listen for the raw socket")?;
             let text = listener.local_addr()?.to_string();
@@ -134,19 +139,39 @@ fn raw(world: &Group, bytes: usize, address: std::net::IpAddr) -> anyhow::Result
         }
         _ => None,
     };
-    if let Some(stream) = &mut stream {
+    if let Some(stream) = &stream {
         stream.set_nodelay(true)?;
     }
+    Ok(stream)
+}
+
+/// `bytes` to the other side and back: what an all_reduce of two ranks has to beat where latency counts.
+fn raw(world: &Group, bytes: usize, stream: &mut Option<TcpStream>) -> anyhow::Result<Vec<f64>> {
+    let mut buffer = vec![1u8; bytes];
     let rank = world.rank();
     timed(world, || {
-        let Some(stream) = &mut stream else { return Ok(()) };
+        let Some(stream) = stream else { return Ok(()) };
         if rank == 0 {
-            stream.write_all(&out)?;
-            stream.read_exact(&mut into)?;
+            stream.write_all(&buffer)?;
+            stream.read_exact(&mut buffer)?;
         } else {
-            stream.read_exact(&mut out)?;
-            stream.write_all(&into)?;
+            stream.read_exact(&mut buffer)?;
+            stream.write_all(&buffer)?;
         }
         Ok(())
+    })
+}
+
+/// `bytes` in both directions at once: what an all_reduce of two ranks has to reach where bandwidth counts.
+fn raw_duplex(world: &Group, bytes: usize, stream: &Option<TcpStream>) -> anyhow::Result<Vec<f64>> {
+    let (out, mut into) = (vec![1u8; bytes], vec![0u8; bytes]);
+    timed(world, || {
+        let Some(stream) = stream else { return Ok(()) };
+        let (mut reader, mut writer, out) = (stream, stream, &out);
+        std::thread::scope(|scope| {
+            let sent = scope.spawn(move || writer.write_all(out));
+            reader.read_exact(&mut into)?;
+            Ok(sent.join().unwrap_or(Ok(()))?)
+        })
     })
 }

@@ -9,12 +9,13 @@ use tandem_core::{Batch, ModelConfig};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
-use tandem_cpu::system::peak_memory_bytes;
+use tandem_cpu::system::{major_page_faults, peak_memory_bytes};
 use tandem_cpu::{CpuBackend, CpuIndices, Numerics, Pool};
-use tandem_engine::{EngineError, ModelRunner, Profile, Profiled, Runner};
+use tandem_engine::{EngineError, ModelRunner, Profiled, RankTimes, Runner};
 use tandem_model::WeightSource;
 
 use super::model::n_threads;
+use super::ranks::RankReport;
 use crate::cli::BenchModelArgs;
 use crate::load::{Device, Shape, choose, cpu_backend, runner};
 
@@ -25,18 +26,18 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 pub(super) trait BenchRunner {
     /// As [`Runner::step`].
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError>;
-    /// Starts an empty profile.
-    fn start(&self);
-    /// Stops and returns the profile.
-    fn stop(&self) -> Profile;
+    /// Starts to measure, operations one by one if asked.
+    fn start(&mut self, profile: bool) -> anyhow::Result<()>;
+    /// What was measured since, by rank.
+    fn stop(&mut self) -> anyhow::Result<Vec<RankReport>>;
     /// Puts random vectors into the first slots of the cache.
-    fn fill_cache(&mut self, config: &ModelConfig, n_slots: usize) -> Result<(), EngineError>;
+    fn fill_cache(&mut self, config: &ModelConfig, n_slots: usize) -> anyhow::Result<()>;
     /// As [`Backend::cache_bytes`].
     fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize;
     /// Bytes per second that the device's memory delivers.
     fn bandwidth(&self) -> f64;
     /// The threads that compute, if the device is the processor: its memory is measured with the same ones, since two
-    /// pools would be in each other's way.
+    /// pools would be in each other's way. `None` also for several ranks.
     fn pool(&self) -> Option<Arc<Pool>>;
     /// Operations per second that the device's arithmetic reaches, where that can be measured.
     fn peak(&self) -> Option<f64>;
@@ -61,53 +62,64 @@ trait BenchDevice: Backend {
     fn describe(&self) -> Value;
 }
 
-impl<B: BenchDevice> BenchRunner for ModelRunner<Profiled<B>> {
+/// The whole model in this process.
+struct Alone<B: BenchDevice> {
+    runner: ModelRunner<Profiled<B>>,
+    faults_before: u64,
+}
+
+impl<B: BenchDevice> BenchRunner for Alone<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        Runner::step(self, batch, logits)
+        self.runner.step(batch, logits)
     }
 
-    fn start(&self) {
-        self.backend().start();
+    fn start(&mut self, profile: bool) -> anyhow::Result<()> {
+        self.faults_before = major_page_faults();
+        if profile {
+            self.runner.backend().start();
+        }
+        Ok(())
     }
 
-    fn stop(&self) -> Profile {
-        self.backend().stop()
+    fn stop(&mut self) -> anyhow::Result<Vec<RankReport>> {
+        let profile = self.runner.backend().stop();
+        Ok(vec![RankReport::new(&profile, &RankTimes::default(), self.faults_before)])
     }
 
-    fn fill_cache(&mut self, config: &ModelConfig, n_slots: usize) -> Result<(), EngineError> {
-        self.fill_cache_random(config, n_slots, 1)
+    fn fill_cache(&mut self, config: &ModelConfig, n_slots: usize) -> anyhow::Result<()> {
+        Ok(self.runner.fill_cache_random(config, n_slots, 1)?)
     }
 
     fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize {
-        self.backend().cache_bytes(kind, width)
+        self.runner.backend().cache_bytes(kind, width)
     }
 
     fn bandwidth(&self) -> f64 {
-        self.backend().inner().bandwidth()
+        self.runner.backend().inner().bandwidth()
     }
 
     fn pool(&self) -> Option<Arc<Pool>> {
-        self.backend().inner().pool()
+        self.runner.backend().inner().pool()
     }
 
     fn peak(&self) -> Option<f64> {
-        self.backend().inner().peak()
+        self.runner.backend().inner().peak()
     }
 
     fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64> {
-        self.backend().inner().index_agreement(n_heads, dim, n_keys, k)
+        self.runner.backend().inner().index_agreement(n_heads, dim, n_keys, k)
     }
 
     fn peak_memory_bytes(&self) -> u64 {
-        self.backend().inner().memory_bytes()
+        self.runner.backend().inner().memory_bytes()
     }
 
     fn name(&self) -> String {
-        self.backend().inner().name()
+        self.runner.backend().inner().name()
     }
 
     fn describe(&self) -> Map<String, Value> {
-        match self.backend().inner().describe() {
+        match self.runner.backend().inner().describe() {
             Value::Object(map) => map,
             _ => Map::new(),
         }
@@ -125,7 +137,8 @@ pub(super) fn load(
         Device::Cpu => {
             let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
             let backend = Profiled::new(backend, count_distinct);
-            Ok((Box::new(runner(backend, source, shape, resident)?), numerics))
+            let runner = runner(backend, source, shape, resident)?;
+            Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda => {
@@ -133,7 +146,8 @@ pub(super) fn load(
             crate::cuda::check_memory(&backend, shape, resident)?;
             let numerics = backend.numerics().name();
             let backend = Profiled::new(backend, tandem_cuda::CudaBackend::count_distinct);
-            Ok((Box::new(runner(backend, source, shape, resident)?), numerics))
+            let runner = runner(backend, source, shape, resident)?;
+            Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))
         }
     }
 }
@@ -154,9 +168,9 @@ fn cpu_bandwidth(pool: &Pool) -> f64 {
     bandwidth
 }
 
-/// Different experts in the first rows.
-fn count_distinct(_: &CpuBackend, ids: &CpuIndices, n_rows: usize) -> usize {
-    (0..n_rows).flat_map(|row| ids.row(row)).collect::<HashSet<_>>().len()
+/// Different experts in the first rows; those of other ranks have the id -1.
+pub(super) fn count_distinct(_: &CpuBackend, ids: &CpuIndices, n_rows: usize) -> usize {
+    (0..n_rows).flat_map(|row| ids.row(row)).filter(|id| **id >= 0).collect::<HashSet<_>>().len()
 }
 
 impl BenchDevice for CpuBackend {

@@ -7,8 +7,10 @@
 mod bytes_read;
 pub(crate) mod comm;
 mod device;
-mod model;
+mod matrix;
+pub(crate) mod model;
 mod plot;
+mod ranks;
 mod serve;
 
 use std::time::Instant;
@@ -18,12 +20,14 @@ use serde_json::{Map, Value, json};
 use tandem_core::Batch;
 use tandem_core::backend::PAGE_SIZE;
 use tandem_cpu::bandwidth::ReadMeter;
-use tandem_engine::{Operation, Profile};
+use tandem_engine::Operation;
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
+use crate::distributed;
 use crate::report::{bytes, print_json};
 use bytes_read::BytesRead;
 use model::BenchModel;
+use ranks::{RankReport, by_stage};
 
 /// Read between two steps, for the bandwidth of that moment.
 const PASS_BYTES: usize = 256 << 20;
@@ -37,6 +41,7 @@ pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         BenchCommand::Prefill(args) => prefill(args),
         BenchCommand::Serve(args) => serve::serve(args),
         BenchCommand::Comm(args) => comm::comm(args, None),
+        BenchCommand::Matrix(args) => matrix::matrix(args),
     }
 }
 
@@ -48,12 +53,14 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     ensure!(args.steps >= 1, "--steps must be at least 1");
     let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
     let longest = contexts.iter().copied().max().unwrap_or(0);
-    let bandwidth_before = device::bandwidth_before(&args.model)?;
+    let grouped = distributed::leads();
+    let bandwidth_before = if grouped { 0.0 } else { device::bandwidth_before(&args.model)? };
     let sequences = Sequences::new(args.batch, longest + 1);
     let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
     model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
 
-    // A processor's memory is shared with others and changes speed; a device's does not.
+    // A processor's memory is shared with others and changes speed; a device's does not. Of ranks it is
+    // measured once.
     let pool = model.runner.pool();
     let meter = pool.as_deref().map(|pool| ReadMeter::new(pool, PASS_BYTES));
     let mut points = vec![];
@@ -123,6 +130,7 @@ struct DecodePoint {
     /// for random vectors.
     index_agreement: Option<f64>,
     breakdown: Breakdown,
+    ranks: RankTotals,
 }
 
 fn decode_point(
@@ -150,20 +158,22 @@ fn decode_point(
     let (mut times, mut around) = (vec![], vec![]);
     let pass = |model: &BenchModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
     let mut before = pass(model);
+    model.runner.start(false)?;
     for _ in 0..args.steps {
         times.push(step(model)?);
         let after = pass(model);
         around.push(before.max(after));
         before = after;
     }
+    let ranks = RankTotals::new(&model.runner.stop()?, times.iter().sum(), times.len(), model);
     let n_profiled = args.steps.min(PROFILED_STEPS);
-    model.runner.start();
+    model.runner.start(true)?;
     let mut profiled_ms = 0.0;
     for _ in 0..n_profiled {
         profiled_ms += step(model)?;
     }
-    let profile = model.runner.stop();
-    let bytes = BytesRead::of_decode_step(model, context + 1, args.batch, profile.experts_per_layer());
+    let reports = model.runner.stop()?;
+    let bytes = BytesRead::of_decode_step(model, context + 1, args.batch, experts_per_layer(&reports));
     let fractions = times.iter().zip(&around).map(|(ms, rate)| bytes.total() / (ms / 1e3) / rate).collect();
     let ms = Spread::of(times);
     let index_agreement = match &model.config.indexer {
@@ -179,8 +189,9 @@ fn decode_point(
         bytes,
         fraction_of_moment: Spread::of(fractions),
         index_agreement,
-        breakdown: Breakdown::new(&profile, profiled_ms, n_profiled),
+        breakdown: Breakdown::new(&reports, profiled_ms, n_profiled),
         ms,
+        ranks,
     })
 }
 
@@ -207,6 +218,7 @@ impl DecodePoint {
         if let Some(share) = self.index_agreement {
             map.insert("index_agreement_with_f32".into(), json!(share));
         }
+        self.ranks.insert_json(&mut map);
         self.breakdown.insert_json(&mut map);
         map
     }
@@ -238,6 +250,7 @@ impl DecodePoint {
         for (name, n) in &self.bytes.kinds {
             println!("    {name:<24}{:>12}{:>8.1} %", bytes(*n as u64), 100.0 * n / self.bytes.total());
         }
+        self.ranks.print();
         self.breakdown.print();
     }
 }
@@ -248,7 +261,7 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
     ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
     let chunk = args.prefill_chunk.min(args.prompt_tokens);
     let length = args.context + args.prompt_tokens;
-    let before = device::bandwidth_before(&args.model)?;
+    let before = if distributed::leads() { 0.0 } else { device::bandwidth_before(&args.model)? };
     let sequences = Sequences::new(1, length);
     let mut model = BenchModel::load(&args.model, chunk, 1, length, sequences.n_slots())?;
     model.fill_cache(args.context)?;
@@ -278,9 +291,9 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
         peaks.push(model.runner.peak());
         eprintln!("prompt {} of {}: {:.1} ms", step + 1, args.steps, times[step]);
     }
-    model.runner.start();
+    model.runner.start(true)?;
     let profiled_ms = prompt(&mut model, &mut vec![])?;
-    let breakdown = Breakdown::new(&model.runner.stop(), profiled_ms, 1);
+    let breakdown = Breakdown::new(&model.runner.stop()?, profiled_ms, 1);
 
     model.note_peak_memory(0);
     let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
@@ -443,6 +456,72 @@ impl Spread {
     }
 }
 
+/// Different experts that a step reads in one MoE layer: of each stage, those of its first rank, and where experts are
+/// spread over the ranks, those of all.
+fn experts_per_layer(reports: &[RankReport]) -> Option<f64> {
+    let (mut touched, mut runs) = (0, 0);
+    for stage in reports.chunk_by(|a, b| a.stage == b.stage) {
+        let counts: Vec<u64> = stage.iter().map(|r| r.experts.0).collect();
+        let same = counts.iter().all(|n| *n == counts[0]);
+        touched += if same { counts[0] } else { counts.iter().sum() };
+        runs += stage[0].experts.1;
+    }
+    (runs > 0).then(|| touched as f64 / runs as f64)
+}
+
+/// What the ranks did in the measured steps, ms per step.
+struct RankTotals {
+    reports: Vec<RankReport>,
+    /// Of a step, outside of the work of the stages: the way between them.
+    between: f64,
+    n_steps: f64,
+    /// Of all ranks' weights, at least this share is in memory.
+    resident_share: f64,
+}
+
+impl RankTotals {
+    fn new(reports: &[RankReport], total_ms: f64, n_steps: usize, model: &BenchModel) -> RankTotals {
+        let (busy, _) = by_stage(reports, |r| r.working + r.summing);
+        let resident: u64 = reports.iter().map(|r| r.resident_bytes).sum();
+        RankTotals {
+            reports: reports.to_vec(),
+            between: (total_ms - busy) / n_steps as f64,
+            n_steps: n_steps as f64,
+            resident_share: (resident as f64 / model.resident_bytes as f64).min(1.0),
+        }
+    }
+
+    fn insert_json(&self, map: &mut Map<String, Value>) {
+        let per_step = |ms: f64| ms / self.n_steps;
+        map.insert("major_page_faults".into(), json!(self.reports.iter().map(|r| r.major_faults).sum::<u64>()));
+        map.insert("resident_share".into(), json!(self.resident_share));
+        if self.reports.len() > 1 {
+            let rank = |r: &RankReport| {
+                json!({
+                    "working_ms": per_step(r.working), "summing_ms": per_step(r.summing),
+                    "receiving_ms": per_step(r.receiving), "sending_ms": per_step(r.sending),
+                })
+            };
+            map.insert("rank_ms".into(), self.reports.iter().map(rank).collect());
+            map.insert("between_stages_ms".into(), json!(self.between));
+        }
+    }
+
+    fn print(&self) {
+        if self.reports.len() > 1 {
+            println!("  ranks, ms per step; {:.3} ms on the way between stages", self.between);
+            for (rank, r) in self.reports.iter().enumerate() {
+                let [working, summing, receiving, sending] =
+                    [r.working, r.summing, r.receiving, r.sending].map(|ms| ms / self.n_steps);
+                println!(
+                    "    rank {rank}: works {working:.3}, sums {summing:.3}, waits for hidden states {receiving:.3}, sends \
+                     {sending:.3}"
+                );
+            }
+        }
+    }
+}
+
 /// Mean ms per profiled step by operation.
 struct Breakdown {
     rows: Vec<(&'static str, f64)>,
@@ -450,17 +529,28 @@ struct Breakdown {
 }
 
 impl Breakdown {
-    fn new(profile: &Profile, total_ms: f64, n_steps: usize) -> Breakdown {
-        let per_step = |ms: f64| ms / n_steps as f64;
-        let unaccounted = (total_ms - profile.total().as_secs_f64() * 1e3).max(0.0);
-        let rows = Operation::ALL
+    /// Ranks of a stage work side by side, stages one after the other.
+    fn new(reports: &[RankReport], total_ms: f64, n_steps: usize) -> Breakdown {
+        let mut rows: Vec<(&'static str, f64)> = Operation::ALL
             .iter()
-            .map(|operation| {
-                let extra = if *operation == Operation::Other { unaccounted } else { 0.0 };
-                (operation.name(), per_step(profile.time(*operation).as_secs_f64() * 1e3 + extra))
-            })
+            .enumerate()
+            .map(|(i, operation)| (operation.name(), by_stage(reports, |r| r.operations[i]).0))
             .collect();
-        Breakdown { rows, total: per_step(total_ms) }
+        let known: f64 = rows.iter().map(|(_, ms)| ms).sum();
+        let mut other = (total_ms - known).max(0.0);
+        if reports.len() > 1 {
+            let (working, _) = by_stage(reports, |r| r.working);
+            let (summing, least) = by_stage(reports, |r| r.summing);
+            // The rank that waits least tells what sums take by themselves.
+            rows.push(("communication", (total_ms - working - summing + least).max(0.0)));
+            rows.push(("waiting", summing - least));
+            other = (working - known).max(0.0);
+        }
+        for (name, ms) in &mut rows {
+            let extra = if *name == Operation::Other.name() { other } else { 0.0 };
+            *ms = (*ms + extra) / n_steps as f64;
+        }
+        Breakdown { rows, total: total_ms / n_steps as f64 }
     }
 
     fn insert_json(&self, map: &mut Map<String, Value>) {

@@ -1,17 +1,22 @@
 //! The model that a benchmark runs: from a checkpoint, or of a preset's shapes with random weights.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
-use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::weights::ModuleKind;
 use tandem_core::{Checkpoint, ModelConfig};
+use tandem_cpu::CpuBackend;
 use tandem_cpu::system::default_threads;
+use tandem_engine::Profiled;
 use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Stacks, WeightSource};
 
 use super::device::{self, BenchRunner};
-use crate::cli::BenchModelArgs;
+use super::ranks;
+use crate::cli::{BackendArg, BenchModelArgs};
+use crate::distributed::{self, Model, Source, Started};
 use crate::load::{Device, Shape, choose, lock_memory, model_dir};
 use crate::presets;
 use crate::report::{bytes, count};
@@ -29,10 +34,46 @@ pub(super) struct BenchModel {
     quant: Option<String>,
     pub(super) numerics: &'static str,
     /// Weights in memory; an MTP head stays in its file.
-    resident_bytes: u64,
+    pub(super) resident_bytes: u64,
     load_seconds: f64,
     /// Until [`BenchModel::note_peak_memory`].
     peak_memory_bytes: u64,
+}
+
+/// Another rank than 0.
+pub(crate) fn follow(started: Started, args: &BenchModelArgs) -> anyhow::Result<()> {
+    let (_, model) = described(args, started.order.model.as_deref())?;
+    distributed::follow_with::<Profiled<CpuBackend>>(started, &model)
+}
+
+/// Name, shapes, and where the weights come from (`place`, if the launcher says so); nothing is loaded.
+fn described(args: &BenchModelArgs, place: Option<&str>) -> anyhow::Result<(String, Model)> {
+    let dir = || model_dir(place.or(args.model.as_deref()));
+    let model = |config, weights, source| Model {
+        config: Arc::new(config),
+        weights: Arc::new(weights),
+        source,
+        threads: args.threads,
+        lock: args.lock,
+        activations: args.activations,
+    };
+    if !args.shapes.is_dummy("--model DIR")? {
+        let dir = dir()?;
+        let (config, checkpoint) = (ModelConfig::load(&dir)?, Checkpoint::open(&dir)?);
+        let weights = tandem_model::resolve(&checkpoint, &config)?;
+        return Ok((name_of(&dir), model(config, weights, Source::Checkpoint(Arc::new(checkpoint)))));
+    }
+    let (name, text) = match &args.shapes.config {
+        Some(config) => presets::config_text(config)?,
+        None => {
+            let dir = dir()?;
+            (name_of(&dir), presets::read(&dir.join("config.json"))?)
+        }
+    };
+    let text = args.shapes.apply(&text)?;
+    let config = ModelConfig::parse(&text)?;
+    let weights = DummyWeights::new(&config, &args.quant, Stacks::Distinct).weights().to_vec();
+    Ok((name, model(config, weights, Source::Dummy { recipe: args.quant.clone(), text })))
 }
 
 /// Threads to use.
@@ -50,44 +91,16 @@ impl BenchModel {
         n_slots: usize,
     ) -> anyhow::Result<BenchModel> {
         let start = Instant::now();
-        let dummy = args.shapes.is_dummy("--model DIR")?;
         let limits = Limits { max_rows, max_logits_rows };
-        let dir = if dummy { None } else { Some(model_dir(args.model.as_deref())?) };
-        let (name, config) = match &dir {
-            Some(dir) => (name_of(dir), ModelConfig::load(dir)?),
-            None => {
-                let (name, text) = match &args.shapes.config {
-                    Some(config) => presets::config_text(config)?,
-                    None => {
-                        let dir = model_dir(args.model.as_deref())?;
-                        (name_of(&dir), presets::read(&dir.join("config.json"))?)
-                    }
-                };
-                (name, ModelConfig::parse(&args.shapes.apply(&text)?)?)
-            }
-        };
+        let (name, model) = described(args, None)?;
+        let (config, weights) = (&*model.config, &*model.weights);
         ensure!(
             length <= config.max_position_embeddings,
             "{length} positions exceed the {} this model was made for; ask for a shorter context",
             config.max_position_embeddings
         );
-        let checkpoint = dir.as_deref().map(Checkpoint::open).transpose()?;
-        let (weights, source): (Vec<Weight>, Box<dyn WeightSource + '_>) = match &checkpoint {
-            Some(checkpoint) => {
-                let weights = tandem_model::resolve(checkpoint, &config)?;
-                (weights.clone(), Box::new(CheckpointWeights::new(checkpoint, weights)))
-            }
-            None => {
-                let stacks = match choose(args.backend, args.activations)? {
-                    Device::Cpu => Stacks::Distinct,
-                    #[cfg(feature = "cuda")]
-                    Device::Cuda => Stacks::Repeated,
-                };
-                let made_up = DummyWeights::new(&config, &args.quant, stacks);
-                (made_up.weights().to_vec(), Box::new(made_up))
-            }
-        };
-        let accounting = Accounting::new(&weights, &config);
+        let dummy = matches!(model.source, Source::Dummy { .. });
+        let accounting = Accounting::new(weights, config);
         let index_query_parameters = weights
             .iter()
             .filter(|w| w.spec.kind == ModuleKind::Indexer && !w.spec.module.ends_with("indexer.wk"))
@@ -95,11 +108,29 @@ impl BenchModel {
             .sum();
         let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
-        let shape = Shape { config: &config, limits, n_slots };
-        let (runner, numerics) = device::load(args, &*source, shape, resident_bytes)?;
-        if args.lock {
-            lock_memory();
-        }
+        let shape = Shape { config, limits, n_slots };
+        let (runner, numerics) = if distributed::leads() {
+            ensure!(args.backend != BackendArg::Cuda, "several ranks run on the CPU only so far; use --backend cpu");
+            ranks::load(args, &model, shape)?
+        } else {
+            let source: Box<dyn WeightSource + '_> = match &model.source {
+                Source::Checkpoint(checkpoint) => Box::new(CheckpointWeights::new(checkpoint, weights.clone())),
+                Source::Dummy { recipe, .. } => {
+                    let stacks = match choose(args.backend, args.activations)? {
+                        Device::Cpu => Stacks::Distinct,
+                        #[cfg(feature = "cuda")]
+                        Device::Cuda => Stacks::Repeated,
+                    };
+                    Box::new(DummyWeights::new(config, recipe, stacks))
+                }
+            };
+            let loaded = device::load(args, &*source, shape, resident_bytes)?;
+            if args.lock {
+                lock_memory();
+            }
+            loaded
+        };
+        let config = config.clone();
         let quant = dummy.then(|| args.quant.name.clone());
         let title = format!(
             "{name}, {} layers, {}, activations {numerics}",

@@ -51,18 +51,35 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
     if args.hostfile.is_some() && parallel.ranks.is_some_and(|n| n != hosts.len()) {
         bail!("--ranks says {} and the hostfile has {} hosts; leave one out", parallel.n_ranks()?, hosts.len());
     }
+    catch_signals()?;
     match parallel.transport {
-        TransportArg::Mpi => mpirun(args, &parallel, &hosts),
+        TransportArg::Mpi => {
+            let command = mpirun(args, &parallel, &hosts)?;
+            restarting(args.restart, |_| {
+                run_to_end(command(), || {
+                    format!(
+                        "cannot start {}; install Open MPI or MPICH, or name its launcher with --mpirun",
+                        args.mpirun.display()
+                    )
+                })
+            })
+        }
         TransportArg::Local => {
             ensure!(
                 hosts.iter().all(Host::is_local),
                 "--transport local runs threads of one process, but the hostfile has other hosts; use tcp or mpi"
             );
-            let mut command = Command::new(std::env::current_exe()?);
-            command.args(&args.command).args(parallel.flags(hosts.len()));
-            Ok(code(command.status().context("cannot start tandem")?))
+            let program = std::env::current_exe()?;
+            restarting(args.restart, |_| {
+                let mut command = Command::new(&program);
+                command.args(&args.command).args(parallel.flags(hosts.len()));
+                run_to_end(command, || "cannot start this program again".to_string())
+            })
         }
-        TransportArg::Auto | TransportArg::Tcp => Launcher { args, parallel, hosts }.run(),
+        TransportArg::Auto | TransportArg::Tcp => {
+            let launcher = Launcher { args, parallel, hosts };
+            restarting(args.restart, |generation| launcher.generation(generation))
+        }
     }
 }
 
@@ -70,7 +87,45 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
 pub(crate) fn launch_here(n: usize, parallel: &ParallelArgs) -> anyhow::Result<ExitCode> {
     let command = std::env::args().skip(1).collect();
     let args = LaunchArgs::short_form(command, parallel.clone());
-    Launcher { args: &args, parallel: parallel.clone(), hosts: local_hosts(n) }.run()
+    catch_signals()?;
+    Launcher { args: &args, parallel: parallel.clone(), hosts: local_hosts(n) }.generation(0)
+}
+
+fn catch_signals() -> anyhow::Result<()> {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, INTERRUPT.clone()).context("cannot wait for signals")?;
+    }
+    Ok(())
+}
+
+/// Runs generations of ranks until one ends well, the user ends it, or `restarts` are used up.
+fn restarting(restarts: u32, mut run: impl FnMut(u32) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    let mut generation = 0;
+    loop {
+        let result = run(generation)?;
+        if result == ExitCode::SUCCESS || INTERRUPT.load(Ordering::Relaxed) || generation >= restarts {
+            return Ok(result);
+        }
+        generation += 1;
+        eprintln!("launch: starting the ranks again ({generation} of {restarts})");
+    }
+}
+
+/// Runs a program that starts and watches the ranks itself, and ends it when this one is to end.
+fn run_to_end(mut command: Command, cannot: impl Fn() -> String) -> anyhow::Result<ExitCode> {
+    let mut child = command.spawn().with_context(cannot)?;
+    loop {
+        if let Some(status) = child.try_wait().context("cannot wait for the ranks")? {
+            return Ok(if INTERRUPT.load(Ordering::Relaxed) { ExitCode::from(INTERRUPTED) } else { code(status) });
+        }
+        if INTERRUPT.load(Ordering::Relaxed)
+            && let Some(pid) = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw)
+        {
+            // It may have ended meanwhile.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn local_hosts(n: usize) -> Vec<Host> {
@@ -98,19 +153,22 @@ fn hosts(text: &str, path: &str) -> anyhow::Result<Vec<Host>> {
     list.iter().map(host).collect()
 }
 
-/// Leaves starting the ranks to MPI's launcher.
-fn mpirun(args: &LaunchArgs, parallel: &ParallelArgs, hosts: &[Host]) -> anyhow::Result<ExitCode> {
-    let mut command = Command::new(&args.mpirun);
-    command.args(["-n", &hosts.len().to_string()]);
-    if !hosts.iter().all(Host::is_local) {
-        command.args(["--host", &hosts.iter().map(|h| h.name.as_str()).collect::<Vec<_>>().join(",")]);
-    }
+/// MPI's launcher, which starts the ranks itself.
+fn mpirun<'a>(
+    args: &'a LaunchArgs,
+    parallel: &'a ParallelArgs,
+    hosts: &'a [Host],
+) -> anyhow::Result<impl Fn() -> Command + 'a> {
     let binary = args.remote_binary.clone().map_or_else(std::env::current_exe, Ok)?;
-    command.arg(binary).args(&args.command).args(parallel.flags(hosts.len()));
-    let status = command.status().with_context(|| {
-        format!("cannot start {}; install Open MPI or MPICH, or name its launcher with --mpirun", args.mpirun.display())
-    })?;
-    Ok(code(status))
+    Ok(move || {
+        let mut command = Command::new(&args.mpirun);
+        command.args(["-n", &hosts.len().to_string()]);
+        if !hosts.iter().all(Host::is_local) {
+            command.args(["--host", &hosts.iter().map(|h| h.name.as_str()).collect::<Vec<_>>().join(",")]);
+        }
+        command.arg(&binary).args(&args.command).args(parallel.flags(hosts.len()));
+        command
+    })
 }
 
 fn code(status: ExitStatus) -> ExitCode {
@@ -143,21 +201,6 @@ struct Rank {
 }
 
 impl Launcher<'_> {
-    fn run(&self) -> anyhow::Result<ExitCode> {
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-            signal_hook::flag::register(signal, INTERRUPT.clone()).context("cannot wait for signals")?;
-        }
-        let mut generation = 0;
-        loop {
-            let result = self.generation(generation)?;
-            if result == ExitCode::SUCCESS || INTERRUPT.load(Ordering::Relaxed) || generation >= self.args.restart {
-                return Ok(result);
-            }
-            generation += 1;
-            eprintln!("launch: starting the ranks again ({generation} of {})", self.args.restart);
-        }
-    }
-
     /// Starts every rank and waits for the end of all.
     fn generation(&self, generation: u32) -> anyhow::Result<ExitCode> {
         let secret: String = Secret::random()?.0.iter().map(|b| format!("{b:02x}")).collect();
@@ -259,10 +302,7 @@ impl Launcher<'_> {
         loop {
             match events.recv_timeout(Duration::from_millis(10)) {
                 Ok(Event::News(rank, Announcement::Listening(address))) => addresses[rank] = Some(address),
-                Ok(event) => {
-                    self.show(&event, &bars);
-                    continue;
-                }
+                Ok(event) => self.show(&event, &bars),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
             if !told && addresses.iter().all(Option::is_some) {

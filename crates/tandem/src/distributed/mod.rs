@@ -18,12 +18,13 @@ use tandem_core::backend::TensorGroup;
 use tandem_core::weights::Weight;
 use tandem_core::{Backend, Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{DistributedRunner, HostReduce, Pipeline, RankRunner, Runner};
+use tandem_engine::{Answer, DistributedRunner, HostReduce, Pipeline, RankRunner};
 use tandem_model::{
-    CheckpointWeights, Division, Limits, PartWeights, Plan, Planner, RankResources, Request, Share, load_share,
+    CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe, Request,
+    Share, Stacks, WeightSource, load_share,
 };
 
-use crate::cli::{Cli, ModelArgs, ParallelArgs, TransportArg};
+use crate::cli::{ActivationsArg, Cli, ModelArgs, ParallelArgs, TransportArg};
 use crate::load::{cpu_backend, lock_memory, model_dir};
 use crate::report::bytes;
 pub(crate) use rank::Started;
@@ -90,11 +91,71 @@ fn take_joined() -> Option<Joined> {
 
 /// What a rank needs to load its part, but for the other ranks.
 #[derive(Clone)]
-struct Model {
-    config: Arc<ModelConfig>,
-    checkpoint: Arc<Checkpoint>,
-    weights: Arc<Vec<Weight>>,
-    args: ModelArgs,
+pub(crate) struct Model {
+    pub(crate) config: Arc<ModelConfig>,
+    pub(crate) weights: Arc<Vec<Weight>>,
+    pub(crate) source: Source,
+    pub(crate) threads: Option<usize>,
+    pub(crate) lock: bool,
+    pub(crate) activations: ActivationsArg,
+}
+
+/// Where its weights come from.
+#[derive(Clone)]
+pub(crate) enum Source {
+    Checkpoint(Arc<Checkpoint>),
+    /// Made up, for the configuration with this text.
+    Dummy {
+        recipe: Recipe,
+        text: String,
+    },
+}
+
+impl Model {
+    /// A checkpoint's.
+    pub(crate) fn new(config: ModelConfig, checkpoint: Checkpoint, weights: Vec<Weight>, args: &ModelArgs) -> Model {
+        Model {
+            config: Arc::new(config),
+            weights: Arc::new(weights),
+            source: Source::Checkpoint(Arc::new(checkpoint)),
+            threads: args.threads,
+            lock: args.lock,
+            activations: args.activations,
+        }
+    }
+
+    /// A hash of the configuration, and of the tensors by name, type and shape.
+    fn digest(&self) -> anyhow::Result<String> {
+        let text = match &self.source {
+            Source::Checkpoint(checkpoint) => {
+                let path = checkpoint.dir().join("config.json");
+                let config =
+                    std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+                config + &checkpoint.table()
+            }
+            Source::Dummy { recipe, text } => format!("{} {text}", recipe.name),
+        };
+        Ok(digest(text.as_bytes()))
+    }
+}
+
+/// What a rank runs on: the processor, or something around it.
+pub(crate) trait RankBackend: Backend + 'static {
+    fn of(cpu: CpuBackend) -> Self;
+    /// How a rank with this configuration answers rank 0's questions.
+    fn answer(config: &ModelConfig) -> Option<Answer<Self>>
+    where
+        Self: Sized;
+}
+
+impl RankBackend for CpuBackend {
+    fn of(cpu: CpuBackend) -> CpuBackend {
+        cpu
+    }
+
+    fn answer(_: &ModelConfig) -> Option<Answer<CpuBackend>> {
+        None
+    }
 }
 
 /// What rank 0 decides for all.
@@ -108,6 +169,8 @@ struct Setup {
     tp: Option<usize>,
     ep: Option<usize>,
     wire_bf16: bool,
+    /// 1, but for measurements.
+    sync_every: usize,
 }
 
 /// What every rank tells every other.
@@ -126,26 +189,20 @@ pub(crate) fn leads() -> bool {
     JOINED.get().is_some_and(|joined| joined.lock().unwrap_or_else(|e| e.into_inner()).is_some())
 }
 
-/// Rank 0 of several loads its part and leads; the name of its numerics.
-pub(crate) fn lead(
-    args: &ModelArgs,
-    config: &ModelConfig,
-    checkpoint: Checkpoint,
-    weights: Vec<Weight>,
+/// Rank 0 of several loads its part and leads; the name of its numerics. Tensor-parallel ranks sum in each `sync_every`th
+/// layer only, which is 1 but for measurements.
+pub(crate) fn lead<B: RankBackend>(
+    model: &Model,
+    parallel: &ParallelArgs,
     limits: Limits,
     n_slots: usize,
-) -> anyhow::Result<(Box<dyn Runner>, &'static str)> {
+    sync_every: usize,
+) -> anyhow::Result<(DistributedRunner<B>, &'static str)> {
     let joined = take_joined().context("one command loads one model on several ranks")?;
-    let (_, numerics) = cpu_backend(Some(1), args.activations, 0);
-    let model = Model {
-        config: Arc::new(config.clone()),
-        checkpoint: Arc::new(checkpoint),
-        weights: Arc::new(weights),
-        args: args.clone(),
-    };
+    let (_, numerics) = cpu_backend(Some(1), model.activations, 0);
     let parallel = match &joined {
         Joined::Tcp(started) => started.order.parallel.clone(),
-        _ => args.parallel.clone(),
+        _ => parallel.clone(),
     };
     let setup = Setup {
         max_rows: limits.max_rows,
@@ -156,22 +213,23 @@ pub(crate) fn lead(
         tp: parallel.tp,
         ep: parallel.ep,
         wire_bf16: parallel.wire_bf16,
+        sync_every,
     };
     let patience = parallel.patience()?;
     let (transport, on_this_host): (Box<dyn Transport>, usize) = match joined {
         Joined::Tcp(started) => {
             let on_this_host = started.order.on_this_host;
-            (connect(*started, &model)?, on_this_host)
+            (started.connect(model.digest()?)?, on_this_host)
         }
         Joined::Mpi => {
             let transport = mpi::init()?;
             if transport.rank() > 0 {
                 // Other ranks of an MPI job come here too; they never return.
-                let runner = load_rank(Box::new(transport), patience, &model, None, on_host(&parallel))?;
+                let runner = load_rank::<B>(Box::new(transport), patience, model, None, on_host())?;
                 runner.follow()?;
                 std::process::exit(0);
             }
-            (Box::new(transport), on_host(&parallel))
+            (Box::new(transport), on_host())
         }
         Joined::Threads(n) => {
             let mut transports = local::group(n).into_iter();
@@ -179,7 +237,7 @@ pub(crate) fn lead(
             for transport in transports {
                 let model = model.clone();
                 std::thread::spawn(move || {
-                    let result = load_rank(Box::new(transport), patience, &model, None, n)
+                    let result = load_rank::<B>(Box::new(transport), patience, &model, None, n)
                         .and_then(|runner| runner.follow().map_err(Into::into));
                     if let Err(error) = result {
                         eprintln!("error: {error:#}");
@@ -189,39 +247,33 @@ pub(crate) fn lead(
             (Box::new(first), n)
         }
     };
-    let runner = load_rank(transport, patience, &model, Some(setup), on_this_host)?;
-    Ok((Box::new(DistributedRunner::new(runner)), numerics))
+    let runner = load_rank(transport, patience, model, Some(setup), on_this_host)?;
+    Ok((DistributedRunner::new(runner), numerics))
 }
 
 /// Ranks of an MPI job on this host, as its launcher says.
-fn on_host(_parallel: &ParallelArgs) -> usize {
+fn on_host() -> usize {
     ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"]
         .iter()
         .find_map(|name| std::env::var(name).ok()?.parse().ok())
         .unwrap_or(1)
 }
 
-/// Another rank than 0, started by [`launch`]: loads its part and follows until rank 0 stops.
+/// Another rank than 0, started by [`launch`]: loads its part of a checkpoint and follows until rank 0 stops.
 pub(crate) fn follow(started: rank::Started, args: &ModelArgs) -> anyhow::Result<()> {
-    let mut args = args.clone();
-    args.model = started.order.model.clone().or(args.model);
-    let dir = model_dir(args.model.as_deref())?;
+    let dir = model_dir(started.order.model.as_deref().or(args.model.as_deref()))?;
     let config = ModelConfig::load(&dir)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let weights = tandem_model::resolve(&checkpoint, &config)?;
-    let model = Model { config: Arc::new(config), checkpoint: Arc::new(checkpoint), weights: Arc::new(weights), args };
-    let (patience, on_this_host) = (started.order.parallel.patience()?, started.order.on_this_host);
-    let transport = connect(started, &model)?;
-    load_rank(transport, patience, &model, None, on_this_host)?.follow()?;
-    Ok(())
+    follow_with::<CpuBackend>(started, &Model::new(config, checkpoint, weights, args))
 }
 
-/// Meets the other ranks over TCP.
-fn connect(started: rank::Started, model: &Model) -> anyhow::Result<Box<dyn Transport>> {
-    // The configuration, and the tensors by name, type and shape.
-    let path = model.checkpoint.dir().join("config.json");
-    let config = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    started.connect(digest((config + &model.checkpoint.table()).as_bytes()))
+/// [`follow`] with a model that is at hand.
+pub(crate) fn follow_with<B: RankBackend>(started: rank::Started, model: &Model) -> anyhow::Result<()> {
+    let (patience, on_this_host) = (started.order.parallel.patience()?, started.order.on_this_host);
+    let transport = started.connect(model.digest()?)?;
+    load_rank::<B>(transport, patience, model, None, on_this_host)?.follow()?;
+    Ok(())
 }
 
 impl rank::Started {
@@ -251,13 +303,13 @@ fn digest(bytes: &[u8]) -> String {
 }
 
 /// Introduces this rank, plans, loads its part, and waits until every rank has.
-fn load_rank(
+fn load_rank<B: RankBackend>(
     transport: Box<dyn Transport>,
     patience: Duration,
     model: &Model,
     setup: Option<Setup>,
     on_this_host: usize,
-) -> anyhow::Result<RankRunner<CpuBackend>> {
+) -> anyhow::Result<RankRunner<B>> {
     let world = Group::world(transport, patience);
     let result = load_in(&world, model, setup, on_this_host);
     if let Err(error) = &result {
@@ -266,16 +318,16 @@ fn load_rank(
     result
 }
 
-fn load_in(
+fn load_in<B: RankBackend>(
     world: &Group,
     model: &Model,
     setup: Option<Setup>,
     on_this_host: usize,
-) -> anyhow::Result<RankRunner<CpuBackend>> {
-    let Model { config, checkpoint, weights, args } = model;
+) -> anyhow::Result<RankRunner<B>> {
+    let Model { config, weights, source, .. } = model;
     let introducing = Doing::of("agreeing on a plan");
     world.set_slack(6);
-    let threads = args.threads.unwrap_or_else(|| (system::default_threads() / on_this_host.max(1)).max(1));
+    let threads = model.threads.unwrap_or_else(|| (system::default_threads() / on_this_host.max(1)).max(1));
     let round_trip = round_trip(world, config.hidden_size)?;
     let introduction = Introduction {
         host: world.host(world.rank()),
@@ -305,26 +357,31 @@ fn load_in(
         cache_bytes: &|kind, width| backend.cache_bytes(kind, width),
         ranks: &resources,
     };
-    let plan = planner.plan(Request { pp: setup.pp, tp: setup.tp, ep: setup.ep })?;
+    let plan = Arc::new(planner.plan(Request { pp: setup.pp, tp: setup.tp, ep: setup.ep })?);
     let hashes = world.gather_messages(digest(format!("{plan:?}").as_bytes()).as_bytes(), introducing)?;
     ensure!(hashes.iter().all(|h| *h == hashes[0]), "the ranks made different plans; this is a bug in tandem");
     let division = Division::new(&plan.ranks[world.rank()].part, config, weights);
     // Repacked weights take memory of their own; mapped ones can be read again from their files.
     let planned = &plan.ranks[world.rank()];
-    let backend = backend.with_repacking(planned.weight_bytes <= resources[world.rank()].memory);
+    let backend = B::of(backend.with_repacking(planned.weight_bytes <= resources[world.rank()].memory));
     if world.rank() == 0 {
         print_plan(&plan, &resources, &division);
     }
 
-    let pipeline = Pipeline::new(world.clone(), &plan);
+    let pipeline = Pipeline::new(world.clone(), plan.clone());
     let wire = if setup.wire_bf16 { Wire::Bf16 } else { Wire::F32 };
-    let reduce = (plan.tensor_size > 1)
-        .then(|| Arc::new(HostReduce::new(pipeline.tensor_group(&plan), wire, config.hidden_size)));
-    let whole = CheckpointWeights::new(checkpoint, weights.to_vec());
-    let source = PartWeights::new(&whole, weights, division.clone());
+    let reduce = (plan.tensor_size > 1).then(|| {
+        let reduce = HostReduce::new(pipeline.tensor_group(), wire, config.hidden_size);
+        Arc::new(reduce.with_sync_every(setup.sync_every))
+    });
+    let whole: Box<dyn WeightSource + '_> = match source {
+        Source::Checkpoint(checkpoint) => Box::new(CheckpointWeights::new(checkpoint, weights.to_vec())),
+        Source::Dummy { recipe, .. } => Box::new(DummyWeights::new(config, recipe, Stacks::Distinct)),
+    };
+    let source = PartWeights::new(&*whole, weights, division.clone());
     let total = planned.weight_bytes;
     let (mut loaded, mut last) = (0, Instant::now());
-    let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<CpuBackend>>);
+    let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<B>>);
     let limits = Limits { max_rows: setup.max_rows, max_logits_rows: setup.max_logits_rows };
     let local_config = division.config(config);
     let loaded_model = load_share(&backend, &local_config, &source, Share { division, group }, limits, &mut |n| {
@@ -335,7 +392,7 @@ fn load_in(
         }
     })?;
     announce(&Announcement::Loading { done: total, total });
-    if args.lock {
+    if model.lock {
         lock_memory();
     }
     let runner = RankRunner::new(
@@ -347,7 +404,8 @@ fn load_in(
         config.vocab_size,
         config.hidden_size,
         setup.n_slots,
-    );
+    )
+    .with_answer(B::answer(&local_config));
     world.set_slack(LOADING_PATIENCES);
     world.barrier(Doing::of("waiting for every rank to load"))?;
     world.set_slack(1);

@@ -1,0 +1,225 @@
+//! `tandem bench matrix`: one table of controlled comparisons that shows what limits decoding. Each row is `bench decode`
+//! of random weights of the same shapes, with one thing changed, in a process of its own.
+
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::cli::BenchMatrixArgs;
+use crate::report::print_json;
+
+/// Where a step's time goes, by the names of `bench decode`'s breakdown; "other" and "norms" are the rest.
+const SHARES: [(&str, &[&str]); 5] = [
+    ("weights", &["attention_projections", "router", "experts", "dense_mlp", "lm_head"]),
+    ("attention", &["sparse_attention", "indexer"]),
+    ("communication", &["communication"]),
+    ("waiting", &["waiting"]),
+    ("host", &["norms", "other"]),
+];
+
+/// Runs the command.
+pub(crate) fn matrix(args: &BenchMatrixArgs) -> anyhow::Result<()> {
+    ensure!(args.ranks >= 2, "--ranks is {}, expected at least 2: one rank is measured anyhow", args.ranks);
+    let mut rows = vec![];
+    for (name, flags) in comparisons(args) {
+        eprintln!("{name}: tandem {}", flags.join(" "));
+        rows.push(match measure(&flags) {
+            Ok(result) => row(name, &flags, &result),
+            Err(error) => json!({ "row": name, "flags": flags, "error": format!("{error:#}") }),
+        });
+    }
+    let verdict = verdict(&rows, args.ranks);
+    if args.json {
+        return print_json(&json!({ "command": "matrix", "ranks": args.ranks, "rows": rows, "verdict": verdict }));
+    }
+    print(&rows);
+    println!("\n{verdict}");
+    Ok(())
+}
+
+/// Names and flags of the rows.
+fn comparisons(args: &BenchMatrixArgs) -> Vec<(&'static str, Vec<String>)> {
+    let ranks = args.ranks.to_string();
+    let ranks = ranks.as_str();
+    let half = args.num_layers.map(|n| (n / 2).max(1).to_string());
+    let mut rows: Vec<(&str, Vec<&str>)> = vec![
+        ("one rank, mxfp4", vec![]),
+        ("one rank, affine 4 bits", vec!["--quant", "affine4"]),
+        ("one rank, affine 8 bits", vec!["--quant", "affine8"]),
+        ("pipeline, tcp", vec!["--pp", ranks]),
+        ("pipeline, threads", vec!["--pp", ranks, "--transport", "local"]),
+        ("slices, tcp", vec!["--tp", ranks]),
+        ("slices, threads", vec!["--tp", ranks, "--transport", "local"]),
+        ("slices, sums in every 4th layer", vec!["--tp", ranks, "--sync-every", "4"]),
+        ("slices, sums in no layer", vec!["--tp", ranks, "--sync-every", "1000000"]),
+    ];
+    if let Some(half) = &half {
+        rows.insert(3, ("one rank, half the layers", vec!["--num-layers", half]));
+    }
+    let with_base = |(name, extra): (&'static str, Vec<&str>)| {
+        let has = |flag: &str| extra.contains(&flag);
+        let n_ranks = if has("--pp") || has("--tp") { args.ranks } else { 1 };
+        let mut flags: Vec<String> =
+            ["bench", "decode", "--json", "--load-format", "dummy"].iter().map(ToString::to_string).collect();
+        let mut add = |flag: &str, value: Option<String>| {
+            if let Some(value) = value.filter(|_| !has(flag)) {
+                flags.extend([flag.to_string(), value]);
+            }
+        };
+        add("--model", args.model.clone());
+        add("--config", args.config.clone());
+        add("--num-layers", args.num_layers.map(|n| n.to_string()));
+        add("--first-dense", args.first_dense.map(|n| n.to_string()));
+        add("--vocab", args.vocab.map(|n| n.to_string()));
+        add("--quant", Some("mxfp4".to_string()));
+        add("--context", Some(args.context.to_string()));
+        add("--steps", Some(args.steps.to_string()));
+        // The same cores for every row.
+        add("--threads", args.threads.map(|n| (n / n_ranks).max(1).to_string()));
+        flags.extend(extra.iter().map(ToString::to_string));
+        (name, flags)
+    };
+    rows.into_iter().map(with_base).collect()
+}
+
+fn measure(flags: &[String]) -> anyhow::Result<Value> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let output = Command::new(program).args(flags).output().context("cannot start this program again")?;
+    // What stays in the processor's cache is an error of `bench decode` after its report, and a fraction above 1 here.
+    if output.stdout.is_empty() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let error =
+            said.lines().rev().find_map(|line| line.split_once("error: ")).map_or("no reason given", |(_, e)| e);
+        bail!("{error}");
+    }
+    serde_json::from_slice(&output.stdout).context("the measurement's JSON")
+}
+
+fn row(name: &str, flags: &[String], result: &Value) -> Value {
+    let total = result["breakdown_total_ms"].as_f64().unwrap_or(f64::NAN);
+    let of = |kinds: &[&str]| -> f64 { kinds.iter().filter_map(|k| result["breakdown_ms"][k].as_f64()).sum() };
+    let mut row = json!({
+        "row": name,
+        "flags": flags,
+        "tokens_per_second": result["tokens_per_second"],
+        "decode_ms_median": result["decode_ms_median"],
+        "bandwidth_fraction": result["bandwidth_fraction"],
+        "major_page_faults": result["major_page_faults"],
+        "resident_share": result["resident_share"],
+    });
+    for (share, kinds) in SHARES {
+        row["share"][share] = json!(of(kinds) / total);
+    }
+    row
+}
+
+fn print(rows: &[Value]) {
+    print!("{:<34}{:>8}{:>8}", "", "tok/s", "of BW");
+    SHARES.iter().for_each(|(share, _)| print!("{share:>15}"));
+    println!("{:>8}{:>10}", "faults", "resident");
+    for row in rows {
+        let name = row["row"].as_str().unwrap_or("");
+        if let Some(error) = row["error"].as_str() {
+            println!("{name:<34}  not measured: {error}");
+            continue;
+        }
+        let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+        print!("{name:<34}{:>8.2}", number(&row["tokens_per_second"]));
+        print!("{:>6.0} %", 100.0 * number(&row["bandwidth_fraction"]));
+        SHARES.iter().for_each(|(share, _)| print!("{:>13.1} %", 100.0 * number(&row["share"][share])));
+        println!("{:>8}{:>8.0} %", row["major_page_faults"], 100.0 * number(&row["resident_share"]));
+    }
+}
+
+/// What limits one rank, and what several ranks lose.
+fn verdict(rows: &[Value], n_ranks: usize) -> String {
+    let find = |name: &str| rows.iter().find(|r| r["row"] == name && r["error"].is_null());
+    let speed = |row: &Value| row["tokens_per_second"].as_f64().unwrap_or(0.0);
+    let share = |row: &Value, name: &str| row["share"][name].as_f64().unwrap_or(0.0);
+    let Some(one) = find("one rank, mxfp4") else {
+        return "bottleneck: unknown, one rank was not measured".to_string();
+    };
+    if one["resident_share"].as_f64().is_some_and(|s| s < 0.9) || one["major_page_faults"].as_u64() > Some(100) {
+        return "bottleneck: the disk. The weights are not all in memory: free memory, use fewer bits, or more machines"
+            .to_string();
+    }
+    let divided = ["pipeline, tcp", "pipeline, threads", "slices, tcp", "slices, threads"].into_iter().filter_map(find);
+    let best = divided.max_by(|a, b| speed(a).total_cmp(&speed(b)));
+    let (row, where_) = match best {
+        Some(best) if speed(best) > speed(one) => (best, best["row"].as_str().unwrap_or("")),
+        _ => (one, "one rank"),
+    };
+    let Some((worst, _)) = SHARES.iter().max_by(|a, b| share(row, a.0).total_cmp(&share(row, b.0))) else {
+        return String::new();
+    };
+    let advice = match *worst {
+        "weights" => "reading weights; fewer bits, faster memory, or slices on more machines help",
+        "attention" => "attention over the context; fewer tokens in the cache help, other weight formats do not",
+        "communication" => "messages between ranks; a pipeline, or a network with shorter round trips, helps",
+        "waiting" => "ranks that wait for a slower one; give it less, or stop what else it does",
+        _ => "work outside of the matrices; the model is small for this machine",
+    };
+    let mut text = format!(
+        "bottleneck: {worst}, {:.0} % of the time in the fastest division ({where_}): {advice}",
+        100.0 * share(row, worst)
+    );
+    if let Some(best) = best {
+        text += &format!(
+            ". {n_ranks} ranks at their best ({}) run at {:.2} times the speed of one rank with all cores",
+            best["row"].as_str().unwrap_or(""),
+            speed(best) / speed(one)
+        );
+    }
+    if let (Some(slices), Some(without)) = (find("slices, tcp"), find("slices, sums in no layer")) {
+        text +=
+            &format!("; without any sums, slices would run at {:.2} times their speed", speed(without) / speed(slices));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flags_of_every_row_are_known() {
+        use clap::Parser as _;
+        let args = ["tandem", "bench", "matrix", "--config", "glm-5.1", "--num-layers", "2", "--threads", "4"];
+        let cli = crate::cli::Cli::parse_from(args);
+        let crate::cli::Command::Bench(bench) = cli.command else { panic!("another command") };
+        let crate::cli::BenchCommand::Matrix(args) = bench.command else { panic!("another benchmark") };
+        let rows = comparisons(&args);
+        assert_eq!(rows.len(), 10);
+        for (name, flags) in rows {
+            let words = std::iter::once("tandem".to_string()).chain(flags.iter().cloned());
+            let row = crate::cli::Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let model = row.command.bench_model_args().expect("bench decode");
+            let ranks = model.parallel.n_ranks().expect("valid");
+            assert_eq!(model.threads, Some(4 / ranks), "{name}");
+        }
+    }
+
+    fn measured(name: &str, speed: f64, weights: f64, communication: f64) -> Value {
+        json!({
+            "row": name, "tokens_per_second": speed, "resident_share": 1.0, "major_page_faults": 0,
+            "share": { "weights": weights, "communication": communication, "attention": 0.1 },
+        })
+    }
+
+    #[test]
+    fn the_verdict_names_the_largest_share_of_the_fastest_division() {
+        let one = measured("one rank, mxfp4", 10.0, 0.9, 0.0);
+        let slow =
+            [one.clone(), measured("slices, tcp", 4.0, 0.2, 0.7), measured("slices, sums in no layer", 8.0, 1.0, 0.0)];
+        let text = verdict(&slow, 2);
+        assert!(text.starts_with("bottleneck: weights, 90 %") && text.contains("0.40 times"), "{text}");
+        assert!(text.contains("without any sums, slices would run at 2.00 times"), "{text}");
+        let fast = [one.clone(), measured("slices, tcp", 16.0, 0.4, 0.5)];
+        assert!(verdict(&fast, 2).starts_with("bottleneck: communication, 50 %"), "{}", verdict(&fast, 2));
+        let mut swapped = one;
+        swapped["resident_share"] = json!(0.5);
+        assert!(verdict(&[swapped], 2).starts_with("bottleneck: the disk"));
+        assert!(verdict(&[json!({"row": "one rank, mxfp4", "error": "no"})], 2).contains("unknown"));
+    }
+}

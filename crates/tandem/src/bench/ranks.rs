@@ -1,0 +1,236 @@
+//! Benchmarks on several ranks: rank 0 asks the others to fill their caches and what they measured.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tandem_core::backend::CacheKind;
+use tandem_core::{Backend, Batch, ModelConfig};
+use tandem_cpu::bandwidth::measure_read_bandwidth;
+use tandem_cpu::{CpuBackend, Pool, system};
+use tandem_engine::{Answer, DistributedRunner, EngineError, Operation, Profile, Profiled, RankTimes, Runner};
+
+use super::device::{BenchRunner, count_distinct};
+use crate::cli::BenchModelArgs;
+use crate::distributed::{self, Model, RankBackend};
+use crate::load::Shape;
+
+/// Read by each rank for its bandwidth.
+const BANDWIDTH_BYTES: usize = 512 << 20;
+
+/// What rank 0 asks.
+#[derive(Serialize, Deserialize)]
+enum Question {
+    /// Random vectors in so many slots of the cache.
+    Fill(usize),
+    /// Bytes per second that the rank's threads read, f64.
+    Bandwidth,
+    /// Start to measure, operations one by one if asked.
+    Start { profile: bool },
+    /// Stop; a [`RankReport`].
+    Stop,
+}
+
+/// What one rank did between start and stop. Times are sums in ms.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct RankReport {
+    /// Its pipeline stage.
+    pub(super) stage: usize,
+    /// By operation, as in [`Operation::ALL`]; zeros without a profile.
+    pub(super) operations: Vec<f64>,
+    /// Different experts in all runs of its MoE layers, and the number of these runs.
+    pub(super) experts: (u64, u64),
+    pub(super) working: f64,
+    pub(super) summing: f64,
+    pub(super) receiving: f64,
+    pub(super) sending: f64,
+    pub(super) major_faults: u64,
+    pub(super) resident_bytes: u64,
+}
+
+impl RankReport {
+    pub(super) fn new(profile: &Profile, times: &RankTimes, faults_before: u64) -> RankReport {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        RankReport {
+            stage: 0,
+            operations: Operation::ALL.iter().map(|o| ms(profile.time(*o))).collect(),
+            experts: profile.experts(),
+            working: ms(times.working),
+            summing: ms(times.summing),
+            receiving: ms(times.receiving),
+            sending: ms(times.sending),
+            major_faults: system::major_page_faults() - faults_before,
+            resident_bytes: system::resident_memory_bytes().unwrap_or(0),
+        }
+    }
+}
+
+/// One value per stage: the mean of its ranks' and the smallest.
+pub(super) fn by_stage(reports: &[RankReport], value: impl Fn(&RankReport) -> f64) -> (f64, f64) {
+    let (mut means, mut least) = (0.0, 0.0);
+    for stage in reports.chunk_by(|a, b| a.stage == b.stage) {
+        means += stage.iter().map(&value).sum::<f64>() / stage.len() as f64;
+        least += stage.iter().map(&value).fold(f64::INFINITY, f64::min);
+    }
+    (means, least)
+}
+
+impl RankBackend for Profiled<CpuBackend> {
+    fn of(cpu: CpuBackend) -> Self {
+        Profiled::new(cpu, count_distinct)
+    }
+
+    fn answer(config: &ModelConfig) -> Option<Answer<Self>> {
+        let (config, mut faults) = (config.clone(), 0);
+        Some(Box::new(move |backend, cache, times, question| {
+            match serde_json::from_slice(question) {
+                Ok(Question::Fill(n_slots)) => cache.fill_random(backend, &config, n_slots, 1),
+                Ok(Question::Bandwidth) => {
+                    let bandwidth = measure_read_bandwidth(backend.inner().pool(), BANDWIDTH_BYTES);
+                    return bandwidth.to_le_bytes().to_vec();
+                }
+                Ok(Question::Start { profile }) => {
+                    (*times, faults) = (RankTimes::default(), system::major_page_faults());
+                    if profile {
+                        backend.start();
+                    }
+                }
+                Ok(Question::Stop) => {
+                    let report = RankReport::new(&backend.stop(), times, faults);
+                    return serde_json::to_vec(&report).unwrap_or_default();
+                }
+                Err(error) => tracing::error!("rank 0 asked something else than expected: {error}"),
+            }
+            vec![]
+        }))
+    }
+}
+
+/// Rank 0 of a benchmark.
+struct Ranks {
+    runner: DistributedRunner<Profiled<CpuBackend>>,
+    bandwidth: f64,
+}
+
+/// Loads rank 0's part; the second value is the name of the numerics.
+pub(super) fn load(
+    args: &BenchModelArgs,
+    model: &Model,
+    shape: Shape<'_>,
+) -> anyhow::Result<(Box<dyn BenchRunner>, &'static str)> {
+    let Shape { limits, n_slots, .. } = shape;
+    let (runner, numerics) = distributed::lead(model, &args.parallel, limits, n_slots, args.sync_every)?;
+    let mut ranks = Ranks { runner, bandwidth: 0.0 };
+    ranks.bandwidth = ranks.measure_bandwidth()?;
+    Ok((Box::new(ranks), numerics))
+}
+
+impl Ranks {
+    fn ask(&mut self, ranks: std::ops::Range<usize>, question: &Question) -> anyhow::Result<Vec<Vec<u8>>> {
+        Ok(self.runner.ask(ranks, &serde_json::to_vec(question)?)?)
+    }
+
+    /// Bytes of one token over the time in which memory alone would deliver them: the ranks of a stage read at the same
+    /// time, stages one after the other.
+    fn measure_bandwidth(&mut self) -> anyhow::Result<f64> {
+        let (n_stages, size) = (self.runner.plan().n_stages, self.runner.plan().tensor_size);
+        let (mut bytes, mut seconds) = (0.0, 0.0);
+        for stage in 0..n_stages {
+            let ranks = stage * size..(stage + 1) * size;
+            let answers = self.ask(ranks.clone(), &Question::Bandwidth)?;
+            let mut slowest = 0.0f64;
+            for (rank, answer) in ranks.zip(answers) {
+                let bandwidth = answer.first_chunk().map(|b| f64::from_le_bytes(*b)).context("a rank's bandwidth")?;
+                let read = self.runner.plan().ranks[rank].read_bytes as f64;
+                eprintln!("read bandwidth of rank {rank}: {:.2} GB/s", bandwidth / 1e9);
+                bytes += read;
+                slowest = slowest.max(read / bandwidth);
+            }
+            seconds += slowest;
+        }
+        Ok(bytes / seconds)
+    }
+}
+
+impl BenchRunner for Ranks {
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.runner.step(batch, logits)
+    }
+
+    fn start(&mut self, profile: bool) -> anyhow::Result<()> {
+        let n = self.runner.plan().ranks.len();
+        self.ask(0..n, &Question::Start { profile }).map(drop)
+    }
+
+    fn stop(&mut self) -> anyhow::Result<Vec<RankReport>> {
+        let size = self.runner.plan().tensor_size;
+        let answers = self.ask(0..self.runner.plan().ranks.len(), &Question::Stop)?;
+        let report = |(rank, answer): (usize, &Vec<u8>)| {
+            let report: RankReport = serde_json::from_slice(answer).context("a rank's report")?;
+            Ok(RankReport { stage: rank / size, ..report })
+        };
+        answers.iter().enumerate().map(report).collect()
+    }
+
+    fn fill_cache(&mut self, _: &ModelConfig, n_slots: usize) -> anyhow::Result<()> {
+        let n = self.runner.plan().ranks.len();
+        self.ask(0..n, &Question::Fill(n_slots)).map(drop)
+    }
+
+    fn cache_bytes(&self, kind: CacheKind, width: usize) -> usize {
+        self.runner.backend().cache_bytes(kind, width)
+    }
+
+    fn bandwidth(&self) -> f64 {
+        self.bandwidth
+    }
+
+    fn pool(&self) -> Option<Arc<Pool>> {
+        None
+    }
+
+    fn peak(&self) -> Option<f64> {
+        None
+    }
+
+    fn index_agreement(&self, _: usize, _: usize, _: usize, _: usize) -> Option<f64> {
+        None
+    }
+
+    fn peak_memory_bytes(&self) -> u64 {
+        system::peak_memory_bytes()
+    }
+
+    fn name(&self) -> String {
+        let plan = self.runner.plan();
+        let cpu = self.runner.backend().inner();
+        let (stages, size) = (plan.n_stages, plan.tensor_size);
+        format!("{stages} stages of {size} ranks, {} threads each, {}", cpu.n_threads(), cpu.isa())
+    }
+
+    fn describe(&self) -> Map<String, Value> {
+        let plan = self.runner.plan();
+        let cpu = self.runner.backend().inner();
+        let ranks: Vec<Value> = plan
+            .ranks
+            .iter()
+            .enumerate()
+            .map(|(rank, planned)| {
+                json!({
+                    "host": self.runner.host(rank),
+                    "layers": [planned.part.layers.start, planned.part.layers.end],
+                    "weight_bytes": planned.weight_bytes,
+                    "read_bytes": planned.read_bytes,
+                })
+            })
+            .collect();
+        let value = json!({
+            "threads": cpu.n_threads(), "isa": cpu.isa().to_string(),
+            "pipeline_stages": plan.n_stages, "tensor_ranks": plan.tensor_size, "ranks": ranks,
+        });
+        let Value::Object(map) = value else { return Map::new() };
+        map
+    }
+}
