@@ -170,6 +170,7 @@ def main():
     p.add_argument("--context", type=int, default=512)
     p.add_argument("--activations", default="int8,bf16", help="numerics of ours; ratios refer to the first")
     p.add_argument("--no-repack", action="store_true", help="llama.cpp keeps the file's layout (needs half the memory)")
+    p.add_argument("--no-mmap", action="store_true", help="llama.cpp reads its file into memory (where the system drops file pages)")
     p.add_argument("--delete-gguf", action="store_true", help="remove the GGUF afterwards")
     p.add_argument("--timeout", type=int, default=1800, help="seconds for one process")
     p.add_argument("--note", default="", help="kept in the JSON")
@@ -237,7 +238,7 @@ def main():
 
     def run_llama(what, gguf_file, decode_case, prefills, steps):
         r = attempt(what, [python, HERE / "run_llama.py", gguf_file, "--threads", a.threads, "--context", a.context, "--steps", steps,
-                           "--prefill", ",".join(map(str, prefills)), *(["--no-repack"] if a.no_repack else [])])
+                           "--prefill", ",".join(map(str, prefills)), *(["--no-repack"] if a.no_repack else []), *(["--no-mmap"] if a.no_mmap else [])])
         if r:
             table.add(decode_case, "llama.cpp", r["decode_s"], bytes_=r["bytes_per_token"] - (r["indexer_q_bytes"] if a.context < 2048 else 0), layers=r["layers"])
             for n, case in prefills.items():

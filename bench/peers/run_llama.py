@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times llama.cpp (through llama-cpp-python's C interface) on one GGUF; prints one JSON object.
 
-usage: run_llama.py MODEL.gguf [--threads 2] [--context 512] [--steps 24] [--prefill 256,512] [--repeats 2] [--no-repack]
+usage: run_llama.py MODEL.gguf [--threads 2] [--context 512] [--steps 24] [--prefill 256,512] [--repeats 2] [--no-repack] [--no-mmap]
 
-Prompts and decoded tokens are random and differ from step to step, so that routing does. The memory map is on, as is
+Prompts and decoded tokens are random and differ from step to step, so that routing does. The memory map is on unless told otherwise, as is
 llama.cpp's default; the first prefill of each length is not timed (it pages the weights in). Bytes per decoded token
 come from the file: every matrix once, of the routed experts the share that is used, no token embedding row.
 """
@@ -45,6 +45,7 @@ def main():
     p.add_argument("--prefill", default="256,512")
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--no-repack", action="store_true", help="do not let llama.cpp repack weights for this processor")
+    p.add_argument("--no-mmap", action="store_true", help="read the file into memory, where the system keeps no file pages")
     p.add_argument("--seed", type=int, default=1)
     a = p.parse_args()
     lengths = [int(x) for x in a.prefill.split(",") if x]
@@ -55,6 +56,7 @@ def main():
     L.llama_backend_init()
     mp = L.llama_model_default_params()
     mp.n_gpu_layers = 0
+    mp.use_mmap = not a.no_mmap
     if a.no_repack:
         mp.use_extra_bufts = False
     model = L.llama_model_load_from_file(a.model.encode(), mp)
