@@ -247,6 +247,8 @@ struct Service {
     n_ranks: usize,
     url: String,
     said: Arc<Mutex<String>>,
+    /// Counts restarts.
+    generation: usize,
 }
 
 impl Service {
@@ -254,7 +256,7 @@ impl Service {
         // The same port for every generation, as clients would have it.
         let port = TcpListener::bind("127.0.0.1:0").expect("loopback").local_addr().expect("bound").port();
         let port_text = port.to_string();
-        let launch = ["launch", "--deadline", "4", "--restart", "5"];
+        let launch = ["launch", "--deadline", "4", "--restart", "1000", "--start-timeout", "600"];
         let serve =
             ["--", "serve", "--port", &port_text, "--threads", "1", "--activations", "f32", "--context", "2048"];
         let mut launch = command(&[&launch[..], flags, &serve].concat());
@@ -264,7 +266,7 @@ impl Service {
         std::thread::spawn(move || {
             lines.map_while(Result::ok).for_each(|line| *listener.lock().expect("no panic") += &(line + "\n"));
         });
-        Service { launch, n_ranks, url: format!("http://127.0.0.1:{port}"), said }
+        Service { launch, n_ranks, url: format!("http://127.0.0.1:{port}"), said, generation: 0 }
     }
 
     fn said(&self) -> String {
@@ -287,24 +289,29 @@ impl Service {
         children(self.launch.id())
     }
 
-    /// Waits until generation `n`, counted from 0, answers.
-    fn wait_until_ready(&mut self, n: usize) {
-        self.wait("ready", |s| s.said().matches("on http://").count() > n);
+    /// Waits until this generation answers.
+    fn wait_until_ready(&mut self) {
+        self.wait("ready", |s| {
+            let said = s.said();
+            let own = said.split("starting the ranks again").nth(s.generation);
+            own.is_some_and(|said| said.contains("on http://"))
+        });
     }
 
-    /// Rank `victim` of generation `n` dies at once: the others end within the deadline, and a new generation answers
-    /// like the one before. Returns how long the others took.
-    fn kill(&mut self, n: usize, victim: usize, ranks: &[u32], expected: &Value) -> Duration {
+    /// Rank `victim` dies at once: the others end within the deadline, which is returned, and a new generation starts.
+    fn kill(&mut self, victim: usize) -> Duration {
+        let ranks = self.ranks();
         let start = Running::now();
         signal(ranks[victim], "KILL");
         self.wait("the others end", |_| !ranks.iter().any(|pid| runs(*pid)));
         let took = start.elapsed();
         assert!(took < Duration::from_secs(4), "the others ended after {took:?}: {}", self.said());
-        self.wait_until_ready(n + 1);
+        self.generation += 1;
+        let again = format!("starting the ranks again ({} of 1000)", self.generation);
+        self.wait("a new generation", |s| s.said().contains(&again));
         let said = self.said();
-        let last = said.matches(&format!("rank {victim} (localhost) ended first: signal: 9")).count();
-        assert!(last >= 1 && said.contains(&format!("starting the ranks again ({} of 5)", n + 1)), "{said}");
-        assert_eq!(text_of(ask(&self.url, PROMPT, 8)), *expected, "{said}");
+        let end = said.split("starting the ranks again").nth(self.generation - 1).expect("the last generation");
+        assert!(end.contains(&format!("rank {victim} (localhost) ended first: signal: 9")), "{said}");
         took
     }
 
@@ -376,9 +383,8 @@ fn text_of(answer: Option<(u16, Value)>) -> Value {
 #[test]
 fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() {
     let mut service = Service::start(2, &["--pp", "2"]);
-    service.wait_until_ready(0);
+    service.wait_until_ready();
     let expected = text_of(ask(&service.url, PROMPT, 8));
-    let ranks = service.ranks();
 
     // While two requests are answered, one of them as a stream.
     let url = format!("{}/v1/completions", service.url);
@@ -392,26 +398,25 @@ fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() 
         data.inspect(|_| sender.send(()).unwrap_or(())).collect::<Vec<_>>()
     });
     first_token.recv().expect("a stream");
-    std::thread::scope(|scope| {
-        let whole = scope.spawn(|| ask(&service.url, PROMPT, 1900));
-        std::thread::sleep(Duration::from_millis(100));
-        signal(ranks[1], "KILL");
-        let (status, body) = whole.join().expect("no panic").expect("an answer");
-        assert_eq!(status, 503, "{body}");
-        let message = body["error"]["message"].as_str().expect("OpenAI's form");
-        assert!(message.contains("rank 1 (localhost, layers 0 to") && message.contains("is gone"), "{message}");
-    });
+    let url = service.url.clone();
+    let whole = std::thread::spawn(move || ask(&url, PROMPT, 1900));
+    std::thread::sleep(Duration::from_millis(100));
+    service.kill(1);
+    let (status, body) = whole.join().expect("no panic").expect("an answer");
+    assert_eq!(status, 503, "{body}");
+    let message = body["error"]["message"].as_str().expect("OpenAI's form");
+    assert!(message.contains("rank 1 (localhost, layers 0 to") && message.contains("is gone"), "{message}");
     let events = stream.join().expect("no panic");
     let errors = events.iter().filter(|data| data.contains("\"error\"")).count();
     assert_eq!(errors, 1, "{:?}", events.last());
-    service.wait_until_ready(1);
-    assert_eq!(text_of(ask(&service.url, PROMPT, 8)), expected);
-
-    // While nothing happens, and rank 0 itself.
-    for (generation, victim) in [(1, 1), (2, 0)] {
-        let ranks = service.ranks();
-        service.kill(generation, victim, &ranks, &expected);
+    // Then while nothing happens, and rank 0 itself.
+    for victim in [1, 0] {
+        service.wait_until_ready();
+        assert_eq!(text_of(ask(&service.url, PROMPT, 8)), expected);
+        service.kill(victim);
     }
+    service.wait_until_ready();
+    assert_eq!(text_of(ask(&service.url, PROMPT, 8)), expected);
     service.end();
 }
 
@@ -431,49 +436,52 @@ fn soak_of_killed_ranks() {
     let mut slowest = Duration::ZERO;
     let mut expected = None;
     let (mut errors, mut broken, mut complete) = (0, 0, 0);
-    for i in 0..200 {
-        let (n, flags) =
-            [(2, ["--pp", "2"]), (3, ["--pp", "3"]), (2, ["--tp", "2"]), (2, ["--ep", "2"])][next(4) as usize];
-        let victim = next(n as u64) as usize;
-        let phase = ["load", "prefill", "decode", "idle"][i % 4];
-        let moment = Duration::from_millis(next(if phase == "load" { 1500 } else { 700 }));
+    let layouts = [(2, ["--pp", "2"]), (3, ["--pp", "3"]), (2, ["--tp", "2"]), (2, ["--ep", "2"])];
+    for (n, flags) in layouts {
         let mut service = Service::start(n, &flags);
-        let ranks = service.ranks();
-        if expected.is_none() || phase != "load" {
-            service.wait_until_ready(0);
-            expected.get_or_insert_with(|| text_of(ask(&service.url, PROMPT, 8)));
-        }
-        let expected = expected.as_ref().expect("set above");
-        let request = match phase {
-            "prefill" => Some((long_prompt.clone(), 4)),
-            "decode" => Some((PROMPT.to_string(), 1900)),
-            _ => None,
-        };
-        let url = service.url.clone();
-        let request = request.map(|(prompt, max_tokens)| std::thread::spawn(move || ask(&url, &prompt, max_tokens)));
-        std::thread::sleep(moment);
-        let took = service.kill(0, victim, &ranks, expected);
-        slowest = slowest.max(took);
-        let answer = request.map(|request| request.join().expect("no panic"));
-        let outcome = match answer {
-            None => "nothing asked".to_string(),
-            Some(None) => "connection broken".to_string(),
-            Some(Some((status, _))) => format!("status {status}"),
-        };
-        match &answer {
-            Some(None) => {
-                assert_eq!(victim, 0, "only rank 0 has connections");
-                broken += 1;
+        for i in 0..50 {
+            let victim = next(n as u64) as usize;
+            let phase = ["load", "prefill", "decode", "idle"][i % 4];
+            let moment = Duration::from_millis(next(if phase == "load" { 1500 } else { 700 }));
+            if phase != "load" {
+                service.wait_until_ready();
+                let text = text_of(ask(&service.url, PROMPT, 8));
+                assert_eq!(text, *expected.get_or_insert(text.clone()), "{}", service.said());
             }
-            Some(Some((200, _))) => complete += 1,
-            Some(Some((status, body))) => {
-                assert!(*status == 503 && body["error"]["message"].is_string(), "{status} {body}");
-                errors += 1;
-            }
-            None => {}
+            let request = match phase {
+                "prefill" => Some((long_prompt.clone(), 4)),
+                "decode" => Some((PROMPT.to_string(), 1900)),
+                _ => None,
+            };
+            let request = request.map(|(prompt, max_tokens)| {
+                let url = service.url.clone();
+                std::thread::spawn(move || ask(&url, &prompt, max_tokens))
+            });
+            std::thread::sleep(moment);
+            let took = service.kill(victim);
+            slowest = slowest.max(took);
+            let outcome = match request.map(|request| request.join().expect("no panic")) {
+                None => "nothing asked".to_string(),
+                Some(None) => {
+                    assert_eq!(victim, 0, "only rank 0 has connections");
+                    broken += 1;
+                    "connection broken".to_string()
+                }
+                Some(Some((status, body))) => {
+                    assert!(status == 200 || body["error"]["message"].is_string(), "{status} {body}");
+                    if status == 200 {
+                        complete += 1
+                    } else {
+                        errors += 1
+                    }
+                    format!("status {status}")
+                }
+            };
+            println!("{phase}, {flags:?}, rank {victim} killed after {moment:?}: {outcome}, all ended after {took:?}");
         }
+        service.wait_until_ready();
+        assert_eq!(Some(text_of(ask(&service.url, PROMPT, 8))), expected);
         service.end();
-        println!("{i}: {phase}, {flags:?}, rank {victim} killed after {moment:?}: {outcome}, all ended after {took:?}");
     }
     println!(
         "200 kills; of 100 requests in flight {errors} got one error, {broken} lost their connection with rank 0, {complete} \

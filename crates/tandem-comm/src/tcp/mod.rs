@@ -22,9 +22,9 @@ use crate::error::{CommError, Failure};
 use crate::frame::{Counters, HEADER, Header};
 use crate::transport::{Channel, Incoming, Transport, Wait};
 
-/// How long a waiting rank stays awake. A sleeping core takes 50 to 150 us to wake up, as long as a hop between hosts; what
-/// else wants the core gets it meanwhile. Stages of small models and sums come within this time.
-const AWAKE: Duration = Duration::from_millis(20);
+/// A rank stays awake from this long before a message is due, by the last one, until this long after: a sleeping core takes
+/// 50 to 250 us to wake up, as long as a hop between hosts. It shares the core with what else wants it, so not for longer.
+const AWAKE: Duration = Duration::from_millis(2);
 /// A turn that takes longer than this was not spent waiting.
 const SUSPENDED: Duration = Duration::from_secs(1);
 /// How long the reason of a closed connection may take to arrive on the other one.
@@ -79,6 +79,8 @@ struct Link {
     again: VecDeque<u8>,
     /// Commands that the connection has not taken yet.
     posted: VecDeque<u8>,
+    /// How long the last message of each channel was waited for.
+    waited: [Duration; Channel::N],
 }
 
 impl Link {
@@ -140,6 +142,7 @@ pub fn connect(listener: TcpListener, config: TcpConfig) -> Result<Tcp, CommErro
                     early: Default::default(),
                     again: VecDeque::new(),
                     posted: VecDeque::new(),
+                    waited: Default::default(),
                 }));
                 controls.push(Some(control));
             }
@@ -290,8 +293,8 @@ impl Tcp {
         Ok(progress)
     }
 
-    /// Waits until a connection is ready, the group fails, or 100 ms pass, awake at first.
-    fn sleep(&self, sending: Option<usize>, receiving: Option<usize>) -> std::io::Result<()> {
+    /// Waits until a connection is ready, the group fails, or 100 ms pass; `due` is when the message should come.
+    fn sleep(&self, sending: Option<usize>, receiving: Option<usize>, due: Instant) -> std::io::Result<()> {
         let mut fds = Vec::with_capacity(3);
         for (rank, flags) in [(sending, PollFlags::OUT), (receiving, PollFlags::IN)] {
             if let Some(link) = rank.and_then(|r| self.links[r].as_ref()) {
@@ -301,15 +304,17 @@ impl Tcp {
         let posting = self.links.iter().flatten().filter(|link| !link.posted.is_empty());
         fds.extend(posting.map(|link| PollFd::new(&link.stream, PollFlags::OUT)));
         fds.push(PollFd::new(self.health.wake(), PollFlags::IN));
-        let start = Instant::now();
-        while start.elapsed() < AWAKE {
+        let turn = Duration::from_millis(100);
+        let asleep = due.saturating_duration_since(Instant::now() + AWAKE).min(turn);
+        while asleep.is_zero() && Instant::now() < due + AWAKE {
             // Reading, to see whether something is there, would lock the connection against what arrives.
             if poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n_ready| n_ready > 0) {
                 return Ok(());
             }
             std::thread::yield_now();
         }
-        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 })) {
+        let asleep = if asleep.is_zero() { turn } else { asleep };
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: asleep.as_nanos() as i64 })) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(e.into()),
         }
@@ -374,7 +379,9 @@ impl Transport for Tcp {
                 let result = r.advance(self.link(from));
                 progress |= result.map_err(|f| self.explain(from, f, wait))?;
             }
-            receiving = receiving.filter(|r| !r.finished);
+            if let Some(r) = receiving.take_if(|r| r.finished) {
+                self.link(r.from).waited[channel as usize] = start.elapsed();
+            }
             if sending.is_none() && receiving.is_none() {
                 return Ok(());
             }
@@ -392,10 +399,11 @@ impl Transport for Tcp {
                 return Err(self.explain(rank, Failure::Stalled { seconds: waited.as_secs_f64() }, wait));
             }
             let (to, from) = (sending.as_ref().map(|s| s.to), receiving.as_ref().map(|r| r.from));
+            let due = start + from.map_or(Duration::ZERO, |from| self.link(from).waited[channel as usize]);
             let asleep = Instant::now();
-            self.sleep(to, from)
+            self.sleep(to, from, due)
                 .map_err(|e| CommError::setup(format!("the system cannot wait for connections: {e}")))?;
-            // A turn waits for 120 ms at most: in a longer one this process was suspended, which is no fault of the others.
+            // A turn waits for some 100 ms: in a longer one this process was suspended, which is no fault of the others.
             if asleep.elapsed() > SUSPENDED {
                 start += asleep.elapsed();
             }
