@@ -68,6 +68,10 @@ pub(crate) struct ServeArgs {
     /// Time a step may spend on prompts while answers are written, as a multiple of what the answers take.
     #[arg(long, value_name = "R", default_value_t = 2.0)]
     pub(crate) prefill_share: f64,
+    /// Milliseconds between the tokens of an answer to keep to: as many answers are written at once as this allows, at
+    /// least one, and the others wait longer for their first token. No limit if not given.
+    #[arg(long, value_name = "MS")]
+    pub(crate) inter_token_ms: Option<f64>,
     /// Tokens that the cache holds for all requests together; four contexts if not given.
     #[arg(long, value_name = "N")]
     pub(crate) cache_tokens: Option<usize>,

@@ -153,10 +153,6 @@ macro_rules! with_common_fields {
                     seed: self.seed.map(|seed| seed.0 as u64),
                 })
             }
-
-            pub(crate) fn wants_usage(&self) -> bool {
-                self.stream_options.as_ref().is_some_and(|o| o.include_usage == Some(true))
-            }
         }
     };
 }
@@ -229,6 +225,8 @@ pub(crate) enum Prompt {
 pub(crate) struct StreamOptions {
     /// Send a last event with the token counts.
     pub(crate) include_usage: Option<bool>,
+    /// And the counts so far in every other event (vLLM's field).
+    pub(crate) continuous_usage_stats: Option<bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
