@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import gc
 import json
+import math
 import random
 import statistics
 import time
@@ -102,7 +103,7 @@ class Client:
     async def stream(self, body, gaps=None, stop_after=None, delay=0.0):
         """Text of an answer (reasoning, content, calls); None if it was given up after so many events.
 
-        `gaps` gets the seconds between two pieces of text and the tokens that the second one stands for."""
+        `gaps` gets the seconds between two pieces of text, the tokens that the second one stands for, and when it came."""
         status, rest, ends = await self.send("POST", "/v1/chat/completions", json.dumps(body), stop_after, delay)
         if stop_after is not None and status == 200:
             return None
@@ -131,7 +132,7 @@ class Client:
                 now, n_tokens = ends[which][1], event["usage"]["completion_tokens"]
                 # Several events may come of one token: a call's name and its first argument.
                 if last is not None and gaps is not None and n_tokens > last_tokens:
-                    gaps.append((now - last, n_tokens - last_tokens))
+                    gaps.append((now - last, n_tokens - last_tokens, now))
                 if n_tokens > last_tokens:
                     last, last_tokens = now, n_tokens
                 text += piece
@@ -144,7 +145,7 @@ def resident(pid):
 
 
 def per_token(gaps):
-    return [gap / n for gap, n in gaps for _ in range(n)]
+    return [gap / n for gap, n, _ in gaps for _ in range(n)]
 
 
 def percentile(values, p):
@@ -175,7 +176,7 @@ async def main():
 
     gaps, errors, memory = [], [], []
     counts = {"whole": 0, "cancelled": 0, "malformed": 0, "slow": 0, "different": 0}
-    end = time.monotonic() + 60 * args.minutes
+    start, end = time.perf_counter(), time.monotonic() + 60 * args.minutes
 
     async def work(i):
         chance = random.Random(args.seed * 1000 + i)
@@ -215,6 +216,8 @@ async def main():
         await asyncio.sleep(0.1)
     tokens = per_token(gaps)
     p99 = percentile(tokens, 0.99)
+    # What else the machine did shows in some minutes.
+    minutes = [part for i in range(math.ceil(args.minutes)) if (part := [g for g in gaps if i <= (g[2] - start) / 60 < i + 1])]
     # The first minutes fill the cache's memory, which the system hands out as it is used.
     settled = memory[len(memory) // 4:] or memory
     buckets = [(name.split('"')[1], float(value)) for name, value in metrics.items() if name.startswith("tandem_inter_token_latency_seconds_bucket")]
@@ -223,8 +226,9 @@ async def main():
         "alone_median_ms": median * 1e3, "alone_p99_ms": percentile(alone, 0.99) * 1e3,
         "median_ms": statistics.median(tokens) * 1e3, "p99_ms": p99 * 1e3, "p99_over_alone_median": p99 / median,
         "p999_ms": percentile(tokens, 0.999) * 1e3, "largest_ms": max(tokens) * 1e3, "tokens": len(tokens),
-        "pieces_undivided_p99_ms": percentile([gap for gap, _ in gaps], 0.99) * 1e3,
-        "tokens_in_pieces_of_several": sum(n for _, n in gaps if n > 1) / len(tokens),
+        "p99_each_minute_ms": [round(percentile(per_token(part), 0.99) * 1e3, 2) for part in minutes],
+        "pieces_undivided_p99_ms": percentile([gap for gap, _, _ in gaps], 0.99) * 1e3,
+        "tokens_in_pieces_of_several": sum(n for _, n, _ in gaps if n > 1) / len(tokens),
         "pages_used_after": float(metrics["tandem_cache_pages_used"]), "running_after": float(metrics["tandem_requests_running"]),
         "resident_mb": {"first": memory[0] / 1e6, "after_a_quarter": settled[0] / 1e6, "last": memory[-1] / 1e6, "largest": max(memory) / 1e6,
                         "each_minute": [round(m / 1e6, 1) for m in memory[::12]]},

@@ -311,6 +311,9 @@ pub(crate) struct Functions {
 
 /// What `tool_choice` makes of the declared tools.
 pub(crate) fn choose_functions(tools: &[Tool], choice: Option<&ToolChoice>) -> Result<Functions, ApiError> {
+    if tools.iter().any(|tool| tool.function.name.is_empty()) {
+        return Err(ApiError::invalid("tools", "a tool has an empty name"));
+    }
     let mut callable: Vec<_> = tools.iter().map(Tool::declaration).collect();
     let is_required = match choice {
         None | Some(ToolChoice::Mode(ToolMode::Auto)) => false,
