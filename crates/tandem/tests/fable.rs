@@ -113,7 +113,11 @@ fn the_likeliest_choice_is_the_answer() {
     let args = [&["eval", "tasks", "--model", MODEL, "--tasks", &tasks], F32].concat();
     let found = tandem(&[&args[..], &["--json"]].concat()).json();
     let story = &found["kinds"]["story"];
-    assert_eq!((&story["right"], &story["right_normalized"], &story["total"]), (&json!(2), &json!(2), &json!(3)), "{found}");
+    assert_eq!(
+        (&story["right"], &story["right_normalized"], &story["total"]),
+        (&json!(2), &json!(2), &json!(3)),
+        "{found}"
+    );
     let error = story["standard_error"].as_f64().expect("a number");
     assert!((error - 1.0 / 3.0).abs() < 1e-9, "{found}");
     assert_eq!(found["kinds"]["arithmetic"], json!({"right": 1, "total": 1, "accuracy": 1.0, "standard_error": null}));

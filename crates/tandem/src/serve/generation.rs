@@ -145,6 +145,10 @@ impl App {
             let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
             return Err(ApiError::invalid(ask.param, message));
         }
+        if let Some(id) = ask.stop_token_ids.iter().find(|id| **id as usize >= self.vocab_size) {
+            let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
+            return Err(ApiError::invalid("stop_token_ids", message));
+        }
         let sampling = self.defaults.apply(&ask.overrides);
         sampling.validate().map_err(|error| ApiError::invalid(error.name, error.to_string()))?;
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
