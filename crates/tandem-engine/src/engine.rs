@@ -149,8 +149,12 @@ impl Engine {
     /// An engine over `runner`, whose cache has the slots of `blocks`; `context` tokens per sequence.
     pub fn new(runner: Box<dyn Runner>, blocks: BlockManager, context: usize, trained_context: usize) -> Engine {
         let limits = runner.limits();
-        let scheduling =
-            Scheduling { max_batch: limits.max_logits_rows, prefill_chunk: limits.max_rows, prefill_share: 2.0 };
+        let scheduling = Scheduling {
+            max_batch: limits.max_logits_rows,
+            prefill_chunk: limits.max_rows,
+            prefill_share: 2.0,
+            inter_token: None,
+        };
         Engine {
             runner,
             blocks,
@@ -260,6 +264,7 @@ impl Engine {
     /// The device failed. The engine is of no more use.
     pub fn step(&mut self, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
         self.admit(outputs);
+        let start = Instant::now();
         let rows = self.plan();
         let n_rows: usize = rows.iter().sum();
         if n_rows == 0 {
@@ -283,16 +288,15 @@ impl Engine {
                 batch.logits_rows.push(batch.tokens.len() as u32 - 1);
             }
         }
-        let start = Instant::now();
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
         self.runner.step(batch, &mut logits)?;
-        self.costs.record(n_decode, n_prefill, start.elapsed());
         self.counters.steps += 1;
         self.counters.prompt_tokens += n_prefill as u64;
         self.last_step_rows = n_rows;
         self.commit(&rows, &mut logits, outputs);
         self.logits = logits;
+        self.costs.record(n_decode, n_prefill, start.elapsed());
         Ok(())
     }
 
@@ -396,7 +400,7 @@ impl Engine {
 
     /// Lets waiting requests run while there are places and pages.
     fn admit(&mut self, outputs: &mut Vec<Output>) {
-        while self.running.len() < self.scheduling.max_batch {
+        while self.running.len() < self.costs.max_running(&self.scheduling) {
             let Some(mut active) = self.waiting.pop_front() else { return };
             // The last token always runs: its logits are needed.
             let Prefix { pages, hashes, n_tokens } = self.blocks.find_prefix(&active.tokens[..active.tokens.len() - 1]);
@@ -447,7 +451,10 @@ impl Engine {
             let Active { tokens, sequence, .. } = &mut *active;
             let first = sequence.tokens.len();
             sequence.tokens.extend_from_slice(&tokens[first..first + n]);
+            let n_known = sequence.hashes.len();
             self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
+            // As soon as they are full: all at once, the disk would not keep up.
+            save_pages(self.store.as_mut(), &*self.runner, sequence, n_known);
             if active.n_pending() > 0 {
                 continue;
             }
@@ -474,15 +481,7 @@ impl Engine {
     /// Gives a sequence's pages back, to be found again.
     fn retire(&mut self, mut sequence: Sequence) {
         self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, true);
-        if let Some(store) = &mut self.store {
-            for (page, hash) in sequence.pages.iter().zip(&sequence.hashes) {
-                if !store.contains(hash)
-                    && let Some(bytes) = self.runner.save_page(*page)
-                {
-                    store.write(*hash, bytes);
-                }
-            }
-        }
+        save_pages(self.store.as_mut(), &*self.runner, &sequence, 0);
         self.blocks.release(&mut sequence.pages);
     }
 
@@ -512,6 +511,19 @@ impl Engine {
     }
 }
 
+/// Writes a sequence's full pages from `first` on to the disk, unless they are there or it does not keep up.
+fn save_pages(store: Option<&mut PageStore>, runner: &dyn Runner, sequence: &Sequence, first: usize) {
+    let Some(store) = store else { return };
+    for (page, hash) in sequence.pages.iter().zip(&sequence.hashes).skip(first) {
+        if !store.contains(hash)
+            && store.has_room()
+            && let Some(bytes) = runner.save_page(*page)
+        {
+            store.write(*hash, bytes);
+        }
+    }
+}
+
 /// Samples the next token of a sequence from its logits; says what to report, and whether the text ends.
 fn choose(
     active: &mut Active,
@@ -525,15 +537,17 @@ fn choose(
     }
     // Before anything changes them.
     let original = request.top_logprobs.map(|_| logits.to_vec());
-    if n_generated < request.min_tokens {
-        for id in &request.eos {
-            if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-    }
     if let Some(constraint) = &mut request.constraint {
         constraint.mask(logits);
+    }
+    if n_generated < request.min_tokens {
+        let ends: Vec<(usize, f32)> =
+            request.eos.iter().filter_map(|id| logits.get(*id as usize).map(|logit| (*id as usize, *logit))).collect();
+        ends.iter().for_each(|(id, _)| logits[*id] = f32::NEG_INFINITY);
+        // A grammar that is complete leaves nothing but the end.
+        if request.constraint.is_some() && logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
+            ends.iter().for_each(|(id, logit)| logits[*id] = *logit);
+        }
     }
     let id = sampler.sample(logits, tokens)?;
     if request.eos.contains(&id) {

@@ -6,6 +6,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::SystemTime;
 
@@ -13,8 +15,10 @@ use sha2::{Digest, Sha256};
 
 use crate::block_manager::PageHash;
 
-/// Pages that may wait to be written; more are dropped.
+/// Pages that may wait to be written; more are dropped. As many removals may wait beside them.
 const QUEUE: usize = 64;
+/// Bytes of the checksum after a page's own.
+const CHECKSUM: usize = 32;
 
 /// A folder of pages.
 pub struct PageStore {
@@ -27,6 +31,8 @@ pub struct PageStore {
     max_bytes: u64,
     /// Takes pages to write, and names of pages to remove, in order.
     writer: Option<SyncSender<(PathBuf, Option<Vec<u8>>)>>,
+    /// Messages that the writer has not finished.
+    n_queued: Arc<AtomicUsize>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -46,13 +52,16 @@ impl PageStore {
             }
         }
         found.sort();
-        let (sender, receiver) = sync_channel::<(PathBuf, Option<Vec<u8>>)>(QUEUE);
+        let (sender, receiver) = sync_channel::<(PathBuf, Option<Vec<u8>>)>(2 * QUEUE);
+        let n_queued = Arc::new(AtomicUsize::new(0));
+        let n_unfinished = Arc::clone(&n_queued);
         let thread = std::thread::Builder::new().name("tandem-pages".into()).spawn(move || {
             for (path, bytes) in receiver {
                 let result = match bytes {
-                    Some(bytes) => write_file(&path, &bytes),
+                    Some(bytes) => write_file(&path, bytes),
                     None => std::fs::remove_file(&path),
                 };
+                n_unfinished.fetch_sub(1, Ordering::Relaxed);
                 if let Err(error) = result {
                     tracing::warn!("cannot write or remove {}: {error}", path.display());
                 }
@@ -65,6 +74,7 @@ impl PageStore {
             order: found.iter().map(|f| f.1).collect(),
             max_bytes,
             writer: Some(sender),
+            n_queued,
             thread: Some(thread),
         };
         store.shrink();
@@ -88,7 +98,7 @@ impl PageStore {
         }
         let path = self.path(hash);
         let checked = std::fs::read(&path).ok().and_then(|mut bytes| {
-            let content = bytes.len().checked_sub(32)?;
+            let content = bytes.len().checked_sub(CHECKSUM)?;
             (Sha256::digest(&bytes[..content])[..] == bytes[content..]).then(|| {
                 bytes.truncate(content);
                 bytes
@@ -100,15 +110,18 @@ impl PageStore {
         checked
     }
 
+    /// Whether the disk keeps up: otherwise [`PageStore::write`] does nothing.
+    pub fn has_room(&self) -> bool {
+        self.n_queued.load(Ordering::Relaxed) < QUEUE
+    }
+
     /// Writes a page in the background, unless it is there or the disk does not keep up.
-    pub fn write(&mut self, hash: PageHash, mut bytes: Vec<u8>) {
-        let Some(writer) = &self.writer else { return };
-        let digest = Sha256::digest(&bytes);
-        bytes.extend_from_slice(&digest);
-        let size = bytes.len() as u64;
-        if self.contains(&hash) || size > self.max_bytes || writer.try_send((self.path(&hash), Some(bytes))).is_err() {
+    pub fn write(&mut self, hash: PageHash, bytes: Vec<u8>) {
+        let size = (bytes.len() + CHECKSUM) as u64;
+        if self.contains(&hash) || size > self.max_bytes || !self.has_room() {
             return;
         }
+        self.send((self.path(&hash), Some(bytes)));
         self.sizes.insert(hash, size);
         self.order.push_back(hash);
         self.total_bytes += size;
@@ -126,9 +139,14 @@ impl PageStore {
         if let Some(size) = self.sizes.remove(hash) {
             self.total_bytes -= size;
             self.order.retain(|h| h != hash);
-            if let Some(writer) = &self.writer {
-                let _ = writer.send((self.path(hash), None));
-            }
+            self.send((self.path(hash), None));
+        }
+    }
+
+    fn send(&self, message: (PathBuf, Option<Vec<u8>>)) {
+        if let Some(writer) = &self.writer {
+            self.n_queued.fetch_add(1, Ordering::Relaxed);
+            let _ = writer.send(message);
         }
     }
 
@@ -163,10 +181,12 @@ fn parse_name(name: &str) -> Option<PageHash> {
     Some(hash)
 }
 
-/// Writes beside and renames, so that a crash leaves no half page under its name.
-fn write_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+/// Writes a page and its checksum beside and renames, so that a crash leaves no half page under its name.
+fn write_file(path: &Path, mut bytes: Vec<u8>) -> std::io::Result<()> {
+    let digest = Sha256::digest(&bytes);
+    bytes.extend_from_slice(&digest);
     let beside = path.with_extension("part");
-    std::fs::File::create(&beside)?.write_all(bytes)?;
+    std::fs::File::create(&beside)?.write_all(&bytes)?;
     std::fs::rename(beside, path)
 }
 

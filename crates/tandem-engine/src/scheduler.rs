@@ -3,7 +3,8 @@
 //! A step holds one token of every sequence that decodes, and as many prompt tokens as its budget allows. While nothing
 //! decodes the budget is the prefill chunk. Otherwise a step stays within [`EXACT_ROWS`], so that decoded tokens never
 //! depend on what else runs, and its prompt part may take [`Scheduling::prefill_share`] times as long as its decoding
-//! part, so that streams never stall.
+//! part, so that streams never stall. With [`Scheduling::inter_token`] a step also stays within that time, as far as
+//! measured costs tell: fewer sequences run, the others wait.
 
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ pub struct Scheduling {
     pub prefill_chunk: usize,
     /// Time that a step may spend on prompts, as a multiple of the time it spends on decoding.
     pub prefill_share: f64,
+    /// Time that a step with decoded tokens keeps to: no sequence is added that would make steps longer, and prompts get
+    /// what is left. One sequence, and one prompt row, run whatever they take.
+    pub inter_token: Option<Duration>,
 }
 
 /// Running means of what steps cost.
@@ -53,10 +57,26 @@ impl StepCosts {
     }
 
     /// Prompt rows that may join `n_decode` decoded ones; at least one, so that prompts never starve.
-    fn prefill_rows(&self, n_decode: usize, share: f64) -> usize {
+    fn prefill_rows(&self, n_decode: usize, scheduling: &Scheduling) -> usize {
         let decode_row = self.decode_row.unwrap_or(1.0);
         let prefill_row = self.prefill_row.unwrap_or(decode_row);
-        ((share * n_decode as f64 * decode_row / prefill_row) as usize).max(1)
+        let decoding = n_decode as f64 * decode_row;
+        let left = match scheduling.inter_token {
+            Some(time) if self.decode_row.is_some() => time.as_secs_f64() - decoding,
+            Some(_) => 0.0,
+            None => f64::INFINITY,
+        };
+        ((scheduling.prefill_share * decoding).min(left) / prefill_row).max(1.0) as usize
+    }
+
+    /// Sequences that may run at the same time.
+    ///
+    /// A step of few rows costs more for each than a step of many, so that this errs on the side of too few, and more are
+    /// let in as they turn out to be cheaper.
+    pub(crate) fn max_running(&self, scheduling: &Scheduling) -> usize {
+        let Some(time) = scheduling.inter_token else { return scheduling.max_batch };
+        let n = self.decode_row.map_or(1.0, |decode_row| time.as_secs_f64() / decode_row);
+        (n as usize).clamp(1, scheduling.max_batch)
     }
 }
 
@@ -66,7 +86,7 @@ pub(crate) fn share_rows(pending: &[usize], max_rows: usize, scheduling: &Schedu
     let n_decode = pending.iter().filter(|n| **n == 1).count();
     let mut budget = match n_decode {
         0 => scheduling.prefill_chunk.min(max_rows),
-        n => costs.prefill_rows(n, scheduling.prefill_share).min(max_rows.min(EXACT_ROWS).saturating_sub(n)),
+        n => costs.prefill_rows(n, scheduling).min(max_rows.min(EXACT_ROWS).saturating_sub(n)),
     };
     let mut rows = vec![0; pending.len()];
     // The shortest prompts first, each with an equal part of what is left: no long prompt holds up a short one.
@@ -87,7 +107,8 @@ pub(crate) fn share_rows(pending: &[usize], max_rows: usize, scheduling: &Schedu
 mod tests {
     use super::*;
 
-    const SCHEDULING: Scheduling = Scheduling { max_batch: 64, prefill_chunk: 256, prefill_share: 2.0 };
+    const SCHEDULING: Scheduling =
+        Scheduling { max_batch: 64, prefill_chunk: 256, prefill_share: 2.0, inter_token: None };
 
     #[test]
     fn prompts_share_a_step_and_short_ones_do_not_wait() {
@@ -108,11 +129,30 @@ mod tests {
     fn measured_costs_decide_how_much_prompt_joins() {
         let mut costs = StepCosts::default();
         costs.record(4, 0, Duration::from_millis(40));
-        assert_eq!(costs.prefill_rows(4, 2.0), 8);
+        assert_eq!(costs.prefill_rows(4, &SCHEDULING), 8);
         costs.record(4, 8, Duration::from_millis(60));
-        assert_eq!(costs.prefill_rows(4, 2.0), 32, "a prompt row costs 2.5 ms, a decoded one 10 ms");
+        assert_eq!(costs.prefill_rows(4, &SCHEDULING), 32, "a prompt row costs 2.5 ms, a decoded one 10 ms");
         costs.record(0, 256, Duration::from_secs(9));
-        assert_eq!(costs.prefill_rows(4, 2.0), 32);
-        assert_eq!(costs.prefill_rows(1, 0.0), 1);
+        assert_eq!(costs.prefill_rows(4, &SCHEDULING), 32);
+        assert_eq!(costs.prefill_rows(1, &Scheduling { prefill_share: 0.0, ..SCHEDULING }), 1);
+    }
+
+    #[test]
+    fn a_time_between_tokens_bounds_who_runs_and_how_much_prompt_joins() {
+        let scheduling = Scheduling { inter_token: Some(Duration::from_millis(50)), ..SCHEDULING };
+        let mut costs = StepCosts::default();
+        assert_eq!(costs.max_running(&scheduling), 1, "nothing is known yet");
+        assert_eq!(costs.prefill_rows(1, &scheduling), 1);
+        costs.record(1, 0, Duration::from_millis(12));
+        assert_eq!(costs.max_running(&scheduling), 4);
+        assert_eq!(costs.prefill_rows(2, &scheduling), 2, "26 of 50 ms are left");
+        assert_eq!(costs.prefill_rows(4, &scheduling), 1);
+        for _ in 0..50 {
+            costs.record(4, 0, Duration::from_millis(24));
+        }
+        assert_eq!(costs.max_running(&scheduling), 8, "rows of one step turned out to be cheaper");
+        costs.record(4, 0, Duration::from_secs(9));
+        assert_eq!(costs.max_running(&scheduling), 1);
+        assert_eq!(costs.max_running(&SCHEDULING), 64);
     }
 }

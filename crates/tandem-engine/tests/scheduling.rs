@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use tandem_core::backend::PAGE_SIZE;
@@ -83,8 +84,11 @@ fn engine(n_pages: usize, max_batch: usize) -> Engine {
     let limits = Limits { max_rows: 128, max_logits_rows: 64 };
     let runner = SlotRunner { slots: vec![0; blocks.n_slots()], limits, largest_decode: Default::default() };
     let context = n_pages * PAGE_SIZE;
-    let scheduling = Scheduling { max_batch, prefill_chunk: 100, prefill_share: 2.0 };
-    Engine::new(Box::new(runner), blocks, context, context).with_scheduling(scheduling)
+    Engine::new(Box::new(runner), blocks, context, context).with_scheduling(scheduling(max_batch))
+}
+
+fn scheduling(max_batch: usize) -> Scheduling {
+    Scheduling { max_batch, prefill_chunk: 100, prefill_share: 2.0, inter_token: None }
 }
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
@@ -124,8 +128,11 @@ proptest! {
         requests in prop::collection::vec((1usize..200, 0u32..3, 0usize..80, 0usize..12), 1..14),
         n_pages in 5usize..12,
         max_batch in 1usize..8,
+        inter_token_us in prop::option::of(0u64..50),
     ) {
-        let mut engine = engine(n_pages, max_batch);
+        let inter_token = inter_token_us.map(Duration::from_micros);
+        let mut engine =
+            engine(n_pages, max_batch).with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) });
         let mut wanted = HashMap::new();
         let mut cancelled = vec![];
         let mut outputs = vec![];
@@ -218,6 +225,8 @@ fn lengths_ends_and_grammars_are_kept() {
     let mut engine = engine(8, 4);
     let constraint = Some(Box::new(Only(vec![7, 8, 9])) as Box<dyn Constraint>);
     let grammar = engine.submit(Request { constraint, ..greedy(text(5, 1), 40) }).unwrap();
+    let constraint = Some(Box::new(Only(vec![END, 8, 9])) as Box<dyn Constraint>);
+    let complete = engine.submit(Request { constraint, min_tokens: 5, ..greedy(text(5, 1), 40) }).unwrap();
     let empty = engine.submit(greedy(text(5, 1), 0)).unwrap();
     let to_the_end = engine.submit(Request { eos: vec![], ..greedy(text(500, 1), 1000) }).unwrap();
     let everything: Vec<u32> = (0..VOCAB as u32).collect();
@@ -225,6 +234,7 @@ fn lengths_ends_and_grammars_are_kept() {
         engine.submit(Request { eos: everything[1..].to_vec(), min_tokens: 3, ..greedy(text(5, 1), 9) }).unwrap();
     let results = run_all(&mut engine);
     assert_eq!(results[&grammar], (vec![9, 8, 7], Some(FinishReason::Stop)));
+    assert_eq!(results[&complete], (vec![9, 8], Some(FinishReason::Stop)), "a complete grammar ends the text");
     assert_eq!(results[&empty], (vec![], Some(FinishReason::Length)));
     let (tokens, reason) = &results[&to_the_end];
     assert_eq!((tokens.len(), *reason), (8 * PAGE_SIZE - 500 + 1, Some(FinishReason::Length)));

@@ -22,7 +22,7 @@ pub use dummy::{DummyWeights, RandomRows, Stacks};
 pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
 pub use plan::{Plan, PlanError, Planner, RankPlan, RankResources, Request};
-pub use recipe::{Recipe, Target};
+pub use recipe::{Recipe, Target, glob_matches};
 pub use share::{Division, Part, PartWeights, Share};
 
 /// Sizes fixed when a model is loaded.

@@ -107,7 +107,7 @@ impl Recipe {
         if spec.form == Form::Vector {
             return source;
         }
-        let rule = self.rules.iter().find(|(pattern, _)| matches(pattern, &spec.module));
+        let rule = self.rules.iter().find(|(pattern, _)| glob_matches(pattern, &spec.module));
         let target = match (rule, spec.form) {
             (Some((_, target)), _) => *target,
             (None, _) if spec.module.ends_with(".mlp.gate") => Target::Keep,
@@ -119,10 +119,10 @@ impl Recipe {
 }
 
 /// Shell-like matching in which `*` also matches dots.
-fn matches(pattern: &str, text: &str) -> bool {
+pub fn glob_matches(pattern: &str, text: &str) -> bool {
     let Some((head, tail)) = pattern.split_once('*') else { return pattern == text };
     let Some(rest) = text.strip_prefix(head) else { return false };
-    (0..=rest.len()).filter(|i| rest.is_char_boundary(*i)).any(|i| matches(tail, &rest[i..]))
+    (0..=rest.len()).filter(|i| rest.is_char_boundary(*i)).any(|i| glob_matches(tail, &rest[i..]))
 }
 
 #[cfg(test)]
@@ -148,7 +148,7 @@ mod tests {
             ("model.layers.1.*", "model.layers.12.mlp.gate", false),
             ("*", "", true),
         ] {
-            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+            assert_eq!(glob_matches(pattern, text), expected, "{pattern} {text}");
         }
     }
 

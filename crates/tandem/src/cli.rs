@@ -38,6 +38,25 @@ pub(crate) enum Command {
     Launch(LaunchArgs),
     /// Write a checkpoint in other formats, in MLX's layout.
     Convert(ConvertArgs),
+    /// Get a model from Hugging Face into the local cache.
+    Pull(PullArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Hugging Face id, owner/name. HF_TOKEN, or the token of `hf auth login`, is sent along; HF_ENDPOINT names another
+    /// server; HF_HUB_CACHE or HF_HOME another cache.
+    pub(crate) repo: String,
+    /// Branch, tag or commit.
+    #[arg(long, value_name = "NAME", default_value = "main")]
+    pub(crate) revision: String,
+    /// Get files of this name too, * standing for anything, such as *.gguf; may be given several times. Weights
+    /// (safetensors), JSON, tokenizers and chat templates are got in any case, pickles in none.
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) include: Vec<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -68,6 +87,10 @@ pub(crate) struct ServeArgs {
     /// Time a step may spend on prompts while answers are written, as a multiple of what the answers take.
     #[arg(long, value_name = "R", default_value_t = 2.0)]
     pub(crate) prefill_share: f64,
+    /// Milliseconds between the tokens of an answer to keep to: as many answers are written at once as this allows, at
+    /// least one, and the others wait longer for their first token. No limit if not given.
+    #[arg(long, value_name = "MS")]
+    pub(crate) inter_token_ms: Option<f64>,
     /// Tokens that the cache holds for all requests together; four contexts if not given.
     #[arg(long, value_name = "N")]
     pub(crate) cache_tokens: Option<usize>,
@@ -234,7 +257,7 @@ pub(crate) enum EvalCommand {
     Perplexity(PerplexityArgs),
     /// What model B's outputs lose against model A's: perplexities, KL divergence, agreement.
     Compare(CompareArgs),
-    /// Score generated answers against expected ones.
+    /// Score generated or chosen answers against expected ones, with standard errors.
     Tasks(TasksArgs),
 }
 
@@ -301,7 +324,10 @@ pub(crate) struct CompareArgs {
 pub(crate) struct TasksArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// JSON lines {kind, prompt, expect}: the greedy answer, after any reasoning, must equal `expect`.
+    /// JSON lines. {kind, prompt, expect}: the greedy answer, after any reasoning, must equal `expect`.
+    /// {question, choices, answer}, perhaps with a kind: the likeliest choice must be the answer, which is its number from
+    /// 0 or its text; scored by log-likelihood as it is and per byte. Choices follow the question as they are: begin them
+    /// with a space where one belongs.
     #[arg(long, value_name = "FILE.jsonl")]
     pub(crate) tasks: PathBuf,
     /// Tokens per answer at most.
@@ -734,7 +760,9 @@ impl Command {
                 EvalCommand::Tasks(args) => Some(&args.model),
                 EvalCommand::Compare(_) => None,
             },
-            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) | Command::Convert(_) => None,
+            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) | Command::Convert(_) | Command::Pull(_) => {
+                None
+            }
         }
     }
 

@@ -1,17 +1,14 @@
-//! `tandem eval`: logits, perplexity and task scores of a model.
+//! `tandem eval`: logits and perplexity of a model.
 
-use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use safetensors::tensor::TensorView;
-use serde::Deserialize;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, GenerationConfig, Logits, Request, Sequence};
+use tandem_engine::{Engine, Logits, Sequence};
 
-use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
+use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::print_json;
 use crate::text::tokenizer::Tokenizer;
@@ -25,7 +22,7 @@ pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
         EvalCommand::Logits(args) => logits(args),
         EvalCommand::Perplexity(args) => perplexity(args),
         EvalCommand::Compare(args) => crate::compare::compare(args),
-        EvalCommand::Tasks(args) => tasks(args),
+        EvalCommand::Tasks(args) => crate::tasks::tasks(args),
     }
 }
 
@@ -158,57 +155,6 @@ impl Score {
     fn perplexity(&self) -> f64 {
         (self.nll / self.n as f64).exp()
     }
-}
-
-#[derive(Deserialize)]
-struct Task {
-    kind: String,
-    prompt: String,
-    expect: String,
-}
-
-fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
-    let text = read(&args.tasks)?;
-    let tasks: Vec<Task> = text
-        .lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(i, line)| {
-            serde_json::from_str(line)
-                .with_context(|| format!("{} line {} is not {{kind, prompt, expect}}", args.tasks.display(), i + 1))
-        })
-        .collect::<anyhow::Result<_>>()?;
-    let Loaded { dir, mut engine, .. } = load(&args.model, LogitsRows::One)?;
-    let tokenizer = Tokenizer::from_dir(&dir)?;
-    let eos = GenerationConfig::load(&dir)?.eos_token_ids;
-    let mut scores: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
-    for task in &tasks {
-        let prompt = tokenizer.encode(&task.prompt, true)?;
-        let mut answer = vec![];
-        let request = Request { prompt, max_tokens: args.max_tokens, eos: eos.clone(), ..Request::default() };
-        engine.generate(request, |token| {
-            answer.push(token);
-            ControlFlow::Continue(())
-        })?;
-        let answer = tokenizer.decode(&answer, false)?;
-        let answer = answer.rsplit("</think>").next().unwrap_or_default();
-        let score = scores.entry(&task.kind).or_default();
-        score.0 += usize::from(answer.trim() == task.expect.trim());
-        score.1 += 1;
-    }
-    if args.json {
-        let kinds: BTreeMap<&str, Value> = scores
-            .iter()
-            .map(|(kind, (right, n))| {
-                (*kind, json!({"right": right, "total": n, "accuracy": *right as f64 / *n as f64}))
-            })
-            .collect();
-        return print_json(&json!({ "kinds": kinds }));
-    }
-    for (kind, (right, n)) in scores {
-        println!("{kind:<16} {right}/{n}");
-    }
-    Ok(())
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {

@@ -242,11 +242,14 @@ pub(crate) fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
     let cache = hugging_face_cache().context("neither HF_HOME nor HOME is set, so there is no Hugging Face cache")?;
     let repo = cache.join(format!("models--{}", name.replace('/', "--")));
     snapshot(&repo).with_context(|| {
-        format!("{name} is neither a directory nor in the Hugging Face cache at {}; download it first", cache.display())
+        format!(
+            "{name} is neither a directory nor in the Hugging Face cache at {}; `tandem pull {name}` gets it",
+            cache.display()
+        )
     })
 }
 
-fn hugging_face_cache() -> Option<PathBuf> {
+pub(crate) fn hugging_face_cache() -> Option<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     var("HF_HUB_CACHE")
         .or_else(|| var("HF_HOME").map(|home| home.join("hub")))

@@ -11,9 +11,11 @@ mod eval;
 mod inspect;
 mod load;
 mod presets;
+mod pull;
 mod report;
 mod run;
 mod serve;
+mod tasks;
 mod text;
 
 use std::process::ExitCode;
@@ -27,6 +29,9 @@ fn main() -> ExitCode {
     init_logging(cli.verbose);
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.
     std::panic::set_hook(Box::new(|info| {
+        if text::tokenizer::is_guarded() {
+            return;
+        }
         eprintln!("error: tandem has a bug: {info}. Please report this with the command you ran");
     }));
     match run(cli) {
@@ -64,6 +69,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
         cli::Command::Eval(args) => eval::eval(&args)?,
         cli::Command::Bench(args) => bench::bench(&args)?,
         cli::Command::Convert(args) => convert::convert(&args)?,
+        cli::Command::Pull(args) => pull::pull(&args)?,
         cli::Command::Serve(args) => serve::serve(&args)?,
     }
     Ok(ExitCode::SUCCESS)

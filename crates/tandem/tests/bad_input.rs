@@ -211,7 +211,10 @@ fn bad_evaluation_files() {
     perplexity(&file(&dir, "cut.json", "[\"a"), &["cut.json is not JSON"]);
     perplexity(&file(&dir, "short.json", "[\"\"]"), &["short.json has no text of at least 2 tokens"]);
     let tasks = file(&dir, "tasks.jsonl", "{\"kind\": \"a\", \"prompt\": \"b\", \"expect\": \"c\"}\n{}\n");
-    check(&["eval", "tasks", "--model", &model, "--tasks", &tasks], &["line 2 is not {kind, prompt, expect}"]);
+    check(
+        &["eval", "tasks", "--model", &model, "--tasks", &tasks],
+        &["line 2 is neither {kind, prompt, expect}", "missing field `kind`"],
+    );
 }
 
 #[test]
@@ -219,6 +222,15 @@ fn bad_tokenizers_and_settings() {
     let run = |copy: Copy, expected: &[&str]| check(&["run", "hi", "--raw", "--model", &copy.path()], expected);
     run(Copy::of(TINY).without("tokenizer.json"), &["tokenizer.json", "a model directory needs tokenizer.json"]);
     run(Copy::of(TINY).edit("tokenizer.json", |b| b.truncate(50)), &["tokenizer.json is not a valid tokenizer file"]);
+    let duplicate = |b: &mut Vec<u8>| {
+        let text =
+            String::from_utf8(b.clone()).unwrap().replacen("\"vocab\":", "\"vocab\": {\"a\": 99999999999}, \"x\":", 1);
+        *b = text.into_bytes();
+    };
+    run(
+        Copy::of(TINY).edit("tokenizer.json", duplicate),
+        &["tokenizer.json is not a valid", "expected one below 16777216"],
+    );
     run(Copy::of(TINY).edit("tokenizer_config.json", |b| b.truncate(50)), &["tokenizer_config.json"]);
     run(
         Copy::of(TINY).edit("generation_config.json", |b| b.truncate(9)),

@@ -94,6 +94,38 @@ fn tasks_score_as_the_reference() {
 }
 
 #[test]
+fn the_likeliest_choice_is_the_answer() {
+    let question = "[gMASK]<sop><|user|>\nTell me a story about a brave fox named Lily.<|assistant|></think>\nFar away, in the \
+                    valley, lived a brave";
+    let line = |choices: &[&str], answer: Value| {
+        json!({"kind": "story", "question": question, "choices": choices, "answer": answer}).to_string()
+    };
+    let lines = [
+        line(&[" owl named Lily.", " fox named Lily.", " fox named Hugo."], json!(1)),
+        line(&[" fox named Lily.", " bear."], json!(" fox named Lily.")),
+        // Wrong on purpose.
+        line(&[" fox", " stone"], json!(1)),
+        json!({"kind": "arithmetic", "prompt": "[gMASK]<sop><|user|>\n49 - 26 =<|assistant|><think>", "expect": "49 - 26 = 23."})
+            .to_string(),
+    ];
+    let dir = temporary();
+    let tasks = file(&dir, "tasks.jsonl", lines.join("\n"));
+    let args = [&["eval", "tasks", "--model", MODEL, "--tasks", &tasks], F32].concat();
+    let found = tandem(&[&args[..], &["--json"]].concat()).json();
+    let story = &found["kinds"]["story"];
+    assert_eq!(
+        (&story["right"], &story["right_normalized"], &story["total"]),
+        (&json!(2), &json!(2), &json!(3)),
+        "{found}"
+    );
+    let error = story["standard_error"].as_f64().expect("a number");
+    assert!((error - 1.0 / 3.0).abs() < 1e-9, "{found}");
+    assert_eq!(found["kinds"]["arithmetic"], json!({"right": 1, "total": 1, "accuracy": 1.0, "standard_error": null}));
+    let text = tandem(&args).ok();
+    assert!(text.contains("story            2/3 = 66.7 ± 33.3 %, per byte 2/3 = 66.7 ± 33.3 %"), "{text}");
+}
+
+#[test]
 fn the_bundled_model_is_the_default() {
     let found = tandem(&["inspect", "--json"]).json();
     assert!(found["path"].as_str().expect("a path").ends_with(MODEL), "{found}");

@@ -28,6 +28,9 @@ impl OneOrMany {
     }
 }
 
+/// Of whole numbers, above and below 0.
+pub(crate) const LARGEST_INTEGER: i64 = 9_000_000_000_000_000_000;
+
 /// A whole number, which JSON may also write as `3.0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Integer(pub(crate) i64);
@@ -35,8 +38,8 @@ pub(crate) struct Integer(pub(crate) i64);
 impl<'de> Deserialize<'de> for Integer {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let number = Number::deserialize(deserializer)?;
-        let whole = number.as_f64().filter(|n| n.fract() == 0.0 && n.abs() <= 9e18).map(|n| n as i64);
-        let value = number.as_i64().or(if number.is_f64() { whole } else { None });
+        let whole = number.as_f64().filter(|n| number.is_f64() && n.fract() == 0.0).map(|n| n as i64);
+        let value = number.as_i64().or(whole).filter(|n| n.unsigned_abs() <= LARGEST_INTEGER.unsigned_abs());
         value.map(Integer).ok_or_else(|| Error::custom(format!("expected a whole number, found {number}")))
     }
 }
@@ -153,10 +156,6 @@ macro_rules! with_common_fields {
                     seed: self.seed.map(|seed| seed.0 as u64),
                 })
             }
-
-            pub(crate) fn wants_usage(&self) -> bool {
-                self.stream_options.as_ref().is_some_and(|o| o.include_usage == Some(true))
-            }
         }
     };
 }
@@ -165,7 +164,7 @@ fn logit_bias(bias: Option<&BTreeMap<String, f32>>, vocab_size: usize) -> Result
     bias.into_iter()
         .flatten()
         .map(|(token, bias)| match token.parse::<u32>() {
-            Ok(id) if (id as usize) < vocab_size => Ok((id, *bias)),
+            Ok(id) if (id as usize) < vocab_size && id.to_string() == *token => Ok((id, *bias)),
             _ => {
                 let message = format!("logit_bias has the key {token:?}, expected a token id below {vocab_size}");
                 Err(ApiError::invalid("logit_bias", message))
@@ -229,6 +228,8 @@ pub(crate) enum Prompt {
 pub(crate) struct StreamOptions {
     /// Send a last event with the token counts.
     pub(crate) include_usage: Option<bool>,
+    /// And the counts so far in every other event (vLLM's field).
+    pub(crate) continuous_usage_stats: Option<bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]

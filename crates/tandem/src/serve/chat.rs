@@ -23,6 +23,8 @@ use super::grammar::Form;
 const BUFFER: usize = 64;
 /// Between comments that keep an idle stream open.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Time after a request's deadline in which its reader may take the rest.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// Where a stream's events go.
 pub(crate) type Events = Sender<Result<Event, Infallible>>;
@@ -40,17 +42,17 @@ async fn send_json(events: &Events, value: &Value) -> Result<(), Gone> {
     send(events, Event::default().data(value.to_string())).await
 }
 
-/// A response whose events `write` sends; it stops when the client goes away.
-pub(crate) fn stream<F>(write: impl FnOnce(Events) -> F) -> Response
+/// A response whose events `write` sends; it stops when the client goes away, or does not read them in time.
+pub(crate) fn stream<F>(app: &App, write: impl FnOnce(Events) -> F) -> Response
 where
     F: Future<Output = ()> + Send + 'static,
 {
     let (events, receiver) = channel(BUFFER);
     let closed = events.clone();
-    let writing = write(events);
+    let writing = tokio::time::timeout(app.timeout + GRACE, write(events));
     tokio::spawn(async move {
         tokio::select! {
-            () = writing => {}
+            _ = writing => {}
             () = closed.closed() => {}
         }
     });
@@ -70,26 +72,20 @@ where
 )]
 pub(crate) async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
     app.check_model(request.model.as_deref())?;
-    let generations = app.start(ask(&app, &request)?)?;
+    let ask = ask(&app, &request)?;
+    let n_prompt = ask.prompt.len();
+    let generations = app.start(ask)?;
     let (id, created, model) = (new_id("chatcmpl-"), now(), app.model_name().to_owned());
     if request.stream != Some(true) {
-        let (answers, usage) = Answer::all(generations).await?;
+        let (answers, usage) = Answer::all(n_prompt, generations).await?;
         let wants_logprobs = request.logprobs == Some(true);
         let choices = answers.into_iter().enumerate().map(|(i, a)| chat_choice(i, a, wants_logprobs)).collect();
         return Ok(axum::Json(ChatCompletion { id, object: "chat.completion", created, model, choices, usage })
             .into_response());
     }
-    let wants_usage = request.wants_usage();
-    let frame = move |choices: Value, usage: Value| {
-        let mut frame = json!({
-            "id": id, "object": "chat.completion.chunk", "created": created, "model": model, "choices": choices,
-        });
-        if wants_usage {
-            frame["usage"] = usage;
-        }
-        frame
-    };
-    Ok(stream(move |events| write_stream(events, generations, wants_usage, frame, |_| ChatPieces::default())))
+    let frame = move |choices: Value| json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": model, "choices": choices});
+    let answers = Answers { n_prompt, generations, usage: UsageEvents::of(request.stream_options.as_ref()) };
+    Ok(stream(&app, move |events| write_stream(events, answers, frame, |_| ChatPieces::default())))
 }
 
 /// Turns an answer's chunks into choices of stream events.
@@ -100,30 +96,64 @@ trait Pieces: Send + 'static {
     fn choices(&mut self, chunk: Chunk) -> Vec<Value>;
 }
 
+/// The answers that a stream is about.
+struct Answers {
+    /// Tokens of all prompts.
+    n_prompt: usize,
+    generations: Vec<Generation>,
+    usage: UsageEvents,
+}
+
+/// Which events carry the token counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum UsageEvents {
+    None,
+    /// One more at the end; the others say null.
+    Last,
+    /// That one, and each other with the counts of its answer so far.
+    Every,
+}
+
+impl UsageEvents {
+    fn of(options: Option<&StreamOptions>) -> UsageEvents {
+        let is_set = |field: fn(&StreamOptions) -> Option<bool>| options.and_then(field) == Some(true);
+        match (is_set(|o| o.include_usage), is_set(|o| o.continuous_usage_stats)) {
+            (false, _) => UsageEvents::None,
+            (true, false) => UsageEvents::Last,
+            (true, true) => UsageEvents::Every,
+        }
+    }
+}
+
 async fn write_stream<P: Pieces>(
     events: Events,
-    generations: Vec<Generation>,
-    wants_usage: bool,
-    frame: impl Fn(Value, Value) -> Value + Clone + Send + Sync + 'static,
+    answers: Answers,
+    frame: impl Fn(Value) -> Value + Clone + Send + Sync + 'static,
     pieces: impl Fn(usize) -> P,
 ) {
+    let Answers { n_prompt, generations, usage } = answers;
     let mut tasks = JoinSet::new();
     for mut generation in generations {
         let (events, frame, mut pieces) = (events.clone(), frame.clone(), pieces(generation.index));
         tasks.spawn(async move {
-            let index = generation.index;
-            let framed = |mut choice: Value| {
-                choice["index"] = json!(index);
-                frame(json!([choice]), Value::Null)
+            let framed = |mut choice: Value, generation: &Generation| {
+                choice["index"] = json!(generation.index);
+                let mut framed = frame(json!([choice]));
+                match usage {
+                    UsageEvents::None => {}
+                    UsageEvents::Last => framed["usage"] = Value::Null,
+                    UsageEvents::Every => framed["usage"] = json!(generation.usage()),
+                }
+                framed
             };
             if let Some(choice) = pieces.open() {
-                send_json(&events, &framed(choice)).await.ok()?;
+                send_json(&events, &framed(choice, &generation)).await.ok()?;
             }
             while let Some(chunk) = generation.next().await {
                 match chunk {
                     Ok(chunk) => {
                         for choice in pieces.choices(chunk) {
-                            send_json(&events, &framed(choice)).await.ok()?;
+                            send_json(&events, &framed(choice, &generation)).await.ok()?;
                         }
                     }
                     Err(error) => {
@@ -142,8 +172,12 @@ async fn write_stream<P: Pieces>(
             _ => return,
         }
     }
-    if wants_usage && send_json(&events, &frame(json!([]), json!(total(usages.into_iter())))).await.is_err() {
-        return;
+    if usage != UsageEvents::None {
+        let mut last = frame(json!([]));
+        last["usage"] = json!(total(n_prompt, usages.into_iter()));
+        if send_json(&events, &last).await.is_err() {
+            return;
+        }
     }
     let _ = send(&events, Event::default().data("[DONE]")).await;
 }
@@ -277,6 +311,9 @@ pub(crate) struct Functions {
 
 /// What `tool_choice` makes of the declared tools.
 pub(crate) fn choose_functions(tools: &[Tool], choice: Option<&ToolChoice>) -> Result<Functions, ApiError> {
+    if tools.iter().any(|tool| tool.function.name.is_empty()) {
+        return Err(ApiError::invalid("tools", "a tool has an empty name"));
+    }
     let mut callable: Vec<_> = tools.iter().map(Tool::declaration).collect();
     let is_required = match choice {
         None | Some(ToolChoice::Mode(ToolMode::Auto)) => false,
@@ -437,13 +474,11 @@ pub(crate) async fn completions(
             generations.push(generation);
         }
     }
+    let n_prompt = prompts.iter().map(Vec::len).sum();
     let (id, created, model) = (new_id("cmpl-"), now(), app.model_name().to_owned());
     let wants_logprobs = request.logprobs.is_some();
     if request.stream != Some(true) {
-        let (answers, mut usage) = Answer::all(generations).await?;
-        let n_prompt: usize = prompts.iter().map(Vec::len).sum();
-        usage.total_tokens += n_prompt - usage.prompt_tokens;
-        usage.prompt_tokens = n_prompt;
+        let (answers, usage) = Answer::all(n_prompt, generations).await?;
         let choices = answers.into_iter().zip(echoes).enumerate().map(|(index, (answer, echo))| {
             let mut logprobs = CompletionLogprobs::default();
             add_logprobs(&mut logprobs, &answer.logprobs, &mut 0);
@@ -459,17 +494,10 @@ pub(crate) async fn completions(
             axum::Json(Completion { id, object: "text_completion", created, model, choices, usage }).into_response()
         );
     }
-    let wants_usage = request.wants_usage();
-    let frame = move |choices: Value, usage: Value| {
-        let mut frame =
-            json!({"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices});
-        if wants_usage {
-            frame["usage"] = usage;
-        }
-        frame
-    };
+    let frame = move |choices: Value| json!({"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices});
     let pieces = move |index: usize| TextPieces { echo: echoes[index].clone(), offset: 0 };
-    Ok(stream(move |events| write_stream(events, generations, wants_usage, frame, pieces)))
+    let answers = Answers { n_prompt, generations, usage: UsageEvents::of(request.stream_options.as_ref()) };
+    Ok(stream(&app, move |events| write_stream(events, answers, frame, pieces)))
 }
 
 /// Texts of a completion stream.

@@ -9,6 +9,8 @@ use serde_json::json;
 use tokio_stream::StreamExt;
 use utoipa::ToSchema;
 
+use super::generation::work;
+
 /// Why a request was not served.
 #[derive(Clone, Debug)]
 pub(crate) struct ApiError {
@@ -203,7 +205,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
             return Err(ApiError { code: Some("request_too_large"), ..error });
         }
         let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let body = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let body = work(bytes.len(), || serde_path_to_error::deserialize(&mut reader)).map_err(|error| {
             let path = error.path().to_string();
             let path = if path == "." { String::new() } else { path };
             let error = error.into_inner();

@@ -16,6 +16,14 @@ use super::worker::{Replies, Reply, Worker};
 use crate::text::chat_template::ChatTemplate;
 use crate::text::tokenizer::{DecodeStream, StopMatcher, Tokenizer};
 
+/// Bytes from which on work on a text would hold up other requests.
+pub(crate) const LARGE: usize = 32 << 10;
+
+/// Works on `n_bytes` of text; while that takes long, another thread takes over this one's other tasks.
+pub(crate) fn work<T>(n_bytes: usize, work: impl FnOnce() -> T) -> T {
+    if n_bytes < LARGE { work() } else { tokio::task::block_in_place(work) }
+}
+
 /// What ends a reasoning section.
 const END_THINK: &str = "</think>";
 
@@ -103,8 +111,8 @@ impl App {
             let message = "this model has no chat template; use /v1/completions";
             return Err(ApiError::invalid("messages", message));
         };
-        let text = template
-            .render(messages, tools, true, variables)
+        let n_bytes = messages.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
+        let text = work(n_bytes, || template.render(messages, tools, true, variables))
             .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
         if self.log_text {
             tracing::info!(prompt = %text, "request");
@@ -115,7 +123,8 @@ impl App {
     }
 
     pub(crate) fn encode(&self, param: &str, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
-        self.tokenizer.encode(text, add_special_tokens).map_err(|error| ApiError::invalid(param, error.to_string()))
+        work(text.len(), || self.tokenizer.encode(text, add_special_tokens))
+            .map_err(|error| ApiError::invalid(param, error.to_string()))
     }
 
     /// Starts the answers to a request.
@@ -136,6 +145,10 @@ impl App {
             let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
             return Err(ApiError::invalid(ask.param, message));
         }
+        if let Some(id) = ask.stop_token_ids.iter().find(|id| **id as usize >= self.vocab_size) {
+            let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
+            return Err(ApiError::invalid("stop_token_ids", message));
+        }
         let sampling = self.defaults.apply(&ask.overrides);
         sampling.validate().map_err(|error| ApiError::invalid(error.name, error.to_string()))?;
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
@@ -143,8 +156,9 @@ impl App {
         eos.extend(&ask.stop_token_ids);
         let requests = (0..ask.n.max(1) as u64)
             .map(|i| {
-                let constraint = ask.form.as_ref().map(|form| self.grammars.constraint(form, reasoning)).transpose();
-                let constraint = constraint.map_err(|error| {
+                // Schemas and grammars take milliseconds.
+                let constraint = |form| work(LARGE, || self.grammars.constraint(form, reasoning));
+                let constraint = ask.form.as_ref().map(constraint).transpose().map_err(|error| {
                     ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
                 })?;
                 let mut sampling = sampling.clone();
@@ -185,6 +199,7 @@ impl App {
                     start: now,
                     last_token: None,
                     is_done: false,
+                    error: None,
                 }
             })
             .collect())
@@ -220,6 +235,24 @@ pub(crate) struct Chunk {
     pub(crate) finish: Option<Finish>,
 }
 
+impl Chunk {
+    fn is_empty(&self) -> bool {
+        self.deltas.is_empty() && self.logprobs.is_empty() && self.finish.is_none()
+    }
+
+    fn append(&mut self, more: Chunk) {
+        for delta in more.deltas {
+            match (self.deltas.last_mut(), delta) {
+                (Some(Delta::Reasoning(text)), Delta::Reasoning(more))
+                | (Some(Delta::Content(text)), Delta::Content(more)) => text.push_str(&more),
+                (_, delta) => self.deltas.push(delta),
+            }
+        }
+        self.logprobs.extend(more.logprobs);
+        self.finish = more.finish.or(self.finish.take());
+    }
+}
+
 /// One answer being written. Dropping it cancels the request.
 pub(crate) struct Generation {
     app: Arc<App>,
@@ -238,6 +271,8 @@ pub(crate) struct Generation {
     start: Instant,
     last_token: Option<Instant>,
     is_done: bool,
+    /// Comes after what was written before it.
+    error: Option<ApiError>,
 }
 
 impl Generation {
@@ -246,34 +281,52 @@ impl Generation {
         Usage::new(self.n_prompt, self.n_tokens, self.n_cached, self.n_reasoning)
     }
 
-    /// The next piece; `None` after the end.
+    /// The next piece; `None` after the end. What has gathered since the last call comes in one piece.
     pub(crate) async fn next(&mut self) -> Option<Result<Chunk, ApiError>> {
+        let mut chunk = Chunk::default();
         while !self.is_done {
-            let deadline = (self.start + self.app.timeout).into();
-            let reply = match timeout_at(deadline, self.replies.receiver.recv()).await {
-                Ok(Some(reply)) => reply,
-                Ok(None) => Reply::Error(ApiError::unavailable("the engine has stopped")),
-                Err(_) => Reply::Error(ApiError::deadline(self.app.timeout.as_secs())),
-            };
-            let result = match reply {
-                Reply::Event(Event::Started { cached_tokens }) => {
-                    self.n_cached = cached_tokens;
-                    continue;
+            let reply = if chunk.is_empty() {
+                let deadline = (self.start + self.app.timeout).into();
+                match timeout_at(deadline, self.replies.receiver.recv()).await {
+                    Ok(Some(reply)) => reply,
+                    Ok(None) => Reply::Error(ApiError::unavailable("the engine has stopped")),
+                    Err(_) => Reply::Error(ApiError::deadline(self.app.timeout.as_secs())),
                 }
-                Reply::Event(Event::Token { id, logprobs }) => self.token(id, logprobs),
-                Reply::Event(Event::Finished(reason)) => self.end(reason),
-                Reply::Event(Event::Failed(error)) => Err(ApiError::internal(error.to_string())),
-                Reply::Error(error) => Err(error),
+            } else {
+                match self.replies.receiver.try_recv() {
+                    Ok(reply) => reply,
+                    Err(_) => return Some(Ok(chunk)),
+                }
             };
-            match &result {
-                Ok(Chunk { finish: Some(finish), .. }) => self.close(finish.name()),
-                Ok(chunk) if chunk.deltas.is_empty() && chunk.logprobs.is_empty() => continue,
-                Ok(_) => {}
-                Err(_) => self.close("error"),
+            match self.take(reply) {
+                Ok(more) => chunk.append(more),
+                Err(error) => {
+                    self.close("error");
+                    self.error = Some(error);
+                }
             }
-            return Some(result);
+            if let Some(finish) = &chunk.finish {
+                let name = finish.name();
+                self.close(name);
+            }
         }
-        None
+        if !chunk.is_empty() {
+            return Some(Ok(chunk));
+        }
+        self.error.take().map(Err)
+    }
+
+    fn take(&mut self, reply: Reply) -> Result<Chunk, ApiError> {
+        match reply {
+            Reply::Event(Event::Started { cached_tokens }, _) => {
+                self.n_cached = cached_tokens;
+                Ok(Chunk::default())
+            }
+            Reply::Event(Event::Token { id, logprobs }, at) => self.token(id, logprobs, at),
+            Reply::Event(Event::Finished(reason), _) => self.end(reason),
+            Reply::Event(Event::Failed(error), _) => Err(ApiError::internal(error.to_string())),
+            Reply::Error(error) => Err(error),
+        }
     }
 
     fn close(&mut self, reason: &str) {
@@ -288,11 +341,10 @@ impl Generation {
         }
     }
 
-    fn token(&mut self, id: u32, logprobs: Option<Logprobs>) -> Result<Chunk, ApiError> {
-        let now = Instant::now();
-        match self.last_token.replace(now) {
-            None => self.app.metrics.time_to_first_token.observe((now - self.start).as_secs_f64()),
-            Some(last) => self.app.metrics.inter_token.observe((now - last).as_secs_f64()),
+    fn token(&mut self, id: u32, logprobs: Option<Logprobs>, at: Instant) -> Result<Chunk, ApiError> {
+        match self.last_token.replace(at) {
+            None => self.app.metrics.time_to_first_token.observe((at - self.start).as_secs_f64()),
+            Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
         }
         self.n_tokens += 1;
         self.n_reasoning += usize::from(self.in_reasoning);
@@ -406,13 +458,13 @@ impl Answer {
         Ok(answer)
     }
 
-    /// All answers to a request, and their tokens together.
-    pub(crate) async fn all(generations: Vec<Generation>) -> Result<(Vec<Answer>, Usage), ApiError> {
+    /// All answers to prompts of `n_prompt` tokens in all, and their tokens together.
+    pub(crate) async fn all(n_prompt: usize, generations: Vec<Generation>) -> Result<(Vec<Answer>, Usage), ApiError> {
         let mut answers = vec![];
         for generation in generations {
             answers.push(Answer::of(generation).await?);
         }
-        let usage = total(answers.iter().map(|a| a.usage));
+        let usage = total(n_prompt, answers.iter().map(|a| a.usage));
         Ok((answers, usage))
     }
 
@@ -422,13 +474,13 @@ impl Answer {
     }
 }
 
-/// Tokens of several answers to one prompt.
-pub(crate) fn total(usages: impl Iterator<Item = Usage>) -> Usage {
-    usages.fold(Usage::default(), |sum, usage| {
+/// Tokens of several answers to prompts of `n_prompt` tokens in all.
+pub(crate) fn total(n_prompt: usize, usages: impl Iterator<Item = Usage>) -> Usage {
+    usages.fold(Usage::new(n_prompt, 0, 0, 0), |sum, usage| {
         let cached = sum.prompt_tokens_details.cached_tokens.max(usage.prompt_tokens_details.cached_tokens);
         let reasoning =
             sum.completion_tokens_details.reasoning_tokens + usage.completion_tokens_details.reasoning_tokens;
-        Usage::new(usage.prompt_tokens, sum.completion_tokens + usage.completion_tokens, cached, reasoning)
+        Usage::new(n_prompt, sum.completion_tokens + usage.completion_tokens, cached, reasoning)
     })
 }
 

@@ -189,7 +189,7 @@ pub(crate) async fn messages(
     let generation = app.start(ask)?.remove(0);
     let (id, model) = (new_id("msg_"), app.model_name().to_owned());
     if request.stream == Some(true) {
-        return Ok(stream(move |events| async move {
+        return Ok(stream(&app, move |events| async move {
             let _ = write(&events, generation, &id, &model).await;
         }));
     }

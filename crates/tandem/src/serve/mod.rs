@@ -27,6 +27,7 @@ use axum::http::{HeaderValue, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -59,13 +60,19 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
     runtime.block_on(async {
         let app = tokio::task::block_in_place(|| start(args))?;
+        // A token is a small packet, and must not wait for the one before it to be acknowledged.
+        let no_delay = |tcp: &mut tokio::net::TcpStream| {
+            if let Err(error) = tcp.set_nodelay(true) {
+                tracing::warn!("cannot set TCP_NODELAY: {error}");
+            }
+        };
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
         })?;
         announce(listener.local_addr()?, &app);
         let (stopping, ending) = (Arc::clone(&app), Arc::clone(&app));
         let (stopped, wait) = tokio::sync::oneshot::channel();
-        let server = axum::serve(listener, router(app, args)?).with_graceful_shutdown(async move {
+        let server = axum::serve(listener.tap_io(no_delay), router(app, args)?).with_graceful_shutdown(async move {
             signal().await;
             eprintln!("stopping: answers in flight are completed; a second signal ends them");
             stopping.worker.stop();
@@ -111,6 +118,8 @@ async fn signal() {
 fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
     ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
+    let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
+    let inter_token = inter_token.context("--inter-token-ms is not a number of milliseconds")?;
     let bandwidth = {
         let (backend, _) = cpu_backend(args.model.threads, args.model.activations, 0);
         measure_read_bandwidth(backend.pool(), BANDWIDTH_BYTES)
@@ -135,6 +144,7 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
                 max_batch: args.max_batch,
                 prefill_chunk,
                 prefill_share: args.prefill_share,
+                inter_token,
             });
             if let Some(cache_dir) = &args.cache_dir {
                 let max_bytes = args.cache_dir_gb.saturating_mul(1_000_000_000);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::{OpenApi, ToSchema};
 
-use super::api::{Content, Message, TokenId};
+use super::api::{Content, LARGEST_INTEGER, Message, TokenId};
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::App;
 
@@ -202,12 +202,62 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
     axum::Json(info)
 }
 
-/// The OpenAPI document, with the vocabulary of this model.
+/// The OpenAPI document, with the names and the vocabulary of this model.
 pub(crate) async fn openapi(State(app): State<Arc<App>>) -> axum::Json<Value> {
     let mut document = json!(Document::openapi());
-    document["components"]["schemas"]["TokenId"]["maximum"] = json!(app.vocab_size - 1);
     document["info"]["version"] = json!(env!("CARGO_PKG_VERSION"));
+    let schemas = &mut document["components"]["schemas"];
+    add_bounds(schemas);
+    let largest_id = app.vocab_size as u32 - 1;
+    schemas["TokenId"]["maximum"] = json!(largest_id);
+    for (name, schema) in schemas.as_object_mut().into_iter().flatten().filter(|(name, _)| name.ends_with("Request")) {
+        let Some(properties) = schema["properties"].as_object_mut() else { continue };
+        if let Some(model) = properties.get_mut("model") {
+            let is_optional = !matches!(name.as_str(), "MessagesRequest" | "CountRequest");
+            let names = app.model_names.iter().map(|name| json!(name));
+            model["enum"] = names.chain(is_optional.then_some(Value::Null)).collect();
+        }
+        if let Some(bias) = properties.get_mut("logit_bias") {
+            bias["propertyNames"] = json!({"pattern": up_to(largest_id)});
+            bias["additionalProperties"] = json!({"type": "number", "minimum": -100, "maximum": 100});
+        }
+    }
     axum::Json(document)
+}
+
+/// Whole numbers have the bounds of what they are read into.
+fn add_bounds(schema: &mut Value) {
+    match schema {
+        Value::Array(list) => list.iter_mut().for_each(add_bounds),
+        Value::Object(map) => {
+            let bounds = match map.get("format").and_then(Value::as_str) {
+                Some("int32") => Some((i64::from(i32::MIN), i64::from(i32::MAX))),
+                Some("int64") => Some((-LARGEST_INTEGER, LARGEST_INTEGER)),
+                _ => None,
+            };
+            if let Some((minimum, maximum)) = bounds {
+                map.entry("minimum").or_insert(json!(minimum));
+                map.entry("maximum").or_insert(json!(maximum));
+            }
+            map.values_mut().for_each(add_bounds);
+        }
+        _ => {}
+    }
+}
+
+/// A regular expression for the whole numbers from 0 to `largest`.
+fn up_to(largest: u32) -> String {
+    let digits = largest.to_string();
+    let mut parts = vec!["0".to_owned(), digits.clone()];
+    parts.extend((1..digits.len()).map(|n| format!("[1-9][0-9]{{{}}}", n - 1)));
+    for (i, digit) in digits.bytes().enumerate() {
+        let least = if i == 0 { b'1' } else { b'0' };
+        if digit > least {
+            let range = format!("[{}-{}]", least as char, (digit - 1) as char);
+            parts.push(format!("{}{range}[0-9]{{{}}}", &digits[..i], digits.len() - i - 1));
+        }
+    }
+    format!("^({})$", parts.join("|"))
 }
 
 /// The chat page.
@@ -223,4 +273,16 @@ pub(crate) async fn page() -> Response {
 /// The browser's question for an icon.
 pub(crate) async fn no_icon() -> StatusCode {
     StatusCode::NO_CONTENT
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn numbers_as_an_expression() {
+        assert_eq!(super::up_to(7), "^(0|7|[1-6][0-9]{0})$");
+        assert_eq!(
+            super::up_to(1023),
+            "^(0|1023|[1-9][0-9]{0}|[1-9][0-9]{1}|[1-9][0-9]{2}|10[0-1][0-9]{1}|102[0-2][0-9]{0})$"
+        );
+    }
 }

@@ -181,7 +181,7 @@ pub(crate) async fn responses(
         events: None,
     };
     if is_stream {
-        return Ok(stream(move |events| async move {
+        return Ok(stream(&app, move |events| async move {
             output.events = Some(events);
             let _ = output.run(generation).await;
         }));

@@ -1,9 +1,10 @@
 //! The thread that owns the engine. Requests come through a channel, events go back through one per request.
 //!
-//! When the engine fails (a device error, a rank of a group that died), every request in flight gets one error, and the
-//! engine is made anew.
+//! When the engine fails (a device error, a rank of a group that died, a panic), every request in flight gets one error,
+//! and the engine is made anew.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -22,15 +23,38 @@ const IDLE: Duration = Duration::from_millis(200);
 
 /// What a request hears of the engine.
 pub(crate) enum Reply {
-    /// An event.
-    Event(Event),
+    /// An event, and when it happened.
+    Event(Event, Instant),
     /// The engine failed, or refuses the request; nothing follows.
     Error(ApiError),
 }
 
 struct Job {
     request: Request,
+    client: Client,
+}
+
+/// The engine's end of a request.
+struct Client {
     replies: UnboundedSender<Reply>,
+    _place: Arc<Place>,
+}
+
+impl Client {
+    fn send(&self, reply: Reply) {
+        // A client that is gone is noticed before the next step.
+        let _ = self.replies.send(reply);
+    }
+}
+
+/// One of the open requests. Both ends hold it: a request is open until the engine has let it go and its replies have been
+/// read or dropped.
+struct Place(Arc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.n_open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// State of the engine, for metrics and the page.
@@ -73,13 +97,7 @@ pub(crate) struct Worker {
 /// Replies to one request. Dropping it cancels the request.
 pub(crate) struct Replies {
     pub(crate) receiver: UnboundedReceiver<Reply>,
-    shared: Arc<Shared>,
-}
-
-impl Drop for Replies {
-    fn drop(&mut self) {
-        self.shared.n_open.fetch_sub(1, Ordering::Relaxed);
-    }
+    _place: Arc<Place>,
 }
 
 impl Worker {
@@ -148,18 +166,19 @@ impl Worker {
             self.shared.n_open.fetch_sub(n, Ordering::Relaxed);
             return Err(ApiError::busy(n_open));
         }
-        let mut all = Vec::with_capacity(n);
-        for request in requests {
-            let (sender, receiver) = unbounded_channel();
-            // From here on dropping `Replies` counts down.
-            all.push(Replies { receiver, shared: Arc::clone(&self.shared) });
-            if self.jobs.send(Job { request, replies: sender }).is_err() {
-                let missing = n - all.len();
-                self.shared.n_open.fetch_sub(missing, Ordering::Relaxed);
-                return Err(ApiError::unavailable("the engine has stopped"));
-            }
-        }
-        Ok(all)
+        // From here on dropping a place counts down.
+        let places: Vec<Arc<Place>> = (0..n).map(|_| Arc::new(Place(Arc::clone(&self.shared)))).collect();
+        requests
+            .into_iter()
+            .zip(places)
+            .map(|(request, place)| {
+                let (replies, receiver) = unbounded_channel();
+                let client = Client { replies, _place: Arc::clone(&place) };
+                let sent = self.jobs.send(Job { request, client });
+                sent.map_err(|_| ApiError::unavailable("the engine has stopped"))?;
+                Ok(Replies { receiver, _place: place })
+            })
+            .collect()
     }
 }
 
@@ -177,9 +196,18 @@ fn run(
                 if let Some(first) = first.take() {
                     let _ = first.send(Ok(()));
                 }
-                let Some(error) = serve(&mut engine, jobs, shared, &step_bytes) else { return };
+                // A panic is a bug of ours, and no reason to leave everybody without service.
+                let served = catch_unwind(AssertUnwindSafe(|| serve(&mut engine, jobs, shared, &step_bytes)));
+                let error = match served {
+                    Ok(None) => return,
+                    Ok(Some(error)) => error.to_string(),
+                    Err(_) => "it panicked".to_owned(),
+                };
                 shared.is_ready.store(false, Ordering::Relaxed);
-                shared.status.lock().unwrap_or_else(|e| e.into_inner()).restarts += 1;
+                {
+                    let mut status = shared.status.lock().unwrap_or_else(|e| e.into_inner());
+                    *status = Status { restarts: status.restarts + 1, ..Status::default() };
+                }
                 tracing::error!("the engine failed and is made anew: {error}");
             }
             Err(error) => {
@@ -189,6 +217,9 @@ fn run(
                 }
                 tracing::error!("the engine cannot be made: {error:#}; trying again in {} s", RETRY.as_secs());
                 std::thread::sleep(RETRY);
+                if shared.is_ended.load(Ordering::Relaxed) {
+                    return;
+                }
             }
         }
     }
@@ -196,7 +227,7 @@ fn run(
 
 /// Serves until the engine fails, or the server ends (`None`).
 fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes: &StepBytes) -> Option<EngineError> {
-    let mut clients: HashMap<RequestId, UnboundedSender<Reply>> = HashMap::new();
+    let mut clients: HashMap<RequestId, Client> = HashMap::new();
     let mut outputs: Vec<Output> = vec![];
     let mut rates = Rates::new();
     loop {
@@ -207,19 +238,17 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
         if is_alone || shared.is_ended.load(Ordering::Relaxed) {
             return None;
         }
-        while let Ok(Job { request, replies }) = next {
+        while let Ok(Job { request, client }) = next {
             match engine.submit(request) {
                 Ok(id) => {
-                    clients.insert(id, replies);
+                    clients.insert(id, client);
                 }
-                Err(error) => {
-                    let _ = replies.send(Reply::Error(ApiError::invalid("", error.to_string())));
-                }
+                Err(error) => client.send(Reply::Error(ApiError::invalid("", error.to_string()))),
             }
             next = jobs.try_recv().map_err(|_| RecvTimeoutError::Timeout);
         }
         clients.retain(|id, client| {
-            let is_gone = client.is_closed();
+            let is_gone = client.replies.is_closed();
             if is_gone {
                 engine.cancel(*id);
             }
@@ -230,7 +259,7 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
             if let Err(error) = engine.step(&mut outputs) {
                 let message = format!("the engine failed: {error}; it is being made anew");
                 for client in clients.values() {
-                    let _ = client.send(Reply::Error(ApiError::unavailable(message.clone())));
+                    client.send(Reply::Error(ApiError::unavailable(message.clone())));
                 }
                 return Some(error);
             }
@@ -241,11 +270,14 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
                 );
             }
         }
+        let now = Instant::now();
         for Output { request, event } in outputs.drain(..) {
             let is_end = matches!(event, Event::Finished(_) | Event::Failed(_));
-            let client = if is_end { clients.remove(&request) } else { clients.get(&request).cloned() };
-            if let Some(client) = client {
-                let _ = client.send(Reply::Event(event));
+            if let Some(client) = clients.get(&request) {
+                client.send(Reply::Event(event, now));
+            }
+            if is_end {
+                clients.remove(&request);
             }
         }
         let mut status = shared.status.lock().unwrap_or_else(|e| e.into_inner());
@@ -301,9 +333,10 @@ mod tests {
     use tandem_engine::{BlockManager, Runner};
     use tandem_model::Limits;
 
-    /// Fails at its third step while `is_broken`.
+    /// Fails at its third step while `is_broken`, by an error or a panic.
     struct Fragile {
         n_steps: usize,
+        panics: bool,
         is_broken: Arc<AtomicBool>,
     }
 
@@ -311,6 +344,7 @@ mod tests {
         fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
             self.n_steps += 1;
             if self.n_steps >= 3 && self.is_broken.load(Ordering::Relaxed) {
+                assert!(!self.panics, "as a bug would");
                 return Err(EngineError::Device("rank 1 on host b does not answer".into()));
             }
             logits.extend(batch.logits_rows.iter().flat_map(|_| [0.0, 1.0]));
@@ -330,35 +364,59 @@ mod tests {
         Request { prompt: vec![1, 1], max_tokens: 5, ..Request::default() }
     }
 
+    fn start(panics: bool, is_broken: &Arc<AtomicBool>, max_open: usize) -> Worker {
+        let is_broken = Arc::clone(is_broken);
+        let make = move || {
+            let runner = Fragile { n_steps: 0, panics, is_broken: Arc::clone(&is_broken) };
+            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(512), 256, 256);
+            Ok((engine, Box::new(|_| 0u64) as StepBytes))
+        };
+        Worker::start(make, max_open).unwrap()
+    }
+
     fn read(mut replies: Replies) -> (usize, Option<String>) {
         let mut n_tokens = 0;
         loop {
             match replies.receiver.blocking_recv() {
-                Some(Reply::Event(Event::Token { .. })) => n_tokens += 1,
-                Some(Reply::Event(Event::Finished(_))) => return (n_tokens, None),
+                Some(Reply::Event(Event::Token { .. }, _)) => n_tokens += 1,
+                Some(Reply::Event(Event::Finished(_), _)) => return (n_tokens, None),
                 Some(Reply::Error(error)) => return (n_tokens, Some(error.body().to_string())),
                 Some(_) => {}
-                None => panic!("no end"),
+                None => return (n_tokens, Some("the engine has stopped".to_owned())),
             }
         }
     }
 
     #[test]
     fn a_failed_engine_is_one_error_for_each_request_and_comes_back() {
-        let is_broken = Arc::new(AtomicBool::new(true));
-        let broken = Arc::clone(&is_broken);
-        let make = move || {
-            let runner = Fragile { n_steps: 0, is_broken: Arc::clone(&broken) };
-            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(512), 256, 256);
-            Ok((engine, Box::new(|_| 0u64) as StepBytes))
-        };
-        let worker = Worker::start(make, 4).unwrap();
-        let in_flight = worker.submit(vec![request(), request()]).unwrap();
-        for replies in in_flight {
-            let (_, error) = read(replies);
-            assert!(error.unwrap().contains("rank 1 on host b"));
+        for (panics, expected) in [(false, "rank 1 on host b"), (true, "the engine has stopped")] {
+            let is_broken = Arc::new(AtomicBool::new(true));
+            let worker = start(panics, &is_broken, 4);
+            let in_flight = worker.submit(vec![request(), request()]).unwrap();
+            for replies in in_flight {
+                let (_, error) = read(replies);
+                assert!(error.unwrap().contains(expected));
+            }
+            is_broken.store(false, Ordering::Relaxed);
+            let again = loop {
+                match worker.submit(vec![request()]) {
+                    Ok(mut replies) => break replies.remove(0),
+                    Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                }
+            };
+            assert_eq!(read(again), (5, None));
+            assert_eq!(worker.status().restarts, 1);
         }
-        is_broken.store(false, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn the_queue_is_bounded_and_places_come_back() {
+        let worker = start(false, &Arc::default(), 2);
+        assert!(worker.submit(vec![request(), request(), request()]).is_err());
+        let places = worker.submit(vec![request(), request()]).unwrap();
+        assert!(worker.submit(vec![request()]).is_err());
+        drop(places);
+        // The engine lets go of them before its next step.
         let again = loop {
             match worker.submit(vec![request()]) {
                 Ok(mut replies) => break replies.remove(0),
@@ -366,22 +424,6 @@ mod tests {
             }
         };
         assert_eq!(read(again), (5, None));
-        assert_eq!(worker.status().restarts, 1);
-    }
-
-    #[test]
-    fn the_queue_is_bounded_and_places_come_back() {
-        let make = || {
-            let runner = Fragile { n_steps: 0, is_broken: Arc::default() };
-            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(512), 256, 256);
-            Ok((engine, Box::new(|_| 0u64) as StepBytes))
-        };
-        let worker = Worker::start(make, 2).unwrap();
-        assert!(worker.submit(vec![request(), request(), request()]).is_err());
-        let places = worker.submit(vec![request(), request()]).unwrap();
-        assert!(worker.submit(vec![request()]).is_err());
-        drop(places);
-        assert_eq!(read(worker.submit(vec![request()]).unwrap().remove(0)), (5, None));
         while worker.status().pages_used > 0 {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -4,13 +4,42 @@
 //! does not apply `clean_up_tokenization_spaces` (a stream could not undo it; vLLM does the same), and knows no chat
 //! template (see [`super::chat_template`]).
 
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use thiserror::Error;
 use tokenizers::{AddedToken, DecoderWrapper};
+
+/// Bytes of the largest tokenizer.json; that of a vocabulary of 256,000 tokens has 33 million.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+/// Ids are below this: no model has as many tokens.
+const MAX_IDS: u64 = 1 << 24;
+
+thread_local! {
+    static IS_GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread is the tokenizers crate's, which becomes an error and needs no report.
+pub(crate) fn is_guarded() -> bool {
+    IS_GUARDED.get()
+}
+
+/// Runs code of the tokenizers crate, which panics on some malformed files.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    let before = IS_GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    IS_GUARDED.set(before);
+    match result {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("tokenizer.json asks for something impossible (the tokenizers library gave up)".into()),
+    }
+}
 
 /// Why a tokenizer could not be loaded or used.
 #[derive(Debug, Error)]
@@ -82,14 +111,25 @@ impl Tokenizer {
     /// When `tokenizer.json` is missing, or either file is malformed or contradicts the other.
     pub(crate) fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
         let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|source| TokenizerError::Read { path: path.clone(), source })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| TokenizerError::Parse { path, cause: error.to_string() })?;
+        let read = |source| TokenizerError::Read { path: path.clone(), source };
+        // A cause may quote a token, of any length.
+        let parse = |cause: String| {
+            let short = match cause.char_indices().nth(300) {
+                Some((end, _)) => format!("{}...", &cause[..end]),
+                None => cause,
+            };
+            TokenizerError::Parse { path: path.clone(), cause: short }
+        };
+        let n_bytes = std::fs::metadata(&path).map_err(read)?.len();
+        if n_bytes > MAX_FILE_BYTES {
+            return Err(parse(format!("it has {n_bytes} bytes, expected at most {MAX_FILE_BYTES}")));
+        }
+        let bytes = std::fs::read(&path).map_err(read)?;
+        check_ids(&bytes).map_err(&parse)?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(&parse)?;
         // Training-time settings that some files carry; an engine must see the whole text.
         inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| TokenizerError::Parse { path: dir.join("tokenizer.json"), cause: error.to_string() })?;
+        guarded(|| inner.with_truncation(None).map(|_| ())).map_err(parse)?;
 
         let config_path = dir.join("tokenizer_config.json");
         let config = read_tokenizer_config(dir)?;
@@ -116,10 +156,7 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's model refuses the text (an out-of-vocabulary piece without an unknown token).
     pub(crate) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens)).map_err(TokenizerError::Encode)?;
         let mut ids = encoding.get_ids().to_vec();
         if add_special_tokens
             && let Some(bos) = self.forced_bos
@@ -135,7 +172,7 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub(crate) fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
-        self.inner.decode(ids, skip_special_tokens).map_err(|error| TokenizerError::Decode(error.to_string()))
+        guarded(|| self.inner.decode(ids, skip_special_tokens)).map_err(TokenizerError::Decode)
     }
 
     /// A decoder that takes one id at a time.
@@ -351,6 +388,81 @@ pub(crate) fn token_text(config: &Map<String, Value>, key: &str) -> Option<Strin
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
 
+/// What of tokenizer.json is looked at before the tokenizers crate gets it, which takes any id.
+#[derive(Deserialize)]
+struct Ids {
+    #[serde(default)]
+    model: ModelIds,
+    #[serde(default)]
+    added_tokens: Vec<AddedId>,
+}
+
+#[derive(Default, Deserialize)]
+struct ModelIds {
+    #[serde(default)]
+    vocab: Vocab,
+}
+
+#[derive(Deserialize)]
+struct AddedId {
+    id: u64,
+    content: String,
+}
+
+/// The tokens of each id, as the file lists them; a list of pieces has no ids to be wrong.
+#[derive(Default)]
+struct Vocab(Vec<(String, u64)>);
+
+impl<'de> Deserialize<'de> for Vocab {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Vocab;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of tokens and their ids, or a list of pieces")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vocab, A::Error> {
+                let mut entries = vec![];
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Vocab(entries))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vocab, A::Error> {
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Vocab::default())
+            }
+        }
+        deserializer.deserialize_any(Entries)
+    }
+}
+
+/// Finds ids that no vocabulary has, and tokens or ids that are there twice.
+fn check_ids(json: &[u8]) -> Result<(), String> {
+    let Ids { model, added_tokens } = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    let check = |what: &str, entries: &[(String, u64)]| {
+        let (mut ids, mut tokens) = (HashMap::new(), HashMap::new());
+        for (token, id) in entries {
+            if *id >= MAX_IDS {
+                return Err(format!("{what}: {token:?} has the id {id}, expected one below {MAX_IDS}"));
+            }
+            if let Some(other) = tokens.insert(token, id) {
+                return Err(format!("{what}: {token:?} is there twice, with the ids {other} and {id}"));
+            }
+            if let Some(other) = ids.insert(id, token) {
+                return Err(format!("{what}: {other:?} and {token:?} have the same id {id}"));
+            }
+        }
+        Ok(())
+    };
+    check("vocab", &model.vocab.0)?;
+    let added: Vec<(String, u64)> = added_tokens.into_iter().map(|added| (added.content, added.id)).collect();
+    check("added_tokens", &added)
+}
+
 #[derive(Deserialize)]
 #[serde(default)]
 struct AddedTokenEntry {
@@ -510,6 +622,108 @@ mod tests {
     fn check_stream(tokenizer: &Tokenizer, ids: &[u32]) {
         for skip in [false, true] {
             assert_eq!(stream(tokenizer, ids, skip), tokenizer.decode(ids, skip).unwrap(), "{ids:?} skip={skip}");
+        }
+    }
+
+    /// Whatever tokenizer.json says, there is an error or a tokenizer that does not panic.
+    #[test]
+    fn hostile_files() {
+        let fable = std::fs::read_to_string(fable_dir().join("tokenizer.json")).unwrap();
+        let fable: Value = serde_json::from_str(&fable).unwrap();
+        let small = || {
+            serde_json::json!({"version": "1.0", "added_tokens": [], "model": {
+                "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "\u{2581}": 3}, "merges": [["a", "b"]],
+            }})
+        };
+        let load = |text: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
+            Tokenizer::from_dir(dir.path())
+        };
+        let refuse = |text: String, expected: &str| {
+            let error = load(&text).expect_err(expected).to_string();
+            assert!(error.contains("tokenizer.json is not a valid tokenizer file: "), "{error}");
+            assert!(error.contains(expected) && error.len() < 1000, "{error}");
+        };
+        let edit = |pointer: &str, value: Value| {
+            let mut json = small();
+            *json.pointer_mut(pointer).unwrap() = value;
+            json.to_string()
+        };
+        let added = |id: u64, content: &str| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        assert_eq!(load(&small().to_string()).unwrap().encode("abab", false).unwrap(), [2, 2]);
+        // Ids.
+        refuse(edit("/model/vocab/ab", 4_000_000_000u64.into()), "expected one below 16777216");
+        refuse(edit("/model/vocab/ab", u64::MAX.into()), "expected one below 16777216");
+        refuse(edit("/model/vocab/ab", (-1).into()), "-1");
+        refuse(edit("/model/vocab/ab", 1.into()), "have the same id 1");
+        refuse(small().to_string().replace("\"b\":1", "\"a\":1"), "\"a\" is there twice");
+        refuse(edit("/added_tokens", serde_json::json!([added(1 << 40, "x")])), "expected one below");
+        refuse(edit("/added_tokens", serde_json::json!([added(7, "x"), added(7, "y")])), "have the same id 7");
+        refuse(edit("/added_tokens", serde_json::json!([added(7, "x"), added(8, "x")])), "\"x\" is there twice");
+        // Merges: of tokens that do not exist, of nothing, of too much.
+        refuse(edit("/model/merges", serde_json::json!([["b", "a"]])), "");
+        refuse(edit("/model/merges", serde_json::json!([["ab", "ab"]])), "");
+        refuse(edit("/model/merges", serde_json::json!(["a b c"])), "");
+        refuse(edit("/model/merges", serde_json::json!([["x".repeat(1 << 20), "y"]])), "");
+        let many = vec![serde_json::json!(["a", "b"]); 300_000];
+        let tokenizer = load(&edit("/model/merges", many.into())).unwrap();
+        assert_eq!(tokenizer.encode("ab", false).unwrap(), [2]);
+        // Types and nesting.
+        for (pointer, value) in [
+            ("/model", serde_json::json!(5)),
+            ("/model", serde_json::json!({})),
+            ("/model/vocab", serde_json::json!("a")),
+            ("/model/merges", serde_json::json!({"a": "b"})),
+            ("/model/type", serde_json::json!("Nonsense")),
+            ("/added_tokens", serde_json::json!({})),
+            ("/version", serde_json::json!("9")),
+        ] {
+            refuse(edit(pointer, value), "");
+        }
+        let nested = format!("{}5{}", "{\"type\":\"Sequence\",\"normalizers\":[".repeat(50_000), "]}".repeat(50_000));
+        let with_normalizer =
+            |normalizer: &str| small().to_string().replacen('{', &format!("{{\"normalizer\":{normalizer},"), 1);
+        refuse(with_normalizer(&nested), "recursion limit");
+        refuse("[".repeat(100_000), "");
+        refuse(with_normalizer("{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"(\"},\"content\":\"\"}"), "");
+        refuse(with_normalizer("{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAAA\"}"), "");
+        // A decoder that takes more off a token than it has.
+        let strip = "{\"type\":\"Strip\",\"content\":\"a\",\"start\":9,\"stop\":9}";
+        let strip = small().to_string().replacen('{', &format!("{{\"decoder\":{strip},"), 1);
+        let error = load(&strip).unwrap().decode(&[0], false).unwrap_err().to_string();
+        assert!(error.contains("asks for something impossible"), "{error}");
+        // Every value of a real file replaced by something else.
+        let mut pointers = vec![];
+        collect_pointers(&fable, String::new(), &mut pointers);
+        for pointer in pointers {
+            for value in [Value::Null, (-1).into(), 1e300.into(), "".into(), serde_json::json!([[]]), true.into()] {
+                let mut json = fable.clone();
+                *json.pointer_mut(&pointer).unwrap() = value;
+                if let Ok(tokenizer) = load(&json.to_string())
+                    && let Ok(ids) = tokenizer.encode("Hello <|user|> w\u{f6}rld 12", true)
+                {
+                    let _ = tokenizer.decode(&ids, false);
+                }
+            }
+        }
+    }
+
+    /// Every place in `value` but the entries of large tables.
+    fn collect_pointers(value: &Value, at: String, pointers: &mut Vec<String>) {
+        let children: Vec<(String, &Value)> = match value {
+            Value::Object(map) if map.len() < 40 => map.iter().map(|(key, child)| (key.clone(), child)).collect(),
+            Value::Array(list) => list.iter().take(1).map(|child| ("0".to_owned(), child)).collect(),
+            _ => vec![],
+        };
+        for (key, child) in children {
+            collect_pointers(child, format!("{at}/{key}"), pointers);
+        }
+        if !at.is_empty() {
+            pointers.push(at);
         }
     }
 
