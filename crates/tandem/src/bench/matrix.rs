@@ -98,7 +98,9 @@ fn measure(flags: &[String]) -> anyhow::Result<Value> {
 
 fn row(name: &str, flags: &[String], result: &Value) -> Value {
     let total = result["breakdown_total_ms"].as_f64().unwrap_or(f64::NAN);
-    let of = |kinds: &[&str]| -> f64 { kinds.iter().filter_map(|k| result["breakdown_ms"][k].as_f64()).sum() };
+    let of = |kinds: &[&str]| -> f64 {
+        kinds.iter().filter_map(|k| result["breakdown_ms"][k].as_f64()).fold(0.0, |sum, ms| sum + ms)
+    };
     let mut row = json!({
         "row": name,
         "flags": flags,
@@ -128,7 +130,11 @@ fn print(rows: &[Value]) {
         print!("{name:<34}{:>8.2}", number(&row["tokens_per_second"]));
         print!("{:>6.0} %", 100.0 * number(&row["bandwidth_fraction"]));
         SHARES.iter().for_each(|(share, _)| print!("{:>13.1} %", 100.0 * number(&row["share"][share])));
-        println!("{:>8}{:>8.0} %", row["major_page_faults"], 100.0 * number(&row["resident_share"]));
+        println!(
+            "{:>8}{:>8.0} %",
+            row["major_page_faults"].as_u64().unwrap_or(0),
+            100.0 * number(&row["resident_share"])
+        );
     }
 }
 
