@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
@@ -28,6 +29,9 @@ const BLOCK_ELEMENTS: usize = 1 << 15;
 
 /// Tasks per thread that are read ahead.
 const PREFETCH_TASKS: usize = 3;
+
+/// Bytes after which what was written is sent to the disk, so that the end of a file is not a long wait.
+const FLUSH_BYTES: usize = 128 << 20;
 
 const STATE: &str = "conversion.json";
 const LOCK: &str = "conversion.lock";
@@ -98,24 +102,32 @@ pub(super) fn write(
         let file = File::create(&temporary).with_context(cannot)?;
         file.set_len(shard.bytes).with_context(cannot)?;
         file.write_all_at(&shard.header, 0).with_context(cannot)?;
-        let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
+        let digest = std::thread::scope(|scope| {
+            let (flush, to_flush) = channel();
+            let flusher = scope.spawn(|| flush_behind(&file, to_flush));
             let weight = |task: &Task| shard.items[task.item].weight;
-            if let Some(later) = later {
-                source.prefetch(weight(later), later.part, later.rows.clone());
-            }
-            let pieces = convert(source, plan, shard, quantize, task)?;
-            let mut digest = 0u64;
-            for (bytes, at) in
-                [&pieces.weight, &pieces.scales, &pieces.biases].into_iter().zip(places(plan, shard, task))
-            {
-                file.write_all_at(bytes, at).with_context(cannot)?;
-                digest = digest.wrapping_add(xxh3_64_with_seed(bytes, at));
-            }
-            drop(pieces);
-            source.release(weight(task), task.part, task.rows.clone());
-            Ok(digest)
-        };
-        let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight))?;
+            let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
+                if let Some(later) = later {
+                    source.prefetch(weight(later), later.part, later.rows.clone());
+                }
+                let pieces = convert(source, plan, shard, quantize, task)?;
+                let mut digest = 0u64;
+                for (bytes, at) in
+                    [&pieces.weight, &pieces.scales, &pieces.biases].into_iter().zip(places(plan, shard, task))
+                {
+                    file.write_all_at(bytes, at).with_context(cannot)?;
+                    digest = digest.wrapping_add(xxh3_64_with_seed(bytes, at));
+                    let _ = flush.send(bytes.len()); // fails only after the flusher did, whose error is reported below
+                }
+                drop(pieces);
+                source.release(weight(task), task.part, task.rows.clone());
+                Ok(digest)
+            };
+            let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight));
+            drop(flush);
+            flusher.join().expect("flushing does not panic").with_context(cannot)?;
+            digest
+        })?;
         file.sync_all().with_context(cannot)?;
         std::fs::rename(&temporary, &path).with_context(cannot)?;
         written.bytes += shard.bytes;
@@ -131,10 +143,26 @@ pub(super) fn write(
             std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
     }
+    for entry in std::fs::read_dir(&partial)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
     File::open(&partial)?.sync_all()?;
     std::fs::rename(&partial, out)
         .with_context(|| format!("cannot rename {} to {}", partial.display(), out.display()))?;
     Ok(written)
+}
+
+/// Sends what was written to the disk while more is written; gets the bytes of each write.
+fn flush_behind(file: &File, written: Receiver<usize>) -> std::io::Result<()> {
+    let mut waiting = 0;
+    for bytes in written {
+        waiting += bytes;
+        if waiting >= FLUSH_BYTES {
+            waiting = 0;
+            file.sync_data()?;
+        }
+    }
+    Ok(())
 }
 
 /// `DIR.partial`, beside `DIR`.
@@ -177,8 +205,7 @@ fn write_json(path: &Path, value: &Value) -> anyhow::Result<()> {
 }
 
 /// Runs the tasks of a file on `n_threads` threads and adds up what they return. `work` also gets a task that will be due
-/// soon. `finished` gets each item whose last
-/// task is done.
+/// soon. `finished` gets each item whose last task is done.
 fn run(
     plan: &Plan,
     shard: &Shard,
