@@ -14,8 +14,9 @@ import sys
 
 source, calibration, tasks, work, tandem, *texts = sys.argv[1:]
 WAYS = {"plain": [], "search": ["--search"], "calibrate": ["--calibrate", calibration]}
-SEARCHED = ["mxfp4", "affine4", "mxfp4-q8", "nvfp4", "affine3", "mixed-4.8"]
-RUNS = [(f, way) for f in SEARCHED for way in WAYS] + [(f, "plain") for f in ("bf16", "affine8", "affine6", "mxfp8", "affine5", "affine4:g32")]
+SEARCHED = ["mxfp4", "affine4", "mixed-4.8", "mxfp4-q8", "nvfp4", "affine3"]
+PLAIN = ("bf16", "affine8", "mxfp8", "affine6", "affine5", "affine4:g32")
+RUNS = [(f, "plain") for f in (*SEARCHED, *PLAIN)] + [(f, way) for f in SEARCHED for way in ("search", "calibrate")]
 
 
 def run(*args):

@@ -9,7 +9,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
@@ -29,9 +28,6 @@ const BLOCK_ELEMENTS: usize = 1 << 15;
 
 /// Tasks per thread that are read ahead.
 const PREFETCH_TASKS: usize = 3;
-
-/// Bytes after which what was written is sent to the disk, so that the end of a file is not a long wait.
-const FLUSH_BYTES: usize = 128 << 20;
 
 const STATE: &str = "conversion.json";
 const LOCK: &str = "conversion.lock";
@@ -102,32 +98,24 @@ pub(super) fn write(
         let file = File::create(&temporary).with_context(cannot)?;
         file.set_len(shard.bytes).with_context(cannot)?;
         file.write_all_at(&shard.header, 0).with_context(cannot)?;
-        let digest = std::thread::scope(|scope| {
-            let (flush, to_flush) = channel();
-            let flusher = scope.spawn(|| flush_behind(&file, to_flush));
+        let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
             let weight = |task: &Task| shard.items[task.item].weight;
-            let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
-                if let Some(later) = later {
-                    source.prefetch(weight(later), later.part, later.rows.clone());
-                }
-                let pieces = convert(source, plan, shard, quantize, task)?;
-                let mut digest = 0u64;
-                for (bytes, at) in
-                    [&pieces.weight, &pieces.scales, &pieces.biases].into_iter().zip(places(plan, shard, task))
-                {
-                    file.write_all_at(bytes, at).with_context(cannot)?;
-                    digest = digest.wrapping_add(xxh3_64_with_seed(bytes, at));
-                    let _ = flush.send(bytes.len()); // fails only after the flusher did, whose error is reported below
-                }
-                drop(pieces);
-                source.release(weight(task), task.part, task.rows.clone());
-                Ok(digest)
-            };
-            let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight));
-            drop(flush);
-            flusher.join().expect("flushing does not panic").with_context(cannot)?;
-            digest
-        })?;
+            if let Some(later) = later {
+                source.prefetch(weight(later), later.part, later.rows.clone());
+            }
+            let pieces = convert(source, plan, shard, quantize, task)?;
+            let mut digest = 0u64;
+            for (bytes, at) in
+                [&pieces.weight, &pieces.scales, &pieces.biases].into_iter().zip(places(plan, shard, task))
+            {
+                file.write_all_at(bytes, at).with_context(cannot)?;
+                digest = digest.wrapping_add(xxh3_64_with_seed(bytes, at));
+            }
+            drop(pieces);
+            source.release(weight(task), task.part, task.rows.clone());
+            Ok(digest)
+        };
+        let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight))?;
         file.sync_all().with_context(cannot)?;
         std::fs::rename(&temporary, &path).with_context(cannot)?;
         written.bytes += shard.bytes;
@@ -150,19 +138,6 @@ pub(super) fn write(
     std::fs::rename(&partial, out)
         .with_context(|| format!("cannot rename {} to {}", partial.display(), out.display()))?;
     Ok(written)
-}
-
-/// Sends what was written to the disk while more is written; gets the bytes of each write.
-fn flush_behind(file: &File, written: Receiver<usize>) -> std::io::Result<()> {
-    let mut waiting = 0;
-    for bytes in written {
-        waiting += bytes;
-        if waiting >= FLUSH_BYTES {
-            waiting = 0;
-            file.sync_data()?;
-        }
-    }
-    Ok(())
 }
 
 /// `DIR.partial`, beside `DIR`.
