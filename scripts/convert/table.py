@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 """Size, perplexity, KL divergence and task scores of a model in every format, as a Markdown table.
 
-usage: table.py SOURCE TEXT CALIBRATION TASKS WORK_DIR [TANDEM]
+usage: table.py SOURCE CALIBRATION TASKS WORK_DIR TANDEM TEXT...
 
-TEXT and CALIBRATION must be disjoint. WORK_DIR gets the converted models and results.json.
+CALIBRATION must share nothing with the TEXTs. TASKS may be "-". WORK_DIR gets results.json, and each model for a while; what
+is in results.json is not run again.
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 
-source, text, calibration, tasks, work = sys.argv[1:6]
-tandem = sys.argv[6] if len(sys.argv) > 6 else "target/release/tandem"
-RUNS = [("bf16", []), ("affine8", []), ("mxfp8", []), ("mxfp4-q8", []), ("affine4:g32", []), ("affine4", []), ("affine4", ["--search"]),
-        ("affine4", ["--calibrate", calibration]), ("nvfp4", []), ("nvfp4", ["--calibrate", calibration]), ("mxfp4", []), ("mxfp4", ["--search"]),
-        ("mxfp4", ["--calibrate", calibration]), ("affine3", []), ("affine3", ["--calibrate", calibration])]
+source, calibration, tasks, work, tandem, *texts = sys.argv[1:]
+WAYS = {"plain": [], "search": ["--search"], "calibrate": ["--calibrate", calibration]}
+SEARCHED = ["mxfp4", "affine4", "mixed-4.8", "mxfp4-q8", "nvfp4", "affine3"]
+PLAIN = ("bf16", "affine8", "mxfp8", "affine6", "affine5", "affine4:g32")
+RUNS = [(f, "plain") for f in (*SEARCHED, *PLAIN)] + [(f, way) for f in SEARCHED for way in ("search", "calibrate")]
 
 
 def run(*args):
@@ -24,20 +26,24 @@ def run(*args):
     return done.stdout
 
 
-results = []
-for quant, flags in RUNS:
-    name = quant.replace(":", "-") + "".join(f.replace("--", "-") for f in flags if f.startswith("--"))
-    out = os.path.join(work, name)
-    if not os.path.exists(out):
-        run("convert", source, "--out", out, "--quant", quant, *flags)
-    size = json.loads(run("inspect", out, "--json"))["resident_bytes"]
-    c = json.loads(run("eval", "compare", source, out, "--text", text, "--json"))
-    right = None
+os.makedirs(work, exist_ok=True)
+path = os.path.join(work, "results.json")
+results = json.load(open(path)) if os.path.exists(path) else []
+for quant, way in RUNS:
+    if any((r["format"], r["way"]) == (quant, way) for r in results):
+        continue
+    out = os.path.join(work, "model")
+    shutil.rmtree(out, ignore_errors=True)
+    seconds = json.loads(run("convert", source, "--out", out, "--quant", quant, *WAYS[way], "--json"))["seconds"]
+    result = {"format": quant, "way": way, "bytes": json.loads(run("inspect", out, "--json"))["resident_bytes"], "seconds": seconds, "texts": []}
+    for text in texts:
+        c = json.loads(run("eval", "compare", source, out, "--text", text, "--json"))
+        result["texts"].append({k: c[k] for k in ("tokens", "perplexity_a", "perplexity_b", "mean_kl", "p99_kl", "top1_agreement")})
     if tasks != "-":
-        kinds = json.loads(run("eval", "tasks", "--model", out, "--tasks", tasks, "--json"))["kinds"].values()
-        right = f"{sum(k['right'] for k in kinds)}/{sum(k['total'] for k in kinds)}"
-    results.append({"format": quant, "flags": [f for f in flags if f.startswith("--")], "bytes": size, "tasks": right,
-                    **{k: c[k] for k in ("tokens", "perplexity_a", "perplexity_b", "mean_kl", "p99_kl", "top1_agreement")}})
-    json.dump(results, open(os.path.join(work, "results.json"), "w"), indent=1)
-    r = results[-1]
-    print(f"| {quant} {' '.join(r['flags'])} | {size / 1e6:.2f} | {r['perplexity_b']:.4f} | {r['mean_kl']:.5f} | {r['p99_kl']:.4f} | {100 * r['top1_agreement']:.1f} % | {right or ''} |", flush=True)
+        result["tasks"] = json.loads(run("eval", "tasks", "--model", out, "--tasks", tasks, "--json"))["kinds"]
+    results.append(result)
+    json.dump(results, open(path, "w"), indent=1)
+    cells = [f"{t['perplexity_b']:.4f} | {t['mean_kl']:.5f} | {t['p99_kl']:.4f} | {100 * t['top1_agreement']:.1f}" for t in result["texts"]]
+    kinds = result.get("tasks", {}).values()
+    right = f"{sum(k['right'] for k in kinds)}" if kinds else ""
+    print(f"| {quant} | {way} | {result['bytes'] / 1e6:.2f} | {' | '.join(cells)} | {right} |", flush=True)

@@ -358,6 +358,8 @@ pub struct Gguf {
 }
 
 const MAX_DEPTH: usize = 4;
+/// Metadata values of one file, those in lists included: vocabularies have some hundred thousand.
+const MAX_VALUES: usize = 1 << 24;
 
 impl Gguf {
     /// Maps a file, and its siblings if it is the first of several, and reads the directories.
@@ -453,7 +455,7 @@ type Directory = (BTreeMap<String, Value>, BTreeMap<String, GgufTensor>);
 /// Reads header, metadata and tensor directory of the whole file `data`. Counts are never trusted: memory is taken only
 /// for what the file's bytes can hold.
 fn parse(data: &[u8], file: usize) -> Result<Directory, Problem> {
-    let mut reader = Reader { data, at: 0 };
+    let mut reader = Reader { data, at: 0, n_values: 0 };
     if reader.take(4)? != b"GGUF" {
         return Err("it does not start with \"GGUF\"".to_string().into());
     }
@@ -534,6 +536,8 @@ fn parse(data: &[u8], file: usize) -> Result<Directory, Problem> {
 struct Reader<'a> {
     data: &'a [u8],
     at: usize,
+    /// Metadata values read.
+    n_values: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -567,6 +571,10 @@ impl<'a> Reader<'a> {
     }
 
     fn value(&mut self, kind: u32, depth: usize) -> Result<Value, String> {
+        self.n_values += 1;
+        if self.n_values > MAX_VALUES {
+            return Err(format!("it has more than {MAX_VALUES} metadata values"));
+        }
         Ok(match kind {
             0 => Value::Int(self.array::<1>()?[0].into()),
             1 => Value::Int(i8::from_le_bytes(self.array()?).into()),

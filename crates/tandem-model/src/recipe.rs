@@ -95,7 +95,8 @@ impl Recipe {
         let (experts, rest) = match name {
             "mxfp4-q8" => (Target::Block(DType::Mxfp4), Target::Affine { bits: 8, group_size: 64 }),
             _ => {
-                let target = Target::parse(name).map_err(|e| format!("{e}; a mix is mxfp4-q8 or mixed:FILE"))?;
+                let target =
+                    Target::parse(name).map_err(|e| format!("{e}; mixes are mxfp4-q8, mixed-4.8 and mixed:FILE"))?;
                 (target, target)
             }
         };

@@ -551,19 +551,23 @@ pub(crate) struct ConvertArgs {
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     pub(crate) out: Option<PathBuf>,
     /// mxfp4-q8 (routed experts mxfp4, the rest affine 8-bit), or one format for all: mxfp4, mxfp8, nvfp4, affine2, 3, 4,
-    /// 5, 6, 8 (groups of 64; :g32, :g128), bf16, keep; or mixed:FILE, a TOML file of patterns and formats.
+    /// 5, 6, 8 (groups of 64; :g32, :g128), bf16, keep; or mixed-4.8 (affine, 3 to 8 bits for each kind of module, 4.8 a
+    /// weight in all), or mixed:FILE, a TOML file of patterns and formats.
     ///
+    /// mixed-4.8 runs the source once for each kind of module, and prints the rules that it chose.
     /// Router gates, norms and biases are left alone. FILE: `default = "affine8"`, then under `[rules]` lines such as
     /// `"model.layers.*.mlp.switch_mlp.*" = "mxfp4"`, of which the first that matches a module counts.
     #[arg(long, value_name = "FORMATS", default_value = "mxfp4-q8")]
     pub(crate) quant: String,
     #[command(flatten)]
     pub(crate) shapes: ShapeArgs,
-    /// Look for scales with less error than those of mlx, at the same size.
+    /// Look for scales and codes with less error than those of mlx, at the same size.
+    ///
+    /// The source first writes some text of its own (where its weights do not fit in memory, it reads random tokens): errors
+    /// then count by what goes into each matrix, and codes make up for the errors of those before them (GPTQ).
     #[arg(long)]
     pub(crate) search: bool,
-    /// A text, or JSON with strings, that the source model reads first: errors then count by what goes into each matrix,
-    /// and codes make up for the errors of those before them (GPTQ). Implies --search.
+    /// A text, or JSON with strings, that the source reads instead of text of its own. Implies --search.
     #[arg(long, value_name = "FILE")]
     pub(crate) calibrate: Option<PathBuf>,
     /// Size of one output file, at most, unless a single weight is larger.

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use anyhow::ensure;
 use serde_json::json;
-use tandem_core::weights::{Form, MatrixData};
+use tandem_core::weights::{Form, MatrixData, Weight};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
+use tandem_cpu::CpuBackend;
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
-use tandem_model::{CheckpointWeights, Limits, WeightSource};
+use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
 use crate::cli::{ActivationsArg, CompareArgs};
 use crate::eval::documents;
@@ -44,7 +45,8 @@ pub(crate) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         args.b
     );
     let load = |side: &Side, source: &dyn WeightSource| {
-        engine(&side.config, source, windows.longest(), args.threads, args.activations)
+        let bytes = side.resident_bytes()?;
+        engine(&side.config, source, bytes, windows.longest(), args.threads, args.activations)
     };
     let mut first = load(&a, &a.weights()?)?;
     let result = windows.compare(&mut first, &mut load(&b, &b.weights()?)?)?;
@@ -120,8 +122,27 @@ impl Side {
         Ok(Side { config, checkpoint: Checkpoint::open(&dir)?, tokenizer: Tokenizer::from_dir(&dir)? })
     }
 
+    /// Every weight, found.
+    pub(crate) fn resolve(&self) -> Result<Vec<Weight>, CheckpointError> {
+        tandem_model::resolve(&self.checkpoint, &self.config)
+    }
+
     pub(crate) fn weights(&self) -> Result<CheckpointWeights<'_>, CheckpointError> {
-        Ok(CheckpointWeights::new(&self.checkpoint, tandem_model::resolve(&self.checkpoint, &self.config)?))
+        Ok(CheckpointWeights::new(&self.checkpoint, self.resolve()?))
+    }
+
+    /// Bytes of weights in memory.
+    pub(crate) fn resident_bytes(&self) -> Result<u64, CheckpointError> {
+        Ok(Accounting::new(&self.resolve()?, &self.config).total(|k| k.resident_bytes))
+    }
+
+    /// The processor as a backend for this model.
+    pub(crate) fn backend(
+        &self,
+        threads: Option<usize>,
+        activations: ActivationsArg,
+    ) -> Result<CpuBackend, CheckpointError> {
+        Ok(cpu_backend(threads, activations, self.resident_bytes()?).0)
     }
 
     /// Kinds of matrices: module paths without their layers.
@@ -182,15 +203,16 @@ impl Mixed<'_> {
     }
 }
 
-/// A model from weights of any source, for windows of `longest` tokens.
+/// A model from `weight_bytes` of weights of any source, for windows of `longest` tokens.
 pub(crate) fn engine(
     config: &ModelConfig,
     source: &dyn WeightSource,
+    weight_bytes: u64,
     longest: usize,
     threads: Option<usize>,
     activations: ActivationsArg,
 ) -> anyhow::Result<Engine> {
-    let (backend, _) = cpu_backend(threads, activations, 0);
+    let (backend, _) = cpu_backend(threads, activations, weight_bytes);
     let limits = Limits { max_rows: CHUNK, max_logits_rows: CHUNK };
     let model = tandem_model::load_from(&backend, config, source, limits, &mut |_| {})?;
     let blocks = BlockManager::for_tokens(longest);

@@ -190,17 +190,21 @@ pub(crate) fn cpu_backend(
         ActivationsArg::Auto => CpuBackend::default_numerics(),
     };
     // Repacked weights take memory of their own; mapped ones can be read again from their files.
-    let available = system::available_memory_bytes().unwrap_or(u64::MAX);
-    let repack = weight_bytes <= available;
+    let repack = fits_in_memory(weight_bytes);
     if !repack {
         tracing::warn!(
             "the weights take {} and {} of memory are available: they stay mapped from their files, which is slower",
             bytes(weight_bytes),
-            bytes(available)
+            bytes(system::available_memory_bytes().unwrap_or(0))
         );
     }
     let backend = CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics);
     (backend.with_repacking(repack), numerics.name())
+}
+
+/// True when so many bytes of weights can be in memory.
+pub(crate) fn fits_in_memory(weight_bytes: u64) -> bool {
+    weight_bytes <= system::available_memory_bytes().unwrap_or(u64::MAX)
 }
 
 /// `--lock`: pins what is loaded, or says why not.

@@ -304,6 +304,206 @@ fn gguf(metadata: &[(&str, Value)], tensors: &[(String, Vec<usize>, u32, Vec<u8>
     [file, data].concat()
 }
 
+/// Tensors under llama.cpp's names: `(name, shape, type, data)`.
+fn ggml_tensors(mlx: &Tensors) -> Vec<(String, Vec<usize>, u32, Vec<u8>)> {
+    let names = [
+        ("model.layers", "blk"),
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("self_attn.indexer.weights_proj", "indexer.proj"),
+        ("self_attn.indexer.wq_b", "indexer.attn_q_b"),
+        ("self_attn.indexer.wk", "indexer.attn_k"),
+        ("self_attn.indexer.k_norm", "indexer.k_norm"),
+        ("self_attn.q_a_proj", "attn_q_a"),
+        ("self_attn.q_b_proj", "attn_q_b"),
+        ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+        ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+        ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+        ("self_attn.embed_q", "attn_k_b"),
+        ("self_attn.unembed_out", "attn_v_b"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
+        ("mlp.gate.weight", "ffn_gate_inp.weight"),
+        ("mlp.switch_mlp.gate_proj", "ffn_gate_exps"),
+        ("mlp.switch_mlp.up_proj", "ffn_up_exps"),
+        ("mlp.switch_mlp.down_proj", "ffn_down_exps"),
+        ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
+        ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
+        ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    mlx.iter()
+        .map(|(name, (dtype, shape, data))| {
+            let new = names.iter().fold(name.clone(), |name, (from, to)| name.replace(from, to));
+            (new, shape.clone(), if *dtype == Dtype::F32 { 0 } else { 30 }, data.clone())
+        })
+        .collect()
+}
+
+/// Logits of a few tokens, as the file that `eval logits` writes.
+fn logits(model: &Path) -> Vec<u8> {
+    let dir = temporary();
+    let tokens = common::file(&dir, "tokens.json", json!([1, 7, 300, 42, 256, 9, 8, 7, 6, 5, 1, 2]).to_string());
+    let out = dir.path().join("logits.safetensors");
+    let (model, to) = (text(model), text(&out));
+    tandem(&["eval", "logits", "--model", &model, "--tokens", &tokens, "--out", &to, "--activations", "f32"]).ok();
+    std::fs::read(out).expect("written")
+}
+
+/// DeepSeek-V3 with its `kv_b_proj` in two parts, as llama.cpp writes it today, and in one, as it did before.
+#[test]
+fn a_deepseek_gguf_gives_the_weights_back() {
+    // The file keeps one of yarn's two factors; published models have them equal.
+    let yarn = json!({"type": "yarn", "factor": 16, "original_max_position_embeddings": 64, "beta_fast": 32,
+                      "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707});
+    let twin = Copy::of("dsv3_fp8_tiny").config("rope_scaling", yarn);
+    let dir = temporary();
+    let bf16 = dir.path().join("bf16");
+    convert(&twin.path(), &bf16, &["--quant", "bf16"]);
+    let expected = tensors(&bf16);
+    let (heads, nope, value, rope, latent) = (4, 48, 32, 32, 64);
+    let metadata = |more: &[(&'static str, Value)]| {
+        let common = [
+            ("general.architecture", json!("deepseek2")),
+            ("deepseek2.block_count", json!(3)),
+            ("deepseek2.context_length", json!(1024)),
+            ("deepseek2.embedding_length", json!(192)),
+            ("deepseek2.feed_forward_length", json!(320)),
+            ("deepseek2.attention.head_count", json!(heads)),
+            ("deepseek2.attention.q_lora_rank", json!(96)),
+            ("deepseek2.attention.kv_lora_rank", json!(latent)),
+            ("deepseek2.rope.dimension_count", json!(rope)),
+            ("deepseek2.rope.freq_base", json!(10000.0)),
+            ("deepseek2.rope.scaling.type", json!("yarn")),
+            ("deepseek2.rope.scaling.factor", json!(16.0)),
+            ("deepseek2.rope.scaling.original_context_length", json!(64)),
+            ("deepseek2.rope.scaling.yarn_log_multiplier", json!(0.0707)),
+            ("deepseek2.attention.layer_norm_rms_epsilon", json!(1e-6)),
+            ("deepseek2.expert_count", json!(16)),
+            ("deepseek2.expert_used_count", json!(4)),
+            ("deepseek2.expert_shared_count", json!(1)),
+            ("deepseek2.expert_group_count", json!(4)),
+            ("deepseek2.expert_group_used_count", json!(2)),
+            ("deepseek2.expert_feed_forward_length", json!(16)),
+            ("deepseek2.expert_weights_scale", json!(2.5)),
+            ("deepseek2.expert_weights_norm", json!(true)),
+            ("deepseek2.expert_gating_func", json!(2)),
+            ("deepseek2.leading_dense_block_count", json!(1)),
+            ("tokenizer.ggml.model", json!("none")),
+        ];
+        [&common[..], more].concat()
+    };
+    let split = ggml_tensors(&expected);
+    let mut joint: Vec<_> =
+        split.iter().filter(|t| !t.0.contains("attn_k_b") && !t.0.contains("attn_v_b")).cloned().collect();
+    for layer in 0..3 {
+        let part = |name: &str| &split.iter().find(|t| t.0 == format!("blk.{layer}.{name}.weight")).expect("there").3;
+        let (k, v) = (part("attn_k_b"), part("attn_v_b"));
+        let mut rows = vec![];
+        for head in 0..heads {
+            for i in 0..nope {
+                // Transposed: k_b is [heads, latent, nope].
+                (0..latent).for_each(|l| rows.extend_from_slice(&k[2 * ((head * latent + l) * nope + i)..][..2]));
+            }
+            rows.extend_from_slice(&v[2 * head * value * latent..2 * (head + 1) * value * latent]);
+        }
+        joint.push((format!("blk.{layer}.attn_kv_b.weight"), vec![heads * (nope + value), latent], 30, rows));
+    }
+    let key = |name: &'static str, n: usize| (name, json!(n));
+    for (name, stored, lengths) in [
+        (
+            "split",
+            split,
+            vec![
+                key("deepseek2.attention.key_length", latent + rope),
+                key("deepseek2.attention.value_length", latent),
+                key("deepseek2.attention.key_length_mla", nope + rope),
+                key("deepseek2.attention.value_length_mla", value),
+            ],
+        ),
+        (
+            "joint",
+            joint,
+            vec![key("deepseek2.attention.key_length", nope + rope), key("deepseek2.attention.value_length", value)],
+        ),
+    ] {
+        let file = common::file(&dir, &format!("{name}.gguf"), gguf(&metadata(&lengths), &stored));
+        let out = dir.path().join(name);
+        convert(&file, &out, &["--quant", "bf16"]);
+        assert_same(&tensors(&out), &expected);
+        assert!(logits(&out) == logits(&bf16), "{name}: the logits differ");
+    }
+}
+
+/// llama.cpp stores the rows of queries and keys, and their biases, in another order.
+#[test]
+fn a_llama_gguf_gives_the_weights_back() {
+    let dir = temporary();
+    let plain = dir.path().join("plain");
+    convert(&golden("models/llama_tiny"), &plain, &["--quant", "f16"]);
+    let mut expected = tensors(&plain);
+    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
+    for (layer, (name, n)) in (0..3).flat_map(|l| [("q", 256), ("k", 64), ("v", 64), ("o", 256)].map(|p| (l, p))) {
+        let bias = (0..n).flat_map(|i| half((i * 7 % 23) as f32 / 64.0)).collect();
+        expected.insert(format!("model.layers.{layer}.self_attn.{name}_proj.bias"), (Dtype::F16, vec![n], bias));
+    }
+    // Vectors are f32 in such files, and f16 again where that is exact.
+    for tensor in expected.values_mut().filter(|(_, shape, _)| shape.len() == 1) {
+        let (dtype, _, data) = tensor;
+        let value = |b: &[u8]| match dtype {
+            Dtype::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+            _ => half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
+        };
+        *data = data.chunks_exact(2).flat_map(|b| half(value(b))).collect();
+        *dtype = Dtype::F16;
+    }
+    let mut stored = ggml_tensors(&expected);
+    for (name, shape, kind, data) in &mut stored {
+        *kind = 1;
+        if name.contains("attn_q.") || name.contains("attn_k.") {
+            let row = data.len() / shape[0];
+            // Halves of a head side by side.
+            let order = (0..shape[0]).map(|r| r / 32 * 32 + r % 32 / 2 + r % 2 * 16);
+            *data = order.flat_map(|r| data[r * row..(r + 1) * row].to_vec()).collect();
+        }
+        if shape.len() == 1 {
+            let wide = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]).to_f32().to_le_bytes();
+            (*kind, *data) = (0, data.chunks_exact(2).flat_map(wide).collect());
+        }
+    }
+    let metadata = [
+        ("general.architecture", json!("llama")),
+        ("llama.block_count", json!(3)),
+        ("llama.context_length", json!(1024)),
+        ("llama.embedding_length", json!(256)),
+        ("llama.feed_forward_length", json!(512)),
+        ("llama.attention.head_count", json!(8)),
+        ("llama.attention.head_count_kv", json!(2)),
+        ("llama.attention.key_length", json!(32)),
+        ("llama.attention.layer_norm_rms_epsilon", json!(1e-5)),
+        ("llama.rope.freq_base", json!(10000.0)),
+        ("tokenizer.ggml.model", json!("none")),
+    ];
+    let file = common::file(&dir, "model.gguf", gguf(&metadata, &stored));
+    let out = dir.path().join("out");
+    convert(&file, &out, &["--quant", "keep"]);
+    assert_same(&tensors(&out), &expected);
+    tandem(&["inspect", &text(&out)]).ok();
+    let norm = stored.iter().position(|t| t.0 == "output_norm.weight").expect("there");
+    stored[norm].2 = 8;
+    stored[norm].3.resize(256 / 32 * 34, 0);
+    let file = common::file(&dir, "norm.gguf", gguf(&metadata, &stored));
+    fails(&[&file, "--out", &text(&dir.path().join("never"))], &["output_norm.weight has ggml type Q8_0"]);
+}
+
 #[test]
 fn a_glm_gguf_gives_the_weights_back() {
     let config: Value =
@@ -336,49 +536,11 @@ fn a_glm_gguf_gives_the_weights_back() {
         ("glm-dsa.attention.indexer.top_k", json!(n("index_topk"))),
         ("tokenizer.ggml.model", json!("none")),
     ];
-    let names = [
-        ("self_attn.indexer.weights_proj", "indexer.proj"),
-        ("self_attn.indexer.wq_b", "indexer.attn_q_b"),
-        ("self_attn.indexer.wk", "indexer.attn_k"),
-        ("self_attn.indexer.k_norm", "indexer.k_norm"),
-        ("self_attn.q_a_proj", "attn_q_a"),
-        ("self_attn.q_b_proj", "attn_q_b"),
-        ("self_attn.q_a_layernorm", "attn_q_a_norm"),
-        ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
-        ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
-        ("self_attn.embed_q", "attn_k_b"),
-        ("self_attn.unembed_out", "attn_v_b"),
-        ("self_attn.o_proj", "attn_output"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("input_layernorm", "attn_norm"),
-        ("mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
-        ("mlp.gate.weight", "ffn_gate_inp.weight"),
-        ("mlp.switch_mlp.gate_proj", "ffn_gate_exps"),
-        ("mlp.switch_mlp.up_proj", "ffn_up_exps"),
-        ("mlp.switch_mlp.down_proj", "ffn_down_exps"),
-        ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
-        ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
-        ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ];
     let dir = temporary();
     let bf16 = dir.path().join("bf16");
     convert(&golden("models/glm51_tiny_bf16"), &bf16, &["--quant", "bf16"]);
     let expected = tensors(&bf16);
-    let stored: Vec<_> = expected
-        .iter()
-        .map(|(name, (dtype, shape, data))| {
-            let new = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd");
-            let new = new.replace("model.norm", "output_norm").replace("lm_head", "output");
-            let new = names
-                .iter()
-                .find(|(from, _)| new.contains(from))
-                .map_or(new.clone(), |(from, to)| new.replace(from, to));
-            (new, shape.clone(), if *dtype == Dtype::F32 { 0 } else { 30 }, data.clone())
-        })
-        .collect();
+    let stored = ggml_tensors(&expected);
     let file = common::file(&dir, "model.gguf", gguf(&metadata, &stored));
     let out = dir.path().join("out");
     convert(&file, &out, &["--quant", "keep"]);
@@ -431,9 +593,55 @@ fn comparing_models() {
     let same = tandem(&["eval", "compare", model, model, "--text", &words, "--json"]).json();
     assert_eq!((same["mean_kl"].as_f64(), same["top1_agreement"].as_f64()), (Some(0.0), Some(1.0)), "{same}");
     let out = dir.path().join("affine2");
-    convert(model, &out, &["--quant", "affine2", "--search"]);
+    convert(model, &out, &["--quant", "affine2"]);
     let other = tandem(&["eval", "compare", model, &text(&out), "--text", &words, "--json"]).json();
     assert!(other["mean_kl"].as_f64().is_some_and(|kl| kl > 0.01), "{other}");
     let refused = tandem(&["eval", "compare", model, &golden("models/glm51_tiny"), "--text", &words]);
     assert!(refused.stderr.contains("only models of one tokenizer"), "{}", refused.stderr);
+}
+
+#[test]
+fn searching_needs_no_text() {
+    let dir = temporary();
+    let (source, words) = (golden("models/glm51_tiny_bf16"), golden("generate/public_domain.txt"));
+    let mean_kl = |out: &Path| {
+        let compared = tandem(&["eval", "compare", &source, &text(out), "--text", &words, "--json"]).json();
+        compared["mean_kl"].as_f64().expect("a number")
+    };
+    let of = |name: &str, flags: &[&str]| {
+        let out = dir.path().join(name);
+        convert(&source, &out, flags);
+        out
+    };
+    let plain = of("plain", &["--quant", "mxfp4"]);
+    let searched = of("searched", &["--quant", "mxfp4", "--search"]);
+    let again = of("again", &["--quant", "mxfp4", "--search", "--threads", "1"]);
+    assert_same(&tensors(&searched), &tensors(&again));
+    let sizes = |dir: &Path| tensors(dir).values().map(|(_, shape, _)| shape.clone()).collect::<Vec<_>>();
+    assert_eq!(sizes(&plain), sizes(&searched));
+    let (plain, searched) = (mean_kl(&plain), mean_kl(&searched));
+    assert!(searched < 0.95 * plain, "{searched} against {plain}");
+    let calibrated = mean_kl(&of("calibrated", &["--quant", "mxfp4", "--calibrate", &words]));
+    assert!(calibrated < 0.85 * plain, "{calibrated} against {plain}");
+    let dummy = ["--config", &golden("models/glm51_tiny/config.json"), "--load-format", "dummy"];
+    let out = text(&dir.path().join("dummy"));
+    fails(&[&dummy[..], &["--out", &out, "--quant", "mixed-4.8"]].concat(), &["run the source", "not --config"]);
+}
+
+#[test]
+fn mixed_bits_stay_within_their_size() {
+    let dir = temporary();
+    let source = golden("models/glm51_tiny_bf16");
+    let out = dir.path().join("mixed");
+    let done = tandem(&["convert", &source, "--out", &text(&out), "--quant", "mixed-4.8"]);
+    let rules = done.stderr.split_once("default = ").map(|(_, rules)| format!("default = {rules}")).expect("rules");
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    let dry = tandem(&["convert", &text(&out), "--quant", "keep", "--dry-run", "--json"]).json();
+    let bits = dry["bits_per_weight"].as_f64().expect("a number");
+    assert!(bits > 4.0 && bits <= 4.8, "{bits}");
+    // What it printed is a rule file.
+    let rules = common::file(&dir, "rules.toml", rules);
+    let same = dir.path().join("same");
+    convert(&source, &same, &["--quant", &format!("mixed:{rules}")]);
+    assert_same(&tensors(&same), &tensors(&out));
 }

@@ -13,10 +13,7 @@ mod search;
 
 use crate::dtype::{DType, Float};
 
-pub use search::{Compensation, Inputs, quantize_searched};
-
-/// Columns of the largest covariance that is factored.
-const MAX_COLUMNS: usize = 1 << 15;
+pub use search::{Covariance, quantize_searched};
 
 /// A borrowed matrix `[rows, cols]` in any storage format; rows are outputs, groups run along the columns.
 #[derive(Clone, Copy, Debug)]
@@ -150,17 +147,7 @@ impl Packed {
 /// Unsupported bits, group size or shape as in [`PackedView::new`]; `values` not `rows * cols` long; a non-finite value
 /// for a quantised format.
 pub fn quantize(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Result<Packed, QuantError> {
-    check_shape(dtype, rows, cols)?;
-    if values.len() != rows * cols {
-        return Err(QuantError::Values { rows, cols, expected: rows * cols, found: values.len() });
-    }
-    if dtype.is_quantized()
-        && amax_bits(values) >= f32::INFINITY.to_bits()
-        && let Some(index) = values.iter().position(|value| !value.is_finite())
-    {
-        return Err(QuantError::NonFinite { dtype, row: index / cols, col: index % cols, value: values[index] });
-    }
-
+    check_values(dtype, rows, cols, values)?;
     let mut weight = Vec::with_capacity(dtype.weight_bytes(rows, cols));
     let mut scales = Vec::with_capacity(dtype.scale_bytes(rows, cols));
     let mut biases = Vec::with_capacity(dtype.bias_bytes(rows, cols));
@@ -189,6 +176,21 @@ pub fn quantize(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Resul
         DType::Fp8Block => fp8_block::quantize(cols, values, &mut weight, &mut scales),
     }
     Ok(Packed { dtype, rows, cols, weight, scales, biases })
+}
+
+/// Checks what a quantiser is given.
+fn check_values(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Result<(), QuantError> {
+    check_shape(dtype, rows, cols)?;
+    if values.len() != rows * cols {
+        return Err(QuantError::Values { rows, cols, expected: rows * cols, found: values.len() });
+    }
+    if dtype.is_quantized()
+        && amax_bits(values) >= f32::INFINITY.to_bits()
+        && let Some(index) = values.iter().position(|value| !value.is_finite())
+    {
+        return Err(QuantError::NonFinite { dtype, row: index / cols, col: index % cols, value: values[index] });
+    }
+    Ok(())
 }
 
 /// Finds the first group (index into the scales) whose scale or bias is NaN or infinite; for E8M0 that is byte 255.

@@ -4,55 +4,57 @@
 //! The searches minimise a weighted squared error of the weights. Compensation is GPTQ (Frantar et al., arXiv 2210.17323):
 //! it minimises the squared error of the product with inputs of a known covariance.
 
-use super::minifloat::{E2M1, E4M3, e2m1_encode, e4m3_encode, e8m0};
-use super::{MAX_COLUMNS, Packed, QuantError, affine, bitstream, quantize};
+use super::minifloat::{E2M1, E2M1_MAX, E4M3, E4M3_MAX, e2m1_encode_small, e4m3_encode, e8m0, e8m0_encode_up};
+use super::{Packed, QuantError, affine, amax, bitstream, check_values};
 use crate::dtype::{DType, Float};
 
-/// What is known about the inputs of a matrix.
-#[derive(Clone, Copy, Debug)]
-pub enum Inputs<'a> {
-    /// Nothing: every column counts alike.
-    Unknown,
-    /// Their second moments, `[cols]`.
-    Moments(&'a [f32]),
-    /// Their covariance.
-    Covariance(&'a Compensation),
-}
-
-/// A covariance, factored for compensating errors.
+/// What is known about the inputs of a matrix: their covariance, factored for compensating errors. Columns are cut into
+/// blocks; those of different blocks count as independent.
 #[derive(Clone, Debug)]
-pub struct Compensation {
-    /// `[cols, cols]` row-major, the upper Cholesky factor of the inverse of the damped covariance, each row divided by
-    /// its diagonal element.
+pub struct Covariance {
+    block: usize,
+    /// `[cols, block]`: for each column, what an error of 1 there takes from the columns after it in its block. Row `i`
+    /// of the upper Cholesky factor of the inverse of the block's damped covariance, divided by its diagonal element.
     feedback: Vec<f32>,
     /// `[cols]`, the diagonal of the damped covariance.
     moments: Vec<f32>,
 }
 
-impl Compensation {
-    /// From `covariance`, `[cols, cols]` row-major (its upper half is read), and a share of the mean moment that is added
-    /// to its diagonal. `None` when it is not positive definite even so.
-    pub fn new(cols: usize, covariance: &[f32], damping: f64) -> Option<Compensation> {
-        let mean = (0..cols).map(|i| f64::from(covariance[i * cols + i])).sum::<f64>() / cols.max(1) as f64;
-        if mean.is_nan() || mean <= 0.0 || cols > MAX_COLUMNS {
+impl Covariance {
+    /// From sums `products`, `[cols, block]` row-major: row `i` has the products of input `i` with the inputs of its block,
+    /// of which those from `i` on are read. A block of 1 gives second moments alone. `damping` is a share of the mean
+    /// moment that is added to the diagonal. `None` when that is not positive definite.
+    ///
+    /// # Panics
+    /// When `products` has another length.
+    pub fn new(cols: usize, block: usize, products: &[f32], damping: f64) -> Option<Covariance> {
+        assert_eq!(products.len(), cols * block, "a row of {block} products for each of {cols} columns");
+        let mean = (0..cols).map(|i| f64::from(products[i * block + i % block])).sum::<f64>() / cols.max(1) as f64;
+        if mean.is_nan() || mean <= 0.0 {
             return None;
         }
-        let mut matrix: Vec<f64> = (0..cols * cols)
-            .map(|k| {
-                let (i, j) = (k / cols, k % cols);
-                f64::from(covariance[i.min(j) * cols + i.max(j)]) + if i == j { damping * mean } else { 0.0 }
-            })
-            .collect();
-        let moments = (0..cols).map(|i| matrix[i * cols + i] as f32).collect();
-        // With the order of columns reversed, H = L L^T gives the upper factor of the inverse as L^-T: the reversal of a
-        // lower factor's inverse is upper.
-        matrix.reverse();
-        let lower = cholesky(&matrix, cols)?;
-        let mut inverse = invert_lower(&lower, cols);
-        inverse.reverse();
-        // Now `inverse` is upper triangular, U^T U = H^-1 up to the order of factors: rows are what errors feed back by.
-        let feedback = (0..cols * cols).map(|k| (inverse[k] / inverse[k / cols * (cols + 1)]) as f32).collect();
-        Some(Compensation { feedback, moments })
+        let mut covariance = Covariance { block, feedback: vec![0.0; cols * block], moments: vec![0.0; cols] };
+        for first in (0..cols).step_by(block) {
+            let n = block.min(cols - first);
+            let mut matrix: Vec<f64> = (0..n * n)
+                .map(|k| {
+                    let (i, j) = (k / n, k % n);
+                    let product = f64::from(products[(first + i.min(j)) * block + i.max(j)]);
+                    product + if i == j { damping * mean } else { 0.0 }
+                })
+                .collect();
+            (0..n).for_each(|i| covariance.moments[first + i] = matrix[i * n + i] as f32);
+            // H = L L^T of the reversed matrix; L's inverse, reversed back, is the upper U of H^-1 = U^T U.
+            matrix.reverse();
+            let lower = cholesky(&matrix, n)?;
+            let mut upper = invert_lower(&lower, n);
+            upper.reverse();
+            for (i, row) in upper.chunks_exact(n).enumerate() {
+                let feedback = &mut covariance.feedback[(first + i) * block..][..n];
+                feedback.iter_mut().zip(row).for_each(|(feedback, value)| *feedback = (value / row[i]) as f32);
+            }
+        }
+        Some(covariance)
     }
 }
 
@@ -94,30 +96,26 @@ fn invert_lower(lower: &[f64], n: usize) -> Vec<f64> {
     inverse
 }
 
-/// Quantises `values`, `[rows, cols]` f32 row-major, to fewer errors than [`quantize`] makes and the same bytes. Plain
-/// floats and [`DType::Fp8Block`] are as in `quantize`.
+/// Quantises `values`, `[rows, cols]` f32 row-major, to fewer errors than [`super::quantize`] makes and the same bytes:
+/// errors of the product with inputs of that covariance, or of the weights when it is not known. For formats with groups.
 ///
 /// # Errors
-/// As [`quantize`].
+/// As [`super::quantize`].
+///
+/// # Panics
+/// For plain floats and [`DType::Fp8Block`], which have nothing to search.
 pub fn quantize_searched(
     dtype: DType,
     rows: usize,
     cols: usize,
     values: &[f32],
-    inputs: Inputs<'_>,
+    inputs: Option<&Covariance>,
 ) -> Result<Packed, QuantError> {
-    let mut packed = quantize(dtype, rows, cols, values)?;
-    if matches!(dtype, DType::Float(_) | DType::Fp8Block) {
-        return Ok(packed);
-    }
-    (packed.weight, packed.scales, packed.biases) = (vec![], vec![], vec![]);
+    check_values(dtype, rows, cols, values)?;
+    let mut packed = Packed { dtype, rows, cols, weight: vec![], scales: vec![], biases: vec![] };
     let group = dtype.group_size();
-    let ones = vec![1.0; cols];
-    let moments = match inputs {
-        Inputs::Unknown => &ones[..],
-        Inputs::Moments(moments) => moments,
-        Inputs::Covariance(compensation) => &compensation.moments[..],
-    };
+    let ones = if inputs.is_none() { vec![1.0; cols] } else { vec![] };
+    let moments = inputs.map_or(&ones, |covariance| &covariance.moments);
     assert_eq!(moments.len(), cols, "one moment per column");
     let mut current = vec![0.0; cols];
     let mut codes = vec![0u8; cols];
@@ -129,9 +127,9 @@ pub fn quantize_searched(
             for j in first..end {
                 let value = current[j];
                 codes[j] = scale.encode(value);
-                if let Inputs::Covariance(Compensation { feedback, .. }) = inputs {
+                if let Some(Covariance { block, feedback, .. }) = inputs {
                     let error = value - scale.decode(codes[j]);
-                    let feedback = &feedback[j * cols + j + 1..(j + 1) * cols];
+                    let feedback = &feedback[j * block..(j + 1) * block][j % block + 1..];
                     for (later, feedback) in current[j + 1..].iter_mut().zip(feedback) {
                         *later -= error * feedback;
                     }
@@ -158,7 +156,7 @@ impl Scale {
                 let max_code = ((1u32 << bits) - 1) as f32;
                 ((value - bias) / scale).round_ties_even().clamp(0.0, max_code) as u8
             }
-            Scale::E2m1 { scale, .. } => e2m1_encode((value / scale).clamp(-6.0, 6.0)),
+            Scale::E2m1 { scale, .. } => e2m1_encode_small((value / scale).clamp(-E2M1_MAX, E2M1_MAX)) as u8,
             Scale::E4m3 { scale, .. } => e4m3_encode(value / scale),
         }
     }
@@ -202,20 +200,19 @@ const REFITS: usize = 2;
 
 /// The scale with the least error; mlx's own where none is better.
 fn find_scale(dtype: DType, values: &[f32], moments: &[f32]) -> Scale {
-    // Errors fed back may have made a value too large to represent; an encoder of finite values must see finite ones.
-    let largest = super::amax(values);
+    let largest = amax(values);
     let candidates: Vec<Scale> = match dtype {
         DType::Mxfp4 => {
-            let best = super::minifloat::e8m0_encode_up(largest / 6.0);
+            let best = e8m0_encode_up(largest / E2M1_MAX);
             let bytes = [0, 1, 2].map(|less| best.saturating_sub(less));
             bytes.map(|byte| Scale::E2m1 { byte, scale: e8m0(byte) }).to_vec()
         }
         DType::Mxfp8 => {
-            let best = super::minifloat::e8m0_encode_up(largest / 448.0);
+            let best = e8m0_encode_up(largest / E4M3_MAX);
             [0, 1].map(|less| best.saturating_sub(less)).map(|byte| Scale::E4m3 { byte, scale: e8m0(byte) }).to_vec()
         }
         DType::Nvfp4 => {
-            let best = e4m3_encode(largest / 6.0);
+            let best = e4m3_encode(largest / E2M1_MAX);
             let bytes =
                 (best.saturating_sub(6).max(best.min(1))..=best.saturating_add(4).min(0x7e)).collect::<Vec<u8>>();
             let nearest = std::iter::once(best).chain(bytes);
@@ -277,6 +274,7 @@ fn affine_candidates(bits: usize, params: Float, values: &[f32], moments: &[f32]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::quantize;
     use super::*;
 
     fn error(packed: &Packed, values: &[f32]) -> f64 {
@@ -297,7 +295,7 @@ mod tests {
         #[test]
         fn searching_never_increases_the_error(dtype in formats(), values in prop::collection::vec(-4.0f32..4.0, 2 * 128)) {
             let plain = quantize(dtype, 2, 128, &values).expect("fits");
-            let searched = quantize_searched(dtype, 2, 128, &values, Inputs::Unknown).expect("fits");
+            let searched = quantize_searched(dtype, 2, 128, &values, None).expect("fits");
             prop_assert_eq!((plain.weight.len(), plain.scales.len()), (searched.weight.len(), searched.scales.len()));
             // mlx takes codes from scales before rounding them: rarely luckier.
             prop_assert!(error(&searched, &values) <= error(&plain, &values) * 1.02 + 1e-9);
@@ -328,9 +326,8 @@ mod tests {
             }
         }
         let values: Vec<f32> = (0..8 * cols).map(|_| random()).collect();
-        let compensation = Compensation::new(cols, &covariance, 0.01).expect("positive definite");
-        let of = |inputs_known: Inputs<'_>| {
-            let packed = quantize_searched(DType::Mxfp4, 8, cols, &values, inputs_known).expect("fits");
+        let of = |known: Option<&Covariance>| {
+            let packed = quantize_searched(DType::Mxfp4, 8, cols, &values, known).expect("fits");
             let found = packed.view().dequantize();
             let mut sum = 0.0f64;
             for x in inputs.chunks_exact(cols) {
@@ -341,7 +338,28 @@ mod tests {
             }
             sum
         };
-        let (plain, compensated) = (of(Inputs::Unknown), of(Inputs::Covariance(&compensation)));
-        assert!(compensated < 0.6 * plain, "{compensated} against {plain}");
+        let plain = of(None);
+        // Whole, and in blocks of which the last is shorter.
+        for (block, most) in [(64, 0.6), (24, 0.9)] {
+            let of_block = |i: usize| (0..block).map(move |k| (i, i / block * block + k));
+            let products: Vec<f32> = (0..cols)
+                .flat_map(of_block)
+                .map(|(i, j)| if j < cols { covariance[i * cols + j] } else { 0.0 })
+                .collect();
+            let compensated = of(Covariance::new(cols, block, &products, 0.01).as_ref());
+            assert!(compensated < most * plain, "block {block}: {compensated} against {plain}");
+        }
+    }
+
+    #[test]
+    fn moments_alone_weigh_columns() {
+        let values: Vec<f32> = (0..32).map(|i| 0.1 + i as f32 * 0.37 % 1.0).collect();
+        let products: Vec<f32> = (0..32).map(|i| if i == 5 { 1e4 } else { 1e-4 }).collect();
+        let moments = Covariance::new(32, 1, &products, 0.0).expect("positive");
+        let dtype = DType::Affine { bits: 2, group_size: 32, params: Float::F32 };
+        let found = quantize_searched(dtype, 1, 32, &values, Some(&moments)).expect("fits").view().dequantize();
+        let plain = quantize_searched(dtype, 1, 32, &values, None).expect("fits").view().dequantize();
+        assert!((found[5] - values[5]).abs() < (plain[5] - values[5]).abs(), "{} {}", found[5], plain[5]);
+        assert!(Covariance::new(32, 1, &[0.0; 32], 0.1).is_none());
     }
 }

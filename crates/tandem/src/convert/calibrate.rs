@@ -6,135 +6,175 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tandem_core::ModelConfig;
 use tandem_core::backend::{Backend, Batch, CacheKind, Heads, Mlp, Rope, Routing};
-use tandem_core::quant::Compensation;
+use tandem_core::quant::Covariance;
 use tandem_core::weights::{Form, MatrixData, WeightSpec};
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::{Limits, WeightSource};
 
-use crate::compare::Windows;
+use super::text::{step_rows, token_bar};
 
-/// Tokens of the text that are used, at most.
-pub(super) const MAX_TOKENS: usize = 16_384;
-/// Bytes of all covariances together, at most; models that need more get second moments only.
+/// Bytes of all covariances together, at most.
 const MAX_COVARIANCE_BYTES: usize = 2 << 30;
+/// Columns of the largest block of a covariance: factoring one takes the third power.
+const MAX_BLOCK: usize = 2048;
 /// Share of the mean moment that is added to a covariance's diagonal.
 const DAMPING: f64 = 0.02;
-const CHUNK: usize = 128;
 
-/// The inputs of every matrix, by module and matrix of the stack.
+/// The inputs of every matrix.
 pub(super) struct Calibration {
-    inputs: HashMap<(String, usize), Known>,
+    inputs: HashMap<Key, Covariance>,
     /// Modules that share an input, by the first of them.
     shared: HashMap<String, String>,
 }
 
-/// What a conversion may use about one matrix.
-pub(super) enum Known {
-    Moments(Vec<f32>),
-    Covariance(Compensation),
-}
+/// Module, and the matrix of its stack if they have inputs of their own.
+type Key = (String, Option<usize>);
 
 impl Calibration {
-    /// What is known about matrix `part` of `module`.
-    pub(super) fn get(&self, module: &str, part: usize) -> Option<&Known> {
+    /// What is known about the inputs of matrix `part` of `module`.
+    pub(super) fn get(&self, module: &str, part: usize) -> Option<&Covariance> {
         let first = self.shared.get(module).map_or(module, String::as_str);
-        self.inputs.get(&(first.to_string(), part))
+        let of = |part| self.inputs.get(&(first.to_string(), part));
+        of(None).or_else(|| of(Some(part)))
     }
 
-    /// Runs the model of `source` over the text.
+    /// Runs the model of `source` over runs of tokens.
     pub(super) fn measure(
         config: &ModelConfig,
         source: &dyn WeightSource,
-        windows: &Windows,
+        runs: &[Vec<u32>],
         backend: CpuBackend,
     ) -> anyhow::Result<Calibration> {
-        let squares = |spec: &WeightSpec| {
-            let (stack, _, cols) = spec.dims();
-            stack * cols * cols * 4
-        };
-        let specs = tandem_model::weight_specs(config);
-        let bytes: usize = specs.iter().filter(|s| s.form != Form::Vector).map(squares).sum();
-        let seen = RefCell::new(Seen { full: bytes <= MAX_COVARIANCE_BYTES, ..Seen::default() });
-        let capture = Capture { inner: backend, seen: Rc::new(seen) };
+        let n_threads = backend.n_threads();
+        let bar = token_bar("calibrating", runs.iter().map(Vec::len).sum());
+        let rows = step_rows(config);
+        let blocks = Blocks::new(&tandem_model::weight_specs(config), MAX_COVARIANCE_BYTES);
+        let capture = Capture { inner: backend, rows, seen: Rc::new(RefCell::new(Seen { blocks, ..Seen::default() })) };
         let seen = capture.seen.clone();
-        let limits = Limits { max_rows: CHUNK, max_logits_rows: CHUNK };
+        let limits = Limits { max_rows: rows, max_logits_rows: rows };
         let model = tandem_model::load_from(&capture, config, source, limits, &mut |_| {})?;
-        let blocks = BlockManager::for_tokens(windows.longest());
-        let runner = ModelRunner::new(capture, model, limits, config.vocab_size, blocks.n_slots());
-        let mut engine = Engine::new(Box::new(runner), blocks, windows.longest(), config.max_position_embeddings);
-        let mut left = MAX_TOKENS;
-        for tokens in &windows.0 {
-            let tokens = &tokens[..(tokens.len() - 1).min(left)];
-            if tokens.is_empty() {
-                break;
-            }
+        let longest = runs.iter().map(Vec::len).max().unwrap_or(1);
+        let manager = BlockManager::for_tokens(longest);
+        let runner = ModelRunner::new(capture, model, limits, config.vocab_size, manager.n_slots());
+        let mut engine = Engine::new(Box::new(runner), manager, longest, config.max_position_embeddings);
+        for tokens in runs {
             let mut sequence = Sequence::default();
-            engine.run(&mut sequence, tokens, CHUNK, Logits::All)?;
+            for tokens in tokens.chunks(rows) {
+                engine.run(&mut sequence, tokens, rows, Logits::All)?;
+                bar.inc(tokens.len() as u64);
+            }
             engine.release(&mut sequence);
-            left -= tokens.len();
         }
+        bar.finish_and_clear();
         drop(engine);
         let Seen { sums, shared, .. } = seen.take();
-        let inputs = sums.into_iter().map(|(key, sum)| (key, sum.into_known())).collect();
-        Ok(Calibration { inputs, shared })
+        Ok(Calibration { inputs: factor(sums, n_threads), shared })
     }
+}
+
+/// How wide the blocks of covariances are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Blocks {
+    /// Of the last projections of experts, one for each.
+    experts: usize,
+    others: usize,
+}
+
+impl Blocks {
+    /// As wide as `max_bytes` allows; those of experts are the most and give way first.
+    fn new(specs: &[WeightSpec], max_bytes: usize) -> Blocks {
+        let mut blocks = Blocks { experts: MAX_BLOCK, others: MAX_BLOCK };
+        let bytes = |spec: &WeightSpec, blocks: Blocks| {
+            let (stack, _, cols) = spec.dims();
+            let stack = if spec.form == Form::Experts && !is_down(&spec.module) { 1 } else { stack };
+            stack * cols * blocks.of(&spec.module, cols) * 4
+        };
+        let too_large = |blocks: Blocks| {
+            let matrices = specs.iter().filter(|spec| spec.form != Form::Vector);
+            matrices.map(|spec| bytes(spec, blocks)).sum::<usize>() > max_bytes
+        };
+        while blocks.experts > 1 && too_large(blocks) {
+            blocks.experts /= 2;
+        }
+        while blocks.others > 1 && too_large(blocks) {
+            blocks.others /= 2;
+        }
+        blocks
+    }
+
+    fn of(self, module: &str, cols: usize) -> usize {
+        let widest = if module.contains("switch_mlp") && is_down(module) { self.experts } else { self.others };
+        widest.min(cols)
+    }
+}
+
+fn is_down(module: &str) -> bool {
+    module.ends_with("down_proj")
 }
 
 #[derive(Default)]
 struct Seen {
-    sums: HashMap<(String, usize), Sum>,
+    sums: HashMap<Key, Sum>,
     shared: HashMap<String, String>,
-    /// Covariances, not only moments.
-    full: bool,
+    blocks: Blocks,
 }
 
 /// Sums over the inputs of one matrix.
 struct Sum {
     cols: usize,
+    block: usize,
     n: usize,
-    /// `[cols]`, or the upper half of `[cols, cols]`.
+    /// `[cols, block]`, as [`Covariance::new`] takes them.
     products: Vec<f32>,
 }
 
 impl Sum {
-    fn into_known(self) -> Known {
-        let Sum { cols, n, products } = self;
-        if products.len() == cols * cols && cols > 1 {
-            // Few inputs say little about directions that they did not take.
-            let damping = DAMPING + 0.1 * (cols as f64 / n.max(1) as f64).min(10.0);
-            if let Some(compensation) = Compensation::new(cols, &products, damping) {
-                return Known::Covariance(compensation);
-            }
-            return Known::Moments((0..cols).map(|i| products[i * cols + i]).collect());
-        }
-        Known::Moments(products)
+    fn factor(&self) -> Option<Covariance> {
+        // Few inputs say little about directions that they did not take.
+        let damping = DAMPING + 0.1 * (self.block as f64 / self.n.max(1) as f64).min(10.0);
+        Covariance::new(self.cols, self.block, &self.products, damping)
     }
 }
 
+/// Factors every sum, one after the other on each thread.
+fn factor(sums: HashMap<Key, Sum>, n_threads: usize) -> HashMap<Key, Covariance> {
+    let sums: Vec<Mutex<Option<(Key, Sum)>>> = sums.into_iter().map(|sum| Mutex::new(Some(sum))).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = vec![];
+        while let Some(sum) = sums.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let taken = sum.lock().ok().and_then(|mut sum| sum.take());
+            done.extend(taken.and_then(|(key, sum)| Some((key, sum.factor()?))));
+        }
+        done
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..n_threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("factoring does not panic")).collect()
+    })
+}
+
 impl Seen {
-    fn add(&mut self, module: &str, part: usize, cols: usize, rows: &[&[f32]]) {
+    fn add(&mut self, module: &str, part: Option<usize>, cols: usize, rows: &[&[f32]]) {
         if rows.is_empty() {
             return;
         }
-        let size = if self.full { cols * cols } else { cols };
+        let block = self.blocks.of(module, cols);
         let sum = self.sums.entry((module.to_string(), part)).or_insert_with(|| Sum {
             cols,
+            block,
             n: 0,
-            products: vec![0.0; size],
+            products: vec![0.0; cols * block],
         });
         sum.n += rows.len();
-        if !self.full {
-            for row in rows {
-                sum.products.iter_mut().zip(*row).for_each(|(sum, x)| *sum += x * x);
-            }
-            return;
-        }
-        for (i, products) in sum.products.chunks_exact_mut(cols).enumerate() {
-            let products = &mut products[i..];
+        for (i, products) in sum.products.chunks_exact_mut(block).enumerate() {
+            let products = &mut products[i % block..];
             for row in rows {
                 let x = row[i];
                 products.iter_mut().zip(&row[i..]).for_each(|(sum, y)| *sum += x * y);
@@ -155,12 +195,14 @@ struct Named {
 
 struct Capture {
     inner: CpuBackend,
+    /// Of the largest step.
+    rows: usize,
     seen: Rc<RefCell<Seen>>,
 }
 
 impl Capture {
-    /// Notes the input of matrices that are multiplied with the same rows.
-    fn note(&self, matrices: &[&Named], part: usize, rows: &[&[f32]]) {
+    /// Notes the input of matrices that are multiplied with the same rows: of one of a stack, or all the same.
+    fn note(&self, matrices: &[&Named], part: Option<usize>, rows: &[&[f32]]) {
         let Some(first) = matrices.first() else { return };
         let mut seen = self.seen.borrow_mut();
         for other in &matrices[1..] {
@@ -169,24 +211,22 @@ impl Capture {
         seen.add(&first.name, part, first.cols, rows);
     }
 
-    /// `down(silu(gate(x)) * up(x))` with matrix `part` of each stack, noting both inputs: `[rows, hidden]`.
-    fn run_mlp(&self, rows: &[&[f32]], mlp: &Mlp<Named>, part: usize) -> CpuBuffer {
-        self.note(&[&mlp.gate, &mlp.up], part, rows);
-        let n = rows.len();
-        let width = mlp.down.cols;
-        let x = CpuBuffer::new(rows.concat(), mlp.gate.cols);
+    /// Adds `down(silu(gate(x)) * up(x))`, with matrix `part` of each stack, to `sum`, `[.., hidden]`, for some rows of `x`
+    /// and times their weights. Notes what goes into `down`.
+    fn run_mlp(&self, x: &CpuBuffer, rows: &[(usize, f32)], mlp: &Mlp<Named>, part: usize, sum: &mut [f32]) {
+        let (n, hidden, width) = (rows.len(), mlp.gate.cols, mlp.down.cols);
+        let x: Vec<f32> = rows.iter().flat_map(|(i, _)| &x.row(*i)[..hidden]).copied().collect();
         let (mut gate, mut up) = (self.inner.alloc(n, width), self.inner.alloc(n, width));
+        let x = CpuBuffer::new(x, hidden);
         self.inner.linear(&x, n, &mut [(&mlp.gate.parts[part], &mut gate), (&mlp.up.parts[part], &mut up)]);
-        let inner: Vec<f32> = (0..n)
-            .flat_map(|i| {
-                gate.row(i).iter().zip(up.row(i)).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect::<Vec<_>>()
-            })
-            .collect();
-        let inner_rows: Vec<&[f32]> = inner.chunks_exact(width).collect();
-        self.note(&[&mlp.down], part, &inner_rows);
-        let mut out = self.inner.alloc(n, mlp.gate.cols);
-        self.inner.linear(&CpuBuffer::new(inner.clone(), width), n, &mut [(&mlp.down.parts[part], &mut out)]);
-        out
+        let inner: Vec<f32> =
+            (0..n).flat_map(|i| gate.row(i).iter().zip(up.row(i)).map(|(g, u)| g / (1.0 + (-g).exp()) * u)).collect();
+        self.note(&[&mlp.down], Some(part), &inner.chunks_exact(width).collect::<Vec<_>>());
+        let mut out = self.inner.alloc(n, hidden);
+        self.inner.linear(&CpuBuffer::new(inner, width), n, &mut [(&mlp.down.parts[part], &mut out)]);
+        for (k, (i, weight)) in rows.iter().enumerate() {
+            sum[i * hidden..][..hidden].iter_mut().zip(out.row(k)).for_each(|(sum, y)| *sum += weight * y);
+        }
     }
 }
 
@@ -264,7 +304,7 @@ impl Backend for Capture {
     fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&Named, &mut CpuBuffer)]) {
         let matrices: Vec<&Named> = outputs.iter().map(|(matrix, _)| *matrix).collect();
         if let Some(first) = matrices.first() {
-            self.note(&matrices, 0, &rows_of(x, n_rows, first.cols));
+            self.note(&matrices, None, &rows_of(x, n_rows, first.cols));
         }
         let mut inner: Vec<(&Matrix, &mut CpuBuffer)> =
             outputs.iter_mut().map(|(matrix, out)| (&matrix.parts[0], &mut **out)).collect();
@@ -275,7 +315,7 @@ impl Backend for Capture {
         for head in 0..from.n {
             let start = from.offset + head * from.stride;
             let rows: Vec<&[f32]> = (0..n_rows).map(|i| &x.row(i)[start..start + w.cols]).collect();
-            self.note(&[w], head, &rows);
+            self.note(&[w], Some(head), &rows);
         }
         self.inner.head_linear(x, from, &w.parts[0], n_rows, out, to);
     }
@@ -293,8 +333,11 @@ impl Backend for Capture {
     }
 
     fn mlp(&self, x: &CpuBuffer, mlp: &Mlp<Named>, n_rows: usize, out: &mut CpuBuffer) {
-        let result = self.run_mlp(&rows_of(x, n_rows, mlp.gate.cols), mlp, 0);
-        *out = padded(result, n_rows, mlp.gate.cols);
+        self.note(&[&mlp.gate, &mlp.up], None, &rows_of(x, n_rows, mlp.gate.cols));
+        let mut sum = vec![0.0; self.rows * mlp.gate.cols];
+        let all: Vec<(usize, f32)> = (0..n_rows).map(|i| (i, 1.0)).collect();
+        self.run_mlp(x, &all, mlp, 0, &mut sum);
+        *out = CpuBuffer::new(sum, mlp.gate.cols);
     }
 
     fn router_topk(
@@ -320,25 +363,23 @@ impl Backend for Capture {
         out: &mut CpuBuffer,
     ) {
         let hidden = experts.gate.cols;
-        let mut sum = vec![0.0; CHUNK.max(n_rows) * hidden];
+        let mut sum = vec![0.0; self.rows * hidden];
+        // One covariance for all experts of the layer: each alone sees few inputs.
+        let mut first = vec![&experts.gate, &experts.up];
         if let Some(shared) = shared {
-            let result = self.run_mlp(&rows_of(x, n_rows, hidden), shared, 0);
-            (0..n_rows).for_each(|i| sum[i * hidden..(i + 1) * hidden].copy_from_slice(result.row(i)));
+            first.extend([&shared.gate, &shared.up]);
+            let all: Vec<(usize, f32)> = (0..n_rows).map(|i| (i, 1.0)).collect();
+            self.run_mlp(x, &all, shared, 0, &mut sum);
         }
+        self.note(&first, None, &rows_of(x, n_rows, hidden));
         for expert in 0..experts.gate.parts.len() {
             let mine: Vec<(usize, f32)> = (0..n_rows)
                 .flat_map(|i| ids.row(i).iter().zip(weights.row(i)).map(move |(id, weight)| (i, *id, *weight)))
                 .filter(|(_, id, _)| *id == expert as i32)
                 .map(|(i, _, weight)| (i, weight))
                 .collect();
-            if mine.is_empty() {
-                continue;
-            }
-            let rows: Vec<&[f32]> = mine.iter().map(|(i, _)| &x.row(*i)[..hidden]).collect();
-            let result = self.run_mlp(&rows, experts, expert);
-            for (k, (i, weight)) in mine.iter().enumerate() {
-                let sum = &mut sum[i * hidden..(i + 1) * hidden];
-                sum.iter_mut().zip(result.row(k)).for_each(|(sum, y)| *sum += weight * y);
+            if !mine.is_empty() {
+                self.run_mlp(x, &mine, experts, expert, &mut sum);
             }
         }
         *out = CpuBuffer::new(sum, hidden);
@@ -414,9 +455,20 @@ impl Backend for Capture {
     }
 }
 
-/// The buffer with room for a whole batch, as the model allocated it.
-fn padded(rows: CpuBuffer, n_rows: usize, width: usize) -> CpuBuffer {
-    let mut data: Vec<f32> = (0..n_rows).flat_map(|i| rows.row(i).iter().copied()).collect();
-    data.resize(CHUNK.max(n_rows) * width, 0.0);
-    CpuBuffer::new(data, width)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn covariances_have_a_bounded_size() {
+        let specs = |name: &str| {
+            let (_, text) = crate::presets::config_text(name).expect("a preset");
+            tandem_model::weight_specs(&ModelConfig::parse(&text).expect("valid"))
+        };
+        let whole = Blocks { experts: MAX_BLOCK, others: MAX_BLOCK };
+        assert_eq!(Blocks::new(&specs("glm-5.1"), MAX_COVARIANCE_BYTES), Blocks { experts: 1, others: 32 });
+        assert_eq!(Blocks::new(&specs("glm-5.1"), usize::MAX), whole);
+        assert_eq!(Blocks::new(&specs("glm-5.1"), 0), Blocks { experts: 1, others: 1 });
+        assert_eq!(whole.of("model.layers.3.mlp.switch_mlp.down_proj", 256), 256);
+    }
 }

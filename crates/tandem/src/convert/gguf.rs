@@ -1,5 +1,6 @@
 //! GGUF files as a source: llama.cpp's names and metadata become Hugging Face's.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -32,7 +33,7 @@ struct Place {
 enum Rows {
     /// One after the other.
     Plain,
-    /// Pairs of a rotary embedding side by side: heads of this many rows.
+    /// Pairs of a rotary embedding side by side: heads of this many rows, or elements of a bias.
     Interleaved(usize),
     /// In the joint `attn_kv_b`: heads of this many rows, of which these many are skipped.
     KvB { head: usize, skip: usize },
@@ -45,15 +46,15 @@ impl GgufSource {
         let gguf = Gguf::open(path)?;
         let config_json = config_json(&gguf).with_context(|| format!("{} cannot be converted", path.display()))?;
         let config = ModelConfig::parse(&Value::Object(config_json.clone()).to_string())?;
-        let (mut weights, mut places, mut problems, mut used) =
-            (vec![], vec![], vec![], vec!["rope_freqs.weight".to_string()]);
+        let (mut weights, mut places, mut problems) = (vec![], vec![], vec![]);
+        let mut used = HashSet::from(["rope_freqs.weight".to_string()]);
         let mtp = mtp_specs(&config);
         let has_mtp = gguf.names().any(|name| name.contains(".nextn."));
         for spec in weight_specs(&config).into_iter().chain(if has_mtp { mtp } else { vec![] }) {
             match find(&gguf, &config, &spec) {
                 Ok((name, place)) => {
                     let dtype = stored_dtype(&gguf, &spec, &place);
-                    used.push(name);
+                    used.insert(name);
                     weights.push(Weight::nowhere(spec, dtype));
                     places.push(place);
                 }
@@ -61,7 +62,7 @@ impl GgufSource {
                 Err(problem) => problems.push(problem),
             }
         }
-        problems.extend(gguf.names().filter(|name| !used.iter().any(|u| u == name)).map(|name| {
+        problems.extend(gguf.names().filter(|name| !used.contains(*name)).map(|name| {
             format!("{name} is in the file but this {} model has no use for it", config.model_type.name())
         }));
         if !problems.is_empty() {
@@ -100,6 +101,14 @@ impl Source for GgufSource {
         let (_, n_rows, cols) = spec.dims();
         let data = self.gguf.bytes(tensor);
         let ggml_type = tensor.ggml_type;
+        if let (Rows::Interleaved(head), Form::Vector) = (layout, spec.form) {
+            let mut values = vec![0.0; cols];
+            ggml_type.dequantize_row(&data, &mut values);
+            let mut out = vec![];
+            let DType::Float(float) = dtype else { unreachable!("vectors are floats") };
+            (0..cols).for_each(|i| float.write(values[interleaved(*head, i)], &mut out));
+            return Ok(MatrixPart { weight: out.into(), ..MatrixPart::default() });
+        }
         let (block, size) = ggml_type.block();
         let width = *tensor.shape.last().unwrap_or(&1);
         let row_bytes = width / block * size;
@@ -118,10 +127,7 @@ impl Source for GgufSource {
             for row in rows.clone() {
                 let row = match layout {
                     Rows::Plain => part * n_rows + row,
-                    Rows::Interleaved(head) => {
-                        let (start, i) = (row / head * head, row % head);
-                        start + if i < head / 2 { 2 * i } else { 2 * (i - head / 2) + 1 }
-                    }
+                    Rows::Interleaved(head) => interleaved(*head, row),
                     Rows::KvB { head, skip } => part * head + skip + row,
                     Rows::KvBTransposed { .. } => unreachable!("handled above"),
                 };
@@ -163,6 +169,12 @@ impl Source for GgufSource {
     fn fingerprint(&self) -> String {
         file_fingerprint(&self.path)
     }
+}
+
+/// Where llama.cpp keeps row `row` of heads of `head` rows.
+fn interleaved(head: usize, row: usize) -> usize {
+    let (start, i) = (row / head * head, row % head);
+    start + if i < head / 2 { 2 * i } else { 2 * (i - head / 2) + 1 }
 }
 
 /// The format in which rows are handed out: the exact one, or floats. Vectors are of the model's type where that is
@@ -251,7 +263,7 @@ fn find(gguf: &Gguf, config: &ModelConfig, spec: &WeightSpec) -> Result<(String,
             };
             (joint, layout, stack * head, mla.kv_lora_rank)
         }
-        _ if config.mla.is_none() && (name.ends_with("attn_q.weight") || name.ends_with("attn_k.weight")) => {
+        _ if config.mla.is_none() && (name.contains(".attn_q.") || name.contains(".attn_k.")) => {
             (name, Rows::Interleaved(config.head_dim), stack * rows, cols)
         }
         _ => (name, Rows::Plain, stack * rows, cols),
@@ -260,6 +272,9 @@ fn find(gguf: &Gguf, config: &ModelConfig, spec: &WeightSpec) -> Result<(String,
     let found = (tensor.shape.iter().rev().skip(1).product::<usize>(), tensor.shape.last().copied().unwrap_or(0));
     if found != (n_rows, width) {
         return Err(format!("{name} has shape {:?}, expected {n_rows} rows of {width}", tensor.shape));
+    }
+    if spec.form == Form::Vector && !matches!(tensor.ggml_type.exact(), Some(DType::Float(_))) {
+        return Err(format!("{name} has ggml type {:?}, expected F32, F16 or BF16", tensor.ggml_type));
     }
     Ok((name, Place { tensor: tensor.clone(), rows: layout }))
 }

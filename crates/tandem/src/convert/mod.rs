@@ -3,39 +3,42 @@
 mod calibrate;
 mod gguf;
 mod gguf_tokenizer;
+mod mixed;
 mod plan;
 mod rules;
 mod source;
+mod text;
 mod write;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde_json::json;
 use tandem_core::DType;
-use tandem_core::quant::{self, Inputs};
+use tandem_core::quant;
 use tandem_core::weights::Weight;
 use tandem_cpu::system::{default_threads, peak_memory_bytes};
 use tandem_model::{Accounting, Recipe};
 
 use crate::cli::{ActivationsArg, ConvertArgs};
-use crate::compare::{Side, Windows};
-use crate::load::{cpu_backend, model_dir, progress_bar};
+use crate::compare::Side;
+use crate::load::{fits_in_memory, model_dir, progress_bar};
 use crate::presets;
 use crate::report::{bytes, count, print_json, thousands};
-use calibrate::{Calibration, Known};
+use calibrate::Calibration;
 use gguf::GgufSource;
 use plan::Plan;
 use source::{CheckpointSource, DummySource, Source};
 
-/// Inputs per window of a plain text.
-const CALIBRATION_WINDOW: usize = 512;
-
 /// Runs the command.
 pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let start = Instant::now();
-    let recipe = rules::recipe(&args.quant)?;
+    let judged = if judges(args) { judged(args)? } else { None };
+    let recipe = match &judged {
+        Some((side, runs)) if args.quant == mixed::NAME => mixed::recipe(side, runs, args.threads)?,
+        _ => rules::recipe(&args.quant)?,
+    };
     let source = open(args, &recipe)?;
     let config = source.config();
     let dtypes: Vec<DType> = match args.shapes.config {
@@ -48,27 +51,29 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         return dry_run(&*source, &plan, args.json);
     }
     let out = args.out.as_deref().context("--out is missing")?;
-    let calibration = args.calibrate.as_deref().map(|text| calibrate(args, text)).transpose()?;
+    let searches = args.search || args.calibrate.is_some();
+    let calibration = match &judged {
+        Some((side, runs)) if searches => {
+            let backend = side.backend(args.threads, ActivationsArg::F32)?;
+            Some(Calibration::measure(&side.config, &side.weights()?, runs, backend)?)
+        }
+        _ => None,
+    };
+    drop(judged);
+    let n_threads = args.threads.unwrap_or_else(default_threads).max(1);
     let bar = progress_bar(total);
     if let Ok(style) =
         indicatif::ProgressStyle::with_template("writing {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
     {
         bar.set_style(style);
     }
-    let n_threads = args.threads.unwrap_or_else(default_threads).max(1);
     let quantize = |weight: &Weight, part: usize, values: &[f32], rows: usize| {
-        let cols = weight.spec.dims().2;
-        let known = calibration.as_ref().and_then(|c| c.get(&weight.spec.module, part));
-        match known {
-            Some(Known::Covariance(c)) => {
-                quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Covariance(c))
-            }
-            Some(Known::Moments(m)) => quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Moments(m)),
-            None if args.search || calibration.is_some() => {
-                quant::quantize_searched(weight.dtype, rows, cols, values, Inputs::Unknown)
-            }
-            None => quant::quantize(weight.dtype, rows, cols, values),
+        let (dtype, cols) = (weight.dtype, weight.spec.dims().2);
+        if !dtype.is_quantized() || !searches {
+            return quant::quantize(dtype, rows, cols, values);
         }
+        let inputs = calibration.as_ref().and_then(|c| c.get(&weight.spec.module, part));
+        quant::quantize_searched(dtype, rows, cols, values, inputs)
     };
     let settings = format!("search {} {:?}", args.search, args.calibrate.as_deref().map(source::file_fingerprint));
     let written = write::write(&*source, &plan, &quantize, &settings, out, n_threads, &bar)?;
@@ -100,24 +105,39 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs the source over a text.
-fn calibrate(args: &ConvertArgs, text: &Path) -> anyhow::Result<Calibration> {
-    let side = calibration_source(args)?;
-    let windows = Windows::new(text, &side.tokenizer, CALIBRATION_WINDOW)?;
-    let n_tokens: usize = windows.0.iter().map(|tokens| tokens.len() - 1).sum();
-    eprintln!("calibrating with {} tokens", n_tokens.min(calibrate::MAX_TOKENS));
-    let (backend, _) = cpu_backend(args.threads, ActivationsArg::F32, 0);
-    Calibration::measure(&side.config, &side.weights()?, &windows, backend)
+/// Whether the source has to run for this conversion.
+fn judges(args: &ConvertArgs) -> bool {
+    args.quant == mixed::NAME || (!args.dry_run && (args.search || args.calibrate.is_some()))
 }
 
-/// The source as a model that runs.
-fn calibration_source(args: &ConvertArgs) -> anyhow::Result<Side> {
-    let name = args.source.as_deref().context("--calibrate runs the source, so it needs one: not --config")?;
-    ensure!(
-        gguf_file(Path::new(name)).is_none(),
-        "--calibrate runs the source, and GGUF files do not run here; convert {name} with --quant keep first, then that"
-    );
-    Side::open(name)
+/// The source as a model that runs, and the tokens that it is judged on: of the text that was given, or its own. `None`
+/// when a search has to do without.
+fn judged(args: &ConvertArgs) -> anyhow::Result<Option<(Side, Vec<Vec<u32>>)>> {
+    let name = match args.source.as_deref() {
+        Some(name) if gguf_file(Path::new(name)).is_none() => name,
+        _ if args.quant != mixed::NAME && args.calibrate.is_none() => {
+            eprintln!(
+                "GGUF files and made-up weights do not run here: the search knows nothing of the inputs of matrices"
+            );
+            return Ok(None);
+        }
+        Some(name) => bail!(
+            "--calibrate and {} run the source, and GGUF files do not run here; convert {name} with --quant keep first, \
+             then that",
+            mixed::NAME
+        ),
+        None => bail!("--calibrate and {} run the source, so they need one: not --config", mixed::NAME),
+    };
+    let side = Side::open(name)?;
+    let runs = match &args.calibrate {
+        Some(path) => text::from_file(path, &side.tokenizer)?,
+        None if fits_in_memory(side.resident_bytes()?) => {
+            text::written(&side.config, &side.weights()?, side.backend(args.threads, ActivationsArg::F32)?)?
+        }
+        None => text::random(&side.config),
+    };
+    eprintln!("judging by {} tokens", runs.iter().map(Vec::len).sum::<usize>());
+    Ok(Some((side, runs)))
 }
 
 fn open(args: &ConvertArgs, recipe: &Recipe) -> anyhow::Result<Box<dyn Source>> {

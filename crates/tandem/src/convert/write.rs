@@ -131,6 +131,9 @@ pub(super) fn write(
             std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
     }
+    for entry in std::fs::read_dir(&partial)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
     File::open(&partial)?.sync_all()?;
     std::fs::rename(&partial, out)
         .with_context(|| format!("cannot rename {} to {}", partial.display(), out.display()))?;
@@ -177,8 +180,7 @@ fn write_json(path: &Path, value: &Value) -> anyhow::Result<()> {
 }
 
 /// Runs the tasks of a file on `n_threads` threads and adds up what they return. `work` also gets a task that will be due
-/// soon. `finished` gets each item whose last
-/// task is done.
+/// soon. `finished` gets each item whose last task is done.
 fn run(
     plan: &Plan,
     shard: &Shard,
