@@ -24,24 +24,27 @@ struct RawRow {
     u32 scale;
 };
 
-// Elements k .. k + 32 of a row, from the tiles of its group.
-DI RawRow load_raw(const Matrix& m, const u8* group, u32 row, u32 k) {
+// Elements k .. k + 32 of a row, from the tile that holds them: in memory, or a copy in shared memory.
+template <bool SHARED>
+DI RawRow load_raw(const Matrix& m, const u8* tile, u32 row, u32 k) {
     RawRow raw;
     raw.a = raw.b = make_uint4(0, 0, 0, 0);
     raw.scale = 0;
     if (k >= m.cols) return raw;
-    u32 byte = m.format == MXFP4 ? k / 2 : k;
-    const u8* tile = group + byte / 128 * TILE_BYTES;
-    const u8* codes = tile + tile_place(row, byte & 127);
-    raw.a = load_stream(codes);
+    const u8* codes = tile + tile_place(row, (m.format == MXFP4 ? k / 2 : k) & 127);
+    raw.a = SHARED ? *(const uint4*)codes : load_stream(codes);
     if (m.format == MXFP4) {
         raw.scale = tile[TILE_SCALES + (row & 7) * 8 + (k / 32 & 7)];
     } else {
-        raw.b = load_stream(codes + 16);
+        raw.b = SHARED ? *(const uint4*)(codes + 16) : load_stream(codes + 16);
         raw.scale = ((const u32*)(tile + TILE_SCALES + (row & 7) * 8))[k / 64 & 1];
     }
     return raw;
 }
+
+// Copies of tiles that gemm_mma_32 keeps: rounds of the 16 groups of rows of a block.
+#define GEMM_RAW 3
+#define GEMM_ROUND (16 * TILE_BYTES)
 
 DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     u32 out;
@@ -74,10 +77,12 @@ DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
     }
 }
 
-// TOKENS 128: a warp has 64 rows and 32 tokens; TOKENS 32: 16 rows and all tokens.
+// TOKENS 128: a warp has 64 rows and 32 tokens; TOKENS 32: 32 rows and all tokens, and two warps share the columns.
 template <int TOKENS>
 DI void gemm_mma(const GemmArgs& args) {
-    constexpr int ROW_TILES = TOKENS / 32, CHUNKS = TOKENS / 32;
+    constexpr int ROW_TILES = TOKENS == 128 ? 4 : 2, CHUNKS = TOKENS / 32;
+    // Stages of tokens: with few the steps are so short that copies must be further ahead.
+    constexpr u32 STAGES = TOKENS == 32 ? 4 : 2;
     constexpr u32 WEIGHTS = 128 * GEMM_PITCH, X = TOKENS * GEMM_PITCH;
     u16* memory = (u16*)dynamic_memory;
     let_next_start();
@@ -101,7 +106,9 @@ DI void gemm_mma(const GemmArgs& args) {
     const u8* group = tile_of(m, part, row, 0);
     float factor = m.format == MXFP4 ? MXFP4_FACTOR : 1.0f;
     u32 cols = m.cols, steps = (cols + GEMM_K - 1) / GEMM_K;
-    u32 warp_row = TOKENS == 128 ? (warp & 1) * 64 : warp * 16, warp_token = TOKENS == 128 ? (warp >> 1) * 32 : 0;
+    u32 warp_row = TOKENS == 128 ? (warp & 1) * 64 : (warp & 3) * 32, warp_token = TOKENS == 128 ? (warp >> 1) * 32 : 0;
+    constexpr u32 WARP_K = TOKENS == 128 ? GEMM_K : GEMM_K / 2;
+    u32 warp_k = TOKENS == 128 ? 0 : (warp >> 2) * WARP_K;
     // It copies CHUNKS times 8 columns of a token.
     u32 token = threadIdx.x * CHUNKS / 8, chunk = threadIdx.x * CHUNKS % 8 * 8;
 
@@ -132,32 +139,51 @@ DI void gemm_mma(const GemmArgs& args) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
         u16* weights = memory;               // [2][128, GEMM_PITCH]
-        u16* tokens = memory + 2 * WEIGHTS;  // [2][TOKENS, GEMM_PITCH]
-        copy_x(0, tokens);
-        RawRow raw = load_raw(m, group, row, half);
-        // Few tokens are bound by weights, of which two loads are under way then.
-        RawRow ahead;
-        if (TOKENS == 32) ahead = load_raw(m, group, row, GEMM_K + half);
+        u16* tokens = memory + 2 * WEIGHTS;  // [STAGES][TOKENS, GEMM_PITCH]
+#pragma unroll
+        for (u32 s = 0; s < STAGES - 1; s++) copy_x(s * GEMM_K, tokens + s * X);
+        // Few tokens are bound by weights: whole tiles are copied two rounds ahead, and decoded from the copies.
+        u8* raw_tiles = (u8*)(tokens + STAGES * X);
+        u32 round_columns = m.format == MXFP4 ? 256 : 128, rounds = (cols + round_columns - 1) / round_columns;
+        auto copy_round = [&](u32 round) {
+            if (round < rounds)
+                for (u32 i = threadIdx.x; i < GEMM_ROUND / 16; i += 256) {
+                    u32 g = i / (TILE_BYTES / 16), place = i % (TILE_BYTES / 16) * 16;
+                    const Matrix& source = args.gated && (g & 1) ? args.m1 : args.m0;
+                    u32 first_row = min(row0 + (args.gated ? g / 2 : g) * 8, source.rows - 1);
+                    copy16(raw_tiles + round % GEMM_RAW * GEMM_ROUND + g * TILE_BYTES + place,
+                           tile_of(source, part, first_row, round) + place);
+                }
+        };
+        auto load = [&](u32 k) {
+            u32 round = k / round_columns;
+            if (TOKENS == 32)
+                return load_raw<true>(m, raw_tiles + round % GEMM_RAW * GEMM_ROUND + tile_row / 8 * TILE_BYTES, row, k);
+            return load_raw<false>(m, group + round * TILE_BYTES, row, k);
+        };
+        if (TOKENS == 32) {
+            copy_round(0);
+            commit_copies();
+            copy_round(1);
+            commit_copies();
+            wait_copies<0>();
+            __syncthreads();
+        }
+        RawRow raw = load(half);
         store_raw(m, raw, weights + tile_row * GEMM_PITCH + half);
-        wait_copies<0>();
+        wait_copies<STAGES - 2>();
         __syncthreads();
         for (u32 step = 0; step < steps; step++) {
             u32 now = step & 1, next = now ^ 1, k = (step + 1) * GEMM_K;
             bool more = step + 1 < steps;
-            if (more) {
-                copy_x(k, tokens + next * X);
-                if (TOKENS == 32) {
-                    raw = ahead;
-                    ahead = load_raw(m, group, row, k + GEMM_K + half);
-                } else {
-                    raw = load_raw(m, group, row, k + half);
-                }
-            }
-            const u16* a_tile = weights + now * WEIGHTS + (warp_row + (lane & 15)) * GEMM_PITCH + (lane >> 4) * 8;
-            const u16* b_tile = tokens + now * X +
-                                (warp_token + (lane & 7) + (lane >> 4) * 8) * GEMM_PITCH + (lane >> 3 & 1) * 8;
+            if (TOKENS == 32 && step * GEMM_K % round_columns == 0) copy_round(step * GEMM_K / round_columns + GEMM_RAW - 1);
+            copy_x((step + STAGES - 1) * GEMM_K, tokens + (step + STAGES - 1) % STAGES * X);
+            if (more && TOKENS != 32) raw = load(k + half);
+            const u16* a_tile = weights + now * WEIGHTS + (warp_row + (lane & 15)) * GEMM_PITCH + (lane >> 4) * 8 + warp_k;
+            const u16* b_tile = tokens + step % STAGES * X +
+                                (warp_token + (lane & 7) + (lane >> 4) * 8) * GEMM_PITCH + (lane >> 3 & 1) * 8 + warp_k;
 #pragma unroll
-            for (int kk = 0; kk < GEMM_K; kk += 16) {
+            for (u32 kk = 0; kk < WARP_K; kk += 16) {
                 u32 a[4], b[2][4];
 #pragma unroll
                 for (int j = 0; j < 2; j++) ldmatrix4(b[j], b_tile + j * 16 * GEMM_PITCH + kk);
@@ -169,9 +195,32 @@ DI void gemm_mma(const GemmArgs& args) {
                         mma(acc[i][j], a[0], a[1], a[2], a[3], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
                 }
             }
+            if (more && TOKENS == 32) raw = load(k + half);
             if (more) store_raw(m, raw, weights + next * WEIGHTS + tile_row * GEMM_PITCH + half);
-            wait_copies<0>();
+            wait_copies<STAGES - 2>();
             __syncthreads();
+        }
+        wait_copies<0>();
+        __syncthreads();
+        if (TOKENS == 32) {
+            float4* shares = (float4*)dynamic_memory;     // [4 warps][ROW_TILES * 4][32]
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float4* share = shares + (((warp & 3) * ROW_TILES + i) * 4 + j) * 32 + lane;
+                    if (warp >= 4) *share = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
+                }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float4 v = shares[(((warp & 3) * ROW_TILES + i) * 4 + j) * 32 + lane];
+                    acc[i][j][0] += v.x, acc[i][j][1] += v.y, acc[i][j][2] += v.z, acc[i][j][3] += v.w;
+                }
+            __syncthreads();
+            if (warp >= 4) continue;
         }
         u32 g = lane >> 2, t = lane & 3;
 #pragma unroll
@@ -205,4 +254,4 @@ DI void gemm_mma(const GemmArgs& args) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma_128(const __grid_constant__ GemmArgs args) { gemm_mma<128>(args); }
-extern "C" __global__ void __launch_bounds__(256, 3) gemm_mma_32(const __grid_constant__ GemmArgs args) { gemm_mma<32>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma_32(const __grid_constant__ GemmArgs args) { gemm_mma<32>(args); }

@@ -121,9 +121,10 @@ DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) 
     if (threadIdx.x * 128 < linear.m.row_bytes) prefetch(linear.m.weight + u64(blockIdx.x) * linear.m.row_bytes + threadIdx.x * 128);
     wait_for_previous();
     linear_f32<TOKENS>(linear);
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // After the barrier this holds for the whole block.
+        __threadfence();
         last = atomicAdd(ticket, 1) == gridDim.x * gridDim.y - 1;
         if (last) *ticket = 0;
         __threadfence();

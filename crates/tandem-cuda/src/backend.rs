@@ -23,6 +23,8 @@ use crate::stager::Stager;
 const BANDWIDTH_BYTES: usize = 1 << 30;
 /// Positions of one block of the tensor-core attention while decoding: short enough to spread one row over the device.
 const DECODE_SPAN: usize = 64;
+/// As many positions are faster without a second kernel that merges spans.
+const ONE_SPAN: usize = 128;
 /// Spans of one row, at most; their shares are merged.
 const MAX_SPANS: usize = 64;
 /// Tokens in shared memory at once (MLA_TILE), and the largest shapes of the tensor-core attention.
@@ -39,7 +41,7 @@ const GEMM_FEW: usize = 32;
 /// Tokens of an expert, on average, that are worth the larger tile.
 const GEMM_TOKENS: usize = 48;
 /// Blocks of gemm_mma_128 that are worth a launch; fewer leave most of the device idle.
-const GEMM_BLOCKS: usize = 64;
+const GEMM_BLOCKS: usize = 128;
 /// Warps that share the columns of a shared expert's down projection; those of a routed one have a warp to themselves, so
 /// that one block can add up all experts of a single token.
 const SHARED_DOWN_SPLIT: usize = 8;
@@ -288,8 +290,10 @@ impl CudaBackend {
     /// `tokens` of a block: GEMM_TILE or GEMM_FEW.
     fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
         let name = if tokens == GEMM_TILE { "gemm_mma_128" } else { "gemm_mma_32" };
-        // Two stages of rows and tokens, 64 columns and padding each.
-        let shared = 2 * (GEMM_TILE + tokens) * 72 * 2;
+        // Two stages of rows and two or four of tokens, 64 columns and padding each.
+        // The smaller one keeps three rounds of the tiles of its rows besides.
+        let (stages, rounds) = if tokens == GEMM_TILE { (2, 0) } else { (4, 3) };
+        let shared = (2 * GEMM_TILE + stages * tokens) * 72 * 2 + rounds * GEMM_TILE / 8 * TILE_BYTES;
         self.device.launch(name, grid, 256, shared, &mut args![args]);
     }
 
@@ -1071,6 +1075,8 @@ impl CudaBackend {
         let attended = if selected.is_some() { n_selected.min(batch.max_context) } else { batch.max_context };
         let span = if n > DECODE_ROWS {
             attended
+        } else if attended <= ONE_SPAN {
+            ONE_SPAN
         } else {
             DECODE_SPAN.max(attended.div_ceil(MAX_SPANS).next_multiple_of(MLA_TILE))
         };

@@ -96,6 +96,23 @@ impl CudaGroup {
         self.failed.word() != 0
     }
 
+    /// Seconds of one sum of `elements` within a graph of `n` of them; every rank measures at the same time.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn measure(&self, elements: usize, n: usize) -> Result<f64, CudaError> {
+        let x = CudaBuffer::new(&self.device, 1, elements.next_multiple_of(8));
+        let graph = self.device.capture(|| (0..n).for_each(|_| self.run(&x, 1)));
+        self.device.sync()?;
+        let seconds = graph.map_or(0.0, |graph| {
+            self.device.replay(&graph);
+            let seconds = self.device.time(|| self.device.replay(&graph));
+            seconds / n as f64
+        });
+        self.device.sync()?;
+        Ok(seconds)
+    }
+
     pub(crate) fn args(&self) -> ReduceArgs {
         self.args
     }
