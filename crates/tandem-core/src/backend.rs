@@ -132,6 +132,122 @@ pub enum CacheKind {
     KeyValue,
 }
 
+/// A norm that [`Backend::prepare_attention`] makes: `out = rms_norm(x) * weight`.
+pub struct NormJob<'a, T> {
+    /// Input.
+    pub x: &'a T,
+    /// `[width]`
+    pub weight: &'a T,
+    /// Result.
+    pub out: &'a mut T,
+}
+
+/// As [`Backend::write_latent`].
+pub struct LatentJob<'a, T, C> {
+    /// `[n_rows, latent + rope]`
+    pub kv_a: &'a T,
+    /// `[latent]`
+    pub norm: &'a T,
+    /// Of the shared key.
+    pub rope: &'a Rope,
+    /// Written to.
+    pub cache: &'a mut C,
+}
+
+/// As [`Backend::write_index_key`].
+pub struct IndexKeyJob<'a, T, C> {
+    /// `[n_rows, dim]`
+    pub k: &'a T,
+    /// `[dim]`
+    pub norm: &'a T,
+    /// `[dim]`
+    pub norm_bias: &'a T,
+    /// Of the key's first dimensions.
+    pub rope: &'a Rope,
+    /// Written to.
+    pub cache: &'a mut C,
+}
+
+/// Heads to rotate before they are used: [`Backend::rope`]'s `x`, `from`, `rope`.
+#[derive(Clone, Copy)]
+pub struct Rotation<'a, T> {
+    /// Input.
+    pub x: &'a T,
+    /// The slice of `x`.
+    pub from: Heads,
+    /// The rotation.
+    pub rope: &'a Rope,
+}
+
+/// The fused blocks of [`Backend`] as sequences of primitives: what they mean, and their default bodies.
+#[allow(missing_docs, clippy::too_many_arguments)]
+pub mod composed {
+    use super::{Backend, Heads, IndexKeyJob, LatentJob, NormJob, Rotation, Routing};
+
+    pub fn prepare_attention<B: Backend + ?Sized>(
+        b: &B,
+        query: Option<NormJob<'_, B::Buffer>>,
+        latent: LatentJob<'_, B::Buffer, B::Cache>,
+        key: Option<IndexKeyJob<'_, B::Buffer, B::Cache>>,
+        eps: f32,
+        batch: &B::Batch,
+        n_rows: usize,
+    ) {
+        if let Some(NormJob { x, weight, out }) = query {
+            b.rms_norm(x, weight, eps, n_rows, out);
+        }
+        b.write_latent(latent.kv_a, latent.norm, eps, latent.rope, batch, latent.cache);
+        if let Some(IndexKeyJob { k, norm, norm_bias, rope, cache }) = key {
+            b.write_index_key(k, norm, norm_bias, eps, rope, batch, cache);
+        }
+    }
+
+    pub fn rope_index_select<B: Backend + ?Sized>(
+        b: &B,
+        q: Rotation<'_, B::Buffer>,
+        rotated: &mut B::Buffer,
+        weights: &B::Buffer,
+        batch: &B::Batch,
+        cache: &B::Cache,
+        selected: &mut B::Indices,
+    ) {
+        b.rope(q.x, q.from, q.rope, batch, rotated, q.from);
+        b.index_select(rotated, weights, q.from.n, batch, cache, selected);
+    }
+
+    pub fn rope_mla_attention<B: Backend + ?Sized>(
+        b: &B,
+        rope: Rotation<'_, B::Buffer>,
+        q: &mut B::Buffer,
+        latent: usize,
+        scale: f32,
+        batch: &B::Batch,
+        cache: &B::Cache,
+        selected: Option<&B::Indices>,
+        out: &mut B::Buffer,
+    ) {
+        let Heads { n, width, .. } = rope.from;
+        let to = Heads { n, stride: latent + width, offset: latent, width };
+        b.rope(rope.x, rope.from, rope.rope, batch, q, to);
+        b.mla_attention(q, n, latent, scale, batch, cache, selected, out);
+    }
+
+    pub fn route<B: Backend + ?Sized>(
+        b: &B,
+        x: &B::Buffer,
+        gate: &B::Matrix,
+        bias: &B::Buffer,
+        routing: &Routing,
+        n_rows: usize,
+        logits: &mut B::Buffer,
+        ids: &mut B::Indices,
+        weights: &mut B::Buffer,
+    ) {
+        b.linear(x, n_rows, &mut [(gate, logits)]);
+        b.router_topk(logits, bias, routing, n_rows, ids, weights);
+    }
+}
+
 /// A device that can run the models. Buffers are `[rows, width] f32` unless said otherwise.
 pub trait Backend {
     /// Activations.
@@ -317,6 +433,67 @@ pub trait Backend {
         values: &Self::Cache,
         out: &mut Self::Buffer,
     );
+
+    // --- fused blocks: a backend overrides what its profile asks for ---
+
+    /// What follows the first products of attention: the queries' norm and both cached vectors, which do not depend on
+    /// each other.
+    #[allow(clippy::too_many_arguments)]
+    fn prepare_attention(
+        &self,
+        query: Option<NormJob<'_, Self::Buffer>>,
+        latent: LatentJob<'_, Self::Buffer, Self::Cache>,
+        key: Option<IndexKeyJob<'_, Self::Buffer, Self::Cache>>,
+        eps: f32,
+        batch: &Self::Batch,
+        n_rows: usize,
+    ) {
+        composed::prepare_attention(self, query, latent, key, eps, batch, n_rows);
+    }
+    /// [`Backend::rope`] of the indexer's queries, into `rotated` if it is kept at all, then [`Backend::index_select`].
+    #[allow(clippy::too_many_arguments)]
+    fn rope_index_select(
+        &self,
+        q: Rotation<'_, Self::Buffer>,
+        rotated: &mut Self::Buffer,
+        weights: &Self::Buffer,
+        batch: &Self::Batch,
+        cache: &Self::Cache,
+        selected: &mut Self::Indices,
+    ) {
+        composed::rope_index_select(self, q, rotated, weights, batch, cache, selected);
+    }
+    /// [`Backend::rope`] into the elements of `q`'s heads after the latent ones, if they are kept at all, then
+    /// [`Backend::mla_attention`].
+    #[allow(clippy::too_many_arguments)]
+    fn rope_mla_attention(
+        &self,
+        rope: Rotation<'_, Self::Buffer>,
+        q: &mut Self::Buffer,
+        latent: usize,
+        scale: f32,
+        batch: &Self::Batch,
+        cache: &Self::Cache,
+        selected: Option<&Self::Indices>,
+        out: &mut Self::Buffer,
+    ) {
+        composed::rope_mla_attention(self, rope, q, latent, scale, batch, cache, selected, out);
+    }
+    /// [`Backend::linear`] by the router's gate, then [`Backend::router_topk`].
+    #[allow(clippy::too_many_arguments)]
+    fn route(
+        &self,
+        x: &Self::Buffer,
+        gate: &Self::Matrix,
+        bias: &Self::Buffer,
+        routing: &Routing,
+        n_rows: usize,
+        logits: &mut Self::Buffer,
+        ids: &mut Self::Indices,
+        weights: &mut Self::Buffer,
+    ) {
+        composed::route(self, x, gate, bias, routing, n_rows, logits, ids, weights);
+    }
 }
 
 /// Ranks that hold slices of the same layers and add up what they compute.

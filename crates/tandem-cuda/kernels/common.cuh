@@ -18,7 +18,8 @@ DI void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory");
 // Storage formats; the same numbers as in matrix.rs.
 enum : u32 { F32 = 0, F16 = 1, BF16 = 2, MXFP4 = 3, MXFP8 = 4, NVFP4 = 5, FP8_BLOCK = 6, AFFINE_F32 = 7, AFFINE_BF16 = 8 };
 
-// A matrix [rows, cols] or a stack of equal ones.
+// A matrix [rows, cols] or a stack of equal ones. A `fast` one is kept in tiles (repack.cu) of 8 rows and 128 bytes of
+// elements of each, in the order in which the row kernels read them: `weight` is [parts, row groups, row_bytes] then.
 struct Matrix {
     const u8* weight;       // [parts, rows, row_bytes]
     const u8* scales;       // [parts, rows (row blocks for FP8_BLOCK), scale_pitch]; (scale, bias) pairs for affine
@@ -30,6 +31,18 @@ struct Matrix {
     u32 format, bits, group, fast;
 };
 
+// A tile: elements 0 .. 64 of its 8 rows, elements 64 .. 128, and 8 bytes of scales of each row. Zeros fill it up where
+// the matrix ends.
+#define TILE_BYTES 1088
+#define TILE_SCALES 1024
+
+DI const u8* tile_of(const Matrix& m, u32 part, u32 row, u32 round) {
+    return m.weight + part * m.weight_part + u64(row >> 3) * m.row_bytes + round * TILE_BYTES;
+}
+
+// Place of byte `b` of row `row` in its tile.
+DI u32 tile_place(u32 row, u32 b) { return (b & 64) * 8 + (row & 7) * 64 + (b & 63); }
+
 DI float bf16_to_f32(u16 bits) { return __uint_as_float(u32(bits) << 16); }
 
 // Two floats, rounded to nearest even; `low` in the low half.
@@ -37,6 +50,13 @@ DI u32 pack_bf16(float low, float high) {
     u32 out;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
     return out;
+}
+
+// As a thread of another block may have written it in this kernel, or an earlier one in a kernel that runs still.
+DI int load_fresh(const int* p) {
+    int v;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
 }
 
 DI u16 to_bf16(float value) { return u16(pack_bf16(value, 0.0f)); }
@@ -149,6 +169,28 @@ DI float e4m3(u32 byte) {
 
 // Elements k .. k + 7 of a row (k a multiple of 8); those past `cols` are 0.
 DI void decode8(const Matrix& m, u32 part, u32 row, u32 k, float (&out)[8]) {
+    if (m.fast) {
+        u32 byte = m.format == MXFP4 ? k / 2 : k;
+        const u8* tile = tile_of(m, part, row, byte / 128);
+        const u8* codes = tile + tile_place(row, byte & 127);
+        const u8* scales = tile + TILE_SCALES + (row & 7) * 8;
+        if (m.format == MXFP4) {
+            float scale = e8m0(scales[k / 32 & 7]);
+            u32 w = *(const u32*)codes;
+#pragma unroll
+            for (int i = 0; i < 8; i++) out[i] = e2m1(w >> (4 * i) & 15) * scale;
+        } else {
+            u32 pair = ((const u32*)scales)[k / 64 & 1];
+            float scale = __uint_as_float(pair << 16), bias = __uint_as_float(pair & 0xffff0000u);
+            uint2 w = *(const uint2*)codes;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                u32 code = (i < 4 ? w.x : w.y) >> (8 * (i & 3)) & 255;
+                out[i] = __fadd_rn(__fmul_rn(scale, float(code)), bias);
+            }
+        }
+        return;
+    }
     const u8* w = m.weight + part * m.weight_part + u64(row) * m.row_bytes;
     const u8* s = m.scales + part * m.scale_part;
     switch (m.format) {

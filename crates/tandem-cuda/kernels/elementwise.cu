@@ -42,5 +42,6 @@ extern "C" __global__ void __launch_bounds__(256) gather_rows(const float* x, co
     let_next_start();
     wait_for_previous();
     const float* from = x + u64(rows[blockIdx.x]) * width;
-    for (u32 c = threadIdx.x; c < width; c += 256) out[u64(blockIdx.x) * width + c] = from[c];
+#pragma unroll 8
+    for (u32 c = threadIdx.x; c < width; c += 256) out[u64(blockIdx.x) * width + c] = __ldcg(from + c);
 }

@@ -1,10 +1,9 @@
-// Prefill: many tokens times a packed matrix on the tensor cores. A block takes 128 rows and 128 tokens; weights are
-// decoded into shared memory as bf16, 64 columns at a time, while the columns before are multiplied. Unlike the row
-// kernels of decoding, affine weights are rounded to bf16 here.
+// Prefill: many tokens times a packed matrix on the tensor cores. A block takes 128 rows and 128 tokens, or 32 where
+// experts get few; weights are decoded into shared memory as bf16, 64 columns at a time, while the columns before are
+// multiplied. Unlike the row kernels of decoding, affine weights are rounded to bf16 here.
 
 #define GEMM_K 64
 #define GEMM_PITCH (GEMM_K + 8)
-#define GEMM_TILE (128 * GEMM_PITCH)
 
 struct GemmArgs {
     Matrix m0, m1;           // gated: gate and up, else the same matrix twice
@@ -25,21 +24,27 @@ struct RawRow {
     u32 scale;
 };
 
-DI RawRow load_raw(const Matrix& m, const u8* w, const u8* s, u32 k) {
+// Elements k .. k + 32 of a row, from the tile that holds them: in memory, or a copy in shared memory.
+template <bool SHARED>
+DI RawRow load_raw(const Matrix& m, const u8* tile, u32 row, u32 k) {
     RawRow raw;
     raw.a = raw.b = make_uint4(0, 0, 0, 0);
     raw.scale = 0;
     if (k >= m.cols) return raw;
+    const u8* codes = tile + tile_place(row, (m.format == MXFP4 ? k / 2 : k) & 127);
+    raw.a = SHARED ? *(const uint4*)codes : load_stream(codes);
     if (m.format == MXFP4) {
-        raw.a = load_stream(w + k / 2);
-        raw.scale = s[k / 32];
+        raw.scale = tile[TILE_SCALES + (row & 7) * 8 + (k / 32 & 7)];
     } else {
-        raw.a = load_stream(w + k);
-        raw.b = load_stream(w + k + 16);
-        raw.scale = ((const u32*)s)[k / 64];
+        raw.b = SHARED ? *(const uint4*)(codes + 16) : load_stream(codes + 16);
+        raw.scale = ((const u32*)(tile + TILE_SCALES + (row & 7) * 8))[k / 64 & 1];
     }
     return raw;
 }
+
+// Copies of tiles that gemm_mma_32 keeps: rounds of the 16 groups of rows of a block.
+#define GEMM_RAW 3
+#define GEMM_ROUND (16 * TILE_BYTES)
 
 DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     u32 out;
@@ -72,7 +77,13 @@ DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma(const __grid_constant__ GemmArgs args) {
+// TOKENS 128: a warp has 64 rows and 32 tokens; TOKENS 32: 32 rows and all tokens, and two warps share the columns.
+template <int TOKENS>
+DI void gemm_mma(const GemmArgs& args) {
+    constexpr int ROW_TILES = TOKENS == 128 ? 4 : 2, CHUNKS = TOKENS / 32;
+    // Stages of tokens: with few the steps are so short that copies must be further ahead.
+    constexpr u32 STAGES = TOKENS == 32 ? 4 : 2;
+    constexpr u32 WEIGHTS = 128 * GEMM_PITCH, X = TOKENS * GEMM_PITCH;
     u16* memory = (u16*)dynamic_memory;
     let_next_start();
     wait_for_previous();
@@ -92,25 +103,27 @@ extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma(const __grid_const
     const Matrix& m = second ? args.m1 : args.m0;
     u32 row0 = blockIdx.y * (args.gated ? 64 : 128);
     u32 row = min(args.gated ? row0 + tile_row / 16 * 8 + (tile_row & 7) : row0 + tile_row, m.rows - 1);
-    const u8* w = m.weight + part * m.weight_part + u64(row) * m.row_bytes;
-    const u8* s = m.scales + part * m.scale_part + u64(row) * m.scale_pitch;
+    const u8* group = tile_of(m, part, row, 0);
     float factor = m.format == MXFP4 ? MXFP4_FACTOR : 1.0f;
     u32 cols = m.cols, steps = (cols + GEMM_K - 1) / GEMM_K;
-    u32 warp_row = (warp & 1) * 64, warp_token = (warp >> 1) * 32;
+    u32 warp_row = TOKENS == 128 ? (warp & 1) * 64 : (warp & 3) * 32, warp_token = TOKENS == 128 ? (warp >> 1) * 32 : 0;
+    constexpr u32 WARP_K = TOKENS == 128 ? GEMM_K : GEMM_K / 2;
+    u32 warp_k = TOKENS == 128 ? 0 : (warp >> 2) * WARP_K;
+    // It copies CHUNKS times 8 columns of a token.
+    u32 token = threadIdx.x * CHUNKS / 8, chunk = threadIdx.x * CHUNKS % 8 * 8;
 
-    for (u32 column0 = blockIdx.x * 128; column0 < count; column0 += gridDim.x * 128) {
-        // This thread copies half a token's columns.
-        u32 c = column0 + tile_row;
+    for (u32 column0 = blockIdx.x * TOKENS; column0 < count; column0 += gridDim.x * TOKENS) {
         const u16* x = nullptr;
-        if (c < count) {
+        if (column0 + token < count) {
+            u32 c = column0 + token;
             u32 source = args.routed ? u32(args.plan.sorted[first + c]) / args.x_divisor : c;
-            x = args.x + u64(source) * args.x_pitch + x0 + half;
+            x = args.x + u64(source) * args.x_pitch + x0 + chunk;
         }
         auto copy_x = [&](u32 k, u16* stage) {
-            u16* to = stage + tile_row * GEMM_PITCH + half;
+            u16* to = stage + token * GEMM_PITCH + chunk;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (x && k + half + j * 8 < cols) {
+            for (int j = 0; j < CHUNKS; j++) {
+                if (x && k + chunk + j * 8 < cols) {
                     copy16(to + j * 8, x + k + j * 8);
                 } else {
                     *(uint4*)(to + j * 8) = make_uint4(0, 0, 0, 0);
@@ -118,46 +131,96 @@ extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma(const __grid_const
             }
             commit_copies();
         };
-        float acc[4][4][4];
+        float acc[ROW_TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
         u16* weights = memory;               // [2][128, GEMM_PITCH]
-        u16* tokens = memory + 2 * GEMM_TILE;
-        copy_x(0, tokens);
-        store_raw(m, load_raw(m, w, s, half), weights + tile_row * GEMM_PITCH + half);
-        wait_copies<0>();
+        u16* tokens = memory + 2 * WEIGHTS;  // [STAGES][TOKENS, GEMM_PITCH]
+#pragma unroll
+        for (u32 s = 0; s < STAGES - 1; s++) copy_x(s * GEMM_K, tokens + s * X);
+        // Few tokens are bound by weights: whole tiles are copied two rounds ahead, and decoded from the copies.
+        u8* raw_tiles = (u8*)(tokens + STAGES * X);
+        u32 round_columns = m.format == MXFP4 ? 256 : 128, rounds = (cols + round_columns - 1) / round_columns;
+        auto copy_round = [&](u32 round) {
+            if (round < rounds)
+                for (u32 i = threadIdx.x; i < GEMM_ROUND / 16; i += 256) {
+                    u32 g = i / (TILE_BYTES / 16), place = i % (TILE_BYTES / 16) * 16;
+                    const Matrix& source = args.gated && (g & 1) ? args.m1 : args.m0;
+                    u32 first_row = min(row0 + (args.gated ? g / 2 : g) * 8, source.rows - 1);
+                    copy16(raw_tiles + round % GEMM_RAW * GEMM_ROUND + g * TILE_BYTES + place,
+                           tile_of(source, part, first_row, round) + place);
+                }
+        };
+        auto load = [&](u32 k) {
+            u32 round = k / round_columns;
+            if (TOKENS == 32)
+                return load_raw<true>(m, raw_tiles + round % GEMM_RAW * GEMM_ROUND + tile_row / 8 * TILE_BYTES, row, k);
+            return load_raw<false>(m, group + round * TILE_BYTES, row, k);
+        };
+        if (TOKENS == 32) {
+            copy_round(0);
+            commit_copies();
+            copy_round(1);
+            commit_copies();
+            wait_copies<0>();
+            __syncthreads();
+        }
+        RawRow raw = load(half);
+        store_raw(m, raw, weights + tile_row * GEMM_PITCH + half);
+        wait_copies<STAGES - 2>();
         __syncthreads();
         for (u32 step = 0; step < steps; step++) {
             u32 now = step & 1, next = now ^ 1, k = (step + 1) * GEMM_K;
             bool more = step + 1 < steps;
-            RawRow raw;
-            if (more) {
-                copy_x(k, tokens + next * GEMM_TILE);
-                raw = load_raw(m, w, s, k + half);
-            }
-            const u16* a_tile = weights + now * GEMM_TILE + (warp_row + (lane & 15)) * GEMM_PITCH + (lane >> 4) * 8;
-            const u16* b_tile = tokens + now * GEMM_TILE +
-                                (warp_token + (lane & 7) + (lane >> 4) * 8) * GEMM_PITCH + (lane >> 3 & 1) * 8;
+            if (TOKENS == 32 && step * GEMM_K % round_columns == 0) copy_round(step * GEMM_K / round_columns + GEMM_RAW - 1);
+            copy_x((step + STAGES - 1) * GEMM_K, tokens + (step + STAGES - 1) % STAGES * X);
+            if (more && TOKENS != 32) raw = load(k + half);
+            const u16* a_tile = weights + now * WEIGHTS + (warp_row + (lane & 15)) * GEMM_PITCH + (lane >> 4) * 8 + warp_k;
+            const u16* b_tile = tokens + step % STAGES * X +
+                                (warp_token + (lane & 7) + (lane >> 4) * 8) * GEMM_PITCH + (lane >> 3 & 1) * 8 + warp_k;
 #pragma unroll
-            for (int kk = 0; kk < GEMM_K; kk += 16) {
-                u32 a[4][4], b[2][4];
+            for (u32 kk = 0; kk < WARP_K; kk += 16) {
+                u32 a[4], b[2][4];
 #pragma unroll
                 for (int j = 0; j < 2; j++) ldmatrix4(b[j], b_tile + j * 16 * GEMM_PITCH + kk);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    ldmatrix4(a[i], a_tile + i * 16 * GEMM_PITCH + kk);
+                for (int i = 0; i < ROW_TILES; i++) {
+                    ldmatrix4(a, a_tile + i * 16 * GEMM_PITCH + kk);
 #pragma unroll
                     for (int j = 0; j < 4; j++)
-                        mma(acc[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
+                        mma(acc[i][j], a[0], a[1], a[2], a[3], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
                 }
             }
-            if (more) store_raw(m, raw, weights + next * GEMM_TILE + tile_row * GEMM_PITCH + half);
-            wait_copies<0>();
+            if (more && TOKENS == 32) raw = load(k + half);
+            if (more) store_raw(m, raw, weights + next * WEIGHTS + tile_row * GEMM_PITCH + half);
+            wait_copies<STAGES - 2>();
             __syncthreads();
+        }
+        wait_copies<0>();
+        __syncthreads();
+        if (TOKENS == 32) {
+            float4* shares = (float4*)dynamic_memory;     // [4 warps][ROW_TILES * 4][32]
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float4* share = shares + (((warp & 3) * ROW_TILES + i) * 4 + j) * 32 + lane;
+                    if (warp >= 4) *share = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
+                }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float4 v = shares[(((warp & 3) * ROW_TILES + i) * 4 + j) * 32 + lane];
+                    acc[i][j][0] += v.x, acc[i][j][1] += v.y, acc[i][j][2] += v.z, acc[i][j][3] += v.w;
+                }
+            __syncthreads();
+            if (warp >= 4) continue;
         }
         u32 g = lane >> 2, t = lane & 3;
 #pragma unroll
@@ -168,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma(const __grid_const
                 if (c >= count) continue;
                 u64 to = args.routed ? u32(args.plan.sorted[first + c]) : c;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < ROW_TILES; i++) {
                     float low = acc[i][j][side] * factor, high = acc[i][j][side + 2] * factor;
                     if (args.gated) {
                         u32 r = row0 + (warp_row / 16 + i) * 8 + g;
@@ -189,3 +252,6 @@ extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma(const __grid_const
         }
     }
 }
+
+extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma_128(const __grid_constant__ GemmArgs args) { gemm_mma<128>(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) gemm_mma_32(const __grid_constant__ GemmArgs args) { gemm_mma<32>(args); }

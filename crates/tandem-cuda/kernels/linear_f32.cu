@@ -15,8 +15,6 @@ struct LinearF32Args {
 template <int TOKENS>
 DI void linear_f32(const LinearF32Args& args) {
     __shared__ float shares[8][TOKENS];
-    let_next_start();
-    wait_for_previous();
     const Matrix& m = args.m;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = args.split;
     u32 row = blockIdx.x * (8 / split) + warp / split;
@@ -63,5 +61,13 @@ DI void linear_f32(const LinearF32Args& args) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_f32_1(const __grid_constant__ LinearF32Args args) { linear_f32<1>(args); }
-extern "C" __global__ void __launch_bounds__(256) linear_f32_8(const __grid_constant__ LinearF32Args args) { linear_f32<8>(args); }
+extern "C" __global__ void __launch_bounds__(256) linear_f32_1(const __grid_constant__ LinearF32Args args) {
+    let_next_start();
+    wait_for_previous();
+    linear_f32<1>(args);
+}
+extern "C" __global__ void __launch_bounds__(256) linear_f32_8(const __grid_constant__ LinearF32Args args) {
+    let_next_start();
+    wait_for_previous();
+    linear_f32<8>(args);
+}

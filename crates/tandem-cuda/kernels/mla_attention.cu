@@ -4,6 +4,7 @@
 #define MLA_TILE 64          // positions in shared memory at once
 #define MLA_MAX_WIDTH 576
 #define MLA_MAX_LATENT 512
+#define MLA_MAX_SPANS 64
 
 struct MlaArgs {
     Pages pages;
@@ -17,6 +18,9 @@ struct MlaArgs {
     u32 n_heads, width, latent, n_selected, packed_pitch;
     u32 span, n_spans;
     float scale;
+    u32 rotated_pitch, rotated_stride;
+    const float* rotated;    // not null: heads' elements from `latent` on are these, to be rotated; [n, rotated_pitch]
+    Rope rope;
 };
 
 DI void ldmatrix4(u32 (&r)[4], const void* p) {
@@ -44,7 +48,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_
     u32 pitch = args.width + 8;
     u16* q = memory;                     // [16, pitch]
     u16* keys = memory + 16 * pitch;     // [MLA_TILE, pitch]
+    __shared__ float cosines[MLA_MAX_WIDTH / 2], sines[MLA_MAX_WIDTH / 2];
     let_next_start();
+    // Positions come with the batch, before any kernel of the step.
+    if (args.rotated && threadIdx.x < args.rope.half)
+        angle(args.rope, threadIdx.x, args.pages.positions[blockIdx.z], cosines[threadIdx.x], sines[threadIdx.x]);
     wait_for_previous();
     u32 r = blockIdx.z, head0 = blockIdx.y * 16, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 g = lane >> 2, t = lane & 3;
@@ -87,13 +95,19 @@ extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_
         if (first == begin) {
             for (u32 h = warp; h < 16; h += 8) {
                 const float* from = args.q + (u64(r) * args.n_heads + head0 + h) * args.width;
-                for (u32 c = lane * 4; c < args.width; c += 128) {
-                    uint2 v = make_uint2(0, 0);
+                const float* rotated = args.rotated + u64(r) * args.rotated_pitch + (head0 + h) * args.rotated_stride;
+                for (u32 c = lane * 8; c < args.width; c += 256) {
+                    float v[8] = {};
                     if (h < heads) {
-                        float4 f = *(const float4*)(from + c);
-                        v = make_uint2(pack_bf16(f.x, f.y), pack_bf16(f.z, f.w));
+                        bool turn = args.rotated && c >= args.latent;
+                        const float* source = turn ? rotated + c - args.latent : from + c;
+                        *(float4*)v = *(const float4*)source;
+                        *(float4*)(v + 4) = *(const float4*)(source + 4);
+                        if (turn && c - args.latent < 2 * args.rope.half)
+                            rotate_8(args.rope, rotated, c - args.latent, cosines, sines, v);
                     }
-                    *(uint2*)(q + h * pitch + c) = v;
+                    *(uint4*)(q + h * pitch + c) =
+                        make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
                 }
             }
         }
@@ -190,39 +204,53 @@ extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_
     }
 }
 
-// Adds up the spans of one row and head, in order.
-extern "C" __global__ void __launch_bounds__(128) mla_merge(const __grid_constant__ MlaArgs args) {
+// Adds up the spans of one row and head: four groups of 128 threads have every fourth span each.
+extern "C" __global__ void __launch_bounds__(512) mla_merge(const __grid_constant__ MlaArgs args) {
+    __shared__ float factors[MLA_MAX_SPANS];
+    __shared__ float4 sums[3][128];
     let_next_start();
     wait_for_previous();
-    u32 r = blockIdx.y, h = blockIdx.x;
+    u32 r = blockIdx.y, h = blockIdx.x, lane = threadIdx.x & 31, group = threadIdx.x >> 7, c = (threadIdx.x & 127) * 4;
     u32 visible = args.pages.positions[r] + 1;
     u32 n = args.selected ? min(visible, args.n_selected) : visible;
     u32 spans = (n + args.span - 1) / args.span;
+    const float none = -__int_as_float(0x7f800000);
     const float2* stats = args.stats + u64(r) * args.n_spans * args.n_heads + h;
-    float highest = -__int_as_float(0x7f800000);
-    for (u32 s = 0; s < spans; s++) highest = fmaxf(highest, stats[s * args.n_heads].x);
-    float total = 0.0f;
-    for (u32 s = 0; s < spans; s++) {
-        float2 v = stats[s * args.n_heads];
-        total += __expf(v.x - highest) * v.y;
-    }
     const float* shares = args.shares + (u64(r) * args.n_spans * args.n_heads + h) * args.latent;
-    for (u32 c = threadIdx.x * 4; c < args.latent; c += 512) {
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-        for (u32 s = 0; s < spans; s++) {
-            float factor = __expf(stats[s * args.n_heads].x - highest);
+    // Every warp does the same, but one keeps it.
+    float2 low = lane < spans ? stats[lane * args.n_heads] : make_float2(none, 0.0f);
+    float2 high = lane + 32 < spans ? stats[(lane + 32) * args.n_heads] : make_float2(none, 0.0f);
+    float highest = warp_max(fmaxf(low.x, high.x));
+    float f0 = __expf(low.x - highest), f1 = __expf(high.x - highest);
+    float inverse = 1.0f / warp_sum(f0 * low.y + f1 * high.y);
+    if (threadIdx.x < 32) {
+        factors[lane] = f0;
+        factors[lane + 32] = f1;
+    }
+    __syncthreads();
+    float4 sum = make_float4(0, 0, 0, 0);
+    if (c < args.latent) {
+#pragma unroll 8
+        for (u32 s = group; s < spans; s += 4) {
+            float factor = factors[s];
             float4 v = *(const float4*)(shares + u64(s) * args.n_heads * args.latent + c);
             sum.x += factor * v.x, sum.y += factor * v.y, sum.z += factor * v.z, sum.w += factor * v.w;
         }
-        float inverse = 1.0f / total;
-        float v[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
-        u32 place = h * args.latent + c;
-        float* out = args.out + u64(r) * args.n_heads * args.latent + place;
+    }
+    if (group > 0) sums[group - 1][threadIdx.x & 127] = sum;
+    __syncthreads();
+    if (group > 0 || c >= args.latent) return;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            out[i] = v[i];
-            if (args.packed) args.packed[u64(r) * args.packed_pitch + packed_place(place + i)] = to_bf16(v[i]);
-        }
+    for (int i = 0; i < 3; i++) {
+        float4 v = sums[i][threadIdx.x];
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    float v[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+    u32 place = h * args.latent + c;
+    float* out = args.out + u64(r) * args.n_heads * args.latent + place;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[i] = v[i];
+        if (args.packed) args.packed[u64(r) * args.packed_pitch + packed_place(place + i)] = to_bf16(v[i]);
     }
 }

@@ -1,9 +1,9 @@
 // Sixteen matrix rows times up to 8 NT tokens on the tensor cores, for one warp and a range of columns.
 //
-// A warp reads packed weights straight from memory into the registers that mma wants: lane (g, t) holds rows g and g + 8
-// and, of each step of columns, the t-th quarter. The columns of one mma are in no particular order; the tokens' packed
-// bf16 rows (packed_place) are in the same one. The same code runs for 1 to 64 tokens, so a token's result does not
-// depend on its batch.
+// A warp reads packed weights as they are into the registers that mma wants: lane (g, t) holds rows g and g + 8 and, of
+// each step of columns, the t-th quarter; tiles lie in memory so that these are whole lines. The columns of one mma are in
+// no particular order; the tokens' packed bf16 rows (packed_place) are in the same one. The same code runs for 1 to 64
+// tokens, so a token's result does not depend on its batch.
 
 // Where lane (g, t)'s column of x starts, if it has one.
 #define NO_COLUMN 0xffffffffu
@@ -33,46 +33,38 @@ DI void decode_bytes(u32 first, u32 second, u32 (&p)[4]) {
 // no other warp is waited for.
 #define RING 3
 
-// What one warp loads in one round: 128 bytes of each of its 16 rows, their scales, and a single token's columns.
+// What one warp loads in one round: a tile of each of its two groups of 8 rows, and a single token's columns.
 struct Round {
     uint4 a[2][32], b[2][32];
     uint2 scales0[8], scales1[8];
     uint4 x[32];
 };
 
-// One lane's weights: rows w0 and w1 with their scales, the lane's quarter of columns begin .. end of each step.
+// A warp's weights: the tiles of two groups of rows, of which lane (g, t) has row g and, of each half, the t-th quarter.
 template <u32 FORMAT>
 struct RowLoader {
-    // Columns that a lane takes at once, of a step of all four, and of a round.
+    // Columns that a lane takes at once, of a half tile, and of a round.
     static constexpr u32 LANE = FORMAT == MXFP4 ? 32 : 16, STEP = 4 * LANE, ROUND = 2 * STEP;
-    const u8 *w0, *w1, *s0, *s1;
-    u32 end, t, lane;
+    const u8 *w0, *w1;
+    u32 end, cols, t, lane;
 
-    DI void start(Round& round, u32 k) const {
-        if (k < end) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                u32 kk = k + i * STEP + t * LANE, byte = FORMAT == MXFP4 ? kk / 2 : kk;
-                if (kk < end) {
-                    copy16(&round.a[i][lane], w0 + byte);
-                    copy16(&round.b[i][lane], w1 + byte);
-                } else {
-                    round.a[i][lane] = round.b[i][lane] = make_uint4(0, 0, 0, 0);
-                }
-            }
-            u32 byte = FORMAT == MXFP4 ? k / 32 : k / 16;
-            if (t == 0) {
-                copy8(&round.scales0[lane >> 2], s0 + byte);
-                copy8(&round.scales1[lane >> 2], s1 + byte);
-            }
-        }
+    DI void start(Round& round, u32 r) const {
+        if (r >= end) return;
+        const u8 *a = w0 + r * TILE_BYTES, *b = w1 + r * TILE_BYTES;
+        copy16(&round.a[0][lane], a + lane * 16);
+        copy16(&round.a[1][lane], a + 512 + lane * 16);
+        copy16(&round.b[0][lane], b + lane * 16);
+        copy16(&round.b[1][lane], b + 512 + lane * 16);
+        // Four lanes for the scales of each group.
+        if (lane < 8) copy16((u8*)round.scales0 + lane * 16, (lane < 4 ? a : b) + TILE_SCALES + (lane & 3) * 16);
     }
 
     // The columns of a single token, shared by all lanes.
-    DI void start_x(Round& round, const u16* x, u32 k) const {
+    DI void start_x(Round& round, const u16* x, u32 r) const {
         if (lane >= ROUND / 8) return;
-        if (k + lane * 8 < end) {
-            copy16(&round.x[lane], x + k + lane * 8);
+        u32 k = r * ROUND + lane * 8;
+        if (r < end && k < cols) {
+            copy16(&round.x[lane], x + k);
         } else {
             round.x[lane] = make_uint4(0, 0, 0, 0);
         }
@@ -85,18 +77,18 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
                     const u32 (&column)[NT], bool waited) {
     using Loader = RowLoader<FORMAT>;
     const u32 ones = 0x3f803f80u;
-    u32 end = rows.end, t = rows.t, lane = rows.lane;
+    u32 end = rows.end, cols = rows.cols, t = rows.t, lane = rows.lane;
 #pragma unroll
-    for (u32 r = 0; r < RING - 1; r++) rows.start(ring[r], begin + r * Loader::ROUND);
+    for (u32 r = 0; r < RING - 1; r++) rows.start(ring[r], begin + r);
     if (!waited) wait_for_previous();
     // Weights are constant, so their loads may overtake the previous kernel; tokens are its results.
 #pragma unroll
     for (u32 r = 0; r < RING - 1; r++) {
-        if (ONE) rows.start_x(ring[r], x, begin + r * Loader::ROUND);
+        if (ONE) rows.start_x(ring[r], x, begin + r);
         commit_copies();
     }
     u32 place = 0;
-    for (u32 k = begin; k < end; k += Loader::ROUND) {
+    for (u32 r = begin; r < end; r++) {
         wait_copies<RING - 2>();
         // Scales and a single token are shared by lanes; and all are done with the round that the next copies replace.
         __syncwarp();
@@ -104,13 +96,13 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
         uint4 a[2] = {round.a[0][lane], round.a[1][lane]}, b[2] = {round.b[0][lane], round.b[1][lane]};
         uint2 sa = round.scales0[lane >> 2], sb = round.scales1[lane >> 2];
         Round& next = ring[place == 0 ? RING - 1 : place - 1];
-        rows.start(next, k + (RING - 1) * Loader::ROUND);
-        if (ONE) rows.start_x(next, x, k + (RING - 1) * Loader::ROUND);
+        rows.start(next, r + RING - 1);
+        if (ONE) rows.start_x(next, x, r + RING - 1);
         commit_copies();
         place = place == RING - 1 ? 0 : place + 1;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            u32 kk = k + i * Loader::STEP + t * Loader::LANE;
+            u32 kk = r * Loader::ROUND + i * Loader::STEP + t * Loader::LANE;
             u32 raw0 = i ? sa.y : sa.x, raw1 = i ? sb.y : sb.x;
             if constexpr (FORMAT == MXFP4) {
                 u32 scale0 = ((raw0 >> (8 * t) & 255) + 62 << 7) * 0x10001u;
@@ -125,7 +117,7 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
                         uint4 v = make_uint4(0, 0, 0, 0);
                         if (ONE) {
                             v = round.x[(i * Loader::STEP + t * Loader::LANE) / 8 + j];
-                        } else if (column[n] != NO_COLUMN && kk < end) {
+                        } else if (column[n] != NO_COLUMN && kk < cols) {
                             v = *(const uint4*)(x + column[n] + kk + j * 8);
                         }
                         mma(acc[n], p[0], q[0], p[1], q[1], v.x, v.y);
@@ -152,7 +144,7 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
                         uint4 v = make_uint4(0, 0, 0, 0);
                         if (ONE) {
                             v = round.x[(i * Loader::STEP + t * Loader::LANE) / 8 + j];
-                        } else if (column[n] != NO_COLUMN && kk < end) {
+                        } else if (column[n] != NO_COLUMN && kk < cols) {
                             v = *(const uint4*)(x + column[n] + kk + j * 8);
                         }
                         mma(products, p[j][0], q[j][0], p[j][1], q[j][1], v.x, v.y);
@@ -175,39 +167,30 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
             for (int r = 0; r < 4; r++) acc[n][r] *= MXFP4_FACTOR;
     }
     wait_copies<0>();
+    // All are done with the ring.
+    __syncwarp();
 }
 
-// Columns of one of `split` warps that share a row tile: whole units, the last possibly short.
-DI void warp_columns(const Matrix& m, u32 split, u32 which, u32& begin, u32& end) {
-    u32 unit = m.format == MXFP4 ? 512 : 256;
-    u32 units = (m.cols + unit - 1) / unit;
-    u32 each = (units + split - 1) / split;
-    begin = min(which * each * unit, m.cols);
-    end = min(begin + each * unit, m.cols);
-}
-
-// One warp's share of rows `row0 + g` of `m0` and `row1 + g` of `m1`, two matrices of one format and width (rows past the
-// end repeat the last one). `waited` is false in the first call of a kernel, before the previous kernel is known to be done.
+// One warp's share of rows `row0 + g` of `m0` and `row1 + g` of `m1`, two matrices of one format and width; row0 and row1
+// are multiples of 8, and groups past the end repeat the last one. `split` warps share the columns in whole rounds.
+// `waited` is false in the first call of a kernel, before the previous kernel is known to be done.
 template <int NT, bool ONE>
 DI void tile_rows(float (&acc)[NT][4], const Matrix& m0, u32 row0, const Matrix& m1, u32 row1, u32 part, u32 split,
                   u32 which, const u16* x, const u32 (&column)[NT], bool waited) {
-    u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    u32 r0 = min(row0 + g, m0.rows - 1), r1 = min(row1 + g, m1.rows - 1);
-    const u8* w0 = m0.weight + part * m0.weight_part + u64(r0) * m0.row_bytes;
-    const u8* w1 = m1.weight + part * m1.weight_part + u64(r1) * m1.row_bytes;
-    const u8* s0 = m0.scales + part * m0.scale_part + u64(r0) * m0.scale_pitch;
-    const u8* s1 = m1.scales + part * m1.scale_part + u64(r1) * m1.scale_pitch;
-    u32 begin, end;
-    warp_columns(m0, split, which, begin, end);
+    u32 lane = threadIdx.x & 31, t = lane & 3;
+    const u8* w0 = tile_of(m0, part, min(row0, m0.rows - 1), 0);
+    const u8* w1 = tile_of(m1, part, min(row1, m1.rows - 1), 0);
+    u32 rounds = m0.row_bytes / TILE_BYTES, each = (rounds + split - 1) / split;
+    u32 begin = min(which * each, rounds), end = min(begin + each, rounds);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int r = 0; r < 4; r++) acc[n][r] = 0.0f;
     Round* ring = (Round*)dynamic_memory + (threadIdx.x >> 5) * RING;
     if (m0.format == MXFP4) {
-        packed_rows<MXFP4, NT, ONE>(acc, RowLoader<MXFP4>{w0, w1, s0, s1, end, t, lane}, ring, begin, x, column, waited);
+        packed_rows<MXFP4, NT, ONE>(acc, RowLoader<MXFP4>{w0, w1, end, m0.cols, t, lane}, ring, begin, x, column, waited);
     } else {
-        packed_rows<AFFINE_BF16, NT, ONE>(acc, RowLoader<AFFINE_BF16>{w0, w1, s0, s1, end, t, lane}, ring, begin, x,
+        packed_rows<AFFINE_BF16, NT, ONE>(acc, RowLoader<AFFINE_BF16>{w0, w1, end, m0.cols, t, lane}, ring, begin, x,
                                           column, waited);
     }
 }

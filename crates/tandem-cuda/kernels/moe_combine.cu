@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* parts
             if (ids[t * top_k + k] < 0) continue;
             float w = weights[t * weights_pitch + k];
             float4 v = *(const float4*)(parts + (u64(t) * top_k + k) * width + c);
-            sum.x += w * v.x, sum.y += w * v.y, sum.z += w * v.z, sum.w += w * v.w;
+            sum = make_float4(fmaf(w, v.x, sum.x), fmaf(w, v.y, sum.y), fmaf(w, v.z, sum.z), fmaf(w, v.w, sum.w));
         }
         if (shared) {
             float4 v = *(const float4*)(shared + u64(t) * width + c);
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* parts
     for (u32 i = c; i < min(c + 4, width); i++) {
         float sum = 0.0f;
         for (u32 k = 0; k < top_k; k++)
-            if (ids[t * top_k + k] >= 0) sum += weights[t * weights_pitch + k] * parts[(u64(t) * top_k + k) * width + i];
+            if (ids[t * top_k + k] >= 0) sum = fmaf(weights[t * weights_pitch + k], parts[(u64(t) * top_k + k) * width + i], sum);
         out[u64(t) * width + i] = sum + (shared ? shared[u64(t) * width + i] : 0.0f);
     }
 }

@@ -13,18 +13,49 @@ struct NormArgs {
 // Elements that a thread keeps in registers; wider rows are read twice.
 #define NORM_KEPT 8
 
-extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ NormArgs args) {
-    __shared__ float scratch[32];
-    let_next_start();
-    // Weights are constant and far away: they are on their way while the previous kernel finishes.
-    float kept_weights[NORM_KEPT];
+DI void load_8(const float* p, float (&v)[8]) {
+    *(float4*)v = *(const float4*)p;
+    *(float4*)(v + 4) = *(const float4*)(p + 4);
+}
+
+// Rows of whole groups of 8, one or none a thread: every access is a vector. `y` is this thread's part of what is added.
+DI void norm_row_8(const NormArgs& args, u64 r, float* scratch, const float (&y)[8]) {
+    u32 c = threadIdx.x * 8;
+    bool mine = c < args.width;
+    float kept[8] = {}, squares = 0.0f;
+    if (mine) {
+        float* x = args.x + r * args.x_pitch + c;
+        load_8(x, kept);
+        if (args.y) {
 #pragma unroll
-    for (int i = 0; i < NORM_KEPT; i++) {
-        u32 c = i * blockDim.x + threadIdx.x;
-        kept_weights[i] = c < args.width ? __ldg(args.weight + c) : 0.0f;
+            for (int i = 0; i < 8; i++) kept[i] += y[i];
+            *(float4*)x = *(const float4*)kept;
+            *(float4*)(x + 4) = *(const float4*)(kept + 4);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) squares += kept[i] * kept[i];
     }
-    wait_for_previous();
-    u64 r = blockIdx.x;
+    float scale = 1.0f / sqrtf(block_sum(squares, scratch) / args.width + args.eps);
+    if (!mine) return;
+    float4 low = __ldg((const float4*)(args.weight + c)), high = __ldg((const float4*)(args.weight + c + 4));
+    float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) kept[i] = kept[i] * scale * w[i];
+    float* out = args.out + r * args.out_pitch + c;
+    *(float4*)out = *(const float4*)kept;
+    *(float4*)(out + 4) = *(const float4*)(kept + 4);
+    if (args.packed)
+        *(uint4*)(args.packed + r * args.packed_pitch + c) =
+            make_uint4(pack_bf16(kept[0], kept[4]), pack_bf16(kept[1], kept[5]), pack_bf16(kept[2], kept[6]), pack_bf16(kept[3], kept[7]));
+}
+
+DI void norm_row(const NormArgs& args, u64 r, float* scratch) {
+    bool vectors = ((args.width | args.x_pitch | args.y_pitch | args.out_pitch) & 7) == 0;
+    if (vectors && args.width <= 8 * blockDim.x) {
+        float y[8] = {};
+        if (args.y && threadIdx.x * 8 < args.width) load_8(args.y + r * args.y_pitch + threadIdx.x * 8, y);
+        return norm_row_8(args, r, scratch, y);
+    }
     float* x = args.x + r * args.x_pitch;
     const float* y = args.y + r * args.y_pitch;
     float kept[NORM_KEPT], squares = 0.0f;
@@ -50,15 +81,26 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
         squares += v * v;
     }
     float scale = 1.0f / sqrtf(block_sum(squares, scratch) / args.width + args.eps);
-    auto store = [&](u32 c, float v, float weight) {
-        v = v * scale * weight;
+    auto store = [&](u32 c, float v) {
+        v = v * scale * args.weight[c];
         args.out[r * args.out_pitch + c] = v;
         if (args.packed) args.packed[r * args.packed_pitch + packed_place(c)] = to_bf16(v);
     };
 #pragma unroll
     for (int i = 0; i < NORM_KEPT; i++) {
         u32 c = i * blockDim.x + threadIdx.x;
-        if (c < args.width) store(c, kept[i], kept_weights[i]);
+        if (c < args.width) store(c, kept[i]);
     }
-    for (u32 c = NORM_KEPT * blockDim.x + threadIdx.x; c < args.width; c += blockDim.x) store(c, x[c], args.weight[c]);
+    for (u32 c = NORM_KEPT * blockDim.x + threadIdx.x; c < args.width; c += blockDim.x) store(c, x[c]);
+}
+
+DI void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ NormArgs args) {
+    __shared__ float scratch[32];
+    let_next_start();
+    // Weights are constant and far away: they are on their way while the previous kernel finishes.
+    if (threadIdx.x * 8 < args.width) prefetch(args.weight + threadIdx.x * 8);
+    wait_for_previous();
+    norm_row(args, blockIdx.x, scratch);
 }

@@ -31,6 +31,28 @@ DI void rotate_pair(const Rope& rope, u32 i, u32 position, Load load, Store stor
     store(b, y * cosine + x * sine);
 }
 
+// Elements e .. e + 8 of the vector at `x`, which `v` holds as they are, rotated; e and the pairs are multiples of 8, and
+// e is within the rotated dimensions.
+DI void rotate_8(const Rope& rope, const float* x, u32 e, const float* cosines, const float* sines, float (&v)[8]) {
+    if (rope.interleaved) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            u32 pair = (e + i) / 2;
+            float a = v[i], b = v[i + 1];
+            v[i] = a * cosines[pair] - b * sines[pair];
+            v[i + 1] = b * cosines[pair] + a * sines[pair];
+        }
+        return;
+    }
+    bool first = e < rope.half;
+    const float* other = x + (first ? e + rope.half : e - rope.half);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        u32 pair = first ? e + i : e + i - rope.half;
+        v[i] = first ? v[i] * cosines[pair] - other[i] * sines[pair] : v[i] * cosines[pair] + other[i] * sines[pair];
+    }
+}
+
 struct RopeArgs {
     Rope rope;
     const float* x;          // [n, x_pitch]
@@ -78,10 +100,7 @@ struct WriteArgs {
 
 // [rms_norm(x[..latent]), rope(x[latent..])]
 template <class T>
-DI void write_latent(const WriteArgs& args) {
-    __shared__ float scratch[32];
-    let_next_start();
-    wait_for_previous();
+DI void write_latent(const WriteArgs& args, float* scratch) {
     u32 r = blockIdx.x;
     const float* x = args.x + u64(r) * args.x_pitch;
     T* out = (T*)args.cache + u64(args.slots[r]) * args.width;
@@ -96,16 +115,23 @@ DI void write_latent(const WriteArgs& args) {
     for (u32 c = args.latent + 2 * args.rope.half + threadIdx.x; c < args.width; c += blockDim.x) store_element(out + c, x[c]);
 }
 
-extern "C" __global__ void __launch_bounds__(256) write_latent_f32(const __grid_constant__ WriteArgs args) { write_latent<float>(args); }
-extern "C" __global__ void __launch_bounds__(256) write_latent_bf16(const __grid_constant__ WriteArgs args) { write_latent<u16>(args); }
+extern "C" __global__ void __launch_bounds__(256) write_latent_f32(const __grid_constant__ WriteArgs args) {
+    __shared__ float scratch[32];
+    let_next_start();
+    wait_for_previous();
+    write_latent<float>(args, scratch);
+}
+extern "C" __global__ void __launch_bounds__(256) write_latent_bf16(const __grid_constant__ WriteArgs args) {
+    __shared__ float scratch[32];
+    let_next_start();
+    wait_for_previous();
+    write_latent<u16>(args, scratch);
+}
 
 // rope(layer_norm(x)); up to 1024 elements.
 template <class T>
-DI void write_index_key(const WriteArgs& args) {
-    __shared__ float scratch[32];
+DI void write_index_key(const WriteArgs& args, float* scratch) {
     __shared__ float normed[1024];
-    let_next_start();
-    wait_for_previous();
     u32 r = blockIdx.x, width = args.width;
     const float* x = args.x + u64(r) * args.x_pitch;
     T* out = (T*)args.cache + u64(args.slots[r]) * width;
@@ -123,8 +149,42 @@ DI void write_index_key(const WriteArgs& args) {
     for (u32 c = 2 * args.rope.half + threadIdx.x; c < width; c += blockDim.x) store_element(out + c, normed[c]);
 }
 
-extern "C" __global__ void __launch_bounds__(128) write_index_key_f32(const __grid_constant__ WriteArgs args) { write_index_key<float>(args); }
-extern "C" __global__ void __launch_bounds__(128) write_index_key_bf16(const __grid_constant__ WriteArgs args) { write_index_key<u16>(args); }
+extern "C" __global__ void __launch_bounds__(128) write_index_key_f32(const __grid_constant__ WriteArgs args) {
+    __shared__ float scratch[32];
+    let_next_start();
+    wait_for_previous();
+    write_index_key<float>(args, scratch);
+}
+extern "C" __global__ void __launch_bounds__(128) write_index_key_bf16(const __grid_constant__ WriteArgs args) {
+    __shared__ float scratch[32];
+    let_next_start();
+    wait_for_previous();
+    write_index_key<u16>(args, scratch);
+}
+
+// What follows attention's first products, in one launch: a norm, and both kinds of cached vectors. blockIdx.y picks;
+// those that are not asked for have no input.
+struct PrepareArgs {
+    NormArgs query;
+    WriteArgs latent, key;
+};
+
+template <class T>
+DI void prepare_attention(const PrepareArgs& args) {
+    __shared__ float scratch[32];
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.y == 0) {
+        write_latent<T>(args.latent, scratch);
+    } else if (blockIdx.y == 1 && args.query.x) {
+        norm_row(args.query, blockIdx.x, scratch);
+    } else if (blockIdx.y == 2) {
+        write_index_key<T>(args.key, scratch);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) prepare_attention_f32(const __grid_constant__ PrepareArgs args) { prepare_attention<float>(args); }
+extern "C" __global__ void __launch_bounds__(256) prepare_attention_bf16(const __grid_constant__ PrepareArgs args) { prepare_attention<u16>(args); }
 
 // Caches plain vectors.
 template <class T>

@@ -24,26 +24,21 @@ DI void best_of_warp(float& value, u32& index) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_constant__ RouterArgs args) {
+// One warp; `scores` and `choice` have 512 floats.
+DI void router_row(const RouterArgs& args, u32 row, float* scores, float* choice) {
     const float none = -__int_as_float(0x7f800000);
-    __shared__ float scores[512], choice[512];
-    let_next_start();
-    u32 lane = threadIdx.x, n = args.n_experts;
-    float values[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) values[i] = i * 32 + lane < n ? __ldg(args.bias + i * 32 + lane) : 0.0f;
-    wait_for_previous();
-    const float* logits = args.logits + u64(blockIdx.x) * n;
+    u32 lane = threadIdx.x & 31, n = args.n_experts;
+    const float* logits = args.logits + u64(row) * n;
     float loaded[16];
 #pragma unroll
-    for (int i = 0; i < 16; i++) loaded[i] = i * 32 + lane < n ? logits[i * 32 + lane] : 0.0f;
+    for (int i = 0; i < 16; i++) loaded[i] = i * 32 + lane < n ? __ldcg(logits + i * 32 + lane) : 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         u32 e = i * 32 + lane;
         if (e >= n) break;
         float s = 1.0f / (1.0f + expf(-loaded[i]));
         scores[e] = s;
-        choice[e] = s + values[i];
+        choice[e] = s + __ldg(args.bias + e);
     }
     __syncwarp();
     if (args.n_group > 1) {
@@ -105,7 +100,47 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
     }
     if (lane < args.top_k) {
         u32 held = my_id - args.first_expert;
-        args.ids[u64(blockIdx.x) * args.top_k + lane] = held < args.n_held ? int(held) : -1;
-        args.weights[u64(blockIdx.x) * args.top_k + lane] = (args.normalize ? mine / (sum + 1e-20f) : mine) * args.scale;
+        args.ids[u64(row) * args.top_k + lane] = held < args.n_held ? int(held) : -1;
+        args.weights[u64(row) * args.top_k + lane] = (args.normalize ? mine / (sum + 1e-20f) : mine) * args.scale;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_constant__ RouterArgs args) {
+    __shared__ float scores[512], choice[512];
+    let_next_start();
+    wait_for_previous();
+    router_row(args, blockIdx.x, scores, choice);
+}
+
+// The router's product and choice in one launch: the last block to finish chooses. Sums are linear_f32's.
+template <int TOKENS>
+DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) {
+    __shared__ float scores[8][512], choice[8][512];
+    __shared__ bool last;
+    let_next_start();
+    if (threadIdx.x * 128 < linear.m.row_bytes) prefetch(linear.m.weight + u64(blockIdx.x) * linear.m.row_bytes + threadIdx.x * 128);
+    wait_for_previous();
+    linear_f32<TOKENS>(linear);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // After the barrier this holds for the whole block.
+        __threadfence();
+        last = atomicAdd(ticket, 1) == gridDim.x * gridDim.y - 1;
+        if (last) *ticket = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    u32 warp = threadIdx.x >> 5;
+    for (u32 row = warp; row < linear.n; row += 8) {
+        router_row(args, row, scores[warp], choice[warp]);
+        __syncwarp();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) route_1(const __grid_constant__ LinearF32Args linear, const __grid_constant__ RouterArgs args, u32* ticket) {
+    route<1>(linear, args, ticket);
+}
+extern "C" __global__ void __launch_bounds__(256) route_8(const __grid_constant__ LinearF32Args linear, const __grid_constant__ RouterArgs args, u32* ticket) {
+    route<8>(linear, args, ticket);
 }

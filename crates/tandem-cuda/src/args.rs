@@ -106,8 +106,10 @@ pub(crate) struct GateUpArgs {
     pub(crate) shared_h_pitch: u32,
     pub(crate) n: u32,
     pub(crate) top_k: u32,
-    pub(crate) slots: u32,
+    pub(crate) shared_blocks: u32,
+    pub(crate) slot_blocks: u32,
     pub(crate) split: u32,
+    pub(crate) shared_split: u32,
     pub(crate) unused: u32,
 }
 
@@ -121,12 +123,17 @@ pub(crate) struct DownArgs {
     pub(crate) shared_h: u64,
     pub(crate) out: u64,
     pub(crate) shared_out: u64,
+    pub(crate) weights: u64,
     pub(crate) h_pitch: u32,
     pub(crate) shared_h_pitch: u32,
     pub(crate) n: u32,
-    pub(crate) slots: u32,
-    pub(crate) split: u32,
     pub(crate) hidden: u32,
+    pub(crate) shared_blocks: u32,
+    pub(crate) slot_blocks: u32,
+    pub(crate) split: u32,
+    pub(crate) shared_split: u32,
+    pub(crate) top_k: u32,
+    pub(crate) unused: u32,
 }
 
 #[repr(C)]
@@ -168,6 +175,21 @@ pub(crate) struct NormArgs {
     pub(crate) eps: f32,
 }
 
+/// GPUs of one group, at most.
+pub(crate) const MAX_RANKS: usize = 8;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct ReduceArgs {
+    pub(crate) buffers: [u64; MAX_RANKS],
+    pub(crate) state: u64,
+    pub(crate) failed: u64,
+    pub(crate) n_ranks: u32,
+    pub(crate) rank: u32,
+    pub(crate) capacity: u32,
+    pub(crate) unused: u32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(crate) struct RouterArgs {
@@ -183,6 +205,19 @@ pub(crate) struct RouterArgs {
     pub(crate) scale: f32,
     pub(crate) first_expert: u32,
     pub(crate) n_held: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct RepackArgs {
+    pub(crate) weight: u64,
+    pub(crate) scales: u64,
+    pub(crate) biases: u64,
+    pub(crate) tiles: u64,
+    pub(crate) rows: u32,
+    pub(crate) row_bytes: u32,
+    pub(crate) scale_row: u32,
+    pub(crate) rounds: u32,
 }
 
 /// Pairs of a rotary embedding, at most.
@@ -257,6 +292,14 @@ pub(crate) struct WriteArgs {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct PrepareArgs {
+    pub(crate) query: NormArgs,
+    pub(crate) latent: WriteArgs,
+    pub(crate) key: WriteArgs,
+}
+
+#[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(crate) struct Pages {
     pub(crate) positions: u64,
@@ -289,7 +332,7 @@ pub(crate) struct AttentionArgs {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
+#[derive(Clone, Copy)]
 pub(crate) struct MlaArgs {
     pub(crate) pages: Pages,
     pub(crate) q: u64,
@@ -307,10 +350,14 @@ pub(crate) struct MlaArgs {
     pub(crate) span: u32,
     pub(crate) n_spans: u32,
     pub(crate) scale: f32,
+    pub(crate) rotated_pitch: u32,
+    pub(crate) rotated_stride: u32,
+    pub(crate) rotated: u64,
+    pub(crate) rope: Rope,
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
+#[derive(Clone, Copy)]
 pub(crate) struct IndexArgs {
     pub(crate) pages: Pages,
     pub(crate) q: u64,
@@ -324,6 +371,7 @@ pub(crate) struct IndexArgs {
     pub(crate) scores_pitch: u32,
     pub(crate) k: u32,
     pub(crate) row0: u32,
+    pub(crate) rope: Rope,
 }
 
 /// Pointers to kernel parameters, in order.

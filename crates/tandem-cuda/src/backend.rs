@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use tandem_core::Batch;
-use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::backend::{
+    Backend, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, Rotation, Routing, composed,
+};
 use tandem_core::weights::MatrixData;
 
 use crate::CudaError;
@@ -14,12 +16,15 @@ use crate::args::{self, MAX_JOBS};
 use crate::batch::{BatchMemory, CudaBatch, DECODE_ROWS};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
-use crate::matrix::{CudaMatrix, MXFP4};
+use crate::matrix::{CudaMatrix, TILE_BYTES};
+use crate::stager::Stager;
 
 /// Bytes that are copied to measure the memory's bandwidth.
 const BANDWIDTH_BYTES: usize = 1 << 30;
 /// Positions of one block of the tensor-core attention while decoding: short enough to spread one row over the device.
 const DECODE_SPAN: usize = 64;
+/// As many positions are faster without a second kernel that merges spans.
+const ONE_SPAN: usize = 128;
 /// Spans of one row, at most; their shares are merged.
 const MAX_SPANS: usize = 64;
 /// Tokens in shared memory at once (MLA_TILE), and the largest shapes of the tensor-core attention.
@@ -30,12 +35,26 @@ const MLA_MAX_LATENT: usize = 512;
 const ATTENTION_MAX_WIDTH: usize = 640;
 /// Shared memory of the row kernels: RING rounds of 2688 bytes for each of 8 warps.
 const ROWS_SHARED: usize = 8 * 3 * 2688;
-/// Rows and tokens of a block of gemm_mma, its shared memory, and the tokens that make it worth while.
+/// Rows and tokens of a block of gemm_mma_128; gemm_mma_32 has as many rows and 32 tokens.
 const GEMM_TILE: usize = 128;
-const GEMM_SHARED: usize = 4 * GEMM_TILE * 72 * 2;
+const GEMM_FEW: usize = 32;
+/// Tokens of an expert, on average, that are worth the larger tile.
 const GEMM_TOKENS: usize = 48;
-/// Blocks of gemm_mma that are worth a launch; fewer leave most of the device idle.
+/// Blocks of gemm_mma_128 that are worth a launch; fewer leave most of the device idle.
 const GEMM_BLOCKS: usize = 128;
+/// Warps that share the columns of a shared expert's down projection; those of a routed one have a warp to themselves, so
+/// that one block can add up all experts of a single token.
+const SHARED_DOWN_SPLIT: usize = 8;
+/// Widest index keys and most heads of the tensor-core indexer.
+const INDEX_MAX_DIM: usize = 128;
+const INDEX_MAX_HEADS: usize = 64;
+/// Blocks of its scoring kernel that fill the device.
+const INDEX_BLOCKS: usize = 528;
+/// Contexts from which on a cluster of 8 blocks selects for a row, and rows up to which that is faster.
+const TOPK_CLUSTER_CONTEXT: usize = 8192;
+const TOPK_CLUSTER_ROWS: usize = 16;
+/// Widest row that prepare_attention normalises.
+const PREPARE_MAX_WIDTH: usize = 2048;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 64 << 20;
 /// Experts and choices that router_topk and moe_plan hold.
@@ -102,6 +121,8 @@ pub struct CudaBackend {
     recorded: RefCell<HashMap<CudaBatch, Recorded>>,
     batch_memory: RefCell<BatchMemory>,
     scratch: RefCell<HashMap<&'static str, Memory>>,
+    /// While weights are being loaded.
+    stager: RefCell<Option<Stager>>,
     options: Options,
     bandwidth: Cell<Option<f64>>,
     device: Arc<Device>,
@@ -117,6 +138,7 @@ impl CudaBackend {
             recorded: RefCell::default(),
             batch_memory: RefCell::default(),
             scratch: RefCell::default(),
+            stager: RefCell::default(),
             options,
             bandwidth: Cell::new(None),
             device: Arc::new(Device::open(options.ordinal, options.programmatic)?),
@@ -126,6 +148,22 @@ impl CudaBackend {
     /// What the device is.
     pub fn info(&self) -> &DeviceInfo {
         &self.device.info
+    }
+
+    pub(crate) fn device(&self) -> Arc<Device> {
+        Arc::clone(&self.device)
+    }
+
+    /// `y` holds this rank's part of a sum, which the norm or addition that reads it next makes.
+    pub(crate) fn expect_sum(&self, args: args::ReduceArgs, y: &CudaBuffer) {
+        y.pending.set(Some(args));
+    }
+
+    fn make_sum(&self, y: &CudaBuffer, n_rows: usize) {
+        if let Some(args) = y.pending.take() {
+            let (to, n) = (y.pointer(), (n_rows * y.width() / 8) as u32);
+            self.launch("all_reduce", ((n as usize).div_ceil(256), 1, 1), 256, &mut args![args, to, n]);
+        }
     }
 
     /// Bytes free on the device.
@@ -207,16 +245,8 @@ impl CudaBackend {
     }
 
     /// Single-precision products; `args` lacks what follows from the matrix.
-    fn linear_f32(&self, m: &CudaMatrix, parts: usize, mut args: args::LinearF32Args) {
-        args.m = m.view;
-        args.x_divisor = args.x_divisor.max(1);
-        // Few rows: several warps share each, whatever the batch, so that sums are added in the same order.
-        args.split = match m.rows() * parts {
-            0..2048 => 8,
-            2048..8192 => 2,
-            _ => 1,
-        };
-        let rows = m.rows().div_ceil(8 / args.split as usize);
+    fn linear_f32(&self, m: &CudaMatrix, parts: usize, args: args::LinearF32Args) {
+        let (rows, args) = linear_f32_args(m, parts, args);
         let n = args.n as usize;
         if args.ids != 0 || n == 1 {
             self.launch("linear_f32_1", (rows, n, parts), 256, &mut args![args]);
@@ -238,7 +268,7 @@ impl CudaBackend {
                 (gemm.out, gemm.out_pitch) = (job.out, job.out_pitch);
                 (gemm.packed, gemm.packed_pitch) = (job.packed, job.packed_pitch);
                 (gemm.out_offset, gemm.out_stride) = (args.out_offset, args.out_stride);
-                self.gemm((n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
+                self.gemm(GEMM_TILE, (n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
             }
             return;
         }
@@ -257,8 +287,14 @@ impl CudaBackend {
         self.device.launch(name, grid, 256, ROWS_SHARED, &mut args![args]);
     }
 
-    fn gemm(&self, grid: (usize, usize, usize), args: args::GemmArgs) {
-        self.device.launch("gemm_mma", grid, 256, GEMM_SHARED, &mut args![args]);
+    /// `tokens` of a block: GEMM_TILE or GEMM_FEW.
+    fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
+        let name = if tokens == GEMM_TILE { "gemm_mma_128" } else { "gemm_mma_32" };
+        // Two stages of rows and two or four of tokens, 64 columns and padding each.
+        // The smaller one keeps three rounds of the tiles of its rows besides.
+        let (stages, rounds) = if tokens == GEMM_TILE { (2, 0) } else { (4, 3) };
+        let shared = (2 * GEMM_TILE + stages * tokens) * 72 * 2 + rounds * GEMM_TILE / 8 * TILE_BYTES;
+        self.device.launch(name, grid, 256, shared, &mut args![args]);
     }
 
     /// [`CudaBackend::mlp_mma`] for prefill: a product of tiles.
@@ -282,17 +318,20 @@ impl CudaBackend {
                 (args.x, args.x_pitch, args.n, args.x_divisor) = (input.pointer, input.pitch as u32, rows as u32, 1);
                 (args.packed, args.packed_pitch) = (h, pitch);
                 // Blocks of tokens: all of them, or those of an expert that gets its share.
-                let (mut tiles, mut slots) = (rows.div_ceil(GEMM_TILE), 1);
+                let (mut tokens, mut slots) = (GEMM_TILE, 1);
+                let mut tiles = rows.div_ceil(tokens);
                 if let Some((plan, top_k, n_slots)) = plan {
                     (args.plan, args.routed, args.x_divisor) = (*plan, 1, top_k as u32);
-                    (tiles, slots) = ((rows / mlp.gate.parts).div_ceil(GEMM_TILE).max(1), n_slots);
+                    let each = rows / mlp.gate.parts;
+                    tokens = if each < GEMM_TOKENS { GEMM_FEW } else { GEMM_TILE };
+                    (tiles, slots) = (each.div_ceil(tokens).max(1), n_slots);
                 }
-                self.gemm((tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
+                self.gemm(tokens, (tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
                 (args.m0, args.m1, args.gated) = (mlp.down.view, mlp.down.view, 0);
                 (args.x, args.x_pitch, args.x_divisor) = (h, pitch, 1);
                 (args.packed, args.packed_pitch) = (0, 0);
                 (args.out, args.out_pitch) = (out, hidden as u32);
-                self.gemm((tiles, hidden.div_ceil(GEMM_TILE), slots), args);
+                self.gemm(tokens, (tiles, hidden.div_ceil(GEMM_TILE), slots), args);
             };
         let h_bytes = |mlp: &Mlp<CudaMatrix>, rows: usize| rows * mlp.gate.rows().next_multiple_of(64) * 2;
         if let Some((experts, plan, top_k, slots)) = routed {
@@ -335,61 +374,83 @@ impl CudaBackend {
         parts: u64,
         shared_out: u64,
     ) {
-        // Enough tokens for each expert to fill tiles; few are better served row by row.
-        let per_expert = routed.map_or(n, |(experts, _, top_k, _)| n * top_k / experts.gate.parts);
-        if n > DECODE_ROWS && per_expert >= GEMM_TOKENS {
+        if n > DECODE_ROWS {
             return self.mlp_gemm(x, n, routed, shared, parts, shared_out);
         }
-        if n > DECODE_ROWS && routed.is_some() && shared.is_some() {
-            // The shared expert serves every token, the routed ones few each.
-            self.mlp_gemm(x, n, None, shared, parts, shared_out);
-            return self.mlp_mma(x, n, routed, None, parts, shared_out);
+        let mut down = self.gate_up(x, n, routed, shared);
+        (down.out, down.shared_out) = (parts, shared_out);
+        if let Some((experts, ..)) = routed {
+            // A warp has 16 rows.
+            down.slot_blocks = experts.down.rows().div_ceil(16 * 8) as u32;
         }
+        let slots = routed.map_or(0, |r| r.3);
+        let columns = routed.map_or(n, |(experts, _, k, _)| expert_columns(n, k, experts));
+        let blocks = (down.shared_blocks + down.slot_blocks * slots as u32) as usize;
+        let name = ["moe_down_1", "moe_down_1", "moe_down_2", "moe_down_4"][token_tiles(columns).0];
+        self.device.launch(name, (blocks, 1, 1), 256, ROWS_SHARED, &mut args![down]);
+    }
+
+    /// The same for one token, whose result goes to `out`; `weights` are those of its experts.
+    fn mlp_token(
+        &self,
+        x: &CudaBuffer,
+        routed: Option<(&Mlp<CudaMatrix>, &args::MoePlan, usize, usize)>,
+        weights: u64,
+        shared: Option<&Mlp<CudaMatrix>>,
+        out: u64,
+    ) {
+        let mut down = self.gate_up(x, 1, routed, shared);
+        (down.out, down.weights) = (out, weights);
+        down.top_k = routed.map_or(0, |r| r.2) as u32;
+        let blocks = (down.hidden as usize).div_ceil(16);
+        self.device.launch("moe_down_token", (blocks, 1, 1), 256, ROWS_SHARED, &mut args![down]);
+    }
+
+    /// Gate, up and SiLU of up to 64 tokens; returns the arguments of down, but for where its results go.
+    fn gate_up(
+        &self,
+        x: &CudaBuffer,
+        n: usize,
+        routed: Option<(&Mlp<CudaMatrix>, &args::MoePlan, usize, usize)>,
+        shared: Option<&Mlp<CudaMatrix>>,
+    ) -> args::DownArgs {
         let packed = x.packed(&self.device, n);
-        let any = routed.map(|r| r.0).or(shared);
-        let Some(any) = any else { return };
-        let hidden = any.down.rows();
-        let mut gate_up = args::GateUpArgs::zeroed();
-        let mut down = args::DownArgs::zeroed();
+        let (mut gate_up, mut down) = (args::GateUpArgs::zeroed(), args::DownArgs::zeroed());
         (gate_up.x, gate_up.x_pitch, gate_up.n) = (packed.pointer, packed.pitch as u32, n as u32);
-        (down.out, down.shared_out, down.n, down.hidden) = (parts, shared_out, n as u32, hidden as u32);
-        let (mut slots, mut top_k, mut inter) = (0, 1, 0);
-        let mut columns = n;
+        (gate_up.top_k, gate_up.slot_blocks, gate_up.split, gate_up.shared_split) = (1, 1, 1, 1);
+        (down.n, down.slot_blocks, down.split, down.shared_split) = (n as u32, 1, 1, SHARED_DOWN_SPLIT as u32);
+        // A warp has 8 rows of gate and of up.
+        let gate_blocks = |m: &CudaMatrix, split: usize| m.rows().div_ceil(8 * (8 / split)) as u32;
+        let (mut slots, mut columns) = (0, n);
         if let Some((experts, plan, k, n_slots)) = routed {
             (gate_up.gate, gate_up.up, down.down) = (experts.gate.view, experts.up.view, experts.down.view);
             (gate_up.plan, down.plan) = (*plan, *plan);
-            (slots, top_k, inter) = (n_slots, k, experts.gate.rows());
-            let pitch = inter.next_multiple_of(64);
-            gate_up.h = self.scratch("h", n * top_k * pitch * 2);
-            gate_up.h_pitch = pitch as u32;
-            // Twice the tokens of an expert if they spread evenly; more take several rounds.
-            columns = (2 * n * top_k).div_ceil(experts.gate.parts).max(2).min(n);
+            let pitch = experts.gate.rows().next_multiple_of(64);
+            gate_up.h = self.scratch("h", n * k * pitch * 2);
+            (gate_up.h_pitch, gate_up.top_k) = (pitch as u32, k as u32);
+            let split = split(experts.gate.view);
+            (gate_up.split, gate_up.slot_blocks) = (split as u32, gate_blocks(&experts.gate, split));
+            (slots, columns) = (n_slots, expert_columns(n, k, experts));
+            down.hidden = experts.down.rows() as u32;
         }
-        let mut n_y = slots;
         if let Some(shared) = shared {
             (gate_up.shared_gate, gate_up.shared_up) = (shared.gate.view, shared.up.view);
             down.shared_down = shared.down.view;
             let pitch = shared.gate.rows().next_multiple_of(64);
             gate_up.shared_h = self.scratch("shared_h", n * pitch * 2);
             gate_up.shared_h_pitch = pitch as u32;
-            inter = inter.max(shared.gate.rows());
-            n_y += 1;
-            if routed.is_none() {
-                columns = n;
-            }
+            let split = split(shared.gate.view);
+            (gate_up.shared_split, gate_up.shared_blocks) = (split as u32, gate_blocks(&shared.gate, split));
+            down.hidden = shared.down.rows() as u32;
+            down.shared_blocks = shared.down.rows().div_ceil(16 * 8 / SHARED_DOWN_SPLIT) as u32;
         }
         (down.h, down.h_pitch) = (gate_up.h, gate_up.h_pitch);
         (down.shared_h, down.shared_h_pitch) = (gate_up.shared_h, gate_up.shared_h_pitch);
-        (gate_up.top_k, gate_up.slots, down.slots) = (top_k as u32, slots as u32, slots as u32);
-        gate_up.split = split(any.gate.view) as u32;
-        down.split = split(any.down.view) as u32;
-        let (suffix, _) = token_tiles(columns);
-        let name = ["moe_gate_up_one", "moe_gate_up_1", "moe_gate_up_2", "moe_gate_up_4"][suffix];
-        let blocks = inter.div_ceil(8 * (8 / gate_up.split as usize));
-        self.device.launch(name, (blocks, n_y, 1), 256, ROWS_SHARED, &mut args![gate_up]);
-        let name = ["moe_down_one", "moe_down_1", "moe_down_2", "moe_down_4"][suffix];
-        let blocks = hidden.div_ceil(16 * (8 / down.split as usize));
-        self.device.launch(name, (blocks, n_y, 1), 256, ROWS_SHARED, &mut args![down]);
+        let blocks = gate_up.shared_blocks as usize + gate_up.slot_blocks as usize * slots;
+        let name = ["moe_gate_up_one", "moe_gate_up_1", "moe_gate_up_2", "moe_gate_up_4"]
+            [if n == 1 { 0 } else { token_tiles(columns).0.max(1) }];
+        self.device.launch(name, (blocks, 1, 1), 256, ROWS_SHARED, &mut args![gate_up]);
+        down
     }
 
     fn write(&self, kernel: [&'static str; 2], n: usize, threads: usize, cache: &CudaCache, mut args: args::WriteArgs) {
@@ -408,12 +469,16 @@ impl CudaBackend {
     }
 }
 
-/// Warps of a block of 8 that share one tile of rows: as many as leave each at least two rounds of loads. It depends on
+/// Twice the tokens of an expert if they spread evenly; more take several rounds.
+fn expert_columns(n: usize, top_k: usize, experts: &Mlp<CudaMatrix>) -> usize {
+    (2 * n * top_k).div_ceil(experts.gate.parts).max(2).min(n)
+}
+
+/// Warps of a block of 8 that share one tile of rows: as many as leave each at least two pairs of rounds. It depends on
 /// the matrix alone, so that sums are added in the same order whatever the batch.
 fn split(m: args::Matrix) -> usize {
-    let unit = if m.format == MXFP4 { 512 } else { 256 };
-    let units = m.cols.div_ceil(unit);
-    [8, 4, 2].into_iter().find(|s| units % s == 0 && (units / s >= 2 || units == 2)).unwrap_or(1) as usize
+    let pairs = (m.row_bytes as usize / TILE_BYTES).div_ceil(2);
+    [8, 4, 2].into_iter().find(|s| pairs.is_multiple_of(*s) && (pairs / s >= 2 || pairs == 2)).unwrap_or(1)
 }
 
 /// Which variant of a tensor-core kernel serves `n` tokens best, and how many it takes at once.
@@ -452,7 +517,13 @@ impl Backend for CudaBackend {
     }
 
     fn load_matrix(&self, data: MatrixData) -> CudaMatrix {
-        CudaMatrix::load(&self.device, &data)
+        let mut stager = self.stager.borrow_mut();
+        *stager = CudaMatrix::stager(&self.device, stager.take(), &data);
+        match stager.as_mut() {
+            Some(stager) => CudaMatrix::load(&self.device, stager, &data),
+            // Out of memory, which `sync` says.
+            None => CudaMatrix::empty(&data),
+        }
     }
 
     fn load_vector(&self, values: &[f32]) -> CudaBuffer {
@@ -481,6 +552,8 @@ impl Backend for CudaBackend {
     }
 
     fn step(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
+        // Everything has been loaded.
+        self.stager.borrow_mut().take();
         if !self.options.graphs || batch.n_rows > DECODE_ROWS {
             return operations(batch.max_context);
         }
@@ -529,6 +602,11 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) {
         x.written();
+        if let Some(sum) = y.pending.take() {
+            let args = norm_args(x, Some(y), weight, eps, n_rows, out);
+            let threads = weight.width().div_ceil(8).next_multiple_of(32);
+            return self.launch("all_reduce_norm", (n_rows, 1, 1), threads, &mut args![sum, args]);
+        }
         self.norm(x, Some(y), weight, eps, n_rows, out);
     }
 
@@ -607,6 +685,7 @@ impl Backend for CudaBackend {
     }
 
     fn add(&self, x: &mut CudaBuffer, y: &CudaBuffer, n_rows: usize) {
+        self.make_sum(y, n_rows);
         x.written();
         let n = n_rows * x.width();
         let (to, from, total) = (x.pointer(), y.pointer(), n as u64);
@@ -622,7 +701,10 @@ impl Backend for CudaBackend {
     fn mlp(&self, x: &CudaBuffer, mlp: &Mlp<CudaMatrix>, n_rows: usize, out: &mut CudaBuffer) {
         out.written();
         if self.fast(&[&mlp.gate, &mlp.up, &mlp.down]) {
-            return self.mlp_mma(x, n_rows, None, Some(mlp), 0, out.pointer());
+            return match n_rows {
+                1 => self.mlp_token(x, None, 0, Some(mlp), out.pointer()),
+                _ => self.mlp_mma(x, n_rows, None, Some(mlp), 0, out.pointer()),
+            };
         }
         self.mlp_f32(x, mlp, None, n_rows, out.pointer());
     }
@@ -636,22 +718,7 @@ impl Backend for CudaBackend {
         ids: &mut CudaIndices,
         weights: &mut CudaBuffer,
     ) {
-        assert!(logits.width() <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K && routing.n_group <= 32, "{routing:?}");
-        weights.written();
-        let args = args::RouterArgs {
-            logits: logits.pointer(),
-            bias: bias.pointer(),
-            ids: ids.pointer(),
-            weights: weights.pointer(),
-            n_experts: logits.width() as u32,
-            top_k: routing.top_k as u32,
-            n_group: routing.n_group as u32,
-            topk_group: routing.topk_group as u32,
-            normalize: routing.normalize.into(),
-            scale: routing.scale,
-            first_expert: routing.first_expert as u32,
-            n_held: routing.n_held as u32,
-        };
+        let args = router_args(logits, bias, routing, ids, weights);
         self.launch("router_topk", (n_rows, 1, 1), 32, &mut args![args]);
     }
 
@@ -668,18 +735,18 @@ impl Backend for CudaBackend {
         out.written();
         let (top_k, hidden, n_experts) = (ids.width(), experts.down.rows(), experts.gate.parts);
         let pairs = n_rows * top_k;
-        let parts = self.scratch("parts", (pairs + n_rows) * hidden * 4);
-        let shared_out = parts + (pairs * hidden * 4) as u64;
         let mut matrices = vec![&experts.gate, &experts.up, &experts.down];
         matrices.extend(shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down]));
-        if self.fast(&matrices) {
+        let fast = self.fast(&matrices);
+        if fast && n_rows == 1 {
+            // One token's experts are a plan already.
+            let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
+            return self.mlp_token(x, Some((experts, &plan, top_k, top_k)), weights.pointer(), shared, out.pointer());
+        }
+        let parts = self.scratch("parts", (pairs + n_rows) * hidden * 4);
+        let shared_out = parts + (pairs * hidden * 4) as u64;
+        if fast {
             let slots = n_experts.min(pairs);
-            if n_rows == 1 {
-                // One token's experts are a plan already.
-                let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
-                self.mlp_mma(x, 1, Some((experts, &plan, top_k, slots)), shared, parts, shared_out);
-                return self.combine(parts, shared.map(|_| shared_out), ids, weights, 1, out);
-            }
             let memory = self.scratch("plan", (1 + slots + slots + 1 + pairs) * 4);
             let at = |index: usize| memory + (index * 4) as u64;
             let plan =
@@ -706,19 +773,7 @@ impl Backend for CudaBackend {
         batch: &CudaBatch,
         cache: &mut CudaCache,
     ) {
-        let args = args::WriteArgs {
-            rope: args::Rope::new(rope),
-            x: kv_a.pointer(),
-            norm: norm.pointer(),
-            norm_bias: 0,
-            cache: 0,
-            slots: batch.slots(),
-            positions: batch.positions(),
-            x_pitch: kv_a.width() as u32,
-            width: 0,
-            latent: norm.width() as u32,
-            eps,
-        };
+        let args = latent_args(kv_a, norm, eps, rope, batch);
         self.write(["write_latent_f32", "write_latent_bf16"], batch.n_rows, 256, cache, args);
     }
 
@@ -732,20 +787,7 @@ impl Backend for CudaBackend {
         batch: &CudaBatch,
         cache: &mut CudaCache,
     ) {
-        assert!(k.width() <= 1024, "index keys of at most 1024 elements");
-        let args = args::WriteArgs {
-            rope: args::Rope::new(rope),
-            x: k.pointer(),
-            norm: norm.pointer(),
-            norm_bias: norm_bias.pointer(),
-            cache: 0,
-            slots: batch.slots(),
-            positions: batch.positions(),
-            x_pitch: k.width() as u32,
-            width: 0,
-            latent: 0,
-            eps,
-        };
+        let args = index_key_args(k, norm, norm_bias, eps, rope, batch);
         self.write(["write_index_key_f32", "write_index_key_bf16"], batch.n_rows, 128, cache, args);
     }
 
@@ -775,35 +817,7 @@ impl Backend for CudaBackend {
         cache: &CudaCache,
         selected: &mut CudaIndices,
     ) {
-        let context = batch.max_context;
-        let block = (SCORE_FLOATS / context).clamp(1, batch.n_rows);
-        let scores = self.scratch("scores", block * context * 4);
-        let mma = cache.bf16 && cache.width == 128 && n_heads.is_multiple_of(16);
-        let mut args = args::IndexArgs {
-            pages: batch.pages(),
-            q: q.pointer(),
-            weights: weights.pointer(),
-            keys: cache.memory.pointer(),
-            scores,
-            selected: selected.pointer(),
-            n_heads: n_heads as u32,
-            dim: cache.width as u32,
-            weights_pitch: weights.width() as u32,
-            scores_pitch: context as u32,
-            k: selected.width() as u32,
-            row0: 0,
-        };
-        for first in (0..batch.n_rows).step_by(block) {
-            let n = block.min(batch.n_rows - first);
-            args.row0 = first as u32;
-            if mma {
-                self.launch("index_scores_mma", (context.div_ceil(128), n, 1), 256, &mut args![args]);
-            } else {
-                let name = ["index_scores_f32_f32", "index_scores_f32_bf16"][usize::from(cache.bf16)];
-                self.launch(name, (context.div_ceil(64), n, 1), 256, &mut args![args]);
-            }
-            self.launch("index_topk", (n, 1, 1), 1024, &mut args![args]);
-        }
+        self.index(q, weights, n_heads, batch, cache, selected, args::Rope::none());
     }
 
     fn mla_attention(
@@ -817,14 +831,240 @@ impl Backend for CudaBackend {
         selected: Option<&CudaIndices>,
         out: &mut CudaBuffer,
     ) {
+        self.mla(q, n_heads, latent, scale, batch, cache, selected, out, None);
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &CudaBuffer,
+        n_heads: usize,
+        n_kv_heads: usize,
+        scale: f32,
+        batch: &CudaBatch,
+        keys: &CudaCache,
+        values: &CudaCache,
+        out: &mut CudaBuffer,
+    ) {
+        let head = keys.width / n_kv_heads;
+        let mut args = args::AttentionArgs::zeroed();
+        (args.q, args.keys, args.values) = (q.pointer(), keys.memory.pointer(), values.memory.pointer());
+        (args.n_heads, args.key_width, args.value_width) = (n_heads as u32, head as u32, head as u32);
+        (args.key_pitch, args.value_pitch) = (keys.width as u32, values.width as u32);
+        (args.heads_per_key, args.scale) = ((n_heads / n_kv_heads) as u32, scale);
+        self.attention_f32(batch, keys, out, args);
+    }
+
+    fn prepare_attention(
+        &self,
+        query: Option<NormJob<'_, CudaBuffer>>,
+        latent: LatentJob<'_, CudaBuffer, CudaCache>,
+        key: Option<IndexKeyJob<'_, CudaBuffer, CudaCache>>,
+        eps: f32,
+        batch: &CudaBatch,
+        n_rows: usize,
+    ) {
+        let wide = query.as_ref().is_some_and(|q| q.weight.width() > PREPARE_MAX_WIDTH);
+        if n_rows > DECODE_ROWS || wide {
+            return composed::prepare_attention(self, query, latent, key, eps, batch, n_rows);
+        }
+        let to = |mut args: args::WriteArgs, cache: &CudaCache| {
+            (args.cache, args.width) = (cache.memory.pointer(), cache.width as u32);
+            args
+        };
+        let name = ["prepare_attention_f32", "prepare_attention_bf16"][usize::from(latent.cache.bf16)];
+        let latent = to(latent_args(latent.kv_a, latent.norm, eps, latent.rope, batch), latent.cache);
+        let mut args = args::PrepareArgs { query: args::NormArgs::zeroed(), latent, key: latent };
+        let mut jobs = 1;
+        if let Some(NormJob { x, weight, out }) = query {
+            args.query = norm_args(x, None, weight, eps, n_rows, out);
+            jobs = 2;
+        }
+        if let Some(job) = key {
+            args.key = to(index_key_args(job.k, job.norm, job.norm_bias, eps, job.rope, batch), job.cache);
+            jobs = 3;
+        }
+        self.launch(name, (n_rows, jobs, 1), 256, &mut args![args]);
+    }
+
+    fn rope_index_select(
+        &self,
+        q: Rotation<'_, CudaBuffer>,
+        rotated: &mut CudaBuffer,
+        weights: &CudaBuffer,
+        batch: &CudaBatch,
+        cache: &CudaCache,
+        selected: &mut CudaIndices,
+    ) {
+        let whole = q.from == Heads::packed(q.from.n, cache.width);
+        let alone = whole && self.scores_on_tensor_cores(q.from.n, cache) && q.rope.inv_freq.len().is_multiple_of(8);
+        if batch.n_rows > DECODE_ROWS || !alone {
+            return composed::rope_index_select(self, q, rotated, weights, batch, cache, selected);
+        }
+        self.index(q.x, weights, q.from.n, batch, cache, selected, args::Rope::new(q.rope));
+    }
+
+    fn rope_mla_attention(
+        &self,
+        rope: Rotation<'_, CudaBuffer>,
+        q: &mut CudaBuffer,
+        latent: usize,
+        scale: f32,
+        batch: &CudaBatch,
+        cache: &CudaCache,
+        selected: Option<&CudaIndices>,
+        out: &mut CudaBuffer,
+    ) {
+        let from = rope.from;
+        let vectors = [from.offset, from.stride, rope.rope.inv_freq.len()].iter().all(|v| v.is_multiple_of(8));
+        if batch.n_rows > DECODE_ROWS || !vectors || !attends_on_tensor_cores(cache, latent) {
+            return composed::rope_mla_attention(self, rope, q, latent, scale, batch, cache, selected, out);
+        }
+        self.mla(q, from.n, latent, scale, batch, cache, selected, out, Some(rope));
+    }
+
+    fn route(
+        &self,
+        x: &CudaBuffer,
+        gate: &CudaMatrix,
+        bias: &CudaBuffer,
+        routing: &Routing,
+        n_rows: usize,
+        logits: &mut CudaBuffer,
+        ids: &mut CudaIndices,
+        weights: &mut CudaBuffer,
+    ) {
+        if n_rows > DECODE_ROWS || self.fast(&[gate]) {
+            return composed::route(self, x, gate, bias, routing, n_rows, logits, ids, weights);
+        }
+        logits.written();
+        let ticket = self.scratch("ticket", 4);
+        let mut linear = args::LinearF32Args::zeroed();
+        (linear.x, linear.x_pitch, linear.n) = (x.pointer(), x.width() as u32, n_rows as u32);
+        (linear.out, linear.out_pitch) = (logits.pointer(), logits.width() as u32);
+        let (rows, linear) = linear_f32_args(gate, 1, linear);
+        let args = router_args(logits, bias, routing, ids, weights);
+        let (name, tokens) = if n_rows == 1 { ("route_1", 1) } else { ("route_8", n_rows.div_ceil(8)) };
+        self.launch(name, (rows, tokens, 1), 256, &mut args![linear, args, ticket]);
+    }
+}
+
+/// True if mla_attention.cu takes this shape.
+fn attends_on_tensor_cores(cache: &CudaCache, latent: usize) -> bool {
+    cache.bf16
+        && cache.width <= MLA_MAX_WIDTH
+        && cache.width.is_multiple_of(16)
+        && latent <= MLA_MAX_LATENT
+        && latent.is_multiple_of(8)
+}
+
+fn router_args(
+    logits: &CudaBuffer,
+    bias: &CudaBuffer,
+    routing: &Routing,
+    ids: &CudaIndices,
+    weights: &CudaBuffer,
+) -> args::RouterArgs {
+    assert!(logits.width() <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K && routing.n_group <= 32, "{routing:?}");
+    weights.written();
+    args::RouterArgs {
+        logits: logits.pointer(),
+        bias: bias.pointer(),
+        ids: ids.pointer(),
+        weights: weights.pointer(),
+        n_experts: logits.width() as u32,
+        top_k: routing.top_k as u32,
+        n_group: routing.n_group as u32,
+        topk_group: routing.topk_group as u32,
+        normalize: routing.normalize.into(),
+        scale: routing.scale,
+        first_expert: routing.first_expert as u32,
+        n_held: routing.n_held as u32,
+    }
+}
+
+/// Arguments of a single-precision product, of which `args` lacks what follows from the matrix, and blocks of rows.
+fn linear_f32_args(m: &CudaMatrix, parts: usize, mut args: args::LinearF32Args) -> (usize, args::LinearF32Args) {
+    args.m = m.view;
+    args.x_divisor = args.x_divisor.max(1);
+    // Few rows: several warps share each, whatever the batch, so that sums are added in the same order.
+    args.split = match m.rows() * parts {
+        0..2048 => 8,
+        2048..8192 => 2,
+        _ => 1,
+    };
+    (m.rows().div_ceil(8 / args.split as usize), args)
+}
+
+fn latent_args(kv_a: &CudaBuffer, norm: &CudaBuffer, eps: f32, rope: &Rope, batch: &CudaBatch) -> args::WriteArgs {
+    args::WriteArgs {
+        rope: args::Rope::new(rope),
+        x: kv_a.pointer(),
+        norm: norm.pointer(),
+        norm_bias: 0,
+        cache: 0,
+        slots: batch.slots(),
+        positions: batch.positions(),
+        x_pitch: kv_a.width() as u32,
+        width: 0,
+        latent: norm.width() as u32,
+        eps,
+    }
+}
+
+fn index_key_args(
+    k: &CudaBuffer,
+    norm: &CudaBuffer,
+    norm_bias: &CudaBuffer,
+    eps: f32,
+    rope: &Rope,
+    batch: &CudaBatch,
+) -> args::WriteArgs {
+    assert!(k.width() <= 1024, "index keys of at most 1024 elements");
+    args::WriteArgs { norm_bias: norm_bias.pointer(), latent: 0, ..latent_args(k, norm, eps, rope, batch) }
+}
+
+fn norm_args(
+    x: &CudaBuffer,
+    y: Option<&CudaBuffer>,
+    weight: &CudaBuffer,
+    eps: f32,
+    n_rows: usize,
+    out: &CudaBuffer,
+) -> args::NormArgs {
+    let packed = out.packed_output(n_rows);
+    args::NormArgs {
+        x: x.pointer(),
+        y: y.map_or(0, CudaBuffer::pointer),
+        weight: weight.pointer(),
+        out: out.pointer(),
+        packed: packed.pointer,
+        x_pitch: x.width() as u32,
+        y_pitch: y.map_or(0, |y| y.width() as u32),
+        out_pitch: out.width() as u32,
+        packed_pitch: packed.pitch as u32,
+        width: weight.width() as u32,
+        eps,
+    }
+}
+
+impl CudaBackend {
+    /// Attention over latents; with `rope`, the heads' last elements are rotated on their way in.
+    #[allow(clippy::too_many_arguments)]
+    fn mla(
+        &self,
+        q: &CudaBuffer,
+        n_heads: usize,
+        latent: usize,
+        scale: f32,
+        batch: &CudaBatch,
+        cache: &CudaCache,
+        selected: Option<&CudaIndices>,
+        out: &CudaBuffer,
+        rope: Option<Rotation<'_, CudaBuffer>>,
+    ) {
         let (n, width) = (batch.n_rows, cache.width);
         let (chosen, n_selected) = selected.map_or((0, 0), |s| (s.pointer(), s.width()));
-        let tensor_cores = cache.bf16
-            && width <= MLA_MAX_WIDTH
-            && width.is_multiple_of(16)
-            && latent <= MLA_MAX_LATENT
-            && latent.is_multiple_of(8);
-        if !tensor_cores {
+        if !attends_on_tensor_cores(cache, latent) {
             let mut args = args::AttentionArgs::zeroed();
             (args.q, args.keys, args.values) = (q.pointer(), cache.memory.pointer(), cache.memory.pointer());
             (args.selected, args.n_selected, args.scale) = (chosen, n_selected as u32, scale);
@@ -835,6 +1075,8 @@ impl Backend for CudaBackend {
         let attended = if selected.is_some() { n_selected.min(batch.max_context) } else { batch.max_context };
         let span = if n > DECODE_ROWS {
             attended
+        } else if attended <= ONE_SPAN {
+            ONE_SPAN
         } else {
             DECODE_SPAN.max(attended.div_ceil(MAX_SPANS).next_multiple_of(MLA_TILE))
         };
@@ -857,7 +1099,15 @@ impl Backend for CudaBackend {
             span: span as u32,
             n_spans: n_spans as u32,
             scale,
+            rotated_pitch: 0,
+            rotated_stride: 0,
+            rotated: 0,
+            rope: rope.as_ref().map_or(args::Rope::none(), |r| args::Rope::new(r.rope)),
         };
+        if let Some(rope) = rope {
+            (args.rotated_pitch, args.rotated_stride) = (rope.x.width() as u32, rope.from.stride as u32);
+            args.rotated = rope.x.pointer() + (rope.from.offset * 4) as u64;
+        }
         if n_spans > 1 {
             args.shares = self.scratch("shares", n * n_spans * n_heads * latent * 4);
             args.stats = self.scratch("stats", n * n_spans * n_heads * 8);
@@ -866,32 +1116,64 @@ impl Backend for CudaBackend {
         let grid = (n_spans, n_heads.div_ceil(16), n);
         self.device.launch("mla_attention", grid, 256, shared, &mut args![args]);
         if n_spans > 1 {
-            self.launch("mla_merge", (n_heads, n, 1), 128, &mut args![args]);
+            self.launch("mla_merge", (n_heads, n, 1), 512, &mut args![args]);
         }
     }
 
-    fn gqa_attention(
+    fn scores_on_tensor_cores(&self, n_heads: usize, cache: &CudaCache) -> bool {
+        cache.bf16 && cache.width <= INDEX_MAX_DIM && cache.width.is_multiple_of(32) && n_heads <= INDEX_MAX_HEADS
+    }
+
+    /// Scores and selection; queries are rotated by `rope` first, which only the tensor-core kernel does.
+    #[allow(clippy::too_many_arguments)]
+    fn index(
         &self,
         q: &CudaBuffer,
+        weights: &CudaBuffer,
         n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
         batch: &CudaBatch,
-        keys: &CudaCache,
-        values: &CudaCache,
-        out: &mut CudaBuffer,
+        cache: &CudaCache,
+        selected: &CudaIndices,
+        rope: args::Rope,
     ) {
-        let head = keys.width / n_kv_heads;
-        let mut args = args::AttentionArgs::zeroed();
-        (args.q, args.keys, args.values) = (q.pointer(), keys.memory.pointer(), values.memory.pointer());
-        (args.n_heads, args.key_width, args.value_width) = (n_heads as u32, head as u32, head as u32);
-        (args.key_pitch, args.value_pitch) = (keys.width as u32, values.width as u32);
-        (args.heads_per_key, args.scale) = ((n_heads / n_kv_heads) as u32, scale);
-        self.attention_f32(batch, keys, out, args);
+        let context = batch.max_context;
+        let block = (SCORE_FLOATS / context).clamp(1, batch.n_rows);
+        let scores = self.scratch("scores", block * context * 4);
+        let mma = self.scores_on_tensor_cores(n_heads, cache);
+        let mut args = args::IndexArgs {
+            pages: batch.pages(),
+            q: q.pointer(),
+            weights: weights.pointer(),
+            keys: cache.memory.pointer(),
+            scores,
+            selected: selected.pointer(),
+            n_heads: n_heads as u32,
+            dim: cache.width as u32,
+            weights_pitch: weights.width() as u32,
+            scores_pitch: context as u32,
+            k: selected.width() as u32,
+            row0: 0,
+            rope,
+        };
+        for first in (0..batch.n_rows).step_by(block) {
+            let n = block.min(batch.n_rows - first);
+            args.row0 = first as u32;
+            if mma {
+                // Blocks keep the queries for all their positions.
+                let blocks = context.div_ceil(128).min((INDEX_BLOCKS / n).max(1));
+                self.launch("index_scores_mma", (blocks, n, 1), 256, &mut args![args]);
+            } else {
+                let name = ["index_scores_f32_f32", "index_scores_f32_bf16"][usize::from(cache.bf16)];
+                self.launch(name, (context.div_ceil(64), n, 1), 256, &mut args![args]);
+            }
+            if context > TOPK_CLUSTER_CONTEXT && n <= TOPK_CLUSTER_ROWS {
+                self.launch("index_topk_8", (8 * n, 1, 1), 1024, &mut args![args]);
+            } else {
+                self.launch("index_topk_1", (n, 1, 1), 1024, &mut args![args]);
+            }
+        }
     }
-}
 
-impl CudaBackend {
     /// Adds up the results of each token's experts.
     fn combine(
         &self,
@@ -917,21 +1199,8 @@ impl CudaBackend {
         n_rows: usize,
         out: &mut CudaBuffer,
     ) {
-        let packed = out.packed_output(n_rows);
-        let args = args::NormArgs {
-            x: x.pointer(),
-            y: y.map_or(0, CudaBuffer::pointer),
-            weight: weight.pointer(),
-            out: out.pointer(),
-            packed: packed.pointer,
-            x_pitch: x.width() as u32,
-            y_pitch: y.map_or(0, |y| y.width() as u32),
-            out_pitch: out.width() as u32,
-            packed_pitch: packed.pitch as u32,
-            width: weight.width() as u32,
-            eps,
-        };
-        let threads = (weight.width().div_ceil(4)).next_multiple_of(32).clamp(64, 1024);
+        let args = norm_args(x, y, weight, eps, n_rows, out);
+        let threads = weight.width().div_ceil(8).next_multiple_of(32).clamp(64, 1024);
         self.launch("rms_norm", (n_rows, 1, 1), threads, &mut args![args]);
     }
 }

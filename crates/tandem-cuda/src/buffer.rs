@@ -3,6 +3,7 @@
 use std::cell::{Cell, OnceCell};
 use std::sync::Arc;
 
+use crate::args::ReduceArgs;
 use crate::driver::{Device, Memory};
 
 /// `[rows, width] f32`, and the same rows as packed bf16 (common.cuh, `packed_place`) once a kernel has asked for them.
@@ -13,6 +14,8 @@ pub struct CudaBuffer {
     packed: OnceCell<Memory>,
     /// Rows whose packed copy is current.
     packed_rows: Cell<usize>,
+    /// A sum over ranks that the next norm or addition of these rows makes (group.rs).
+    pub(crate) pending: Cell<Option<ReduceArgs>>,
 }
 
 /// `[rows, width] i32`
@@ -31,7 +34,7 @@ pub(crate) struct Packed {
 impl CudaBuffer {
     pub(crate) fn new(device: &Arc<Device>, rows: usize, width: usize) -> CudaBuffer {
         let memory = device.alloc(rows * width * 4);
-        CudaBuffer { memory, rows, width, packed: OnceCell::new(), packed_rows: Cell::new(0) }
+        CudaBuffer { memory, rows, width, packed: OnceCell::new(), packed_rows: Cell::new(0), pending: Cell::new(None) }
     }
 
     pub(crate) fn pointer(&self) -> u64 {

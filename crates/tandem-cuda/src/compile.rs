@@ -21,6 +21,7 @@ kernel_files!(
     "elementwise.cu",
     "norm.cu",
     "silu_mul.cu",
+    "all_reduce.cu",
     "linear_f32.cu",
     "linear_mma.cu",
     "router_topk.cu",
@@ -32,6 +33,7 @@ kernel_files!(
     "mla_attention.cu",
     "index_select.cu",
     "gemm_mma.cu",
+    "repack.cu",
 );
 
 /// The kernels as one program.
@@ -77,7 +79,9 @@ fn compile(source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
         return Err(CudaError::NoCompiler);
     }
     let text = CString::new(source).map_err(|e| failed(e.to_string()))?;
-    let options = [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--define-macro=NDEBUG".into()];
+    // Generic lambdas count as host functions otherwise.
+    let on_device = "--device-as-default-execution-space";
+    let options = [&format!("--gpu-architecture={arch}"), "--std=c++17", "--define-macro=NDEBUG", on_device];
     let options: Vec<CString> = options.into_iter().filter_map(|o| CString::new(o).ok()).collect();
     let pointers: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
     let mut program = std::ptr::null_mut();

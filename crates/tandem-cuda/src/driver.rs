@@ -84,7 +84,7 @@ pub(crate) struct Device {
     error: Mutex<Option<CudaError>>,
     /// Kernels may start while their predecessors finish.
     programmatic: bool,
-    pinned: Mutex<Pinned>,
+    pinned: Mutex<Option<Pinned>>,
     pub(crate) info: DeviceInfo,
 }
 
@@ -142,7 +142,7 @@ impl Device {
                 functions: Mutex::default(),
                 error: Mutex::default(),
                 programmatic,
-                pinned: Mutex::new(Pinned { pointer: null_mut(), bytes: 0 }),
+                pinned: Mutex::default(),
                 info: DeviceInfo { name, total_memory: total as u64, multiprocessors },
             })
         }
@@ -221,25 +221,83 @@ impl Device {
             return;
         }
         let mut pinned = lock(&self.pinned);
-        // SAFETY: the pinned buffer has `out.len()` bytes; the stream is waited for before they are read.
-        unsafe {
-            if pinned.bytes < out.len() {
-                if !pinned.pointer.is_null() {
-                    sys::cuMemFreeHost(pinned.pointer);
-                }
-                *pinned = Pinned { pointer: null_mut(), bytes: 0 };
-                if !self.note(sys::cuMemHostAlloc(&mut pinned.pointer, out.len(), 0), "allocate pinned memory") {
-                    return;
-                }
-                pinned.bytes = out.len();
-            }
-            let copied = sys::cuMemcpyDtoHAsync_v2(pinned.pointer, from, out.len(), self.stream);
-            if self.note(copied, "copy from the device")
-                && self.note(sys::cuStreamSynchronize(self.stream), "wait for the device")
-            {
-                std::ptr::copy_nonoverlapping(pinned.pointer.cast::<u8>(), out.as_mut_ptr(), out.len());
-            }
+        if pinned.as_ref().is_none_or(|p| p.bytes < out.len()) {
+            *pinned = self.pinned(out.len());
         }
+        let Some(pinned) = pinned.as_mut() else { return };
+        // SAFETY: the pinned buffer has `out.len()` bytes; the stream is waited for before they are read.
+        let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.pointer, from, out.len(), self.stream) };
+        if self.note(copied, "copy from the device") && self.wait_for_all() {
+            out.copy_from_slice(&pinned.bytes_mut()[..out.len()]);
+        }
+    }
+
+    fn wait_for_all(&self) -> bool {
+        // SAFETY: the stream is open as long as `self` is.
+        self.note(unsafe { sys::cuStreamSynchronize(self.stream) }, "wait for the device")
+    }
+
+    /// Host memory that the device copies from and to by itself.
+    pub(crate) fn pinned(&self, bytes: usize) -> Option<Pinned> {
+        self.bind();
+        let mut pointer = null_mut();
+        // SAFETY: out-pointer is a local.
+        let made = unsafe { sys::cuMemHostAlloc(&mut pointer, bytes, 0) };
+        self.note(made, "allocate pinned memory").then_some(Pinned { pointer, bytes })
+    }
+
+    /// Enqueues a copy of `bytes` of pinned memory, which must stay as they are until it is done.
+    pub(crate) fn fetch(&self, to: u64, from: &Pinned, offset: usize, bytes: usize) {
+        if bytes == 0 || self.failed() {
+            return;
+        }
+        assert!(offset + bytes <= from.bytes, "a copy beyond the pinned memory");
+        // SAFETY: the range is within the buffer; `to` has room, by the callers' sizes.
+        let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.pointer.add(offset), bytes, self.stream) };
+        self.note(copied, "copy to the device");
+    }
+
+    /// What another process maps this memory by.
+    pub(crate) fn share(&self, memory: &Memory) -> Result<[u8; 64], CudaError> {
+        // SAFETY: the memory is an allocation of its own.
+        unsafe {
+            let mut handle: sys::CUipcMemHandle = std::mem::zeroed();
+            check(sys::cuIpcGetMemHandle(&mut handle, memory.pointer), "share memory with another process")?;
+            Ok(handle.reserved.map(|c| c as u8))
+        }
+    }
+
+    /// Another process's memory, on this device or one that it can reach.
+    pub(crate) fn map(&self, handle: &[u8; 64]) -> Result<PeerMemory, CudaError> {
+        self.bind();
+        let handle = sys::CUipcMemHandle { reserved: handle.map(|b| b as _) };
+        let mut pointer = 0;
+        // SAFETY: out-pointer is a local; 1 is CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.
+        let mapped = unsafe { sys::cuIpcOpenMemHandle_v2(&mut pointer, handle, 1) };
+        check(mapped, "map another GPU's memory (several GPUs must reach each other by NVLink or PCIe)")?;
+        Ok(PeerMemory(pointer))
+    }
+
+    /// A mark in the stream.
+    pub(crate) fn event(&self) -> Option<Event> {
+        self.bind();
+        let mut event = null_mut();
+        // SAFETY: out-pointer is a local; 2 is without timing.
+        let made = unsafe { sys::cuEventCreate(&mut event, 2) };
+        self.note(made, "make an event").then_some(Event(event))
+    }
+
+    /// Puts the mark after everything enqueued.
+    pub(crate) fn record(&self, event: &Event) {
+        // SAFETY: both are open.
+        self.note(unsafe { sys::cuEventRecord(event.0, self.stream) }, "record an event");
+    }
+
+    /// Waits until the mark is passed, if it was put anywhere.
+    pub(crate) fn wait(&self, event: &Event) {
+        self.bind();
+        // SAFETY: the event is open.
+        self.note(unsafe { sys::cuEventSynchronize(event.0) }, "wait for the device");
     }
 
     /// Copies on the device.
@@ -253,8 +311,7 @@ impl Device {
 
     /// Waits for everything enqueued and returns the first error since the last call.
     pub(crate) fn sync(&self) -> Result<(), CudaError> {
-        // SAFETY: the stream is open as long as `self` is.
-        self.note(unsafe { sys::cuStreamSynchronize(self.stream) }, "run the kernels");
+        self.wait_for_all();
         lock(&self.error).take().map_or(Ok(()), Err)
     }
 
@@ -371,10 +428,7 @@ impl Drop for Device {
         unsafe {
             sys::cuCtxSetCurrent(self.context);
             sys::cuStreamSynchronize(self.stream);
-            let pinned = lock(&self.pinned);
-            if !pinned.pointer.is_null() {
-                sys::cuMemFreeHost(pinned.pointer);
-            }
+            lock(&self.pinned).take();
             sys::cuModuleUnload(self.module);
             sys::cuStreamDestroy_v2(self.stream);
         }
@@ -384,10 +438,81 @@ impl Drop for Device {
 // SAFETY: a graph is launched through its device only.
 unsafe impl Send for Graph {}
 
-struct Pinned {
+/// Pinned host memory.
+pub(crate) struct Pinned {
     pointer: *mut c_void,
     bytes: usize,
 }
+
+impl Pinned {
+    /// Its bytes; what is being copied to or from them is the callers' concern.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with this size, and initialised by the driver.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.bytes) }
+    }
+}
+
+impl Pinned {
+    /// Its address for kernels.
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+
+    /// The first four bytes, which a kernel may write at any time.
+    pub(crate) fn word(&self) -> u32 {
+        // SAFETY: at least four bytes, aligned.
+        unsafe { self.pointer.cast::<u32>().read_volatile() }
+    }
+}
+
+// SAFETY: plain memory; what a kernel writes is read by `word` only.
+unsafe impl Sync for Pinned {}
+
+/// Memory of another process.
+pub(crate) struct PeerMemory(u64);
+
+impl PeerMemory {
+    /// Its address here.
+    pub(crate) fn pointer(&self) -> u64 {
+        self.0
+    }
+}
+
+impl Drop for PeerMemory {
+    fn drop(&mut self) {
+        // SAFETY: unmapped once, when no kernel uses it any more.
+        unsafe {
+            sys::cuIpcCloseMemHandle(self.0);
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: freed once; the driver waits for copies.
+        unsafe {
+            sys::cuMemFreeHost(self.pointer);
+        }
+    }
+}
+
+// SAFETY: plain memory.
+unsafe impl Send for Pinned {}
+
+/// A mark in a device's stream.
+pub(crate) struct Event(sys::CUevent);
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once.
+        unsafe {
+            sys::cuEventDestroy_v2(self.0);
+        }
+    }
+}
+
+// SAFETY: used through its device only.
+unsafe impl Send for Event {}
 
 /// An executable graph.
 pub(crate) struct Graph {

@@ -51,6 +51,9 @@ pub enum CudaError {
         /// What to do.
         remedy: &'static str,
     },
+    /// More GPUs than sums are made over.
+    #[error("{0} GPUs cannot share layers: at most 8 can; use fewer with --tp or --ep, and --pp for the rest")]
+    Ranks(usize),
     /// The driver reported a failure.
     #[error("CUDA failed to {what}: {message}")]
     Driver {

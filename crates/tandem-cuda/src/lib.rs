@@ -10,11 +10,14 @@ mod buffer;
 mod compile;
 mod driver;
 mod error;
+mod group;
 mod matrix;
+mod stager;
 
 pub use backend::{CudaBackend, Numerics, Options};
 pub use buffer::{CudaBuffer, CudaIndices};
 pub use compile::{KERNEL_FILES, kernel_source};
 pub use driver::{DeviceInfo, Memory, device_present};
 pub use error::CudaError;
+pub use group::{CudaGroup, GroupBuffer, Handle};
 pub use matrix::CudaMatrix;

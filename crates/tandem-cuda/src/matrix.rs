@@ -1,13 +1,16 @@
-//! Matrices on the device: elements as they are stored, scales padded to whole 16-byte loads.
+//! Matrices on the device: in the tiles of common.cuh where a tensor-core kernel reads the format, else as they are stored,
+//! scales padded to whole 16-byte loads.
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use tandem_core::DType;
 use tandem_core::dtype::{FP8_BLOCK, Float};
 use tandem_core::weights::{MatrixData, MatrixPart};
 
-use crate::args;
+use crate::args::{self, RepackArgs};
 use crate::driver::{Device, Memory};
+use crate::stager::{Stager, Target};
 
 /// Numbers of the formats in common.cuh.
 const F32: u32 = 0;
@@ -22,6 +25,10 @@ const AFFINE_BF16: u32 = 8;
 
 /// Bytes of mma_rows.cuh's MXFP4 scales, which must stay normal bf16 numbers after its shift by 2^-64.
 const FAST_E8M0: std::ops::RangeInclusive<u8> = 96..=192;
+/// Rows of a tile, bytes of elements of each, and its size.
+const TILE_ROWS: usize = 8;
+const TILE_ROW_BYTES: usize = 128;
+pub(crate) const TILE_BYTES: usize = TILE_ROWS * (TILE_ROW_BYTES + 8);
 /// NVFP4's global scales are relative to the largest product of its element and scale, 6 * 448.
 const NVFP4_LARGEST: f32 = 2688.0;
 
@@ -29,7 +36,7 @@ const NVFP4_LARGEST: f32 = 2688.0;
 pub struct CudaMatrix {
     pub(crate) view: args::Matrix,
     pub(crate) parts: usize,
-    _memory: [Memory; 3],
+    _memory: Vec<Memory>,
 }
 
 impl std::fmt::Debug for CudaMatrix {
@@ -54,10 +61,25 @@ impl CudaMatrix {
         self.view.fast != 0
     }
 
+    /// Without its weights, when the device has failed already.
+    pub(crate) fn empty(data: &MatrixData) -> CudaMatrix {
+        let view = args::Matrix { rows: data.rows as u32, cols: data.cols as u32, ..args::Matrix::zeroed() };
+        CudaMatrix { view, parts: data.parts.len(), _memory: vec![] }
+    }
+
+    /// A stager that can load the matrix: `current` if it can.
+    pub(crate) fn stager(device: &Arc<Device>, current: Option<Stager>, data: &MatrixData) -> Option<Stager> {
+        let bytes = data.parts.iter().map(|p| p.weight.len() + p.scales.len() + p.biases.len()).sum();
+        let rows = TILE_ROWS * (data.dtype.weight_bytes(1, data.cols) + 2 * data.dtype.scale_bytes(1, data.cols));
+        match current {
+            Some(stager) if stager.suits(bytes, rows) => Some(stager),
+            _ => Stager::new(device, bytes, rows),
+        }
+    }
+
     /// Copies a matrix to the device.
-    pub(crate) fn load(device: &Arc<Device>, data: &MatrixData) -> CudaMatrix {
+    pub(crate) fn load(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData) -> CudaMatrix {
         let (rows, cols, dtype) = (data.rows, data.cols, data.dtype);
-        let row_bytes = dtype.weight_bytes(1, cols);
         let (format, bits, group) = match dtype {
             DType::Float(Float::F32) => (F32, 32, 1),
             DType::Float(Float::F16) => (F16, 16, 1),
@@ -69,62 +91,161 @@ impl CudaMatrix {
             DType::Affine { bits, group_size, params: Float::BF16 } => (AFFINE_BF16, bits.into(), group_size.into()),
             DType::Affine { bits, group_size, .. } => (AFFINE_F32, bits.into(), group_size.into()),
         };
-        let scale_row = scale_row_bytes(dtype, cols);
-        let scale_pitch = scale_row.next_multiple_of(16);
-        let scale_rows = if dtype == DType::Fp8Block { rows.div_ceil(FP8_BLOCK) } else { rows };
-        let (weight_part, scale_part) = (rows * row_bytes, scale_rows * scale_pitch);
-        // A margin, as kernels may load whole vectors at the end of the last row.
-        let weight = device.alloc(weight_part * data.parts.len() + 16);
-        let scales = device.alloc(scale_part * data.parts.len());
-        let mut fast_scales = true;
-        for (i, part) in data.parts.iter().enumerate() {
-            // Weights made up for a benchmark share their bytes: those need not cross the bus again.
-            if i > 0 && std::ptr::eq(part.weight.as_ptr(), data.parts[0].weight.as_ptr()) && !part.weight.is_empty() {
-                device.copy(weight.pointer() + (i * weight_part) as u64, weight.pointer(), weight_part);
-                device.copy(scales.pointer() + (i * scale_part) as u64, scales.pointer(), scale_part);
-                continue;
-            }
-            device.upload(weight.pointer() + (i * weight_part) as u64, &part.weight);
-            if scale_row == 0 {
-                continue;
-            }
-            let to = scales.pointer() + (i * scale_part) as u64;
-            fast_scales &= dtype != DType::Mxfp4 || part.scales.iter().all(|e| FAST_E8M0.contains(e) || *e == 0);
-            if scale_pitch == scale_row && !matches!(dtype, DType::Affine { .. }) {
-                device.upload(to, &part.scales);
-            } else {
-                device.upload(to, &padded_scales(dtype, part, scale_rows, scale_row, scale_pitch));
-            }
-        }
-        let globals: Vec<f32> = data.parts.iter().filter_map(|p| p.global_scale).map(|g| g / NVFP4_LARGEST).collect();
-        let has_globals = globals.len() == data.parts.len() && !globals.is_empty();
-        let globals_memory = device.alloc(globals.len() * 4);
-        device.upload(globals_memory.pointer(), bytemuck::cast_slice(&globals));
         let fast = match dtype {
-            DType::Mxfp4 => fast_scales,
+            DType::Mxfp4 => has_fast_scales(data),
             DType::Affine { bits: 8, group_size: 64, params: Float::BF16 } => true,
             _ => false,
         };
-        CudaMatrix {
-            view: args::Matrix {
-                weight: weight.pointer(),
-                scales: scales.pointer(),
-                globals: if has_globals { globals_memory.pointer() } else { 0 },
-                weight_part: weight_part as u64,
-                scale_part: scale_part as u64,
-                rows: rows as u32,
-                cols: cols as u32,
+        let mut view = args::Matrix {
+            rows: rows as u32,
+            cols: cols as u32,
+            format,
+            bits,
+            group,
+            fast: fast.into(),
+            ..args::Matrix::zeroed()
+        };
+        let memory =
+            if fast { load_tiles(device, stager, data, &mut view) } else { load_rows(device, stager, data, &mut view) };
+        CudaMatrix { view, parts: data.parts.len(), _memory: memory }
+    }
+}
+
+/// True if the row kernels' arithmetic holds every scale of an MXFP4 matrix.
+fn has_fast_scales(data: &MatrixData) -> bool {
+    let fits = |part: &MatrixPart| {
+        // Zero is as good as a usual one. Extremes of blocks, so that this takes vector instructions.
+        part.scales.chunks(4096).all(|block| {
+            let (low, high) = block.iter().fold((255, 0), |(low, high), e| {
+                let e = if *e == 0 { 127 } else { *e };
+                (e.min(low), e.max(high))
+            });
+            FAST_E8M0.contains(&low) && FAST_E8M0.contains(&high)
+        })
+    };
+    let parts = if is_repeated(data, 1) { &data.parts[..1] } else { &data.parts[..] };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+    if parts.len() < 8 {
+        return parts.iter().all(fits);
+    }
+    std::thread::scope(|scope| {
+        let shares: Vec<_> = parts
+            .chunks(parts.len().div_ceil(threads))
+            .map(|share| scope.spawn(move || share.iter().all(fits)))
+            .collect();
+        shares.into_iter().all(|share| share.join().unwrap_or(false))
+    })
+}
+
+/// Weights made up for a benchmark share their bytes: those need not cross the bus again.
+fn is_repeated(data: &MatrixData, part: usize) -> bool {
+    let first = &data.parts[0].weight;
+    data.parts.get(part).is_some_and(|p| std::ptr::eq(p.weight.as_ptr(), first.as_ptr()) && !p.weight.is_empty())
+}
+
+fn load_tiles(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view: &mut args::Matrix) -> Vec<Memory> {
+    let (rows, dtype) = (data.rows, data.dtype);
+    let row_bytes = dtype.weight_bytes(1, data.cols);
+    // Affine scales and biases are equally long.
+    let scale_row = data.parts[0].scales.len() / rows.max(1);
+    let rounds = row_bytes.div_ceil(TILE_ROW_BYTES);
+    let (group_bytes, groups) = (rounds * TILE_BYTES, rows.div_ceil(TILE_ROWS));
+    let part_bytes = groups * group_bytes;
+    let memory = device.alloc(part_bytes * data.parts.len());
+    let of_row = row_bytes + 2 * scale_row;
+    let rows_at_once = stager.room() / of_row / TILE_ROWS * TILE_ROWS;
+    for (i, part) in data.parts.iter().enumerate() {
+        let tiles = memory.pointer() + (i * part_bytes) as u64;
+        if i > 0 && is_repeated(data, i) {
+            stager.flush(device);
+            device.copy(tiles, memory.pointer(), part_bytes);
+            continue;
+        }
+        for first in (0..rows).step_by(rows_at_once) {
+            let n = rows_at_once.min(rows - first);
+            stager.reserve(device, n * of_row);
+            let mut add = |bytes: &[u8], of_row: usize| {
+                if bytes.is_empty() {
+                    return 0;
+                }
+                // SAFETY: `data` outlives the flush below.
+                #[allow(unsafe_code)]
+                unsafe {
+                    stager.add(&bytes[first * of_row..(first + n) * of_row], Target::Staging)
+                }
+            };
+            let args = RepackArgs {
+                weight: add(&part.weight, row_bytes),
+                scales: add(&part.scales, scale_row),
+                biases: add(&part.biases, scale_row),
+                tiles: tiles + (first / TILE_ROWS * group_bytes) as u64,
+                rows: n as u32,
                 row_bytes: row_bytes as u32,
-                scale_pitch: scale_pitch as u32,
-                format,
-                bits,
-                group,
-                fast: fast.into(),
-            },
-            parts: data.parts.len(),
-            _memory: [weight, scales, globals_memory],
+                scale_row: scale_row as u32,
+                rounds: rounds as u32,
+            };
+            stager.after(move |device| {
+                let blocks = n.div_ceil(TILE_ROWS) * rounds;
+                device.launch("repack", (blocks, 1, 1), 128, 0, &mut args![args]);
+            });
         }
     }
+    stager.flush(device);
+    (view.weight, view.weight_part, view.row_bytes) = (memory.pointer(), part_bytes as u64, group_bytes as u32);
+    vec![memory]
+}
+
+fn load_rows(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view: &mut args::Matrix) -> Vec<Memory> {
+    let (rows, cols, dtype) = (data.rows, data.cols, data.dtype);
+    let row_bytes = dtype.weight_bytes(1, cols);
+    let scale_row = scale_row_bytes(dtype, cols);
+    let scale_pitch = scale_row.next_multiple_of(16);
+    let scale_rows = if dtype == DType::Fp8Block { rows.div_ceil(FP8_BLOCK) } else { rows };
+    let (weight_part, scale_part) = (rows * row_bytes, scale_rows * scale_pitch);
+    // A margin, as kernels may load whole vectors at the end of the last row.
+    let weight = device.alloc(weight_part * data.parts.len() + 16);
+    let scales = device.alloc(scale_part * data.parts.len());
+    let mut stage = |bytes: &[u8], to: u64| {
+        let room = stager.room();
+        for (i, piece) in bytes.chunks(room).enumerate() {
+            stager.reserve(device, piece.len());
+            // SAFETY: sent before the bytes are gone, below.
+            #[allow(unsafe_code)]
+            unsafe {
+                stager.add(piece, Target::At(to + (i * room) as u64));
+            }
+        }
+    };
+    let mut made = vec![];
+    for (i, part) in data.parts.iter().enumerate() {
+        let (to, to_scales) = (weight.pointer() + (i * weight_part) as u64, scales.pointer() + (i * scale_part) as u64);
+        if i > 0 && is_repeated(data, i) {
+            continue;
+        }
+        stage(&part.weight, to);
+        if scale_row == 0 {
+            continue;
+        }
+        if scale_pitch == scale_row && !matches!(dtype, DType::Affine { .. }) {
+            stage(&part.scales, to_scales);
+        } else {
+            made.push((padded_scales(dtype, part, scale_rows, scale_row, scale_pitch), to_scales));
+        }
+    }
+    let globals: Vec<f32> = data.parts.iter().filter_map(|p| p.global_scale).map(|g| g / NVFP4_LARGEST).collect();
+    let has_globals = globals.len() == data.parts.len() && !globals.is_empty();
+    let globals_memory = device.alloc(globals.len() * 4);
+    made.iter().for_each(|(bytes, to)| stage(bytes, *to));
+    stage(bytemuck::cast_slice(&globals), globals_memory.pointer());
+    stager.flush(device);
+    for i in (1..data.parts.len()).filter(|i| is_repeated(data, *i)) {
+        device.copy(weight.pointer() + (i * weight_part) as u64, weight.pointer(), weight_part);
+        device.copy(scales.pointer() + (i * scale_part) as u64, scales.pointer(), scale_part);
+    }
+    (view.weight, view.weight_part, view.row_bytes) = (weight.pointer(), weight_part as u64, row_bytes as u32);
+    (view.scales, view.scale_part, view.scale_pitch) = (scales.pointer(), scale_part as u64, scale_pitch as u32);
+    view.globals = if has_globals { globals_memory.pointer() } else { 0 };
+    vec![weight, scales, globals_memory]
 }
 
 /// Bytes of one row of scales on the device.

@@ -543,9 +543,15 @@ fn the_indexer_selects_as_the_oracle_does() {
         }
         cache
     }
-    for (heads, dim, context, k) in
-        [(4, 64, 700, 128), (8, 32, 100, 16), (32, 128, 3000, 2048), (64, 128, 5000, 512), (16, 128, 90, 128)]
-    {
+    for (heads, dim, context, k) in [
+        (4, 64, 700, 128),
+        (8, 32, 100, 16),
+        (32, 128, 3000, 2048),
+        (64, 128, 5000, 512),
+        (16, 128, 90, 128),
+        // Beyond 8192 positions a cluster of blocks selects.
+        (4, 32, 20_000, 2048),
+    ] {
         for n in [1, 6, 70] {
             let batch = last_rows(n, context);
             let (q, w) = (noise(6, n * heads * dim), noise(7, n * heads));

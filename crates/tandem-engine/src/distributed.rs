@@ -228,7 +228,11 @@ pub struct RankRunner<B: Backend> {
     hidden: Vec<f32>,
     times: RankTimes,
     answer: Option<Answer<B>>,
+    check: Option<Check>,
 }
+
+/// Says after each step whether sums on the device went wrong.
+pub type Check = Box<dyn Fn() -> Result<(), CommError>>;
 
 impl<B: Backend> RankRunner<B> {
     /// A runner with an empty cache of `n_slots` tokens; `reduce` is what the model's share sums with.
@@ -256,6 +260,7 @@ impl<B: Backend> RankRunner<B> {
             hidden: vec![],
             times: RankTimes::default(),
             answer: None,
+            check: None,
         }
     }
 
@@ -263,6 +268,12 @@ impl<B: Backend> RankRunner<B> {
     #[must_use]
     pub fn with_answer(self, answer: Option<Answer<B>>) -> Self {
         RankRunner { answer, ..self }
+    }
+
+    /// Sums are made on the device, and `check` knows of their failures.
+    #[must_use]
+    pub fn with_check(self, check: Option<Check>) -> Self {
+        RankRunner { check, ..self }
     }
 
     fn answer(&mut self, question: &[u8]) -> Vec<u8> {
@@ -287,7 +298,15 @@ impl<B: Backend> RankRunner<B> {
             self.backend.write_rows(&self.hidden, self.model.hidden_mut());
         }
         let batch = self.backend.upload(batch);
-        self.model.forward(&self.backend, &batch, shape, &mut self.cache);
+        let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
+        if self.reduce.is_some() {
+            // The host takes part between the operations, which therefore cannot be recorded.
+            model.forward(backend, &batch, shape, cache);
+        } else {
+            backend.step(&batch, shape.max_context, &mut |max_context| {
+                model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
+            });
+        }
         if self.pipeline.next.is_some() {
             self.backend.download(self.model.hidden(), &mut self.hidden);
         } else {
@@ -313,6 +332,7 @@ impl<B: Backend> RankRunner<B> {
 
     fn sync(&self) -> Result<(), EngineError> {
         self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))?;
+        self.check.as_ref().map_or(Ok(()), |check| check())?;
         Ok(self.reduce.as_ref().map_or(Ok(()), |reduce| reduce.finish_step())?)
     }
 

@@ -12,7 +12,7 @@ mod sampler;
 mod scheduler;
 
 pub use block_manager::{BlockManager, PageHash};
-pub use distributed::{Answer, CHECK_STEPS, DistributedRunner, HostReduce, Pipeline, RankRunner, RankTimes};
+pub use distributed::{Answer, CHECK_STEPS, Check, DistributedRunner, HostReduce, Pipeline, RankRunner, RankTimes};
 pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence};
 pub use generation_config::*;
 pub use page_store::PageStore;

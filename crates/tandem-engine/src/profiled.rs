@@ -8,7 +8,9 @@ use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use tandem_core::Backend;
-use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::backend::{
+    Batch, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, Rotation, Routing, composed,
+};
 use tandem_core::weights::MatrixData;
 
 /// What time is spent on.
@@ -371,5 +373,71 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Operation::SparseAttention, |b| {
             b.gqa_attention(q, n_heads, n_kv_heads, scale, batch, keys, values, out);
         });
+    }
+
+    // While it is on, fused blocks are run as the primitives that they stand for.
+
+    fn prepare_attention(
+        &self,
+        query: Option<NormJob<'_, B::Buffer>>,
+        latent: LatentJob<'_, B::Buffer, B::Cache>,
+        key: Option<IndexKeyJob<'_, B::Buffer, B::Cache>>,
+        eps: f32,
+        batch: &B::Batch,
+        n_rows: usize,
+    ) {
+        if self.on.get() {
+            return composed::prepare_attention(self, query, latent, key, eps, batch, n_rows);
+        }
+        self.inner.prepare_attention(query, latent, key, eps, batch, n_rows);
+    }
+
+    fn rope_index_select(
+        &self,
+        q: Rotation<'_, B::Buffer>,
+        rotated: &mut B::Buffer,
+        weights: &B::Buffer,
+        batch: &B::Batch,
+        cache: &B::Cache,
+        selected: &mut B::Indices,
+    ) {
+        if self.on.get() {
+            return composed::rope_index_select(self, q, rotated, weights, batch, cache, selected);
+        }
+        self.inner.rope_index_select(q, rotated, weights, batch, cache, selected);
+    }
+
+    fn rope_mla_attention(
+        &self,
+        rope: Rotation<'_, B::Buffer>,
+        q: &mut B::Buffer,
+        latent: usize,
+        scale: f32,
+        batch: &B::Batch,
+        cache: &B::Cache,
+        selected: Option<&B::Indices>,
+        out: &mut B::Buffer,
+    ) {
+        if self.on.get() {
+            return composed::rope_mla_attention(self, rope, q, latent, scale, batch, cache, selected, out);
+        }
+        self.inner.rope_mla_attention(rope, q, latent, scale, batch, cache, selected, out);
+    }
+
+    fn route(
+        &self,
+        x: &B::Buffer,
+        gate: &B::Matrix,
+        bias: &B::Buffer,
+        routing: &Routing,
+        n_rows: usize,
+        logits: &mut B::Buffer,
+        ids: &mut B::Indices,
+        weights: &mut B::Buffer,
+    ) {
+        if self.on.get() {
+            return composed::route(self, x, gate, bias, routing, n_rows, logits, ids, weights);
+        }
+        self.inner.route(x, gate, bias, routing, n_rows, logits, ids, weights);
     }
 }

@@ -5,7 +5,9 @@
 //! for the indexer, transformers' `modeling_glm_moe_dsa.py` for conventions. Attention runs absorbed: queries are moved
 //! into the latent space, so that the cache holds one latent per token whatever the number of heads.
 
-use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, Rope, RopeLayout, Routing};
+use tandem_core::backend::{
+    Backend, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, RopeLayout, Rotation, Routing,
+};
 use tandem_core::config::{IndexerConfig, MlaConfig};
 use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
@@ -222,8 +224,23 @@ impl<B: Backend> Attention<B> {
             }
         }
         b.linear(&s.normed, n, &mut projections);
-        if let Query::LowRank { q_a_layernorm, q_b_proj, .. } = &self.query {
-            b.rms_norm(&s.q_a, q_a_layernorm, ATTENTION_NORM_EPS, n, &mut s.q_a_normed);
+        let query_norm = match &self.query {
+            Query::Direct { .. } => None,
+            Query::LowRank { q_a_layernorm, .. } => {
+                Some(NormJob { x: &s.q_a, weight: q_a_layernorm, out: &mut s.q_a_normed })
+            }
+        };
+        let write_latent =
+            LatentJob { kv_a: &s.kv_a, norm: &self.kv_a_layernorm, rope: &dims.rope, cache: &mut *latent };
+        let write_key = self.indexer.as_ref().zip(index.as_mut()).map(|(indexer, cache)| IndexKeyJob {
+            k: &s.index_k,
+            norm: &indexer.k_norm,
+            norm_bias: &indexer.k_norm_bias,
+            rope: &dims.index_rope,
+            cache,
+        });
+        b.prepare_attention(query_norm, write_latent, write_key, ATTENTION_NORM_EPS, batch, n);
+        if let Query::LowRank { q_b_proj, .. } = &self.query {
             let mut projections = vec![(q_b_proj, &mut s.q)];
             if let Some(indexer) = &self.indexer
                 && sparse
@@ -232,25 +249,12 @@ impl<B: Backend> Attention<B> {
             }
             b.linear(&s.q_a_normed, n, &mut projections);
         }
-        b.write_latent(&s.kv_a, &self.kv_a_layernorm, ATTENTION_NORM_EPS, &dims.rope, batch, latent);
-
-        if let (Some(indexer), Some(index), Some(config)) = (&self.indexer, index, &dims.indexer) {
-            let (norm, bias) = (&indexer.k_norm, &indexer.k_norm_bias);
-            b.write_index_key(&s.index_k, norm, bias, ATTENTION_NORM_EPS, &dims.index_rope, batch, index);
-            if sparse {
-                // The references scale every score by `index_n_heads^-0.5 * index_head_dim^-0.5`; a positive factor does
-                // not change which positions win, so it is left out.
-                let heads = Heads::packed(config.index_n_heads, config.index_head_dim);
-                b.rope(&s.index_q, heads, &dims.index_rope, batch, &mut s.index_q_rotated, heads);
-                b.index_select(
-                    &s.index_q_rotated,
-                    &s.index_weights,
-                    config.index_n_heads,
-                    batch,
-                    index,
-                    &mut s.selected,
-                );
-            }
+        if let (true, Some(index), Some(config)) = (sparse && self.indexer.is_some(), index, &dims.indexer) {
+            // The references scale every score by `index_n_heads^-0.5 * index_head_dim^-0.5`; a positive factor does not
+            // change which positions win, so it is left out.
+            let heads = Heads::packed(config.index_n_heads, config.index_head_dim);
+            let q = Rotation { x: &s.index_q, from: heads, rope: &dims.index_rope };
+            b.rope_index_select(q, &mut s.index_q_rotated, &s.index_weights, batch, index, &mut s.selected);
         }
 
         // q = [q_nope | q_rope] per head -> [embed_q . q_nope | rope(q_rope)], comparable with the cached vector.
@@ -259,14 +263,12 @@ impl<B: Backend> Attention<B> {
         let nope = Heads { n: n_heads, stride: q_stride, offset: 0, width: mla.qk_nope_head_dim };
         let rope = Heads { n: n_heads, stride: q_stride, offset: mla.qk_nope_head_dim, width: mla.qk_rope_head_dim };
         let to_latent = Heads { n: n_heads, stride: latent_stride, offset: 0, width: mla.kv_lora_rank };
-        let to_rope =
-            Heads { n: n_heads, stride: latent_stride, offset: mla.kv_lora_rank, width: mla.qk_rope_head_dim };
         b.head_linear(&s.q, nope, &self.embed_q, n, &mut s.q_latent, to_latent);
-        b.rope(&s.q, rope, &dims.rope, batch, &mut s.q_latent, to_rope);
 
+        let rope = Rotation { x: &s.q, from: rope, rope: &dims.rope };
         let selected = sparse.then_some(&s.selected);
-        let scale = dims.softmax_scale;
-        b.mla_attention(&s.q_latent, n_heads, mla.kv_lora_rank, scale, batch, latent, selected, &mut s.attended);
+        let (q, scale) = (&mut s.q_latent, dims.softmax_scale);
+        b.rope_mla_attention(rope, q, mla.kv_lora_rank, scale, batch, latent, selected, &mut s.attended);
 
         let attended = Heads::packed(n_heads, mla.kv_lora_rank);
         b.head_linear(
@@ -287,8 +289,8 @@ impl<B: Backend> Block<B> {
         match self {
             Block::Dense(mlp) => b.mlp(&s.normed, mlp, n, &mut s.block),
             Block::Moe { gate, bias, experts, shared } => {
-                b.linear(&s.normed, n, &mut [(gate, &mut s.router_logits)]);
-                b.router_topk(&s.router_logits, bias, &dims.routing, n, &mut s.expert_ids, &mut s.expert_weights);
+                let (logits, ids, weights) = (&mut s.router_logits, &mut s.expert_ids, &mut s.expert_weights);
+                b.route(&s.normed, gate, bias, &dims.routing, n, logits, ids, weights);
                 b.moe(&s.normed, experts, shared.as_ref(), &s.expert_ids, &s.expert_weights, n, &mut s.block);
             }
         }

@@ -661,6 +661,8 @@ pub(crate) enum TransportArg {
     Tcp,
     /// An installed Open MPI or MPICH.
     Mpi,
+    /// TCP, and a GPU of this host for each rank: their sums are made on the devices.
+    Nccl,
 }
 
 impl ParallelArgs {

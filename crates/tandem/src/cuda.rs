@@ -1,10 +1,16 @@
-//! What a GPU must hold, before anything is loaded onto it.
+//! What a GPU must hold, before anything is loaded onto it; GPUs as the devices of several ranks.
 
-use anyhow::bail;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
 use tandem_core::backend::CacheKind;
-use tandem_cuda::CudaBackend;
+use tandem_cuda::{CudaBackend, CudaGroup, GroupBuffer, Handle, Numerics, Options};
+use tandem_model::Stacks;
 
+use crate::cli::ActivationsArg;
+use crate::distributed::{Model, Place, RankDevice, Sums};
 use crate::load::Shape;
 use crate::report::bytes;
 
@@ -41,4 +47,71 @@ fn cache_bytes_per_token(backend: &CudaBackend, shape: Shape<'_>) -> usize {
     let latent = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
     let key = config.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
     layers * latent + (0..layers).filter(|l| config.has_indexer(*l)).count() * key
+}
+
+/// The numerics that `--activations` asks for.
+pub(crate) fn numerics(activations: ActivationsArg) -> anyhow::Result<Numerics> {
+    Ok(match activations {
+        ActivationsArg::F32 => Numerics::F32,
+        ActivationsArg::Bf16 | ActivationsArg::Auto => Numerics::Bf16,
+        ActivationsArg::Int8 => bail!("--activations int8 is for --backend cpu; on a GPU use bf16 or f32"),
+    })
+}
+
+/// Lets the GPUs of a group's ranks reach each other's memory.
+pub(crate) fn connect(backend: &CudaBackend, group: &Group) -> anyhow::Result<CudaGroup> {
+    let doing = Doing::of("sharing GPU memory");
+    let (buffer, handle) = GroupBuffer::new(backend, group.size())?;
+    let mut all = vec![0; handle.len() * group.size()];
+    group.all_gather(&handle, &mut all, doing)?;
+    let handles: Vec<Handle> =
+        all.chunks_exact(handle.len()).map(Handle::try_from).collect::<Result<_, _>>().context("handles")?;
+    let sums = buffer.connect(group.rank(), &handles)?;
+    // Nobody sends before everybody has cleared what is sent to.
+    group.barrier(doing)?;
+    Ok(sums)
+}
+
+impl RankDevice for CudaBackend {
+    type Opened = CudaBackend;
+
+    fn open(model: &Model, place: Place) -> anyhow::Result<CudaBackend> {
+        let options = Options { ordinal: place.local_rank as i32, ..Options::new(numerics(model.activations)?) };
+        Ok(CudaBackend::new(options)?)
+    }
+
+    fn memory(opened: &CudaBackend, _: Place) -> u64 {
+        opened.free_memory().saturating_sub(RESERVE)
+    }
+
+    fn bandwidth(opened: &CudaBackend) -> f64 {
+        opened.bandwidth()
+    }
+
+    fn numerics(model: &Model) -> anyhow::Result<&'static str> {
+        Ok(numerics(model.activations)?.name())
+    }
+
+    fn finish(opened: CudaBackend, _: &str) -> CudaBackend {
+        // Every rank has the same flags.
+        opened
+    }
+
+    fn stacks() -> Stacks {
+        Stacks::Repeated
+    }
+
+    fn sums(&self, group: &Group) -> anyhow::Result<Option<Sums<CudaBackend>>> {
+        let sums = Arc::new(connect(self, group)?);
+        let (watched, group) = (Arc::clone(&sums), group.clone());
+        let check = move || {
+            if !watched.has_failed() {
+                return Ok(());
+            }
+            let other = usize::from(group.rank() == 0);
+            let message = "its part of a sum over GPUs did not arrive".to_string();
+            Err(group.blame(other, Failure::Stopped { message }, Doing::of("all_reduce on the GPU")))
+        };
+        Ok(Some(Sums { group: sums, check: Box::new(check) }))
+    }
 }

@@ -12,7 +12,7 @@ use tandem_cpu::{CpuBackend, Numerics, system};
 use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
-use crate::cli::{ActivationsArg, BackendArg, ModelArgs};
+use crate::cli::{ActivationsArg, BackendArg, ModelArgs, TransportArg};
 use crate::distributed;
 use crate::report::bytes;
 
@@ -84,12 +84,25 @@ pub(crate) fn load_with_cache(
     let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
     let resident = accounting.total(|k| k.resident_bytes);
     let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
-        if args.backend == BackendArg::Cuda {
-            bail!("several processes run on the CPU only so far; use --backend cpu");
-        }
         let model = distributed::Model::new(config.clone(), checkpoint, weights, args);
-        let (runner, numerics) = distributed::lead::<CpuBackend>(&model, &args.parallel, limits, blocks.n_slots(), 1)?;
-        (Box::new(runner), numerics)
+        let n_slots = blocks.n_slots();
+        match distributed::transport(&args.parallel) {
+            #[cfg(feature = "cuda")]
+            TransportArg::Nccl => {
+                use tandem_cuda::CudaBackend;
+                let (runner, numerics) = distributed::lead::<CudaBackend>(&model, &args.parallel, limits, n_slots, 1)?;
+                (Box::new(runner), numerics)
+            }
+            #[cfg(not(feature = "cuda"))]
+            TransportArg::Nccl => bail!(distributed::NO_CUDA),
+            _ => {
+                if args.backend == BackendArg::Cuda {
+                    bail!("several ranks run on GPUs with --transport nccl; add it, or use --backend cpu");
+                }
+                let (runner, numerics) = distributed::lead::<CpuBackend>(&model, &args.parallel, limits, n_slots, 1)?;
+                (Box::new(runner), numerics)
+            }
+        }
     } else {
         let source = CheckpointWeights::new(&checkpoint, weights);
         match choose(args.backend, args.activations)? {
@@ -168,13 +181,8 @@ pub(crate) fn choose(backend: BackendArg, activations: ActivationsArg) -> anyhow
 /// The first GPU.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda_backend(activations: ActivationsArg) -> anyhow::Result<tandem_cuda::CudaBackend> {
-    use tandem_cuda::{CudaBackend, Numerics, Options};
-    let numerics = match activations {
-        ActivationsArg::F32 => Numerics::F32,
-        ActivationsArg::Bf16 | ActivationsArg::Auto => Numerics::Bf16,
-        ActivationsArg::Int8 => bail!("--activations int8 is for --backend cpu; on a GPU use bf16 or f32"),
-    };
-    Ok(CudaBackend::new(Options::new(numerics))?)
+    let numerics = crate::cuda::numerics(activations)?;
+    Ok(tandem_cuda::CudaBackend::new(tandem_cuda::Options::new(numerics))?)
 }
 
 /// The processor as a backend for `weight_bytes` of weights, and the name of the activations' numerics.

@@ -8,7 +8,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 use tandem_comm::{Channel, Doing, Group, Wire};
 
-use crate::cli::BenchCommArgs;
+use crate::cli::{BenchCommArgs, TransportArg};
 use crate::distributed;
 use crate::distributed::Started;
 use crate::report::print_json;
@@ -22,8 +22,14 @@ const DUPLEX_BYTES: usize = 64 << 10;
 /// Runs the command; every rank comes here.
 pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Result<()> {
     let raw_address = started.as_ref().map(Started::listen).unwrap_or_else(distributed::own_address);
+    let transport =
+        started.as_ref().map_or_else(|| distributed::transport(&args.parallel), |s| s.order.parallel.transport);
+    let local_rank = started.as_ref().map_or(0, |s| s.place().local_rank);
     let world = distributed::world(started, &args.parallel)?;
     let mut rows = vec![];
+    if transport == TransportArg::Nccl {
+        rows.extend(device_sums(&world, local_rank)?);
+    }
     let sizes: Vec<usize> =
         [8, 1 << 10, 24 << 10, 64 << 10, 256 << 10].into_iter().chain((20..40).step_by(2).map(|b| 1 << b)).collect();
     for bytes in sizes.into_iter().filter(|b| *b <= args.max_bytes) {
@@ -49,6 +55,41 @@ pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Re
         );
     }
     Ok(())
+}
+
+/// Sums that the GPUs make among themselves, each as one of many in a graph.
+#[cfg(feature = "cuda")]
+fn device_sums(world: &Group, local_rank: usize) -> anyhow::Result<Vec<Value>> {
+    use tandem_cuda::{CudaBackend, Numerics, Options};
+    const SUMS: usize = 100;
+    const REPETITIONS: usize = 15;
+    let backend = CudaBackend::new(Options { ordinal: local_rank as i32, ..Options::new(Numerics::Bf16) })?;
+    let sums = crate::cuda::connect(&backend, world)?;
+    let mut rows = vec![];
+    for bytes in [4 << 10, 12 << 10, 24 << 10, 192 << 10, 1536 << 10] {
+        let mut times = vec![];
+        for _ in 0..REPETITIONS {
+            world.barrier(DOING)?;
+            times.push(sums.measure(bytes / 4, SUMS)? * 1e6);
+        }
+        anyhow::ensure!(!sums.has_failed(), "a part of a sum over GPUs did not arrive");
+        times.sort_by(f64::total_cmp);
+        let median = times[REPETITIONS / 2];
+        rows.push(json!({
+            "operation": "on GPUs",
+            "bytes": bytes,
+            "repetitions": REPETITIONS * SUMS,
+            "us_median": median,
+            "us_p90": times[REPETITIONS * 9 / 10],
+            "gb_per_s": bytes as f64 * 2.0 * (world.size() - 1) as f64 / world.size() as f64 / median / 1e3,
+        }));
+    }
+    Ok(rows)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device_sums(_: &Group, _: usize) -> anyhow::Result<Vec<Value>> {
+    anyhow::bail!(distributed::NO_CUDA)
 }
 
 /// Every collective at one size; bandwidth is what one rank sends and receives each way.

@@ -21,6 +21,8 @@ use crate::load::{Device, Shape, choose, cpu_backend, runner};
 
 /// Read for the bandwidth.
 const BANDWIDTH_BYTES: usize = 1 << 30;
+/// Read by each of several ranks.
+const RANK_BANDWIDTH_BYTES: usize = 512 << 20;
 
 /// A runner that can be profiled and describes its device.
 pub(super) trait BenchRunner {
@@ -52,9 +54,15 @@ pub(super) trait BenchRunner {
 }
 
 /// What differs from backend to backend.
-trait BenchDevice: Backend {
+pub(super) trait BenchDevice: Backend + Sized {
+    /// With a stopwatch that counts the experts of a step.
+    fn profiled(self) -> Profiled<Self>;
     fn bandwidth(&self) -> f64;
     fn pool(&self) -> Option<Arc<Pool>>;
+    /// The same, quickly and without a word.
+    fn bandwidth_of_rank(&self) -> f64 {
+        self.bandwidth()
+    }
     fn peak(&self) -> Option<f64>;
     fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64>;
     fn memory_bytes(&self) -> u64;
@@ -136,8 +144,7 @@ pub(super) fn load(
     match choose(args.backend, args.activations)? {
         Device::Cpu => {
             let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
-            let backend = Profiled::new(backend, count_distinct);
-            let runner = runner(backend, source, shape, resident)?;
+            let runner = runner(backend.profiled(), source, shape, resident)?;
             Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))
         }
         #[cfg(feature = "cuda")]
@@ -145,8 +152,7 @@ pub(super) fn load(
             let backend = crate::load::cuda_backend(args.activations)?;
             crate::cuda::check_memory(&backend, shape, resident)?;
             let numerics = backend.numerics().name();
-            let backend = Profiled::new(backend, tandem_cuda::CudaBackend::count_distinct);
-            let runner = runner(backend, source, shape, resident)?;
+            let runner = runner(backend.profiled(), source, shape, resident)?;
             Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))
         }
     }
@@ -169,11 +175,19 @@ fn cpu_bandwidth(pool: &Pool) -> f64 {
 }
 
 /// Different experts in the first rows; those of other ranks have the id -1.
-pub(super) fn count_distinct(_: &CpuBackend, ids: &CpuIndices, n_rows: usize) -> usize {
+fn count_distinct(_: &CpuBackend, ids: &CpuIndices, n_rows: usize) -> usize {
     (0..n_rows).flat_map(|row| ids.row(row)).filter(|id| **id >= 0).collect::<HashSet<_>>().len()
 }
 
 impl BenchDevice for CpuBackend {
+    fn profiled(self) -> Profiled<CpuBackend> {
+        Profiled::new(self, count_distinct)
+    }
+
+    fn bandwidth_of_rank(&self) -> f64 {
+        measure_read_bandwidth(self.pool(), RANK_BANDWIDTH_BYTES)
+    }
+
     fn bandwidth(&self) -> f64 {
         cpu_bandwidth(self.pool())
     }
@@ -205,6 +219,10 @@ impl BenchDevice for CpuBackend {
 
 #[cfg(feature = "cuda")]
 impl BenchDevice for tandem_cuda::CudaBackend {
+    fn profiled(self) -> Profiled<tandem_cuda::CudaBackend> {
+        Profiled::new(self, tandem_cuda::CudaBackend::count_distinct)
+    }
+
     fn bandwidth(&self) -> f64 {
         tandem_cuda::CudaBackend::bandwidth(self)
     }

@@ -15,7 +15,7 @@ use tandem_model::{Accounting, CheckpointWeights, DummyWeights, Limits, Stacks, 
 
 use super::device::{self, BenchRunner};
 use super::ranks;
-use crate::cli::{BackendArg, BenchModelArgs};
+use crate::cli::{BackendArg, BenchModelArgs, TransportArg};
 use crate::distributed::{self, Model, Source, Started};
 use crate::load::{Device, Shape, choose, lock_memory, model_dir};
 use crate::presets;
@@ -43,7 +43,13 @@ pub(super) struct BenchModel {
 /// Another rank than 0.
 pub(crate) fn follow(started: Started, args: &BenchModelArgs) -> anyhow::Result<()> {
     let (_, model) = described(args, started.order.model.as_deref())?;
-    distributed::follow_with::<Profiled<CpuBackend>>(started, &model)
+    match started.order.parallel.transport {
+        #[cfg(feature = "cuda")]
+        TransportArg::Nccl => distributed::follow_with::<Profiled<tandem_cuda::CudaBackend>>(started, &model),
+        #[cfg(not(feature = "cuda"))]
+        TransportArg::Nccl => anyhow::bail!(distributed::NO_CUDA),
+        _ => distributed::follow_with::<Profiled<CpuBackend>>(started, &model),
+    }
 }
 
 /// Name, shapes, and where the weights come from (`place`, if the launcher says so); nothing is loaded.
@@ -110,8 +116,17 @@ impl BenchModel {
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
         let shape = Shape { config, limits, n_slots };
         let (runner, numerics) = if distributed::leads() {
-            ensure!(args.backend != BackendArg::Cuda, "several ranks run on the CPU only so far; use --backend cpu");
-            ranks::load(args, &model, shape)?
+            match distributed::transport(&args.parallel) {
+                #[cfg(feature = "cuda")]
+                TransportArg::Nccl => ranks::load::<tandem_cuda::CudaBackend>(args, &model, shape)?,
+                #[cfg(not(feature = "cuda"))]
+                TransportArg::Nccl => anyhow::bail!(distributed::NO_CUDA),
+                _ => {
+                    let on_cpu = args.backend != BackendArg::Cuda;
+                    ensure!(on_cpu, "several ranks run on GPUs with --transport nccl; add it, or use --backend cpu");
+                    ranks::load::<CpuBackend>(args, &model, shape)?
+                }
+            }
         } else {
             let source: Box<dyn WeightSource + '_> = match &model.source {
                 Source::Checkpoint(checkpoint) => Box::new(CheckpointWeights::new(checkpoint, weights.clone())),

@@ -6,19 +6,15 @@ use std::time::Duration;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tandem_core::backend::CacheKind;
+use tandem_core::backend::{CacheKind, TensorGroup};
 use tandem_core::{Backend, Batch, ModelConfig};
-use tandem_cpu::bandwidth::measure_read_bandwidth;
-use tandem_cpu::{CpuBackend, Pool, system};
+use tandem_cpu::{Pool, system};
 use tandem_engine::{Answer, DistributedRunner, EngineError, Operation, Profile, Profiled, RankTimes, Runner};
 
-use super::device::{BenchRunner, count_distinct};
+use super::device::{BenchDevice, BenchRunner};
 use crate::cli::BenchModelArgs;
-use crate::distributed::{self, Model, RankBackend};
+use crate::distributed::{self, Model, RankBackend, RankDevice};
 use crate::load::Shape;
-
-/// Read by each rank for its bandwidth.
-const BANDWIDTH_BYTES: usize = 512 << 20;
 
 /// What rank 0 asks.
 #[derive(Serialize, Deserialize)]
@@ -77,9 +73,32 @@ pub(super) fn by_stage(reports: &[RankReport], value: impl Fn(&RankReport) -> f6
     (means, least)
 }
 
-impl RankBackend for Profiled<CpuBackend> {
-    fn of(cpu: CpuBackend) -> Self {
-        Profiled::new(cpu, count_distinct)
+/// Sums of a device for its stopwatch.
+struct Through<D: Backend>(Arc<dyn TensorGroup<D>>);
+
+impl<D: Backend> TensorGroup<Profiled<D>> for Through<D> {
+    fn begin_layer(&self, backend: &Profiled<D>, layer: usize, hidden: &D::Buffer, n_rows: usize) {
+        self.0.begin_layer(backend.inner(), layer, hidden, n_rows);
+    }
+
+    fn all_reduce(&self, backend: &Profiled<D>, x: &mut D::Buffer, n_rows: usize, part: &'static str) {
+        self.0.all_reduce(backend.inner(), x, n_rows, part);
+    }
+}
+
+impl<D: BenchDevice + RankDevice> RankBackend for Profiled<D> {
+    type Device = D;
+
+    fn of(device: D) -> Self {
+        device.profiled()
+    }
+
+    fn device(&self) -> &D {
+        self.inner()
+    }
+
+    fn through(group: Arc<dyn TensorGroup<D>>) -> Arc<dyn TensorGroup<Self>> {
+        Arc::new(Through(group))
     }
 
     fn answer(config: &ModelConfig) -> Option<Answer<Self>> {
@@ -88,8 +107,7 @@ impl RankBackend for Profiled<CpuBackend> {
             match serde_json::from_slice(question) {
                 Ok(Question::Fill(n_slots)) => cache.fill_random(backend, &config, n_slots, 1),
                 Ok(Question::Bandwidth) => {
-                    let bandwidth = measure_read_bandwidth(backend.inner().pool(), BANDWIDTH_BYTES);
-                    return bandwidth.to_le_bytes().to_vec();
+                    return backend.inner().bandwidth_of_rank().to_le_bytes().to_vec();
                 }
                 Ok(Question::Start { profile }) => {
                     (*times, faults) = (RankTimes::default(), system::major_page_faults());
@@ -109,25 +127,25 @@ impl RankBackend for Profiled<CpuBackend> {
 }
 
 /// Rank 0 of a benchmark.
-struct Ranks {
-    runner: DistributedRunner<Profiled<CpuBackend>>,
+struct Ranks<D: Backend> {
+    runner: DistributedRunner<Profiled<D>>,
     bandwidth: f64,
 }
 
 /// Loads rank 0's part; the second value is the name of the numerics.
-pub(super) fn load(
+pub(super) fn load<D: BenchDevice + RankDevice>(
     args: &BenchModelArgs,
     model: &Model,
     shape: Shape<'_>,
 ) -> anyhow::Result<(Box<dyn BenchRunner>, &'static str)> {
     let Shape { limits, n_slots, .. } = shape;
-    let (runner, numerics) = distributed::lead(model, &args.parallel, limits, n_slots, args.sync_every)?;
+    let (runner, numerics) = distributed::lead::<Profiled<D>>(model, &args.parallel, limits, n_slots, args.sync_every)?;
     let mut ranks = Ranks { runner, bandwidth: 0.0 };
     ranks.bandwidth = ranks.measure_bandwidth()?;
     Ok((Box::new(ranks), numerics))
 }
 
-impl Ranks {
+impl<D: BenchDevice + RankDevice> Ranks<D> {
     fn ask(&mut self, ranks: std::ops::Range<usize>, question: &Question) -> anyhow::Result<Vec<Vec<u8>>> {
         Ok(self.runner.ask(ranks, &serde_json::to_vec(question)?)?)
     }
@@ -154,7 +172,7 @@ impl Ranks {
     }
 }
 
-impl BenchRunner for Ranks {
+impl<D: BenchDevice + RankDevice> BenchRunner for Ranks<D> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.runner.step(batch, logits)
     }
@@ -205,14 +223,12 @@ impl BenchRunner for Ranks {
 
     fn name(&self) -> String {
         let plan = self.runner.plan();
-        let cpu = self.runner.backend().inner();
         let (stages, size) = (plan.n_stages, plan.tensor_size);
-        format!("{stages} stages of {size} ranks, {} threads each, {}", cpu.n_threads(), cpu.isa())
+        format!("{stages} stages of {size} ranks, {} each", self.runner.backend().inner().name())
     }
 
     fn describe(&self) -> Map<String, Value> {
         let plan = self.runner.plan();
-        let cpu = self.runner.backend().inner();
         let ranks: Vec<Value> = plan
             .ranks
             .iter()
@@ -226,10 +242,10 @@ impl BenchRunner for Ranks {
                 })
             })
             .collect();
-        let value = json!({
-            "threads": cpu.n_threads(), "isa": cpu.isa().to_string(),
-            "pipeline_stages": plan.n_stages, "tensor_ranks": plan.tensor_size, "ranks": ranks,
-        });
+        let mut value = self.runner.backend().inner().describe();
+        value["pipeline_stages"] = json!(plan.n_stages);
+        value["tensor_ranks"] = json!(plan.tensor_size);
+        value["ranks"] = json!(ranks);
         let Value::Object(map) = value else { return Map::new() };
         map
     }

@@ -76,7 +76,7 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
                 run_to_end(command, || "cannot start this program again".to_string())
             })
         }
-        TransportArg::Auto | TransportArg::Tcp => {
+        TransportArg::Auto | TransportArg::Tcp | TransportArg::Nccl => {
             let launcher = Launcher { args, parallel, hosts };
             restarting(args.restart, |generation| launcher.generation(generation))
         }

@@ -18,7 +18,7 @@ use tandem_core::backend::TensorGroup;
 use tandem_core::weights::Weight;
 use tandem_core::{Backend, Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
-use tandem_engine::{Answer, DistributedRunner, HostReduce, Pipeline, RankRunner};
+use tandem_engine::{Answer, Check, DistributedRunner, HostReduce, Pipeline, RankRunner};
 use tandem_model::{
     CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe, Request,
     Share, Stacks, WeightSource, load_share,
@@ -32,6 +32,10 @@ use rank::{Announcement, announce};
 
 /// Bytes read to estimate a rank's bandwidth for the plan; `bench` measures properly.
 const PROBE_BYTES: usize = 128 << 20;
+/// What `--transport nccl` says without the feature.
+#[cfg(not(feature = "cuda"))]
+pub(crate) const NO_CUDA: &str =
+    "this tandem was built without CUDA, which --transport nccl needs; build it with --features cuda";
 /// Loading a large model takes this many patiences at most.
 const LOADING_PATIENCES: u32 = 720;
 
@@ -81,7 +85,7 @@ pub(crate) fn role(cli: &Cli) -> anyhow::Result<Role> {
             let _ = JOINED.set(Mutex::new(Some(Joined::Threads(asked))));
             Ok(Role::Lead)
         }
-        TransportArg::Auto | TransportArg::Tcp => Ok(Role::Launch(asked)),
+        TransportArg::Auto | TransportArg::Tcp | TransportArg::Nccl => Ok(Role::Launch(asked)),
     }
 }
 
@@ -139,22 +143,117 @@ impl Model {
     }
 }
 
-/// What a rank runs on: the processor, or something around it.
-pub(crate) trait RankBackend: Backend + 'static {
-    fn of(cpu: CpuBackend) -> Self;
-    /// How a rank with this configuration answers rank 0's questions.
-    fn answer(config: &ModelConfig) -> Option<Answer<Self>>
-    where
-        Self: Sized;
+/// Where a rank is.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    /// Ranks of this host.
+    pub(crate) on_this_host: usize,
+    /// This one among them.
+    pub(crate) local_rank: usize,
 }
 
-impl RankBackend for CpuBackend {
-    fn of(cpu: CpuBackend) -> CpuBackend {
-        cpu
+/// What a rank runs on.
+pub(crate) trait RankDevice: Backend + Sized + 'static {
+    /// A device before the numerics are agreed on.
+    type Opened;
+    /// Opens it.
+    fn open(model: &Model, place: Place) -> anyhow::Result<Self::Opened>;
+    /// Bytes that the rank may fill.
+    fn memory(opened: &Self::Opened, place: Place) -> u64;
+    /// Bytes per second, roughly.
+    fn bandwidth(opened: &Self::Opened) -> f64;
+    /// Name of the numerics.
+    fn numerics(model: &Model) -> anyhow::Result<&'static str>;
+    /// The backend, with the numerics of rank 0.
+    fn finish(opened: Self::Opened, numerics: &str) -> Self;
+    /// Told whether the weights fit in memory.
+    #[must_use]
+    fn with_fit(self, _fits: bool) -> Self {
+        self
+    }
+    /// Whether made-up experts may share their bytes.
+    fn stacks() -> Stacks;
+    /// Sums over `group` that the device makes itself.
+    fn sums(&self, _group: &Group) -> anyhow::Result<Option<Sums<Self>>> {
+        Ok(None)
+    }
+}
+
+/// Sums on devices, and what knows of their failures.
+pub(crate) struct Sums<B: Backend> {
+    pub(crate) group: Arc<dyn TensorGroup<B>>,
+    pub(crate) check: Check,
+}
+
+/// A device, or something around it.
+pub(crate) trait RankBackend: Backend + Sized + 'static {
+    type Device: RankDevice;
+    fn of(device: Self::Device) -> Self;
+    fn device(&self) -> &Self::Device;
+    /// The device's sums as this backend's.
+    fn through(group: Arc<dyn TensorGroup<Self::Device>>) -> Arc<dyn TensorGroup<Self>>;
+    /// How a rank with this configuration answers rank 0's questions.
+    fn answer(config: &ModelConfig) -> Option<Answer<Self>>;
+}
+
+/// A device alone.
+impl<D: RankDevice> RankBackend for D {
+    type Device = D;
+
+    fn of(device: D) -> D {
+        device
     }
 
-    fn answer(_: &ModelConfig) -> Option<Answer<CpuBackend>> {
+    fn device(&self) -> &D {
+        self
+    }
+
+    fn through(group: Arc<dyn TensorGroup<D>>) -> Arc<dyn TensorGroup<D>> {
+        group
+    }
+
+    fn answer(_: &ModelConfig) -> Option<Answer<D>> {
         None
+    }
+}
+
+impl RankDevice for CpuBackend {
+    /// Threads.
+    type Opened = usize;
+
+    fn open(model: &Model, place: Place) -> anyhow::Result<usize> {
+        let share = || (system::default_threads() / place.on_this_host.max(1)).max(1);
+        Ok(model.threads.unwrap_or_else(share))
+    }
+
+    fn memory(_: &usize, place: Place) -> u64 {
+        system::available_memory_bytes().map_or(u64::MAX >> 8, |free| free / place.on_this_host.max(1) as u64)
+    }
+
+    fn bandwidth(threads: &usize) -> f64 {
+        probe_bandwidth(*threads)
+    }
+
+    fn numerics(model: &Model) -> anyhow::Result<&'static str> {
+        Ok(cpu_backend(Some(1), model.activations, 0).1)
+    }
+
+    fn finish(threads: usize, numerics: &str) -> CpuBackend {
+        let numerics = match numerics {
+            "f32" => Numerics::F32,
+            "int8" => Numerics::Int8,
+            _ => Numerics::Bf16,
+        };
+        CpuBackend::new(threads, numerics)
+    }
+
+    fn with_fit(self, fits: bool) -> CpuBackend {
+        // Repacked weights take memory of their own; mapped ones can be read again from their files.
+        self.with_repacking(fits)
+    }
+
+    fn stacks() -> Stacks {
+        Stacks::Distinct
     }
 }
 
@@ -189,6 +288,14 @@ pub(crate) fn leads() -> bool {
     JOINED.get().is_some_and(|joined| joined.lock().unwrap_or_else(|e| e.into_inner()).is_some())
 }
 
+/// How rank 0's ranks reach each other.
+pub(crate) fn transport(parallel: &ParallelArgs) -> TransportArg {
+    match JOINED.get().map(|joined| joined.lock().unwrap_or_else(|e| e.into_inner())).as_deref() {
+        Some(Some(Joined::Tcp(started))) => started.order.parallel.transport,
+        _ => parallel.transport,
+    }
+}
+
 /// Rank 0 of several loads its part and leads; the name of its numerics. Tensor-parallel ranks sum in each `sync_every`th
 /// layer only, which is 1 but for measurements.
 pub(crate) fn lead<B: RankBackend>(
@@ -199,7 +306,7 @@ pub(crate) fn lead<B: RankBackend>(
     sync_every: usize,
 ) -> anyhow::Result<(DistributedRunner<B>, &'static str)> {
     let joined = take_joined().context("one command loads one model on several ranks")?;
-    let (_, numerics) = cpu_backend(Some(1), model.activations, 0);
+    let numerics = B::Device::numerics(model)?;
     let parallel = match &joined {
         Joined::Tcp(started) => started.order.parallel.clone(),
         _ => parallel.clone(),
@@ -216,38 +323,39 @@ pub(crate) fn lead<B: RankBackend>(
         sync_every,
     };
     let patience = parallel.patience()?;
-    let (transport, on_this_host): (Box<dyn Transport>, usize) = match joined {
+    let first = |on_this_host: usize| Place { on_this_host, local_rank: 0 };
+    let (transport, place): (Box<dyn Transport>, Place) = match joined {
         Joined::Tcp(started) => {
-            let on_this_host = started.order.on_this_host;
-            (started.connect(model.digest()?)?, on_this_host)
+            let place = started.place();
+            (started.connect(model.digest()?)?, place)
         }
         Joined::Mpi => {
             let transport = mpi::init()?;
             if transport.rank() > 0 {
                 // Other ranks of an MPI job come here too; they never return.
-                let runner = load_rank::<B>(Box::new(transport), patience, model, None, on_host())?;
+                let runner = load_rank::<B>(Box::new(transport), patience, model, None, first(on_host()))?;
                 runner.follow()?;
                 std::process::exit(0);
             }
-            (Box::new(transport), on_host())
+            (Box::new(transport), first(on_host()))
         }
         Joined::Threads(n) => {
             let mut transports = local::group(n).into_iter();
-            let first = transports.next().context("--ranks must be at least 1")?;
+            let own = transports.next().context("--ranks must be at least 1")?;
             for transport in transports {
                 let model = model.clone();
                 std::thread::spawn(move || {
-                    let result = load_rank::<B>(Box::new(transport), patience, &model, None, n)
+                    let result = load_rank::<B>(Box::new(transport), patience, &model, None, first(n))
                         .and_then(|runner| runner.follow().map_err(Into::into));
                     if let Err(error) = result {
                         eprintln!("error: {error:#}");
                     }
                 });
             }
-            (Box::new(first), n)
+            (Box::new(own), first(n))
         }
     };
-    let runner = load_rank(transport, patience, model, Some(setup), on_this_host)?;
+    let runner = load_rank(transport, patience, model, Some(setup), place)?;
     Ok((DistributedRunner::new(runner), numerics))
 }
 
@@ -265,18 +373,32 @@ pub(crate) fn follow(started: rank::Started, args: &ModelArgs) -> anyhow::Result
     let config = ModelConfig::load(&dir)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let weights = tandem_model::resolve(&checkpoint, &config)?;
-    follow_with::<CpuBackend>(started, &Model::new(config, checkpoint, weights, args))
+    let model = Model::new(config, checkpoint, weights, args);
+    match started.order.parallel.transport {
+        #[cfg(feature = "cuda")]
+        TransportArg::Nccl => follow_with::<tandem_cuda::CudaBackend>(started, &model),
+        #[cfg(not(feature = "cuda"))]
+        TransportArg::Nccl => bail!(NO_CUDA),
+        _ => follow_with::<CpuBackend>(started, &model),
+    }
 }
 
 /// [`follow`] with a model that is at hand.
 pub(crate) fn follow_with<B: RankBackend>(started: rank::Started, model: &Model) -> anyhow::Result<()> {
-    let (patience, on_this_host) = (started.order.parallel.patience()?, started.order.on_this_host);
+    let (patience, place) = (started.order.parallel.patience()?, started.place());
     let transport = started.connect(model.digest()?)?;
-    load_rank::<B>(transport, patience, model, None, on_this_host)?.follow()?;
+    load_rank::<B>(transport, patience, model, None, place)?.follow()?;
     Ok(())
 }
 
 impl rank::Started {
+    /// Where this rank is among those of its host.
+    pub(crate) fn place(&self) -> Place {
+        let (rank, peers) = (self.order.rank, &self.peers);
+        let local_rank = peers[..rank].iter().filter(|p| p.host == peers[rank].host).count();
+        Place { on_this_host: self.order.on_this_host, local_rank }
+    }
+
     /// Meets the other ranks; all must have the same `model` hash.
     pub(crate) fn connect(self, model: String) -> anyhow::Result<Box<dyn Transport>> {
         let rank::Started { order, listener, peers } = self;
@@ -308,10 +430,10 @@ fn load_rank<B: RankBackend>(
     patience: Duration,
     model: &Model,
     setup: Option<Setup>,
-    on_this_host: usize,
+    place: Place,
 ) -> anyhow::Result<RankRunner<B>> {
     let world = Group::world(transport, patience);
-    let result = load_in(&world, model, setup, on_this_host);
+    let result = load_in(&world, model, setup, place);
     if let Err(error) = &result {
         world.abort(&format!("{error:#}"));
     }
@@ -322,17 +444,17 @@ fn load_in<B: RankBackend>(
     world: &Group,
     model: &Model,
     setup: Option<Setup>,
-    on_this_host: usize,
+    place: Place,
 ) -> anyhow::Result<RankRunner<B>> {
     let Model { config, weights, source, .. } = model;
     let introducing = Doing::of("agreeing on a plan");
     world.set_slack(6);
-    let threads = model.threads.unwrap_or_else(|| (system::default_threads() / on_this_host.max(1)).max(1));
+    let opened = B::Device::open(model, place)?;
     let round_trip = round_trip(world, config.hidden_size)?;
     let introduction = Introduction {
         host: world.host(world.rank()),
-        memory: system::available_memory_bytes().map_or(u64::MAX >> 8, |free| free / on_this_host.max(1) as u64),
-        bandwidth: probe_bandwidth(threads),
+        memory: B::Device::memory(&opened, place),
+        bandwidth: B::Device::bandwidth(&opened),
         round_trip,
         setup,
     };
@@ -344,44 +466,40 @@ fn load_in<B: RankBackend>(
         .into_iter()
         .map(|i| RankResources { host: i.host, memory: i.memory, bandwidth: i.bandwidth, round_trip: i.round_trip })
         .collect();
-    let numerics = match setup.numerics.as_str() {
-        "f32" => Numerics::F32,
-        "int8" => Numerics::Int8,
-        _ => Numerics::Bf16,
-    };
-    let backend = CpuBackend::new(threads, numerics);
+    let device = B::Device::finish(opened, &setup.numerics);
     let planner = Planner {
         config,
         weights,
         n_slots: setup.n_slots,
-        cache_bytes: &|kind, width| backend.cache_bytes(kind, width),
+        cache_bytes: &|kind, width| device.cache_bytes(kind, width),
         ranks: &resources,
     };
     let plan = Arc::new(planner.plan(Request { pp: setup.pp, tp: setup.tp, ep: setup.ep })?);
     let hashes = world.gather_messages(digest(format!("{plan:?}").as_bytes()).as_bytes(), introducing)?;
     ensure!(hashes.iter().all(|h| *h == hashes[0]), "the ranks made different plans; this is a bug in tandem");
     let division = Division::new(&plan.ranks[world.rank()].part, config, weights);
-    // Repacked weights take memory of their own; mapped ones can be read again from their files.
     let planned = &plan.ranks[world.rank()];
-    let backend = B::of(backend.with_repacking(planned.weight_bytes <= resources[world.rank()].memory));
+    let backend = B::of(device.with_fit(planned.weight_bytes <= resources[world.rank()].memory));
     if world.rank() == 0 {
         print_plan(&plan, &resources, &division);
     }
 
     let pipeline = Pipeline::new(world.clone(), plan.clone());
     let wire = if setup.wire_bf16 { Wire::Bf16 } else { Wire::F32 };
-    let reduce = (plan.tensor_size > 1).then(|| {
+    let sums = if plan.tensor_size > 1 { backend.device().sums(&pipeline.tensor_group())? } else { None };
+    let (sums, check) = sums.map_or((None, None), |sums| (Some(sums.group), Some(sums.check)));
+    let reduce = (plan.tensor_size > 1 && sums.is_none()).then(|| {
         let reduce = HostReduce::new(pipeline.tensor_group(), wire, config.hidden_size);
         Arc::new(reduce.with_sync_every(setup.sync_every))
     });
     let whole: Box<dyn WeightSource + '_> = match source {
         Source::Checkpoint(checkpoint) => Box::new(CheckpointWeights::new(checkpoint, weights.to_vec())),
-        Source::Dummy { recipe, .. } => Box::new(DummyWeights::new(config, recipe, Stacks::Distinct)),
+        Source::Dummy { recipe, .. } => Box::new(DummyWeights::new(config, recipe, B::Device::stacks())),
     };
     let source = PartWeights::new(&*whole, weights, division.clone());
     let total = planned.weight_bytes;
     let (mut loaded, mut last) = (0, Instant::now());
-    let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<B>>);
+    let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<B>>).or_else(|| sums.map(B::through));
     let limits = Limits { max_rows: setup.max_rows, max_logits_rows: setup.max_logits_rows };
     let local_config = division.config(config);
     let loaded_model = load_share(&backend, &local_config, &source, Share { division, group }, limits, &mut |n| {
@@ -405,7 +523,8 @@ fn load_in<B: RankBackend>(
         config.hidden_size,
         setup.n_slots,
     )
-    .with_answer(B::answer(&local_config));
+    .with_answer(B::answer(&local_config))
+    .with_check(check);
     world.set_slack(LOADING_PATIENCES);
     world.barrier(Doing::of("waiting for every rank to load"))?;
     world.set_slack(1);
