@@ -24,27 +24,24 @@ struct RawRow {
     u32 scale;
 };
 
-// Elements k .. k + 32 of a row, from the tile that holds them: in memory, or a copy in shared memory.
-template <bool SHARED>
-DI RawRow load_raw(const Matrix& m, const u8* tile, u32 row, u32 k) {
+// Elements k .. k + 32 of a row, from the tiles of its group.
+DI RawRow load_raw(const Matrix& m, const u8* group, u32 row, u32 k) {
     RawRow raw;
     raw.a = raw.b = make_uint4(0, 0, 0, 0);
     raw.scale = 0;
     if (k >= m.cols) return raw;
-    const u8* codes = tile + tile_place(row, (m.format == MXFP4 ? k / 2 : k) & 127);
-    raw.a = SHARED ? *(const uint4*)codes : load_stream(codes);
+    u32 byte = m.format == MXFP4 ? k / 2 : k;
+    const u8* tile = group + byte / 128 * TILE_BYTES;
+    const u8* codes = tile + tile_place(row, byte & 127);
+    raw.a = load_stream(codes);
     if (m.format == MXFP4) {
         raw.scale = tile[TILE_SCALES + (row & 7) * 8 + (k / 32 & 7)];
     } else {
-        raw.b = SHARED ? *(const uint4*)(codes + 16) : load_stream(codes + 16);
+        raw.b = load_stream(codes + 16);
         raw.scale = ((const u32*)(tile + TILE_SCALES + (row & 7) * 8))[k / 64 & 1];
     }
     return raw;
 }
-
-// Copies of tiles that gemm_mma_32 keeps: rounds of the 16 groups of rows of a block.
-#define GEMM_RAW 3
-#define GEMM_ROUND (16 * TILE_BYTES)
 
 DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     u32 out;
@@ -142,43 +139,25 @@ DI void gemm_mma(const GemmArgs& args) {
         u16* tokens = memory + 2 * WEIGHTS;  // [STAGES][TOKENS, GEMM_PITCH]
 #pragma unroll
         for (u32 s = 0; s < STAGES - 1; s++) copy_x(s * GEMM_K, tokens + s * X);
-        // Few tokens are bound by weights: whole tiles are copied two rounds ahead, and decoded from the copies.
-        u8* raw_tiles = (u8*)(tokens + STAGES * X);
-        u32 round_columns = m.format == MXFP4 ? 256 : 128, rounds = (cols + round_columns - 1) / round_columns;
-        auto copy_round = [&](u32 round) {
-            if (round < rounds)
-                for (u32 i = threadIdx.x; i < GEMM_ROUND / 16; i += 256) {
-                    u32 g = i / (TILE_BYTES / 16), place = i % (TILE_BYTES / 16) * 16;
-                    const Matrix& source = args.gated && (g & 1) ? args.m1 : args.m0;
-                    u32 first_row = min(row0 + (args.gated ? g / 2 : g) * 8, source.rows - 1);
-                    copy16(raw_tiles + round % GEMM_RAW * GEMM_ROUND + g * TILE_BYTES + place,
-                           tile_of(source, part, first_row, round) + place);
-                }
-        };
-        auto load = [&](u32 k) {
-            u32 round = k / round_columns;
-            if (TOKENS == 32)
-                return load_raw<true>(m, raw_tiles + round % GEMM_RAW * GEMM_ROUND + tile_row / 8 * TILE_BYTES, row, k);
-            return load_raw<false>(m, group + round * TILE_BYTES, row, k);
-        };
-        if (TOKENS == 32) {
-            copy_round(0);
-            commit_copies();
-            copy_round(1);
-            commit_copies();
-            wait_copies<0>();
-            __syncthreads();
-        }
-        RawRow raw = load(half);
+        RawRow raw = load_raw(m, group, row, half);
+        // Few tokens are bound by weights, of which two loads are under way then.
+        RawRow ahead;
+        if (TOKENS == 32) ahead = load_raw(m, group, row, GEMM_K + half);
         store_raw(m, raw, weights + tile_row * GEMM_PITCH + half);
         wait_copies<STAGES - 2>();
         __syncthreads();
         for (u32 step = 0; step < steps; step++) {
             u32 now = step & 1, next = now ^ 1, k = (step + 1) * GEMM_K;
             bool more = step + 1 < steps;
-            if (TOKENS == 32 && step * GEMM_K % round_columns == 0) copy_round(step * GEMM_K / round_columns + GEMM_RAW - 1);
             copy_x((step + STAGES - 1) * GEMM_K, tokens + (step + STAGES - 1) % STAGES * X);
-            if (more && TOKENS != 32) raw = load(k + half);
+            if (more) {
+                if (TOKENS == 32) {
+                    raw = ahead;
+                    ahead = load_raw(m, group, row, k + GEMM_K + half);
+                } else {
+                    raw = load_raw(m, group, row, k + half);
+                }
+            }
             const u16* a_tile = weights + now * WEIGHTS + (warp_row + (lane & 15)) * GEMM_PITCH + (lane >> 4) * 8 + warp_k;
             const u16* b_tile = tokens + step % STAGES * X +
                                 (warp_token + (lane & 7) + (lane >> 4) * 8) * GEMM_PITCH + (lane >> 3 & 1) * 8 + warp_k;
@@ -195,7 +174,6 @@ DI void gemm_mma(const GemmArgs& args) {
                         mma(acc[i][j], a[0], a[1], a[2], a[3], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
                 }
             }
-            if (more && TOKENS == 32) raw = load(k + half);
             if (more) store_raw(m, raw, weights + next * WEIGHTS + tile_row * GEMM_PITCH + half);
             wait_copies<STAGES - 2>();
             __syncthreads();

@@ -291,9 +291,8 @@ impl CudaBackend {
     fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
         let name = if tokens == GEMM_TILE { "gemm_mma_128" } else { "gemm_mma_32" };
         // Two stages of rows and two or four of tokens, 64 columns and padding each.
-        // The smaller one keeps three rounds of the tiles of its rows besides.
-        let (stages, rounds) = if tokens == GEMM_TILE { (2, 0) } else { (4, 3) };
-        let shared = (2 * GEMM_TILE + stages * tokens) * 72 * 2 + rounds * GEMM_TILE / 8 * TILE_BYTES;
+        let stages = if tokens == GEMM_TILE { 2 } else { 4 };
+        let shared = (2 * GEMM_TILE + stages * tokens) * 72 * 2;
         self.device.launch(name, grid, 256, shared, &mut args![args]);
     }
 
