@@ -56,7 +56,8 @@ def main():
     L.llama_backend_init()
     mp = L.llama_model_default_params()
     mp.n_gpu_layers = 0
-    mp.use_mmap = not a.no_mmap
+    if a.no_mmap:
+        mp.load_mode = L.LLAMA_LOAD_MODE_NONE
     if a.no_repack:
         mp.use_extra_bufts = False
     model = L.llama_model_load_from_file(a.model.encode(), mp)
