@@ -169,7 +169,7 @@ fn ids_are_found_in_the_hugging_face_cache() {
     };
     let missing = inspect("HF_HOME", home.path());
     assert_eq!(missing.code, Some(1));
-    assert!(missing.stderr.contains("org/tiny") && missing.stderr.contains("tandem pull org/tiny"), "{}", missing.stderr);
+    assert!(missing.stderr.contains("tandem pull org/tiny"), "{}", missing.stderr);
 
     fill("0123abc", Path::new(&golden("models/glm51_tiny")));
     fill("fff", Path::new(&golden("models/llama_tiny")));
