@@ -128,7 +128,7 @@ unsafe fn scores_vnni<'a>(query: &Int8Query, key: impl Fn(usize) -> (&'a [u8], f
 /// `n_heads` heads of `dim` elements, `n_keys` positions.
 pub fn agreement(isa: Isa, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> f64 {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut uniform = |n: usize| -> Vec<f32> {
+    let mut noise = |n: usize| -> Vec<f32> {
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1 << 23) as f32 - 1.0
@@ -136,7 +136,7 @@ pub fn agreement(isa: Isa, n_heads: usize, dim: usize, n_keys: usize, k: usize) 
         // Sums of four are near enough to normal, with the outliers that cost a shared scale its precision.
         (0..n).map(|_| (0..4).map(|_| next()).sum()).collect()
     };
-    let (q, weights, keys) = (uniform(n_heads * dim), uniform(n_heads), uniform(n_keys * dim));
+    let (q, weights, keys) = (noise(n_heads * dim), noise(n_heads), noise(n_keys * dim));
     let mut cache = CpuCache::int8(n_keys, dim);
     for (slot, key) in keys.chunks_exact(dim).enumerate() {
         cache.write(slot, key);

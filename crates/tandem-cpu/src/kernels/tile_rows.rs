@@ -43,9 +43,13 @@ const GROUP: usize = 32;
 /// Bytes ahead of the one being read that are asked for, into the second-level cache: the processor's own prefetchers stop
 /// at every page. Without, the kernels of a 2-core Zen 4 machine reach 0.6 to 0.75 of plain reading in memory, with these
 /// 0.8 to 0.97 (in one run each: mxfp4, affine 4-bit in small matrices, affine 8-bit); first-level prefetches do not help.
-const AHEAD_NIBBLES: usize = 8 << 10;
-const AHEAD_BYTES: usize = 4 << 10;
-const AHEAD_BYTES_INT8: usize = 2 << 10;
+const fn ahead(operand: Operand, bits: usize) -> usize {
+    match (operand, bits) {
+        (_, 4) => 8 << 10,
+        (Operand::Int8, _) => 2 << 10,
+        _ => 4 << 10,
+    }
+}
 
 /// What the inner loop multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,14 +91,7 @@ pub(crate) fn tile_rows(
     let mut sums = [[0.0; TILE_ROWS]; MAX_TOKENS];
     // What comes before the tiles' own prefetches, at once.
     let first = matrix.tile(part, first_row / TILE_ROWS).codes.as_ptr();
-    let ahead = if matrix.dtype.bits() == 4 { AHEAD_NIBBLES } else { AHEAD_BYTES };
-    for line in (0..ahead).step_by(64) {
-        // SAFETY: a prefetch may name any address.
-        #[allow(unused_unsafe)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(first.wrapping_add(line).cast())
-        };
-    }
+    prefetch_lines(first, ahead(operand, matrix.dtype.bits()).div_ceil(64));
     for start in (0..n_rows).step_by(TILE_ROWS) {
         let tile = matrix.tile(part, (first_row + start) / TILE_ROWS);
         let n = TILE_ROWS.min(n_rows - start);
@@ -273,12 +270,16 @@ unsafe fn words(tile: &Tile<'_>, word: usize) -> [__m512i; 2] {
 /// Asks for what lies `ahead` of the tile's group `group`: as much as a group of `BITS` codes takes with its scales and
 /// biases, so that tiles in a row are asked for without a gap.
 #[inline]
-#[target_feature(enable = "avx512f")]
-#[allow(unused_unsafe)] // prefetching became safe after rust-version
 fn prefetch<const BITS: usize>(tile: &Tile<'_>, group: usize, group_bytes: usize, ahead: usize) {
-    let first = tile.codes.as_ptr().wrapping_add(ahead + group * group_bytes);
     // 32 rows' codes are 2 BITS lines, scales and biases two more at most, unless they are f32.
-    for line in 0..2 * BITS + 2 {
+    prefetch_lines(tile.codes.as_ptr().wrapping_add(ahead + group * group_bytes), 2 * BITS + 2);
+}
+
+/// Asks for cache lines from `first` on.
+#[inline]
+#[allow(unused_unsafe)] // prefetching became safe after rust-version
+fn prefetch_lines(first: *const u8, n: usize) {
+    for line in 0..n {
         // SAFETY: a prefetch may name any address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(first.wrapping_add(64 * line).cast()) };
     }
@@ -336,9 +337,9 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..n_groups {
         if BYTES {
-            prefetch::<8>(tile, group, group_bytes, AHEAD_BYTES_INT8);
+            prefetch::<8>(tile, group, group_bytes, ahead(Operand::Int8, 8));
         } else {
-            prefetch::<4>(tile, group, group_bytes, AHEAD_NIBBLES);
+            prefetch::<4>(tile, group, group_bytes, ahead(Operand::Int8, 4));
         }
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
         if is_mx {
@@ -414,7 +415,7 @@ unsafe fn bf16_sums<const T: usize, const BITS: usize>(
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
-        prefetch::<BITS>(tile, group, group_bytes, if BITS == 4 { AHEAD_NIBBLES } else { AHEAD_BYTES });
+        prefetch::<BITS>(tile, group, group_bytes, ahead(Operand::Bf16, BITS));
         let mut partial = [[_mm512_setzero_ps(); 2]; T];
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
@@ -489,7 +490,7 @@ unsafe fn f32_sums<const T: usize, const BITS: usize>(
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
-        prefetch::<BITS>(tile, group, group_bytes, if BITS == 4 { AHEAD_NIBBLES } else { AHEAD_BYTES });
+        prefetch::<BITS>(tile, group, group_bytes, ahead(Operand::F32, BITS));
         let mut partial = [[_mm512_setzero_ps(); 2]; T];
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
