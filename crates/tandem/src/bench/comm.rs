@@ -16,6 +16,8 @@ use crate::report::print_json;
 const DOING: Doing = Doing::of("bench comm");
 /// Time spent on one row.
 const ROW_SECONDS: f64 = 0.4;
+/// Read between two messages, as a stage of a pipeline reads its weights: far more than caches hold.
+const READ_BETWEEN: usize = 128 << 20;
 /// From here on bandwidth counts.
 const DUPLEX_BYTES: usize = 64 << 10;
 
@@ -118,7 +120,9 @@ fn measure(world: &Group, bytes: usize, raw_address: std::net::IpAddr) -> anyhow
     };
     let mut socket = raw_socket(world, raw_address)?;
     row("raw", share(1.0), raw(world, bytes, &mut socket)?);
-    if bytes >= DUPLEX_BYTES {
+    if bytes < DUPLEX_BYTES {
+        row("raw, cold", share(1.0), raw_cold(world, bytes, &mut socket)?);
+    } else {
         row("raw duplex", share(1.0), raw_duplex(world, bytes, &socket)?);
     }
     drop(socket);
@@ -201,6 +205,37 @@ fn raw(world: &Group, bytes: usize, stream: &mut Option<TcpStream>) -> anyhow::R
         }
         Ok(())
     })
+}
+
+/// As [`raw`], of sides that read memory before they write, which is left out of the time: the caches hold nothing of the
+/// way through the system, and the side that waits has gone to sleep. What the two hops of a token have to be compared with.
+fn raw_cold(world: &Group, bytes: usize, stream: &mut Option<TcpStream>) -> anyhow::Result<Vec<f64>> {
+    let mut buffer = vec![1u8; bytes.max(size_of::<f64>())];
+    let memory = vec![1u64; if stream.is_some() { READ_BETWEEN / size_of::<u64>() } else { 0 }];
+    let read = || {
+        let start = Instant::now();
+        std::hint::black_box(memory.iter().fold(0, |sum, word| sum ^ word));
+        start.elapsed().as_secs_f64()
+    };
+    let (rank, mut times) = (world.rank(), vec![]);
+    timed(world, || {
+        let Some(stream) = stream else { return Ok(()) };
+        if rank == 0 {
+            read();
+            let start = Instant::now();
+            stream.write_all(&buffer)?;
+            stream.read_exact(&mut buffer)?;
+            let reading = f64::from_le_bytes(*buffer.first_chunk().context("a time")?);
+            times.push(start.elapsed().as_secs_f64() - reading);
+        } else {
+            stream.read_exact(&mut buffer)?;
+            let reading = read();
+            buffer[..size_of::<f64>()].copy_from_slice(&reading.to_le_bytes());
+            stream.write_all(&buffer)?;
+        }
+        Ok(())
+    })?;
+    Ok(if rank == 0 { times } else { vec![0.0] })
 }
 
 /// `bytes` in both directions at once: what an all_reduce of two ranks has to reach where bandwidth counts.
