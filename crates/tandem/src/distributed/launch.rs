@@ -24,6 +24,9 @@ use crate::cli::{LaunchArgs, ParallelArgs, TransportArg};
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
+/// Ranks that fail so soon will probably fail again.
+const SHORT: Duration = Duration::from_secs(2);
+
 /// One rank's host.
 #[derive(Clone, Debug, PartialEq)]
 struct Host {
@@ -98,17 +101,34 @@ fn catch_signals() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs generations of ranks until one ends well, the user ends it, or `restarts` are used up.
+/// Runs generations of ranks until one ends well, the user ends it, or `restarts` are used up. What fails again within
+/// [`SHORT`] is started again later and later.
 fn restarting(restarts: u32, mut run: impl FnMut(u32) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
-    let mut generation = 0;
+    let (mut generation, mut n_short) = (0, 0);
     loop {
+        let start = Instant::now();
         let result = run(generation)?;
         if result == ExitCode::SUCCESS || INTERRUPT.load(Ordering::Relaxed) || generation >= restarts {
             return Ok(result);
         }
         generation += 1;
-        eprintln!("launch: starting the ranks again ({generation} of {restarts})");
+        n_short = if start.elapsed() < SHORT { n_short + 1 } else { 0 };
+        let pause = pause_after(n_short);
+        let when = if pause.is_zero() { String::new() } else { format!(" in {} s", pause.as_secs()) };
+        eprintln!("launch: starting the ranks again{when} ({generation} of {restarts})");
+        let start = Instant::now();
+        while start.elapsed() < pause {
+            if INTERRUPT.load(Ordering::Relaxed) {
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
+}
+
+/// The first restart is at once, then after 1, 2, 4, .. 32 seconds.
+fn pause_after(n_short: u32) -> Duration {
+    Duration::from_secs(n_short.checked_sub(2).map_or(0, |n| 1 << n.min(5)))
 }
 
 /// Runs a program that starts and watches the ranks itself, and ends it when this one is to end.
@@ -468,6 +488,12 @@ impl Bars {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_that_fail_at_once_are_started_later_and_later() {
+        let seconds = |n| pause_after(n).as_secs();
+        assert_eq!([0, 1, 2, 3, 7, 8, 100].map(seconds), [0, 0, 1, 2, 32, 32, 32]);
+    }
 
     #[test]
     fn hostfiles_of_mlx_launch() {
