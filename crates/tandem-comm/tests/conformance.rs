@@ -162,6 +162,32 @@ fn tcp_conforms() {
     }
 }
 
+#[test]
+fn messages_in_two_parts_wait_for_those_of_another_channel() {
+    over_tcp(2, DEADLINE, |t| {
+        let group = world(t);
+        let lengths = [3 << 20, 5, (1 << 20) + 1, 400_000];
+        if group.rank() == 0 {
+            for (i, length) in lengths.into_iter().enumerate() {
+                let data: Vec<u8> = (0..length).map(|j| (i + j / 3) as u8).collect();
+                group.send(1, Channel::Data, &data, TEST).expect("sends");
+            }
+            group.send(1, Channel::Command, &[7; 1 << 20], TEST).expect("sends");
+        } else {
+            let mut command = vec![0; 1 << 20];
+            group.recv(0, Channel::Command, &mut command, TEST).expect("receives");
+            assert!(command == [7; 1 << 20]);
+            for (i, length) in lengths.into_iter().enumerate() {
+                let mut data = vec![0; length];
+                group.recv(0, Channel::Data, &mut data, TEST).expect("receives");
+                assert!(data.iter().enumerate().all(|(j, b)| *b == (i + j / 3) as u8), "message {i}");
+            }
+        }
+        group.barrier(TEST).expect("barrier");
+        group.leave();
+    });
+}
+
 fn blamed(result: Result<(), CommError>) -> (Option<usize>, CommError) {
     let error = result.expect_err("the other rank failed");
     (error.rank, error)

@@ -1,6 +1,7 @@
 //! How ranks meet: who connects to whom, and the proof that a connection belongs to this launch.
 //!
-//! Rank i connects to every lower rank and accepts from every higher one, twice each (messages, signs of life):
+//! Rank i connects to every lower rank and accepts from every higher one, three times each (messages, signs of life, second
+//! parts of long messages):
 //!
 //! ```text
 //! connector -> acceptor   magic [8], nonce c [32]
@@ -33,8 +34,8 @@ const NONCE: usize = 32;
 const PROOF: usize = 32;
 const FIRST: usize = MAGIC.len() + NONCE;
 const SECOND: usize = 3 + PROOF;
-/// Connections of one pair of ranks: messages, signs of life.
-const N_CONNECTIONS: usize = 2;
+/// Connections of one pair of ranks: messages, signs of life, second parts of long messages.
+const N_CONNECTIONS: usize = 3;
 /// A stranger may keep a connection open for this long.
 const STRANGER: Duration = Duration::from_secs(5);
 /// Strangers at once; the oldest goes first.
@@ -116,7 +117,7 @@ pub(super) fn meet(
     config: &TcpConfig,
 ) -> Result<Vec<Option<[TcpStream; N_CONNECTIONS]>>, CommError> {
     let deadline = Instant::now() + config.start_timeout;
-    let mut found: Vec<[Option<TcpStream>; N_CONNECTIONS]> = config.peers.iter().map(|_| [None, None]).collect();
+    let mut found: Vec<[Option<TcpStream>; N_CONNECTIONS]> = config.peers.iter().map(|_| Default::default()).collect();
     for (peer, places) in found.iter_mut().enumerate().take(config.rank) {
         for (connection, place) in places.iter_mut().enumerate() {
             *place = Some(connect_to(config, peer, connection as u8, deadline)?);
@@ -126,7 +127,7 @@ pub(super) fn meet(
     let mut connections = vec![];
     for (rank, streams) in found.into_iter().enumerate() {
         connections.push(match streams {
-            [Some(data), Some(control)] if rank != config.rank => Some([data, control]),
+            [Some(first), Some(control), Some(second)] if rank != config.rank => Some([first, control, second]),
             _ => None,
         });
     }

@@ -25,6 +25,8 @@ use crate::transport::{Channel, Incoming, Transport, Wait};
 /// A rank stays awake from this long before a message is due, by the last one, until this long after: a sleeping core takes
 /// 50 to 250 us to wake up, as long as a hop between hosts. It shares the core with what else wants it, so not for longer.
 const AWAKE: Duration = Duration::from_millis(2);
+/// Activations of at least so many bytes go half over each of two connections.
+const DIVIDED: usize = 512 << 10;
 /// A turn that takes longer than this was not spent waiting.
 const SUSPENDED: Duration = Duration::from_secs(1);
 /// How long the reason of a closed connection may take to arrive on the other one.
@@ -71,6 +73,8 @@ pub struct Tcp {
 
 struct Link {
     stream: TcpStream,
+    /// Takes the second parts of long messages.
+    second: TcpStream,
     sent: Counters,
     received: Counters,
     /// Messages that arrived while one of another channel was awaited.
@@ -132,11 +136,13 @@ pub fn connect(listener: TcpListener, config: TcpConfig) -> Result<Tcp, CommErro
                 links.push(None);
                 controls.push(None);
             }
-            Some([data, control]) => {
-                let nonblocking = data.set_nonblocking(true).and_then(|()| control.set_nonblocking(true));
+            Some(streams) => {
+                let nonblocking = streams.iter().try_for_each(|stream| stream.set_nonblocking(true));
                 nonblocking.map_err(|e| CommError::setup(format!("cannot prepare a connection: {e}")))?;
+                let [stream, control, second] = streams;
                 links.push(Some(Link {
-                    stream: data,
+                    stream,
+                    second,
                     sent: Counters::default(),
                     received: Counters::default(),
                     early: Default::default(),
@@ -152,12 +158,29 @@ pub fn connect(listener: TcpListener, config: TcpConfig) -> Result<Tcp, CommErro
     Ok(Tcp { rank: config.rank, links, hosts, health })
 }
 
+/// Bytes of a message's first part; the rest goes over the second connection.
+fn first_part(channel: Channel, length: usize) -> usize {
+    if channel == Channel::Data && length >= DIVIDED { length / 2 } else { length }
+}
+
+/// What a call on a connection moved; none when the connection is not ready.
+fn moved(result: std::io::Result<usize>) -> Result<Option<usize>, Failure> {
+    match result {
+        Ok(n) => Ok(Some(n)),
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
+        Err(e) => Err(Failure::Lost { why: e.to_string() }),
+    }
+}
+
 /// A message on its way out.
 struct Sending<'a> {
     to: usize,
     header: [u8; HEADER],
-    data: &'a [u8],
+    first: &'a [u8],
+    second: &'a [u8],
+    /// Bytes of header and first part that are gone.
     done: usize,
+    second_done: usize,
 }
 
 /// A message on its way in.
@@ -166,8 +189,9 @@ struct Receiving<'a> {
     channel: Channel,
     into: Incoming<'a>,
     header: [u8; HEADER],
-    /// Bytes of header and payload that are here.
+    /// Bytes of header and first part that are here.
     done: usize,
+    second_done: usize,
     parsed: Option<Header>,
     /// A message of another channel.
     early: Vec<u8>,
@@ -175,75 +199,121 @@ struct Receiving<'a> {
 }
 
 impl Sending<'_> {
-    /// Writes what the connection takes, behind what was posted; true when progress was made.
+    /// Writes what the connections take, behind what was posted; true when progress was made.
     fn advance(&mut self, link: &mut Link) -> Result<bool, Failure> {
-        let before = self.done;
-        while link.posted.is_empty() && !self.finished() {
-            let result = if self.done < HEADER {
-                link.stream.write_vectored(&[IoSlice::new(&self.header[self.done..]), IoSlice::new(self.data)])
-            } else {
-                link.stream.write(&self.data[self.done - HEADER..])
-            };
-            match result {
-                Ok(n) => self.done += n,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Failure::Lost { why: e.to_string() }),
+        let mut progress = false;
+        loop {
+            let mut n = 0;
+            if link.posted.is_empty() && self.first_waits() {
+                let result = if self.done < HEADER {
+                    link.stream.write_vectored(&[IoSlice::new(&self.header[self.done..]), IoSlice::new(self.first)])
+                } else {
+                    link.stream.write(&self.first[self.done - HEADER..])
+                };
+                n = moved(result)?.unwrap_or(0);
+                self.done += n;
             }
+            if self.second_waits() {
+                let second = moved(link.second.write(&self.second[self.second_done..]))?.unwrap_or(0);
+                self.second_done += second;
+                n += second;
+            }
+            if n == 0 {
+                return Ok(progress);
+            }
+            progress = true;
         }
-        Ok(self.done > before)
+    }
+
+    fn first_waits(&self) -> bool {
+        self.done < HEADER + self.first.len()
+    }
+
+    fn second_waits(&self) -> bool {
+        self.second_done < self.second.len()
     }
 
     fn finished(&self) -> bool {
-        self.done == HEADER + self.data.len()
+        !self.first_waits() && !self.second_waits()
     }
 }
 
 impl Receiving<'_> {
     /// Reads what is there; true when progress was made.
     fn advance(&mut self, link: &mut Link) -> Result<bool, Failure> {
+        let closed = || Failure::Lost { why: "it closed the connection".to_string() };
         let mut progress = false;
         while !self.finished {
-            match self.read(link) {
-                Ok(0) => return Err(Failure::Lost { why: "it closed the connection".to_string() }),
-                Ok(n) => self.done += n,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                Err(e) => return Err(Failure::Lost { why: e.to_string() }),
+            let mut ready = false;
+            if self.first_waits()
+                && let Some(n) = moved(self.read(link))?
+            {
+                ready = true;
+                self.done += if n == 0 { return Err(closed()) } else { n };
+                if self.parsed.is_none() && self.done >= HEADER {
+                    self.parse(link)?;
+                }
+            }
+            if self.second_waits()
+                && let Some(n) = moved(self.read_second(link))?
+            {
+                ready = true;
+                self.second_done += if n == 0 { return Err(closed()) } else { n };
+            }
+            if !ready {
+                break;
             }
             progress = true;
-            if self.parsed.is_none() && self.done >= HEADER {
-                self.parse(link)?;
-            }
             let Some(header) = self.parsed else { continue };
-            if self.done == HEADER + header.length {
+            if !self.first_waits() && !self.second_waits() {
                 if header.channel == self.channel {
                     self.finished = true;
                 } else {
                     link.early[header.channel as usize].push_back(std::mem::take(&mut self.early));
-                    (self.done, self.parsed) = (0, None);
+                    (self.done, self.second_done, self.parsed) = (0, 0, None);
                 }
             }
         }
         Ok(progress)
     }
 
+    fn first_waits(&self) -> bool {
+        self.parsed.is_none_or(|h| self.done < HEADER + first_part(h.channel, h.length))
+    }
+
+    fn second_waits(&self) -> bool {
+        self.parsed.is_some_and(|h| self.second_done < h.length - first_part(h.channel, h.length))
+    }
+
+    /// Where the payload of a message with this header goes.
+    fn payload(&mut self, header: &Header) -> &mut [u8] {
+        match &mut self.into {
+            _ if header.channel != self.channel => &mut self.early,
+            Incoming::Exact(into) => into,
+            Incoming::Any(into) => into,
+        }
+    }
+
     fn read(&mut self, link: &mut Link) -> std::io::Result<usize> {
         match (self.parsed, &mut self.into) {
             // Header and payload in one call, when the length is known beforehand.
             (None, Incoming::Exact(into)) if link.again.is_empty() => {
-                link.stream.read_vectored(&mut [IoSliceMut::new(&mut self.header[self.done..]), IoSliceMut::new(into)])
+                let n = first_part(self.channel, into.len());
+                let header = IoSliceMut::new(&mut self.header[self.done..]);
+                link.stream.read_vectored(&mut [header, IoSliceMut::new(&mut into[..n])])
             }
             (None, _) => link.read(&mut self.header[self.done..]),
-            (Some(header), into) if header.channel == self.channel => {
-                let at = self.done - HEADER;
-                match into {
-                    Incoming::Exact(into) => link.read(&mut into[at..]),
-                    Incoming::Any(into) => link.read(&mut into[at..]),
-                }
+            (Some(header), _) => {
+                let here = self.done - HEADER..first_part(header.channel, header.length);
+                link.read(&mut self.payload(&header)[here])
             }
-            (Some(_), _) => link.read(&mut self.early[self.done - HEADER..]),
         }
+    }
+
+    fn read_second(&mut self, link: &mut Link) -> std::io::Result<usize> {
+        let Some(header) = self.parsed else { return Ok(0) };
+        let start = first_part(header.channel, header.length) + self.second_done;
+        link.second.read(&mut self.payload(&header)[start..])
     }
 
     fn parse(&mut self, link: &mut Link) -> Result<(), Failure> {
@@ -256,7 +326,7 @@ impl Receiving<'_> {
             // What was read behind the header lies where the awaited message goes.
             if let Incoming::Exact(into) = &self.into {
                 let here = self.done - HEADER;
-                let first = here.min(header.length);
+                let first = here.min(first_part(header.channel, header.length));
                 self.early[..first].copy_from_slice(&into[..first]);
                 link.again.extend(&into[first..here]);
                 self.done = HEADER + first;
@@ -294,12 +364,14 @@ impl Tcp {
     }
 
     /// Waits until a connection is ready, the group fails, or 100 ms pass; `due` is when the message should come.
-    fn sleep(&self, sending: Option<usize>, receiving: Option<usize>, due: Instant) -> std::io::Result<()> {
-        let mut fds = Vec::with_capacity(3);
-        for (rank, flags) in [(sending, PollFlags::OUT), (receiving, PollFlags::IN)] {
-            if let Some(link) = rank.and_then(|r| self.links[r].as_ref()) {
-                fds.push(PollFd::new(&link.stream, flags));
-            }
+    fn sleep(&self, sending: Option<&Sending>, receiving: Option<&Receiving>, due: Instant) -> std::io::Result<()> {
+        let mut fds = Vec::with_capacity(5);
+        let sending = sending.map(|s| (s.to, s.first_waits(), s.second_waits(), PollFlags::OUT));
+        let receiving = receiving.map(|r| (r.from, r.first_waits(), r.second_waits(), PollFlags::IN));
+        for (rank, first, second, flags) in sending.into_iter().chain(receiving) {
+            let Some(link) = &self.links[rank] else { continue };
+            let waiting = [first.then_some(&link.stream), second.then_some(&link.second)];
+            fds.extend(waiting.into_iter().flatten().map(|stream| PollFd::new(stream, flags)));
         }
         let posting = self.links.iter().flatten().filter(|link| !link.posted.is_empty());
         fds.extend(posting.map(|link| PollFd::new(&link.stream, PollFlags::OUT)));
@@ -347,12 +419,13 @@ impl Transport for Tcp {
         let mut start = Instant::now();
         let mut sending = send.map(|(to, data)| {
             let header = Header { channel, sequence: self.link(to).sent.next(channel), length: data.len() };
-            Sending { to, header: header.encode(), data, done: 0 }
+            let (first, second) = data.split_at(first_part(channel, data.len()));
+            Sending { to, header: header.encode(), first, second, done: 0, second_done: 0 }
         });
-        if let (Some(Sending { to, header, data, .. }), Channel::Command) = (&sending, channel) {
+        if let (Some(Sending { to, header, first, .. }), Channel::Command) = (&sending, channel) {
             let posted = &mut self.link(*to).posted;
             posted.extend(header);
-            posted.extend(*data);
+            posted.extend(*first);
             sending = None;
         }
         let mut receiving = None;
@@ -363,7 +436,17 @@ impl Transport for Tcp {
                     let header = [0; HEADER];
                     let early = vec![];
                     let finished = false;
-                    receiving = Some(Receiving { from, channel, into, header, done: 0, parsed: None, early, finished });
+                    receiving = Some(Receiving {
+                        from,
+                        channel,
+                        into,
+                        header,
+                        done: 0,
+                        second_done: 0,
+                        parsed: None,
+                        early,
+                        finished,
+                    });
                 }
             }
         }
@@ -398,10 +481,10 @@ impl Transport for Tcp {
             {
                 return Err(self.explain(rank, Failure::Stalled { seconds: waited.as_secs_f64() }, wait));
             }
-            let (to, from) = (sending.as_ref().map(|s| s.to), receiving.as_ref().map(|r| r.from));
+            let from = receiving.as_ref().map(|r| r.from);
             let due = start + from.map_or(Duration::ZERO, |from| self.link(from).waited[channel as usize]);
             let asleep = Instant::now();
-            self.sleep(to, from, due)
+            self.sleep(sending.as_ref(), receiving.as_ref(), due)
                 .map_err(|e| CommError::setup(format!("the system cannot wait for connections: {e}")))?;
             // A turn waits for some 100 ms: in a longer one this process was suspended, which is no fault of the others.
             if asleep.elapsed() > SUSPENDED {
