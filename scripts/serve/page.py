@@ -22,7 +22,8 @@ with sync_playwright() as playwright:
     expect.set_options(timeout=120_000)
     page.goto(url)
     expect(page.locator("#model")).to_contain_text("fable")
-    expect(page.locator("#ranks td").first).to_contain_text("layers 0 to 7")
+    expect(page.locator("#ranks")).to_contain_text("layers 0 to 7")
+    expect(page.locator("#ranks")).to_contain_text("cache in use")
     page.fill("#temperature", "0")
 
     def ask(text):

@@ -4,7 +4,8 @@
 //! stage to stage, and the last stage, which rank 0 belongs to, ends with logits. The other ranks only ever do what rank 0
 //! sends. A rank that fails tells the others why and stops; every wait is bounded by the [`Group`].
 //!
-//! A command is a list of u32: [`STEP`] and a batch, or [`QUESTION`] and bytes; an empty one ends the rank.
+//! A command is a list of u32: [`STEP`] and a batch, or [`QUESTION`] and bytes; an empty one ends the rank. An empty
+//! question asks for the rows that the rank has run and its time for them.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use tandem_comm::{Channel, CommError, Doing, Failure, Group, Wire};
 use tandem_core::backend::{Backend, Batch, TensorGroup};
-use tandem_model::{KvCache, Limits, Model, Plan, StepShape};
+use tandem_model::{KvCache, Limits, Model, Plan, RankPlan, StepShape};
 
 use crate::EngineError;
-use crate::runner::Runner;
+use crate::runner::{RankStatus, Runner};
 
 /// Tensor-parallel ranks compare their residual streams once in this many steps.
 pub const CHECK_STEPS: u64 = 16;
@@ -209,6 +210,8 @@ pub struct RankTimes {
     pub sending: Duration,
     /// Steps in these.
     pub n_steps: u64,
+    /// Rows of these steps.
+    pub n_rows: u64,
 }
 
 /// Answers what rank 0 asks this rank between two steps.
@@ -264,7 +267,7 @@ impl<B: Backend> RankRunner<B> {
         }
     }
 
-    /// Answers questions with `answer`; without, all answers are empty.
+    /// Answers questions with `answer`; without, all answers but the one to an empty question are empty.
     #[must_use]
     pub fn with_answer(self, answer: Option<Answer<B>>) -> Self {
         RankRunner { answer, ..self }
@@ -277,6 +280,9 @@ impl<B: Backend> RankRunner<B> {
     }
 
     fn answer(&mut self, question: &[u8]) -> Vec<u8> {
+        if question.is_empty() {
+            return [self.times.n_rows, self.times.working.as_nanos() as u64].map(u64::to_le_bytes).concat();
+        }
         let (backend, cache, times) = (&self.backend, &mut self.cache, &mut self.times);
         self.answer.as_mut().map_or_else(Vec::new, |answer| answer(backend, cache, times, question))
     }
@@ -327,6 +333,7 @@ impl<B: Backend> RankRunner<B> {
         self.times.working += (computed - received).saturating_sub(summing);
         self.times.sending += computed.elapsed();
         self.times.n_steps += 1;
+        self.times.n_rows += shape.n_rows as u64;
         Ok(())
     }
 
@@ -425,6 +432,13 @@ impl<B: Backend> DistributedRunner<B> {
         Ok((1..world.size()).try_for_each(|to| world.send(to, Channel::Command, &command, doing))?)
     }
 
+    /// Tells the other ranks of an error, and who holds what in it.
+    fn fail(&self, error: EngineError) -> EngineError {
+        let error = self.rank.pipeline.explain(error);
+        self.rank.pipeline.world.abort(&error.to_string());
+        error
+    }
+
     fn run_all(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         let mut waiting: VecDeque<Batch> = batches.into();
         let mut running = VecDeque::new();
@@ -451,11 +465,7 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     }
 
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        let result = self.run_all(batches, logits).map_err(|error| self.rank.pipeline.explain(error));
-        if let Err(error) = &result {
-            self.rank.pipeline.world.abort(&error.to_string());
-        }
-        result
+        self.run_all(batches, logits).map_err(|error| self.fail(error))
     }
 
     fn limits(&self) -> Limits {
@@ -464,6 +474,24 @@ impl<B: Backend> Runner for DistributedRunner<B> {
 
     fn vocab_size(&self) -> usize {
         self.rank.vocab_size
+    }
+
+    fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
+        let answers = self.ask(0..self.plan().ranks.len(), &[]);
+        let answers = answers.map_err(|error| self.fail(error))?;
+        let status = |(rank, (planned, answer)): (usize, (&RankPlan, &Vec<u8>))| {
+            let word =
+                |i: usize| answer.get(8 * i..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_le_bytes(*b));
+            RankStatus {
+                host: self.host(rank),
+                layers: planned.part.layers.clone(),
+                weight_bytes: planned.weight_bytes,
+                cache_bytes: planned.cache_bytes,
+                rows: word(0),
+                busy: Duration::from_nanos(word(1)),
+            }
+        };
+        Ok(self.plan().ranks.iter().zip(&answers).enumerate().map(status).collect())
     }
 }
 

@@ -10,7 +10,7 @@ use tandem_core::backend::PAGE_SIZE;
 use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
 use crate::page_store::PageStore;
 use crate::request::{Event, FinishReason, Logprobs, Output, Request, RequestId};
-use crate::runner::Runner;
+use crate::runner::{RankStatus, Runner};
 use crate::sampler::{InvalidParam, SampleError, Sampler, logprob, top_logprobs};
 use crate::scheduler::{EXACT_ROWS, Scheduling, StepCosts, share_rows};
 
@@ -211,6 +211,14 @@ impl Engine {
     /// What has been done so far.
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// Every rank that runs the model.
+    ///
+    /// # Errors
+    /// A rank is gone. The engine is of no more use.
+    pub fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
+        self.runner.ranks()
     }
 
     /// Rows of the last step.

@@ -8,14 +8,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, channel};
 use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
 use crate::block_manager::PageHash;
 
-/// Pages that may wait to be written; more are dropped. As many removals may wait beside them.
+/// Pages that may wait to be written; more are dropped. Removals never wait: they are names, of pages that are there.
 const QUEUE: usize = 64;
 /// Bytes of the checksum after a page's own.
 const CHECKSUM: usize = 32;
@@ -30,7 +30,7 @@ pub struct PageStore {
     total_bytes: u64,
     max_bytes: u64,
     /// Takes pages to write, and names of pages to remove, in order.
-    writer: Option<SyncSender<(PathBuf, Option<Vec<u8>>)>>,
+    writer: Option<Sender<(PathBuf, Option<Vec<u8>>)>>,
     /// Messages that the writer has not finished.
     n_queued: Arc<AtomicUsize>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -52,7 +52,7 @@ impl PageStore {
             }
         }
         found.sort();
-        let (sender, receiver) = sync_channel::<(PathBuf, Option<Vec<u8>>)>(2 * QUEUE);
+        let (sender, receiver) = channel::<(PathBuf, Option<Vec<u8>>)>();
         let n_queued = Arc::new(AtomicUsize::new(0));
         let n_unfinished = Arc::clone(&n_queued);
         let thread = std::thread::Builder::new().name("tandem-pages".into()).spawn(move || {
@@ -105,7 +105,8 @@ impl PageStore {
             })
         });
         if checked.is_none() {
-            self.remove(hash);
+            self.order.retain(|h| h != hash);
+            self.forget(hash);
         }
         checked
     }
@@ -130,15 +131,15 @@ impl PageStore {
 
     fn shrink(&mut self) {
         while self.total_bytes > self.max_bytes {
-            let Some(oldest) = self.order.front().copied() else { break };
-            self.remove(&oldest);
+            let Some(oldest) = self.order.pop_front() else { break };
+            self.forget(&oldest);
         }
     }
 
-    fn remove(&mut self, hash: &PageHash) {
+    /// Removes a page that is no more in `order`.
+    fn forget(&mut self, hash: &PageHash) {
         if let Some(size) = self.sizes.remove(hash) {
             self.total_bytes -= size;
-            self.order.retain(|h| h != hash);
             self.send((self.path(hash), None));
         }
     }

@@ -1,9 +1,29 @@
 //! Runs one batch through a model on a backend.
 
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
 use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, LayerCache, Limits, Model, StepShape};
 
 use crate::EngineError;
+
+/// What one rank holds, and what it has done.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RankStatus {
+    /// Where it runs; empty if that is here.
+    pub host: String,
+    /// Decoder layers that it holds, or a slice of each.
+    pub layers: Range<usize>,
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
+    /// Bytes of its part of the cache.
+    pub cache_bytes: u64,
+    /// Rows run so far, of all steps.
+    pub rows: u64,
+    /// Time spent on them, waiting for other ranks left out.
+    pub busy: Duration,
+}
 
 /// Something that runs batches; the engine and its tests do not know what.
 pub trait Runner {
@@ -23,6 +43,13 @@ pub trait Runner {
     fn limits(&self) -> Limits;
     /// Logits per row.
     fn vocab_size(&self) -> usize;
+    /// Every rank, as of the last step.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
+        Ok(vec![])
+    }
     /// The cached vectors of a page, if they can be had: [`Runner::load_page`] takes them.
     fn save_page(&self, _page: u32) -> Option<Vec<u8>> {
         None
@@ -41,13 +68,26 @@ pub struct ModelRunner<B: Backend> {
     cache: KvCache<B>,
     limits: Limits,
     vocab_size: usize,
+    status: RankStatus,
 }
 
 impl<B: Backend> ModelRunner<B> {
     /// A runner with an empty cache of `n_slots` tokens.
     pub fn new(backend: B, model: Box<dyn Model<B>>, limits: Limits, vocab_size: usize, n_slots: usize) -> Self {
         let cache = model.new_cache(&backend, n_slots);
-        ModelRunner { backend, model, cache, limits, vocab_size }
+        let status = RankStatus {
+            layers: 0..cache.layers.len(),
+            cache_bytes: (model.cache_bytes_per_token(&backend) * n_slots) as u64,
+            ..RankStatus::default()
+        };
+        ModelRunner { backend, model, cache, limits, vocab_size, status }
+    }
+
+    /// The same with so many bytes of weights in its status.
+    #[must_use]
+    pub fn with_weight_bytes(mut self, weight_bytes: u64) -> Self {
+        self.status.weight_bytes = weight_bytes;
+        self
     }
 
     /// The backend.
@@ -76,6 +116,7 @@ impl<B: Backend> ModelRunner<B> {
 
 impl<B: Backend> Runner for ModelRunner<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let started = Instant::now();
         let shape = StepShape::of(&batch);
         let batch = self.backend.upload(batch);
         let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
@@ -85,7 +126,14 @@ impl<B: Backend> Runner for ModelRunner<B> {
         let start = logits.len();
         logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
         self.backend.download(self.model.logits(), &mut logits[start..]);
-        self.sync()
+        self.sync()?;
+        self.status.rows += shape.n_rows as u64;
+        self.status.busy += started.elapsed();
+        Ok(())
+    }
+
+    fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
+        Ok(vec![self.status.clone()])
     }
 
     fn limits(&self) -> Limits {

@@ -75,6 +75,15 @@ pub struct Plan {
     pub tokens_per_second: f64,
 }
 
+impl Plan {
+    /// Bytes per second at which one sequence reads the model: the ranks of a stage at the same time, stage after stage.
+    pub fn bandwidth(&self) -> f64 {
+        let slowest = |stage: &[RankPlan]| stage.iter().map(|rank| 1.0 / rank.tokens_per_second).fold(0.0, f64::max);
+        let seconds: f64 = self.ranks.chunks(self.tensor_size).map(slowest).sum();
+        self.ranks.iter().map(|rank| rank.read_bytes as f64).sum::<f64>() / seconds
+    }
+}
+
 /// The cache of one layer in bytes per token, by layer.
 fn cache_bytes(config: &ModelConfig, bytes: &dyn Fn(CacheKind, usize) -> usize) -> Vec<u64> {
     let layer = |layer: usize| match &config.mla {

@@ -31,6 +31,8 @@ pub(crate) struct Loaded {
     pub(crate) prefill_chunk: usize,
     /// Name of the activations' numerics.
     pub(crate) numerics: &'static str,
+    /// Bytes per second at which GPUs or several ranks read the model; the processor's is measured by those who want it.
+    pub(crate) bandwidth: Option<f64>,
 }
 
 /// Rows whose logits one step may return.
@@ -83,7 +85,7 @@ pub(crate) fn load_with_cache(
     let blocks = BlockManager::for_tokens(cache_tokens.unwrap_or(n_contexts * context).max(context));
     let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
     let resident = accounting.total(|k| k.resident_bytes);
-    let (runner, numerics): (Box<dyn Runner>, _) = if distributed::leads() {
+    let (runner, numerics, bandwidth): (Box<dyn Runner>, _, _) = if distributed::leads() {
         let model = distributed::Model::new(config.clone(), checkpoint, weights, args);
         let n_slots = blocks.n_slots();
         match distributed::transport(&args.parallel) {
@@ -91,7 +93,8 @@ pub(crate) fn load_with_cache(
             TransportArg::Nccl => {
                 use tandem_cuda::CudaBackend;
                 let (runner, numerics) = distributed::lead::<CudaBackend>(&model, &args.parallel, limits, n_slots, 1)?;
-                (Box::new(runner), numerics)
+                let bandwidth = runner.plan().bandwidth();
+                (Box::new(runner), numerics, Some(bandwidth))
             }
             #[cfg(not(feature = "cuda"))]
             TransportArg::Nccl => bail!(distributed::NO_CUDA),
@@ -100,7 +103,8 @@ pub(crate) fn load_with_cache(
                     bail!("several ranks run on GPUs with --transport nccl; add it, or use --backend cpu");
                 }
                 let (runner, numerics) = distributed::lead::<CpuBackend>(&model, &args.parallel, limits, n_slots, 1)?;
-                (Box::new(runner), numerics)
+                let bandwidth = runner.plan().bandwidth();
+                (Box::new(runner), numerics, Some(bandwidth))
             }
         }
     } else {
@@ -112,19 +116,19 @@ pub(crate) fn load_with_cache(
                 if args.lock {
                     lock_memory();
                 }
-                (Box::new(runner), numerics)
+                (Box::new(runner), numerics, None)
             }
             #[cfg(feature = "cuda")]
             Device::Cuda => {
                 let backend = cuda_backend(args.activations)?;
                 crate::cuda::check_memory(&backend, shape, resident)?;
-                let numerics = backend.numerics().name();
-                (Box::new(runner(backend, &source, shape, resident)?), numerics)
+                let (numerics, bandwidth) = (backend.numerics().name(), backend.bandwidth());
+                (Box::new(runner(backend, &source, shape, resident)?), numerics, Some(bandwidth))
             }
         }
     };
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
-    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk, numerics })
+    Ok(Loaded { dir, config, engine, accounting, load_time: start.elapsed(), prefill_chunk, numerics, bandwidth })
 }
 
 /// What a runner is made for.
@@ -145,9 +149,13 @@ pub(crate) fn runner<B: Backend + 'static>(
 ) -> anyhow::Result<ModelRunner<B>> {
     let Shape { config, limits, n_slots } = shape;
     let bar = progress_bar(resident);
-    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| bar.inc(bytes as u64))?;
+    let mut loaded = 0;
+    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| {
+        loaded += bytes as u64;
+        bar.inc(bytes as u64);
+    })?;
     bar.finish_and_clear();
-    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots);
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(loaded);
     runner.sync()?;
     Ok(runner)
 }

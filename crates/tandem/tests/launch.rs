@@ -337,6 +337,16 @@ fn agent() -> ureq::Agent {
     ureq::Agent::config_builder().http_status_as_error(false).build().into()
 }
 
+/// The values of metrics by their names.
+fn metrics(url: &str) -> impl Fn(&str) -> f64 + use<> {
+    let text =
+        agent().get(format!("{url}/metrics")).call().expect("connects").body_mut().read_to_string().expect("text");
+    move |name| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().expect("a number")
+    }
+}
+
 /// Status and body, or None when the connection broke.
 fn ask(url: &str, prompt: &str, max_tokens: usize) -> Option<(u16, Value)> {
     let body = json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true});
@@ -385,6 +395,20 @@ fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() 
     let mut service = Service::start(2, &["--pp", "2"]);
     service.wait_until_ready();
     let expected = text_of(ask(&service.url, PROMPT, 8));
+    // The ranks are asked about once a second what they have done.
+    service.wait("the second rank's tokens", |s| metrics(&s.url)("tandem_rank_rows_total{rank=\"1\"}") >= 18.0);
+    let of = metrics(&service.url);
+    let mut n_layers = 0.0;
+    for rank in ["{rank=\"0\"}", "{rank=\"1\"}"] {
+        n_layers += of(&format!("tandem_rank_layers{rank}"));
+        assert_eq!(of(&format!("tandem_rank_rows_total{rank}")), of("tandem_rank_rows_total{rank=\"0\"}"));
+        let (weights, cache) =
+            (of(&format!("tandem_rank_weights_bytes{rank}")), of(&format!("tandem_rank_cache_bytes{rank}")));
+        let busy = of(&format!("tandem_rank_busy_seconds_total{rank}"));
+        assert!(weights > 1e6 && cache > 1e6 && busy > 0.0, "{weights} {cache} {busy}");
+        assert_eq!(of(&format!("tandem_rank_cache_used_bytes{rank}")), 0.0);
+    }
+    assert_eq!(n_layers, 8.0);
 
     // While two requests are answered, one of them as a stream.
     let url = format!("{}/v1/completions", service.url);

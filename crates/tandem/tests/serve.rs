@@ -315,6 +315,21 @@ fn errors_say_what_is_wrong() {
     check(json!({"messages": user("x"), "logit_bias": {"dog": 1}}), 400, json!("logit_bias"), "token id");
     check(json!({"messages": user("x"), "tool_choice": "required"}), 400, json!("tool_choice"), "no tools");
     check(json!({"messages": user(&"word ".repeat(3000))}), 400, json!("messages"), "context");
+    // The number of a variant is not its name.
+    check(json!({"messages": user("x"), "response_format": {"type": 0}}), 400, json!("response_format"), "type is 0");
+    let block = json!([{"role": "user", "content": [{"type": 0, "text": "x"}]}]);
+    for (path, body) in [
+        ("/v1/messages", json!({"model": "fable", "max_tokens": 1, "messages": block})),
+        ("/v1/messages/count_tokens", json!({"model": "fable", "messages": block})),
+        ("/v1/messages", json!({"model": "fable", "max_tokens": 1, "messages": user("x"), "tool_choice": {"type": 3}})),
+        ("/v1/responses", json!({"input": [{"type": 1}]})),
+        ("/v1/responses", json!({"input": "x", "text": {"format": {"type": 1}}})),
+    ] {
+        let url = format!("{}{path}", server.url);
+        let mut answer = agent().post(url).header("x-api-key", "secret-one").send(body.to_string()).unwrap();
+        let text = answer.body_mut().read_to_string().unwrap();
+        assert_eq!(answer.status(), 400, "{body}: {text}");
+    }
     let (status, error) = post(json!({"messages": user("x")}).to_string(), "secret-three");
     assert_eq!((status, &error["type"]), (401, &json!("authentication_error")));
     // It still serves, and nothing is held.
@@ -362,6 +377,24 @@ fn a_client_that_goes_away_frees_its_pages_and_a_full_queue_says_so() {
 }
 
 #[test]
+fn a_request_has_a_deadline_and_a_stopping_server_completes_its_answers() {
+    let mut server = Server::start(&["--request-timeout", "5", "--max-batch", "2"]);
+    let story = user("Tell me a story.");
+    let long = json!({"messages": story, "ignore_eos": true, "max_tokens": 1900, "n": 16});
+    let (status, error) = server.post("/v1/chat/completions", long);
+    assert_eq!((status, &error["error"]["code"]), (504, &json!("deadline_exceeded")), "{error}");
+    server.wait_until_free();
+    // The signal comes while the answer is written.
+    let body = json!({"messages": story, "ignore_eos": true, "max_tokens": 60, "stream": true});
+    let mut answer = agent().post(format!("{}/v1/chat/completions", server.url)).send(body.to_string()).unwrap();
+    let mut lines = BufReader::new(answer.body_mut().as_reader()).lines().map(Result::unwrap);
+    assert!(lines.next().unwrap().starts_with("data: "));
+    assert!(Command::new("kill").arg(server.process.id().to_string()).status().unwrap().success());
+    assert_eq!(lines.filter(|line| !line.is_empty()).last().unwrap(), "data: [DONE]");
+    assert!(server.process.wait().unwrap().success());
+}
+
+#[test]
 fn a_conversation_runs_only_its_new_tokens_and_a_restart_finds_them_on_disk() {
     let cache = tempfile::tempdir().unwrap();
     let args = ["--cache-dir", cache.path().to_str().unwrap()];
@@ -370,10 +403,10 @@ fn a_conversation_runs_only_its_new_tokens_and_a_restart_finds_them_on_disk() {
     let mut server = Server::start(&args);
     let mut seen = 0;
     for turn in 0..20 {
-        let before = server.metric("tandem_prompt_tokens");
+        let before = server.metric("tandem_prompt_tokens_total");
         let answer = server.chat(body(&messages));
         let n_prompt = answer["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
-        let n_run = (server.metric("tandem_prompt_tokens") - before) as usize;
+        let n_run = (server.metric("tandem_prompt_tokens_total") - before) as usize;
         // All but what is new: the answer's last token, which was chosen and not run, and the message after it.
         assert!(
             turn == 0 || n_run <= n_prompt - seen + 1,
@@ -396,6 +429,6 @@ fn a_conversation_runs_only_its_new_tokens_and_a_restart_finds_them_on_disk() {
     let server = Server::start(&args);
     let answer = server.chat(body(&messages));
     let cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
-    assert_eq!(server.metric("tandem_disk_prompt_tokens") as u64, cached);
+    assert_eq!(server.metric("tandem_disk_prompt_tokens_total") as u64, cached);
     assert!(cached + 64 + 20 >= seen as u64 && Path::new(cache.path()).exists(), "{cached} of {seen}");
 }

@@ -26,6 +26,8 @@ struct Measured {
     /// Seconds to the first piece of text, and between the pieces after it.
     first: Option<f64>,
     gaps: Vec<f64>,
+    /// Seconds to the end.
+    whole: f64,
     prompt_tokens: u64,
     generated_tokens: u64,
     error: Option<String>,
@@ -143,6 +145,7 @@ fn request(agent: &ureq::Agent, url: &str, model: &str, args: &BenchServeArgs, i
         }
         last = now;
     }
+    measured.whole = start.elapsed().as_secs_f64();
     if measured.generated_tokens == 0 {
         // A server that does not count: one token for each piece.
         measured.generated_tokens = (measured.gaps.len() + usize::from(measured.first.is_some())) as u64;
@@ -152,8 +155,11 @@ fn request(agent: &ureq::Agent, url: &str, model: &str, args: &BenchServeArgs, i
 
 fn report(args: &BenchServeArgs, model: &str, seconds: f64, results: &[Measured]) -> anyhow::Result<()> {
     let errors: Vec<&str> = results.iter().filter_map(|r| r.error.as_deref()).collect();
-    let first = sorted(results.iter().filter_map(|r| r.first));
-    let gaps = sorted(results.iter().flat_map(|r| r.gaps.iter().copied()));
+    let complete = || results.iter().filter(|r| r.error.is_none());
+    let first = percentiles(complete().filter_map(|r| r.first).map(|s| s * 1e3));
+    let gaps = percentiles(complete().flat_map(|r| &r.gaps).map(|s| s * 1e3));
+    let whole = percentiles(complete().map(|r| r.whole * 1e3));
+    let rates = percentiles(complete().map(|r| r.generated_tokens as f64 / r.whole));
     let sum = |of: fn(&Measured) -> u64| results.iter().map(of).sum::<u64>();
     let (prompt_tokens, generated) = (sum(|r| r.prompt_tokens), sum(|r| r.generated_tokens));
     let result = json!({
@@ -163,21 +169,27 @@ fn report(args: &BenchServeArgs, model: &str, seconds: f64, results: &[Measured]
         "requests_per_second": results.len() as f64 / seconds,
         "generated_tokens_per_second": generated as f64 / seconds,
         "total_tokens_per_second": (prompt_tokens + generated) as f64 / seconds,
-        "time_to_first_token_ms": percentiles(&first), "inter_token_ms": percentiles(&gaps),
+        "time_to_first_token_ms": first, "inter_token_ms": gaps, "request_ms": whole,
+        "request_tokens_per_second": rates,
     });
     if args.json {
         print_json(&result)?;
     } else {
         println!("{model} at {}: {} requests in {seconds:.1} s, {} errors", args.url, results.len(), errors.len());
         println!("{prompt_tokens} prompt tokens, {generated} generated, {:.1} tokens/s", generated as f64 / seconds);
-        for (name, key) in [("time to first token", "time_to_first_token_ms"), ("between tokens", "inter_token_ms")] {
+        for (name, key) in [
+            ("time to first token, ms", "time_to_first_token_ms"),
+            ("between tokens, ms", "inter_token_ms"),
+            ("whole requests, ms", "request_ms"),
+            ("tokens/s of each request", "request_tokens_per_second"),
+        ] {
             let line: Vec<String> = result[key]
                 .as_object()
                 .into_iter()
                 .flatten()
                 .map(|(name, value)| format!("{name} {:.2}", value.as_f64().unwrap_or(0.0)))
                 .collect();
-            println!("{name}, ms: {}", line.join(", "));
+            println!("{name}: {}", line.join(", "));
         }
     }
     match errors.first() {
@@ -186,23 +198,18 @@ fn report(args: &BenchServeArgs, model: &str, seconds: f64, results: &[Measured]
     }
 }
 
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-/// Mean and percentiles in milliseconds.
-fn percentiles(sorted: &[f64]) -> Map<String, Value> {
+/// Mean and percentiles.
+fn percentiles(values: impl Iterator<Item = f64>) -> Map<String, Value> {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
     let mut map = Map::new();
     if sorted.is_empty() {
         return map;
     }
-    let milliseconds = |seconds: f64| json!(seconds * 1e3);
-    map.insert("mean".into(), milliseconds(sorted.iter().sum::<f64>() / sorted.len() as f64));
+    map.insert("mean".into(), json!(sorted.iter().sum::<f64>() / sorted.len() as f64));
     for p in PERCENTILES {
         let rank = ((sorted.len() as f64 * p).ceil() as usize).clamp(1, sorted.len());
-        map.insert(format!("p{:.0}", p * 100.0), milliseconds(sorted[rank - 1]));
+        map.insert(format!("p{:.0}", p * 100.0), json!(sorted[rank - 1]));
     }
     map
 }
@@ -213,10 +220,9 @@ mod tests {
 
     #[test]
     fn percentiles_are_nearest_ranks() {
-        let values: Vec<f64> = (1..=100).map(|n| f64::from(n) / 1e3).collect();
-        let found = percentiles(&values);
-        let of = |name: &str| (found[name].as_f64().unwrap() * 1e6).round() / 1e6;
+        let found = percentiles((1..=100).rev().map(f64::from));
+        let of = |name: &str| found[name].as_f64().unwrap();
         assert_eq!((of("mean"), of("p50"), of("p90"), of("p95"), of("p99")), (50.5, 50.0, 90.0, 95.0, 99.0));
-        assert!(percentiles(&[]).is_empty());
+        assert!(percentiles(std::iter::empty()).is_empty());
     }
 }

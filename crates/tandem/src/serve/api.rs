@@ -4,12 +4,37 @@ use std::collections::BTreeMap;
 
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::{Number, Value};
+use serde_json::{Map, Number, Value};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
 use super::dialect::Function;
 use super::error::ApiError;
+
+/// An object whose `type` names what it is.
+pub(crate) fn typed_object<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+    let object = Map::deserialize(deserializer)?;
+    match object.get("type") {
+        None | Some(Value::String(_)) => Ok(Value::Object(object)),
+        Some(other) => Err(Error::custom(format!("type is {other}, expected a text"))),
+    }
+}
+
+/// Implements `Deserialize` for enums with serde's `tag = "type", remote = "Self"`: serde alone would take a variant's number
+/// for its name.
+macro_rules! named_by_type {
+    ($($name:ident),+) => {
+        $(impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let object = $crate::serve::api::typed_object(deserializer)?;
+                $name::deserialize(object).map_err(serde::de::Error::custom)
+            }
+        })+
+    };
+}
+pub(crate) use named_by_type;
+
+named_by_type!(ResponseFormat);
 
 /// One string or several.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -198,7 +223,7 @@ with_common_fields! {
         thinking: Option<Thinking>,
         /// Further variables of the chat template.
         #[schema(value_type = Option<Object>)]
-        chat_template_kwargs: Option<serde_json::Map<String, Value>>,
+        chat_template_kwargs: Option<Map<String, Value>>,
     }
 }
 
@@ -324,15 +349,11 @@ pub(crate) struct FunctionDefinition {
     /// JSON schema of the arguments.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
-    pub(crate) parameters: Option<serde_json::Map<String, Value>>,
+    pub(crate) parameters: Option<Map<String, Value>>,
 }
 
 impl Tool {
-    pub(crate) fn new(
-        name: String,
-        description: Option<String>,
-        parameters: Option<serde_json::Map<String, Value>>,
-    ) -> Tool {
+    pub(crate) fn new(name: String, description: Option<String>, parameters: Option<Map<String, Value>>) -> Tool {
         Tool { r#type: FunctionType::Function, function: FunctionDefinition { name, description, parameters } }
     }
 
@@ -377,7 +398,7 @@ pub(crate) struct ToolName {
 
 /// The form of the answer.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
 pub(crate) enum ResponseFormat {
     Text,
     /// Any JSON object.
@@ -393,7 +414,7 @@ pub(crate) struct JsonSchemaFormat {
     #[allow(dead_code)] // OpenAI wants one
     pub(crate) name: Option<String>,
     #[schema(value_type = Object)]
-    pub(crate) schema: serde_json::Map<String, Value>,
+    pub(crate) schema: Map<String, Value>,
 }
 
 /// vLLM's way to restrict an answer; one field of these.
@@ -401,7 +422,7 @@ pub(crate) struct JsonSchemaFormat {
 pub(crate) struct StructuredOutputs {
     /// A JSON schema.
     #[schema(value_type = Option<Object>)]
-    pub(crate) json: Option<serde_json::Map<String, Value>>,
+    pub(crate) json: Option<Map<String, Value>>,
     /// A regular expression.
     pub(crate) regex: Option<String>,
     /// One of these texts.

@@ -49,7 +49,7 @@ pub(crate) struct App {
     pub(crate) keys: Vec<[u8; 32]>,
     /// Whether prompts and answers may be logged.
     pub(crate) log_text: bool,
-    /// Facts about the model and its ranks, for the page.
+    /// Facts about the model, for the page.
     pub(crate) facts: Value,
 }
 

@@ -10,13 +10,17 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{Count, FunctionType, NamedTool, StreamEvent};
-use super::api::{Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage};
+use super::api::{
+    Count, FunctionType, NamedTool, StreamEvent, Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage,
+    named_by_type,
+};
 use super::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
 use super::dialect::Delta;
 use super::error::{AnthropicError, ApiError, Body};
 use super::generation::{Answer, App, Ask, Finish, Generation, new_id};
 use super::grammar::Form;
+
+named_by_type!(Block, Choice);
 
 /// A conversation to continue, in Anthropic's form.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -94,7 +98,7 @@ enum Blocks {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
 enum Block {
     Text {
         text: String,
@@ -134,7 +138,7 @@ struct InputTool {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
 enum Choice {
     Auto { disable_parallel_tool_use: Option<bool> },
     Any { disable_parallel_tool_use: Option<bool> },

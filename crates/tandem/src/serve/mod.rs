@@ -34,6 +34,7 @@ use subtle::ConstantTimeEq;
 use tandem_core::ModelConfig;
 use tandem_core::weights::ModuleKind;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
+use tandem_cpu::system;
 use tandem_engine::{GenerationConfig, PageStore, Scheduling};
 use tandem_model::Accounting;
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
@@ -44,7 +45,7 @@ use self::generation::App;
 use self::grammar::Grammars;
 use self::worker::{StepBytes, Worker};
 use crate::cli::ServeArgs;
-use crate::load::{Loaded, LogitsRows, cpu_backend, load_with_cache};
+use crate::load::{Device, Loaded, LogitsRows, choose, cpu_backend, load_with_cache};
 use crate::text::chat_template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 
@@ -57,7 +58,9 @@ const DEFAULT_CONTEXTS: usize = 4;
 
 /// Runs the command.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
+    // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
+    let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
     runtime.block_on(async {
         let app = tokio::task::block_in_place(|| start(args))?;
         // A token is a small packet, and must not wait for the one before it to be acknowledged.
@@ -120,13 +123,15 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
     let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
     let inter_token = inter_token.context("--inter-token-ms is not a number of milliseconds")?;
-    let bandwidth = {
+    // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
+    let is_group = crate::distributed::leads();
+    let is_cpu = !is_group && matches!(choose(args.model.backend, args.model.activations)?, Device::Cpu);
+    let measured = is_cpu.then(|| {
         let (backend, _) = cpu_backend(args.model.threads, args.model.activations, 0);
         measure_read_bandwidth(backend.pool(), BANDWIDTH_BYTES)
-    };
+    });
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
     let (made_facts, made_args) = (Arc::clone(&slot), args.clone());
-    let is_group = crate::distributed::leads();
     let mut is_first = true;
     let worker = Worker::start(
         move || {
@@ -139,7 +144,7 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
             }
             let rows = LogitsRows::Several(args.max_batch);
             let loaded = load_with_cache(&args.model, rows, args.cache_tokens, DEFAULT_CONTEXTS)?;
-            let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, .. } = loaded;
+            let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, .. } = loaded;
             let mut engine = engine.with_scheduling(Scheduling {
                 max_batch: args.max_batch,
                 prefill_chunk,
@@ -154,7 +159,8 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
                 engine = engine.with_page_store(store);
             }
             let step_bytes = step_bytes(&accounting, &config);
-            let facts = Facts { dir, context: engine.context(), config, accounting, numerics };
+            let bandwidth = bandwidth.or(measured).unwrap_or_default();
+            let facts = Facts { dir, context: engine.context(), config, numerics, bandwidth };
             *made_facts.lock().unwrap_or_else(|e| e.into_inner()) = Some(facts);
             Ok((engine, step_bytes))
         },
@@ -163,7 +169,7 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
     let Some(facts) = slot.lock().unwrap_or_else(|e| e.into_inner()).take() else {
         anyhow::bail!("the engine did not say what it loaded");
     };
-    app(args, facts, worker, bandwidth).map(Arc::new)
+    app(args, facts, worker).map(Arc::new)
 }
 
 /// What is known after loading.
@@ -171,12 +177,12 @@ struct Facts {
     dir: std::path::PathBuf,
     context: usize,
     config: ModelConfig,
-    accounting: Accounting,
     numerics: &'static str,
+    bandwidth: f64,
 }
 
-fn app(args: &ServeArgs, facts: Facts, worker: Worker, bandwidth: f64) -> anyhow::Result<App> {
-    let Facts { dir, context, config, accounting, numerics } = facts;
+fn app(args: &ServeArgs, facts: Facts, worker: Worker) -> anyhow::Result<App> {
+    let Facts { dir, context, config, numerics, bandwidth } = facts;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let template = ChatTemplate::from_dir(&dir, args.chat_template.as_deref())?;
     let dialect = template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source()));
@@ -188,11 +194,9 @@ fn app(args: &ServeArgs, facts: Facts, worker: Worker, bandwidth: f64) -> anyhow
         names => names.to_vec(),
     };
     let keys = args.api_key_file.as_deref().map(read_keys).transpose()?.unwrap_or_default();
-    let resident = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
-    let layers = config.num_hidden_layers;
     Ok(App {
         grammars: Grammars::new(&tokenizer, dialect, config.vocab_size, &defaults.eos_token_ids)?,
-        metrics: metrics::Metrics::new(bandwidth, &[(layers as u64, resident)]),
+        metrics: metrics::Metrics::new(bandwidth),
         facts: json!({
             "model": model_names[0], "model_type": config.model_type.name(), "context": context, "numerics": numerics,
             "max_batch": args.max_batch, "version": env!("CARGO_PKG_VERSION"),
@@ -200,7 +204,6 @@ fn app(args: &ServeArgs, facts: Facts, worker: Worker, bandwidth: f64) -> anyhow
                 "temperature": defaults.apply(&Default::default()).temperature,
                 "top_p": defaults.apply(&Default::default()).top_p,
             },
-            "ranks": [{"rank": 0, "backend": "cpu", "first_layer": 0, "n_layers": layers, "weight_bytes": resident}],
         }),
         worker,
         tokenizer,

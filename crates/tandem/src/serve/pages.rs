@@ -7,6 +7,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tandem_engine::RankStatus;
 use utoipa::{OpenApi, ToSchema};
 
 use super::api::{Content, LARGEST_INTEGER, Message, TokenId};
@@ -170,12 +171,12 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<axum::Json<Heal
 
 /// Metrics for Prometheus.
 #[utoipa::path(get, path = "/metrics", tag = "Server", responses(
-    (status = 200, description = "The metrics", body = String, content_type = "text/plain"),
+    (status = 200, description = "The metrics", body = String, content_type = "application/openmetrics-text"),
     (status = "4XX", description = "No key, or a wrong one", body = ErrorResponse),
 ))]
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let text = app.metrics.render(&app.worker.status());
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    let text = app.metrics.render(&app.worker.status(), &app.worker.ranks());
+    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
 }
 
 /// The model, its ranks and the state of the cache, for the page.
@@ -187,6 +188,15 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
     let status = app.worker.status();
     let counters = status.counters;
     let mut info = app.facts.clone();
+    let rank = |(i, rank): (usize, &RankStatus)| {
+        json!({
+            "rank": i, "host": rank.host, "first_layer": rank.layers.start, "n_layers": rank.layers.len(),
+            "weight_bytes": rank.weight_bytes, "cache_bytes": rank.cache_bytes,
+            "cache_bytes_used": status.cache_bytes_used(rank), "rows": rank.rows,
+            "busy_seconds": rank.busy.as_secs_f64(),
+        })
+    };
+    info["ranks"] = app.worker.ranks().iter().enumerate().map(rank).collect();
     info["requests"] = json!({"running": status.running, "waiting": status.waiting});
     info["cache"] = json!({
         "pages": status.pages, "used": status.pages_used, "idle": status.pages_cached,

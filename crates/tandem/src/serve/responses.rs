@@ -12,12 +12,15 @@ use utoipa::ToSchema;
 
 use super::api::{
     Count, FunctionType, NamedTool, ReasoningEffort, StreamEvent, Tool, ToolChoice, ToolMode, ToolName, Usage,
+    named_by_type,
 };
 use super::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
 use super::dialect::Delta;
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::{App, Ask, Finish, Generation, new_id, now};
 use super::grammar::Form;
+
+named_by_type!(TypedItem, TextFormat);
 
 /// A conversation to continue, in the form of OpenAI's Responses.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -60,7 +63,7 @@ enum Item {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
 enum TypedItem {
     Message(ItemMessage),
     Reasoning { content: Option<Vec<ItemText>> },
@@ -144,7 +147,7 @@ struct TextOptions {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
 enum TextFormat {
     Text,
     JsonObject,

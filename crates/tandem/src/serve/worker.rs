@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tandem_engine::{Counters, Engine, EngineError, Event, Output, Request, RequestId};
+use tandem_engine::{Counters, Engine, EngineError, Event, Output, RankStatus, Request, RequestId};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::error::ApiError;
@@ -20,6 +20,8 @@ use super::error::ApiError;
 const RETRY: Duration = Duration::from_secs(2);
 /// How often an idle engine looks up.
 const IDLE: Duration = Duration::from_millis(200);
+/// Between questions to the ranks.
+const RANKS: Duration = Duration::from_secs(1);
 
 /// What a request hears of the engine.
 pub(crate) enum Reply {
@@ -73,6 +75,14 @@ pub(crate) struct Status {
     pub(crate) restarts: u64,
 }
 
+impl Status {
+    /// Bytes of a rank's part of the cache that requests hold.
+    pub(crate) fn cache_bytes_used(&self, rank: &RankStatus) -> u64 {
+        // Every rank has every page, of its own layers.
+        rank.cache_bytes / self.pages.max(1) as u64 * self.pages_used as u64
+    }
+}
+
 struct Shared {
     is_ready: AtomicBool,
     is_stopping: AtomicBool,
@@ -80,6 +90,8 @@ struct Shared {
     is_ended: AtomicBool,
     n_open: AtomicUsize,
     status: Mutex<Status>,
+    /// As of about a second ago.
+    ranks: Mutex<Vec<RankStatus>>,
 }
 
 /// Weight bytes that a step of so many rows reads.
@@ -116,6 +128,7 @@ impl Worker {
             is_ended: AtomicBool::new(false),
             n_open: AtomicUsize::new(0),
             status: Mutex::default(),
+            ranks: Mutex::default(),
         });
         let (jobs, receiver) = channel();
         let (first, first_result) = channel();
@@ -150,6 +163,11 @@ impl Worker {
     /// State as of the last step.
     pub(crate) fn status(&self) -> Status {
         *self.shared.status.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The ranks as of about a second ago.
+    pub(crate) fn ranks(&self) -> Vec<RankStatus> {
+        self.shared.ranks.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Hands requests to the engine, all or none of them.
@@ -230,6 +248,10 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
     let mut clients: HashMap<RequestId, Client> = HashMap::new();
     let mut outputs: Vec<Output> = vec![];
     let mut rates = Rates::new();
+    if let Err(error) = ask_ranks(engine, shared) {
+        return Some(error);
+    }
+    let (mut asked, mut steps_asked) = (Instant::now(), 0);
     loop {
         let is_idle = clients.is_empty();
         let mut next =
@@ -257,11 +279,7 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
         if !clients.is_empty() {
             let before = engine.counters();
             if let Err(error) = engine.step(&mut outputs) {
-                let message = format!("the engine failed: {error}; it is being made anew");
-                for client in clients.values() {
-                    client.send(Reply::Error(ApiError::unavailable(message.clone())));
-                }
-                return Some(error);
+                return Some(fail(&clients, error));
             }
             if engine.counters().steps > before.steps {
                 rates.add(
@@ -280,6 +298,13 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
                 clients.remove(&request);
             }
         }
+        let steps = engine.counters().steps;
+        if steps > steps_asked && asked.elapsed() >= RANKS {
+            if let Err(error) = ask_ranks(engine, shared) {
+                return Some(fail(&clients, error));
+            }
+            (asked, steps_asked) = (Instant::now(), steps);
+        }
         let mut status = shared.status.lock().unwrap_or_else(|e| e.into_inner());
         let (tokens_per_second, bytes_per_second) = rates.current();
         *status = Status {
@@ -294,6 +319,20 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
             restarts: status.restarts,
         };
     }
+}
+
+/// Notes what the ranks have done.
+fn ask_ranks(engine: &mut Engine, shared: &Shared) -> Result<(), EngineError> {
+    let ranks = engine.ranks()?;
+    *shared.ranks.lock().unwrap_or_else(|e| e.into_inner()) = ranks;
+    Ok(())
+}
+
+/// Tells everybody that the engine failed.
+fn fail(clients: &HashMap<RequestId, Client>, error: EngineError) -> EngineError {
+    let message = format!("the engine failed: {error}; it is being made anew");
+    clients.values().for_each(|client| client.send(Reply::Error(ApiError::unavailable(message.clone()))));
+    error
 }
 
 /// Tokens and bytes per second, over windows of about a second.
