@@ -96,6 +96,7 @@ fn rows<B: Backend>(b: &B, values: &[f32], width: usize) -> B::Buffer {
         sequences: vec![0; n],
         block_tables: vec![vec![0]],
         logits_rows: vec![],
+        choices: vec![],
     });
     let mut out = b.alloc(n, width);
     b.embed(&table, &batch, &mut out);
@@ -365,6 +366,7 @@ fn norms_additions_and_rotations_match_the_oracle() {
             sequences: vec![0; n],
             block_tables: vec![(0..10_000).collect()],
             logits_rows: vec![n as u32 - 1, 0],
+            choices: vec![],
         });
         let from = Heads { n: width / 40, stride: 40, offset: 8, width: 24 };
         let to = Heads { n: width / 40, stride: 32, offset: 4, width: 24 };
@@ -445,6 +447,7 @@ fn last_rows(n: usize, context: usize) -> Batch {
         sequences: (0..n as u32).map(|r| r % 2).collect(),
         block_tables: tables(context),
         logits_rows: vec![],
+        choices: vec![],
     }
 }
 
@@ -460,6 +463,7 @@ fn all_positions(context: usize) -> Vec<Batch> {
             sequences: chunk.iter().map(|c| c.0).collect(),
             block_tables: tables(context),
             logits_rows: vec![],
+            choices: vec![],
         })
         .collect()
 }

@@ -499,13 +499,15 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
                 .map(|s| batch.block_tables[*s as usize].clone())
                 .collect(),
             logits_rows: (0..rows.len() as u32).collect(),
+            choices: vec![],
         })
         .collect()
 }
 
 /// [`STEP`], then lists of u32, each with its length in front.
 fn encode(batch: &Batch) -> Vec<u8> {
-    let Batch { tokens, positions, sequences, block_tables, logits_rows } = batch;
+    // Choices are for runners that choose, which ranks do not.
+    let Batch { tokens, positions, sequences, block_tables, logits_rows, choices: _ } = batch;
     let mut words: Vec<u32> = vec![STEP];
     let mut push = |list: &[u32]| {
         words.push(list.len() as u32);
@@ -538,7 +540,7 @@ fn decode(bytes: &[u8]) -> Option<Batch> {
             let page = *p as usize / tandem_core::backend::PAGE_SIZE;
             block_tables.get(*s as usize).is_some_and(|table| page < table.len())
         });
-    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows })
+    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows, choices: vec![] })
 }
 
 #[cfg(test)]
@@ -553,6 +555,7 @@ mod tests {
             sequences: (0..n as u32).rev().collect(),
             block_tables: (0..n as u32).map(|i| vec![2 * i, 2 * i + 1]).collect(),
             logits_rows: (0..n as u32).collect(),
+            choices: vec![],
         }
     }
 

@@ -4,6 +4,7 @@ use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, LayerCache, Limits, Model, StepShape};
 
 use crate::EngineError;
+use crate::sampler::{SampleError, chosen};
 
 /// Something that runs batches; the engine and its tests do not know what.
 pub trait Runner {
@@ -19,6 +20,10 @@ pub trait Runner {
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         batches.into_iter().try_for_each(|batch| self.step(batch, logits))
     }
+    /// The runner's own way of choosing tokens, if it has one.
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        None
+    }
     /// Rows of the largest batch.
     fn limits(&self) -> Limits;
     /// Logits per row.
@@ -32,6 +37,21 @@ pub trait Runner {
     fn load_page(&mut self, _page: u32, _bytes: &[u8]) -> bool {
         false
     }
+}
+
+/// A runner that chooses tokens where it computes logits. A step may be submitted behind another, and name tokens that are
+/// not known yet ([`tandem_core::backend::CHOSEN`]); at most two are under way.
+pub trait Chooser {
+    /// Starts a step with choices.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn submit(&mut self, batch: Batch) -> Result<(), EngineError>;
+    /// Waits for the oldest step under way and returns a token for each of its choices.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError>;
 }
 
 /// A model, its backend and its cache.
@@ -63,6 +83,19 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
     }
 
+    /// Enqueues a step.
+    fn enqueue(&mut self, batch: Batch) {
+        let (shape, chooses) = (StepShape::of(&batch), !batch.choices.is_empty());
+        let batch = self.backend.upload(batch);
+        let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
+        backend.step(&batch, shape.max_context, &mut |max_context| {
+            model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
+            if chooses {
+                backend.choose(model.logits(), &batch);
+            }
+        });
+    }
+
     /// Fills the first `n_slots` slots of every layer's cache with random vectors, to measure long contexts without
     /// running them.
     ///
@@ -76,16 +109,15 @@ impl<B: Backend> ModelRunner<B> {
 
 impl<B: Backend> Runner for ModelRunner<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        let shape = StepShape::of(&batch);
-        let batch = self.backend.upload(batch);
-        let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
-        backend.step(&batch, shape.max_context, &mut |max_context| {
-            model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
-        });
-        let start = logits.len();
-        logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
+        let (start, n_logits) = (logits.len(), batch.logits_rows.len());
+        self.enqueue(batch);
+        logits.resize(start + n_logits * self.vocab_size, 0.0);
         self.backend.download(self.model.logits(), &mut logits[start..]);
         self.sync()
+    }
+
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        if self.backend.chooses() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -121,5 +153,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+}
+
+impl<B: Backend> Chooser for ModelRunner<B> {
+    fn submit(&mut self, batch: Batch) -> Result<(), EngineError> {
+        self.enqueue(batch);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError> {
+        let mut words = vec![];
+        self.backend.collect(&mut words).map_err(|e| EngineError::Device(Box::new(e)))?;
+        Ok(words.into_iter().map(|word| chosen(word, self.vocab_size)).collect())
     }
 }

@@ -398,6 +398,7 @@ impl Sequences {
             sequences: (0..n as u32).collect(),
             block_tables: self.block_tables.clone(),
             logits_rows: (0..n as u32).collect(),
+            choices: vec![],
         }
     }
 
@@ -416,6 +417,7 @@ impl Sequences {
             sequences: vec![0; n],
             block_tables: self.block_tables.clone(),
             logits_rows: if last { vec![n as u32 - 1] } else { vec![] },
+            choices: vec![],
         }
     }
 }
