@@ -27,6 +27,7 @@ struct ChooseArgs {
 
 #define NO_TOKEN 0xffffffffu
 #define NAN_TOKEN 0x80000000u
+#define INFINITE __uint_as_float(0x7f800000u)
 
 // Sums, or maxima, over a block of 1024 threads, which all get them.
 template <int N, class F>
@@ -125,9 +126,9 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
     block_max(best, scratch);
     if (best[1]) return answer(NAN_TOKEN | ~u32(best[1]));
     u32 likeliest = ~u32(best[0]);
-    float largest = vocab ? __ldcg(logits + likeliest) : -INFINITY;
-    if (largest == -INFINITY) return answer(NO_TOKEN);
-    if (choice.inverse_temperature == 0.0f || largest == INFINITY) return answer(likeliest);
+    float largest = vocab ? __ldcg(logits + likeliest) : -INFINITE;
+    if (largest == -INFINITE) return answer(NO_TOKEN);
+    if (choice.inverse_temperature == 0.0f || largest == INFINITE) return answer(likeliest);
 
     // Logits over the temperature, relative to the largest; false for tokens without odds.
     auto odds = [&](u32 i, float& scaled, u64& key) {
@@ -135,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
         scaled = logit == largest ? 0.0f : __fmul_rn(__fsub_rn(logit, largest), choice.inverse_temperature);
         // None is above 0: the smaller the magnitude, the likelier. Then the lower id.
         key = u64(0x7fffffffu - (__float_as_uint(scaled) & 0x7fffffffu)) << 32 | u32(~i);
-        return scaled > -INFINITY;
+        return scaled > -INFINITE;
     };
     auto weight_of = [](float scaled) { return u64(expf(scaled) * 17592186044416.0f); };
     u64 floor = 0;
@@ -159,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
         return make_ulonglong2(v[0], v[1]);
     };
     bool by_likelihood = false;
-    if (choice.top_k && choice.top_k < total(-INFINITY).y) {
+    if (choice.top_k && choice.top_k < total(-INFINITE).y) {
         auto counted = [&](u32 i, u64& key, u64& weight) {
             float scaled;
             weight = 1;
@@ -169,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
         by_likelihood = true;
     }
     if (choice.top_p < 1.0f) {
-        u64 limit = u64(ceil(double(choice.top_p) * double(total(-INFINITY).x)));
+        u64 limit = u64(ceil(double(choice.top_p) * double(total(-INFINITE).x)));
         floor = find_key(vocab, 62, 0, limit ? limit : 1, weighed, scratch);
         by_likelihood = true;
     }

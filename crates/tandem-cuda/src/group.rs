@@ -93,7 +93,7 @@ fn capacity() -> usize {
 impl CudaGroup {
     /// True once a rank did not send its part in time; what was computed since is of no use.
     pub fn has_failed(&self) -> bool {
-        self.failed.word() != 0
+        self.failed.word(0) != 0
     }
 
     /// Seconds of one sum of `elements` within a graph of `n` of them; every rank measures at the same time.
