@@ -148,8 +148,13 @@ impl Device {
         }
     }
 
+    /// The stream, for libraries.
+    pub(crate) fn stream(&self) -> *mut c_void {
+        self.stream.cast()
+    }
+
     /// Makes this thread use the device.
-    fn bind(&self) {
+    pub(crate) fn bind(&self) {
         // SAFETY: the context is open as long as `self` is.
         self.note(unsafe { sys::cuCtxSetCurrent(self.context) }, "use the device");
     }

@@ -76,30 +76,29 @@ impl HostReduce {
         state.step += 1;
         state.error.take().map_or(Ok(()), Err)
     }
+}
 
-    /// Compares what must be equal on every rank.
-    fn compare(&self, rows: &[f32], layer: usize) -> Result<(), CommError> {
-        let doing = Doing { operation: "compare", part: "activations", layer: Some(layer) };
-        // FNV-1a over words.
-        let hash = rows
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325u64, |h, v| (h ^ u64::from(v.to_bits())).wrapping_mul(0x0100_0000_01b3));
-        let mut hashes = vec![0u64; self.group.size()];
-        self.group.all_gather(&hash.to_le_bytes(), bytemuck::cast_slice_mut(&mut hashes), doing)?;
-        // The minority is at fault; of two, one cannot know.
-        let count = |h: &u64| hashes.iter().filter(|other| *other == h).count();
-        let most = hashes.iter().map(count).max().unwrap_or(0);
-        let odd = hashes.iter().position(|h| count(h) < most);
-        let odd = odd.or((most < hashes.len()).then_some(usize::from(self.group.rank() == 0)));
-        match odd {
-            None => Ok(()),
-            Some(rank) => {
-                let message = format!(
-                    "the residual stream before layer {layer} is not the same on all ranks; a host computes wrongly, or \
-                     its processor rounds differently where modules are replicated"
-                );
-                Err(self.group.blame(rank, Failure::Diverged { message }, doing))
-            }
+/// Compares rows of the residual stream, which must be equal on every rank of `group`; `place` says where in the model.
+fn compare(group: &Group, rows: &[f32], layer: usize, place: &str) -> Result<(), CommError> {
+    let doing = Doing { operation: "compare", part: "activations", layer: Some(layer) };
+    // FNV-1a over words.
+    let hash =
+        rows.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, v| (h ^ u64::from(v.to_bits())).wrapping_mul(0x0100_0000_01b3));
+    let mut hashes = vec![0u64; group.size()];
+    group.all_gather(&hash.to_le_bytes(), bytemuck::cast_slice_mut(&mut hashes), doing)?;
+    // The minority is at fault; of two, one cannot know.
+    let count = |h: &u64| hashes.iter().filter(|other| *other == h).count();
+    let most = hashes.iter().map(count).max().unwrap_or(0);
+    let odd = hashes.iter().position(|h| count(h) < most);
+    let odd = odd.or((most < hashes.len()).then_some(usize::from(group.rank() == 0)));
+    match odd {
+        None => Ok(()),
+        Some(rank) => {
+            let message = format!(
+                "the residual stream {place} layer {layer} is not the same on all ranks; a host computes wrongly, or \
+                 its processor rounds differently where modules are replicated"
+            );
+            Err(group.blame(rank, Failure::Diverged { message }, doing))
         }
     }
 }
@@ -112,7 +111,7 @@ impl<B: Backend> TensorGroup<B> for HostReduce {
             let mut rows = std::mem::take(&mut state.rows);
             rows.resize(n_rows * self.hidden_size, 0.0);
             backend.download(hidden, &mut rows);
-            state.error = self.compare(&rows, layer).err();
+            state.error = compare(&self.group, &rows, layer, "before").err();
             state.rows = rows;
         }
     }
@@ -229,6 +228,8 @@ pub struct RankRunner<B: Backend> {
     times: RankTimes,
     answer: Option<Answer<B>>,
     check: Option<Check>,
+    /// Steps run, by which ranks know when to compare.
+    n_steps: u64,
 }
 
 /// Says after each step whether sums on the device went wrong.
@@ -261,6 +262,7 @@ impl<B: Backend> RankRunner<B> {
             times: RankTimes::default(),
             answer: None,
             check: None,
+            n_steps: 0,
         }
     }
 
@@ -315,6 +317,7 @@ impl<B: Backend> RankRunner<B> {
             self.backend.download(self.model.logits(), &mut logits[start..]);
         }
         self.sync()?;
+        self.compare_streams(shape.n_rows)?;
         let computed = Instant::now();
         if let Some(next) = self.pipeline.next {
             let doing = self.pipeline.doing("send");
@@ -328,6 +331,19 @@ impl<B: Backend> RankRunner<B> {
         self.times.sending += computed.elapsed();
         self.times.n_steps += 1;
         Ok(())
+    }
+
+    /// Compares what the ranks that sum on devices have after their layers; where the host sums, [`HostReduce`] does.
+    fn compare_streams(&mut self, n_rows: usize) -> Result<(), CommError> {
+        let is_due = self.n_steps.is_multiple_of(CHECK_STEPS);
+        self.n_steps += 1;
+        if !is_due || self.check.is_none() {
+            return Ok(());
+        }
+        let last = self.pipeline.plan.ranks[self.pipeline.world.rank()].part.layers.end.saturating_sub(1);
+        let mut rows = vec![0.0; n_rows * self.hidden_size];
+        self.backend.download(self.model.hidden(), &mut rows);
+        compare(&self.pipeline.tensor_group(), &rows, last, "after")
     }
 
     fn sync(&self) -> Result<(), EngineError> {
