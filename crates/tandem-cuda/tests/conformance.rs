@@ -10,7 +10,7 @@ use tandem_core::quant;
 use tandem_core::weights::{MatrixData, MatrixPart};
 use tandem_core::{Backend, DType, Float};
 use tandem_cpu::{CpuBackend, CpuBuffer, Isa, Numerics as CpuNumerics};
-use tandem_cuda::{CudaBackend, Numerics, Options, device_present};
+use tandem_cuda::{CudaBackend, CudaBuffer, Numerics, Options, device_present};
 use tandem_engine::{Sampler, SamplingParams};
 
 const AFFINE8: DType = DType::Affine { bits: 8, group_size: 64, params: Float::BF16 };
@@ -633,8 +633,9 @@ fn grouped_query_attention_matches_the_oracle() {
     }
 }
 
-/// The device's choices from rows of logits, the third time as a recorded step.
-fn chosen(b: &CudaBackend, logits: &[f32], vocab: usize, choices: &[Choice]) -> Vec<u32> {
+/// The device's choices from rows of logits, the second and third time as a recorded step. Steps of one size must come with
+/// one buffer, as they do in a model.
+fn chosen(b: &CudaBackend, buffer: &mut CudaBuffer, logits: &[f32], choices: &[Choice]) -> Vec<u32> {
     let n = choices.len();
     let batch = Batch {
         tokens: vec![0; n],
@@ -644,10 +645,11 @@ fn chosen(b: &CudaBackend, logits: &[f32], vocab: usize, choices: &[Choice]) -> 
         logits_rows: (0..n as u32).collect(),
         choices: choices.to_vec(),
     };
-    let (logits, mut found) = (b.buffer(logits, vocab), vec![]);
+    b.write_rows(logits, buffer);
+    let mut found = vec![];
     let submit = || {
         let batch = b.upload(batch.clone());
-        b.step(&batch, 1, &mut |_| b.choose(&logits, &batch));
+        b.step(&batch, 1, &mut |_| b.choose(buffer, &batch));
     };
     submit();
     submit();
@@ -675,10 +677,11 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
         SamplingParams { min_p: 0.05, ..warm.clone() },
         SamplingParams { top_k: 300, top_p: 0.8, min_p: 0.01, temperature: 1.3, ..warm.clone() },
         SamplingParams { top_k: 1_000_000, temperature: 1e-3, ..warm.clone() },
+        SamplingParams { min_p: 1.0, temperature: 2.0, ..warm.clone() },
     ];
     for b in &devices() {
         let (mut total, mut different) = (0, vec![]);
-        for (vocab, spread, steps) in [
+        let shapes = [
             (1, 1.0, 1),
             (2, 1.0, 4),
             (9, 3.0, 8),
@@ -686,18 +689,23 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
             (2880, 0.01, 8),
             (5000, 40.0, 8),
             (154_880, 15.0, 3),
-        ] {
+        ];
+        for (i, (vocab, spread, steps)) in shapes.into_iter().enumerate() {
+            // Each shape has its own number of rows, from 12 to 6, and so its own recorded step.
+            let params = &params[i..];
+            let n = params.len();
+            let mut buffer = b.alloc(n, vocab);
             for step in 0..steps {
-                let n = params.len();
                 let mut logits: Vec<f32> = noise(step + vocab as u64, n * vocab).iter().map(|v| v * spread).collect();
                 // Ties, and tokens that a mask left out.
                 logits.iter_mut().skip(1).step_by(3).for_each(|v| *v = (*v * 4.0).round() / 4.0);
-                logits.iter_mut().skip(1).step_by(7).for_each(|v| *v = f32::NEG_INFINITY);
+                let masked = if vocab < 9 { 0 } else { logits.len() };
+                logits[..masked].iter_mut().step_by(7).for_each(|v| *v = f32::NEG_INFINITY);
                 let seeded = |i: usize| SamplingParams { seed: Some(100 * step + i as u64), ..params[i].clone() };
                 let mut samplers: Vec<Sampler> = (0..n).map(|i| Sampler::new(seeded(i)).expect("valid")).collect();
                 let mut choosers = samplers.clone();
                 let choices: Vec<Choice> = choosers.iter_mut().map(Sampler::choice).collect();
-                let found = chosen(b, &logits, vocab, &choices);
+                let found = chosen(b, &mut buffer, &logits, &choices);
                 for (i, sampler) in samplers.iter_mut().enumerate() {
                     let row = &mut logits[i * vocab..(i + 1) * vocab];
                     let expected = sampler.sample(row, &[]).expect("tokens");
@@ -721,9 +729,10 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
         logits[2 * vocab..3 * vocab].fill(f32::NEG_INFINITY);
         logits[3 * vocab + 77] = f32::INFINITY;
         logits[4 * vocab..].fill(-3.0);
+        let mut buffer = b.alloc(5, vocab);
         for temperature in [0.0, 1.0] {
             let choice = Choice { temperature, top_k: 1, top_p: 1.0, min_p: 0.0, unit: 0.999 };
-            assert_eq!(chosen(b, &logits, vocab, &[choice; 5]), [0, CHOSEN | 20, NO_TOKEN, 77, 0]);
+            assert_eq!(chosen(b, &mut buffer, &logits, &[choice; 5]), [0, CHOSEN | 20, NO_TOKEN, 77, 0]);
         }
     }
 }
