@@ -10,10 +10,32 @@ use crate::weights::MatrixData;
 /// Tokens per page of the key-value cache.
 pub const PAGE_SIZE: usize = 64;
 
+/// In [`Batch::tokens`]: the token meant is the one that the device chose in the step before, for the entry of
+/// [`Batch::choices`] that the other bits give. Among what [`Backend::collect`] returns: the other bits are the first token
+/// whose logit is NaN.
+pub const CHOSEN: u32 = 1 << 31;
+/// Among what [`Backend::collect`] returns: no logit is above `-inf`.
+pub const NO_TOKEN: u32 = u32::MAX;
+
+/// How a device chooses the token that follows a row; the words are those of `tandem-engine`'s `SamplingParams`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// Divides the logits; 0 is greedy.
+    pub temperature: f32,
+    /// Keep so many; 0 keeps all.
+    pub top_k: u32,
+    /// Keep this share of the probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keep tokens with this share of the likeliest one's probability; 0 keeps all.
+    pub min_p: f32,
+    /// The random number, in `0..1`.
+    pub unit: f64,
+}
+
 /// What one step runs, on the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
-    /// Token ids, `[n_rows]`.
+    /// Token ids, `[n_rows]`, or [`CHOSEN`].
     pub tokens: Vec<u32>,
     /// Position of each row in its sequence, `[n_rows]`; it attends to positions up to and including its own.
     pub positions: Vec<u32>,
@@ -23,6 +45,8 @@ pub struct Batch {
     pub block_tables: Vec<Vec<u32>>,
     /// Rows whose logits are wanted.
     pub logits_rows: Vec<u32>,
+    /// For each of `logits_rows`, how the device chooses the next token; empty when the host chooses.
+    pub choices: Vec<Choice>,
 }
 
 impl Batch {
@@ -304,6 +328,23 @@ pub trait Backend {
     fn step(&self, batch: &Self::Batch, max_context: usize, operations: &mut dyn FnMut(usize)) {
         let _ = batch;
         operations(max_context);
+    }
+
+    // --- tokens chosen by the device ---
+
+    /// True if the device chooses tokens as [`Batch::choices`] ask.
+    fn chooses(&self) -> bool {
+        false
+    }
+    /// Enqueues the choices of a batch from its `logits [n_logits, vocab]`, as the last operation of a step.
+    fn choose(&self, _logits: &Self::Buffer, _batch: &Self::Batch) {}
+    /// Waits for the oldest step with choices that has not been collected, of which there are two at most, and appends its
+    /// tokens. What was enqueued after it goes on.
+    ///
+    /// # Errors
+    /// The first device error since the last call of this or [`Backend::sync`].
+    fn collect(&self, _tokens: &mut Vec<u32>) -> Result<(), Self::Error> {
+        Ok(())
     }
 
     // --- required primitives ---

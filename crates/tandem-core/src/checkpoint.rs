@@ -232,6 +232,22 @@ impl Checkpoint {
         }
     }
 
+    /// The mapped pages that hold `parts`, those of adjacent ones together.
+    pub fn pages<'a>(&self, parts: impl Iterator<Item = &'a [u8]>) -> Vec<MappedPages> {
+        let mut found: Vec<MappedPages> = vec![];
+        for part in parts.filter(|part| !part.is_empty()) {
+            let Some((file, start)) = self.files.iter().find_map(|file| Some((file, file.offset_of(part)?))) else {
+                continue;
+            };
+            let end = start + part.len();
+            match found.last_mut() {
+                Some(last) if Arc::ptr_eq(&last.map, &file.map) && last.end == start => last.end = end,
+                _ => found.push(MappedPages { map: Arc::clone(&file.map), start, end }),
+            }
+        }
+        found
+    }
+
     /// The weight files.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())
@@ -346,13 +362,39 @@ impl MappedFile {
         (first >= start && first + bytes.len() <= start + self.map.len()).then(|| first - start)
     }
 
-    /// Starts reading `start..end`.
+    /// As [`MappedPages::prefetch`].
     pub(crate) fn prefetch(&self, start: usize, end: usize) {
-        let _ = self.map.advise_range(Advice::WillNeed, start, end - start);
+        MappedPages { map: Arc::clone(&self.map), start, end }.prefetch();
     }
 
-    /// Unmaps the pages that lie wholly in `start..end` until they are read again.
+    /// As [`MappedPages::release`].
     pub(crate) fn release(&self, start: usize, end: usize) {
+        MappedPages { map: Arc::clone(&self.map), start, end }.release();
+    }
+}
+
+/// A part of a mapped file.
+pub struct MappedPages {
+    map: Arc<Mmap>,
+    start: usize,
+    end: usize,
+}
+
+#[allow(unsafe_code)]
+impl MappedPages {
+    /// Bytes of it.
+    pub fn bytes(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Starts reading it.
+    pub fn prefetch(&self) {
+        let _ = self.map.advise_range(Advice::WillNeed, self.start, self.bytes());
+    }
+
+    /// Unmaps the pages that lie wholly in it until they are read again.
+    pub fn release(&self) {
+        let (start, end) = (self.start, self.end);
         const PAGE: usize = 16 << 10; // at least the system's
         let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
         if start < end {

@@ -220,6 +220,49 @@ pub(crate) struct RepackArgs {
     pub(crate) rounds: u32,
 }
 
+/// `struct Choice` of choose.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct Choice {
+    pub(crate) inverse_temperature: f32,
+    pub(crate) top_k: u32,
+    pub(crate) top_p: f32,
+    pub(crate) least: f32,
+    pub(crate) unit: f64,
+    pub(crate) unused: u64,
+}
+
+impl Choice {
+    pub(crate) fn new(choice: &backend::Choice) -> Choice {
+        Choice {
+            inverse_temperature: if choice.temperature == 0.0 { 0.0 } else { 1.0 / choice.temperature },
+            top_k: choice.top_k,
+            top_p: choice.top_p,
+            least: if choice.min_p > 0.0 { choice.min_p.ln() } else { f32::NEG_INFINITY },
+            unit: choice.unit,
+            unused: 0,
+        }
+    }
+}
+
+/// `struct ChoiceHeader` of choose.cu, without the choices.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct ChoiceHeader {
+    pub(crate) to: u64,
+    pub(crate) unused: [u64; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct ChooseArgs {
+    pub(crate) logits: u64,
+    pub(crate) header: u64,
+    pub(crate) chosen: u64,
+    pub(crate) vocab: u32,
+    pub(crate) unused: u32,
+}
+
 /// Pairs of a rotary embedding, at most.
 pub(crate) const MAX_ROPE_PAIRS: usize = 128;
 

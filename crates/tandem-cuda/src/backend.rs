@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytemuck::Zeroable;
 use tandem_core::Batch;
@@ -13,7 +14,7 @@ use tandem_core::weights::MatrixData;
 
 use crate::CudaError;
 use crate::args::{self, MAX_JOBS};
-use crate::batch::{BatchMemory, CudaBatch, DECODE_ROWS};
+use crate::batch::{BatchMemory, Chosen, CudaBatch, DECODE_ROWS};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
 use crate::matrix::{CudaMatrix, TILE_BYTES};
@@ -120,6 +121,7 @@ pub struct CudaBackend {
     // Dropped first: graphs refer to the memory below.
     recorded: RefCell<HashMap<CudaBatch, Recorded>>,
     batch_memory: RefCell<BatchMemory>,
+    chosen: RefCell<Chosen>,
     scratch: RefCell<HashMap<&'static str, Memory>>,
     /// While weights are being loaded.
     stager: RefCell<Option<Stager>>,
@@ -134,14 +136,18 @@ impl CudaBackend {
     /// # Errors
     /// No driver or device, a driver or device that is too old, or no compiler.
     pub fn new(options: Options) -> Result<CudaBackend, CudaError> {
+        let start = Instant::now();
+        let device = Arc::new(Device::open(options.ordinal, options.programmatic)?);
+        tracing::info!("opened {} in {:.2} s", device.info.name, start.elapsed().as_secs_f64());
         Ok(CudaBackend {
             recorded: RefCell::default(),
             batch_memory: RefCell::default(),
+            chosen: RefCell::default(),
             scratch: RefCell::default(),
             stager: RefCell::default(),
             options,
             bandwidth: Cell::new(None),
-            device: Arc::new(Device::open(options.ordinal, options.programmatic)?),
+            device,
         })
     }
 
@@ -207,6 +213,30 @@ impl CudaBackend {
         let buffer = CudaBuffer::new(&self.device, values.len() / width.max(1), width);
         self.device.upload(buffer.pointer(), bytemuck::cast_slice(values));
         buffer
+    }
+
+    /// Runs the operations of a step, or what was recorded of an equal one.
+    fn run_or_replay(&self, batch: &CudaBatch, operations: &mut dyn FnMut(usize)) {
+        if !self.options.graphs || batch.n_rows > DECODE_ROWS {
+            return operations(batch.max_context);
+        }
+        let known = self.recorded.borrow_mut().remove(batch);
+        let recorded = match known {
+            None => {
+                operations(batch.max_context);
+                Recorded::Ran
+            }
+            Some(Recorded::Graph(graph)) => {
+                self.device.replay(&graph);
+                Recorded::Graph(graph)
+            }
+            Some(Recorded::Ran) => {
+                let Some(graph) = self.device.capture(|| operations(batch.max_context)) else { return };
+                self.device.replay(&graph);
+                Recorded::Graph(graph)
+            }
+        };
+        self.recorded.borrow_mut().insert(*batch, recorded);
     }
 
     fn fast_numerics(&self) -> bool {
@@ -530,7 +560,8 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, batch: Batch) -> CudaBatch {
-        let (batch, moved) = self.batch_memory.borrow_mut().upload(&self.device, &batch);
+        let chosen = &mut self.chosen.borrow_mut();
+        let (batch, moved) = self.batch_memory.borrow_mut().upload(&self.device, &batch, chosen);
         if moved {
             self.recorded.borrow_mut().clear();
         }
@@ -552,33 +583,36 @@ impl Backend for CudaBackend {
 
     fn step(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
         // Everything has been loaded.
-        self.stager.borrow_mut().take();
-        if !self.options.graphs || batch.n_rows > DECODE_ROWS {
-            return operations(batch.max_context);
+        if let Some(stager) = self.stager.borrow_mut().take() {
+            stager.report();
         }
-        let known = self.recorded.borrow_mut().remove(batch);
-        let recorded = match known {
-            None => {
-                operations(batch.max_context);
-                Recorded::Ran
-            }
-            Some(Recorded::Graph(graph)) => {
-                self.device.replay(&graph);
-                Recorded::Graph(graph)
-            }
-            Some(Recorded::Ran) => {
-                let Some(graph) = self.device.capture(|| operations(batch.max_context)) else { return };
-                self.device.replay(&graph);
-                Recorded::Graph(graph)
-            }
-        };
-        self.recorded.borrow_mut().insert(*batch, recorded);
+        self.run_or_replay(batch, operations);
+        if batch.n_choices > 0 {
+            self.chosen.borrow().end(&self.device);
+        }
+    }
+
+    fn chooses(&self) -> bool {
+        true
+    }
+
+    fn choose(&self, logits: &CudaBuffer, batch: &CudaBatch) {
+        let chosen = self.chosen.borrow_mut().pointer(&self.device);
+        let (logits, vocab) = (logits.pointer(), logits.width() as u32);
+        let args = args::ChooseArgs { logits, header: batch.choices(), chosen, vocab, unused: 0 };
+        self.launch("choose", (batch.n_choices, 1, 1), 1024, &mut args![args]);
+    }
+
+    fn collect(&self, tokens: &mut Vec<u32>) -> Result<(), CudaError> {
+        self.chosen.borrow_mut().take(&self.device, tokens);
+        self.device.take_error()
     }
 
     fn embed(&self, table: &CudaMatrix, batch: &CudaBatch, out: &mut CudaBuffer) {
         out.written();
-        let (tokens, to) = (batch.tokens(), out.pointer());
-        self.launch("embed", (batch.n_rows, 1, 1), 256, &mut args![table.view, tokens, to]);
+        let (tokens, chosen) = (batch.tokens(), self.chosen.borrow_mut().pointer(&self.device));
+        let to = out.pointer();
+        self.launch("embed", (batch.n_rows, 1, 1), 256, &mut args![table.view, tokens, chosen, to]);
     }
 
     fn gather_logits_rows(&self, x: &CudaBuffer, batch: &CudaBatch, out: &mut CudaBuffer) {

@@ -1,20 +1,25 @@
-//! A batch on the device, in memory that stays where it is, so that graphs can refer to it.
+//! A batch on the device, in memory that stays where it is, so that graphs can refer to it; the tokens that a step chose.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tandem_core::Batch;
 
-use crate::args::Pages;
-use crate::driver::{Device, Memory};
+use crate::args::{Choice, ChoiceHeader, Pages};
+use crate::driver::{Device, Event, Memory, Pinned};
 
 /// Rows of a decode batch, at most; more are prefill.
 pub(crate) const DECODE_ROWS: usize = 64;
+/// Choices of one batch, at most.
+const MAX_CHOICES: usize = 1024;
 
 /// What the operations of one step need to know of its batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CudaBatch {
     pub(crate) n_rows: usize,
     pub(crate) n_logits: usize,
+    /// `n_logits` if the device chooses tokens, else 0.
+    pub(crate) n_choices: usize,
     /// At least the longest context; of a decode batch rounded up to a power of two, so that few graphs serve all.
     pub(crate) max_context: usize,
     /// Pages per row of the block tables, a power of two.
@@ -24,7 +29,12 @@ pub struct CudaBatch {
 
 impl CudaBatch {
     fn row_array(&self, index: usize) -> u64 {
-        self.base + (index * self.n_rows * 4) as u64
+        self.base + (choice_bytes(self.n_choices) + index * self.n_rows * 4) as u64
+    }
+
+    /// The header of the choices.
+    pub(crate) fn choices(&self) -> u64 {
+        self.base
     }
 
     pub(crate) fn tokens(&self) -> u64 {
@@ -55,21 +65,35 @@ impl CudaBatch {
     }
 }
 
+fn choice_bytes(n_choices: usize) -> usize {
+    if n_choices == 0 { 0 } else { size_of::<ChoiceHeader>() + n_choices * size_of::<Choice>() }
+}
+
 /// The memory that batches are copied to.
 #[derive(Default)]
 pub(crate) struct BatchMemory {
     memory: Option<Memory>,
+    /// Where the next batch waits for the device, and the one before it; each with the end of its copy.
+    staged: VecDeque<(Pinned, Event)>,
 }
 
 impl BatchMemory {
-    /// Copies a batch to the device. The second value is true if the memory moved, so that no graph is valid any more.
+    /// Copies a batch to the device, behind what is enqueued. The second value is true if the memory moved, so that no
+    /// graph is valid any more. Tokens that the device chooses go to `chosen`.
     ///
-    /// Layout, i32: tokens, positions, sequences, slots, rows of logits (`[n_rows]` each), block tables
-    /// `[n_sequences, table_pitch]`.
-    pub(crate) fn upload(&mut self, device: &Arc<Device>, batch: &Batch) -> (CudaBatch, bool) {
-        let n = batch.n_rows();
+    /// Layout: header and choices, if there are any (choose.cu); as i32, tokens, positions, sequences, slots, rows of logits
+    /// (`[n_rows]` each), block tables `[n_sequences, table_pitch]`.
+    pub(crate) fn upload(&mut self, device: &Arc<Device>, batch: &Batch, chosen: &mut Chosen) -> (CudaBatch, bool) {
+        let (n, n_choices) = (batch.n_rows(), batch.choices.len());
         let longest = batch.block_tables.iter().map(Vec::len).max().unwrap_or(0);
         let table_pitch = longest.next_power_of_two().max(4);
+        let mut bytes: Vec<u8> = Vec::with_capacity(choice_bytes(n_choices));
+        if n_choices > 0 {
+            let choices: Vec<Choice> = batch.choices.iter().map(Choice::new).collect();
+            let header = ChoiceHeader { to: chosen.begin(device, n_choices), unused: [0; 3] };
+            bytes.extend(bytemuck::bytes_of(&header));
+            bytes.extend(bytemuck::cast_slice::<Choice, u8>(&choices));
+        }
         let mut words = vec![0u32; 5 * n + batch.block_tables.len() * table_pitch];
         let (rows, tables) = words.split_at_mut(5 * n);
         for r in 0..n {
@@ -82,16 +106,95 @@ impl BatchMemory {
         for (to, table) in tables.chunks_exact_mut(table_pitch).zip(&batch.block_tables) {
             to[..table.len()].copy_from_slice(table);
         }
-        let bytes: &[u8] = bytemuck::cast_slice(&words);
+        bytes.extend(bytemuck::cast_slice::<u32, u8>(&words));
         let moved = self.memory.as_ref().is_none_or(|m| m.bytes() < bytes.len());
         if moved {
             self.memory = None;
             self.memory = Some(device.alloc(bytes.len().next_power_of_two().max(64 << 10)));
         }
         let base = self.memory.as_ref().map_or(0, Memory::pointer);
-        device.upload(base, bytes);
+        self.send(device, &bytes, base);
         let context = batch.max_context();
         let max_context = if n <= DECODE_ROWS { context.next_power_of_two().max(64) } else { context };
-        (CudaBatch { n_rows: n, n_logits: batch.logits_rows.len(), max_context, table_pitch, base }, moved)
+        (CudaBatch { n_rows: n, n_logits: batch.logits_rows.len(), n_choices, max_context, table_pitch, base }, moved)
+    }
+
+    fn send(&mut self, device: &Device, bytes: &[u8], to: u64) {
+        let oldest = if self.staged.len() < 2 { None } else { self.staged.pop_front() };
+        let fits = |(pinned, event): (Pinned, Event)| {
+            device.wait(&event);
+            (pinned.bytes() >= bytes.len()).then_some((pinned, event))
+        };
+        let Some((mut pinned, event)) = oldest
+            .and_then(fits)
+            .or_else(|| Some((device.pinned(bytes.len().next_power_of_two().max(64 << 10))?, device.event()?)))
+        else {
+            return;
+        };
+        pinned.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+        device.fetch(to, &pinned, 0, bytes.len());
+        device.record(&event);
+        self.staged.push_back((pinned, event));
+    }
+}
+
+/// The tokens that steps chose.
+#[derive(Default)]
+pub(crate) struct Chosen {
+    places: Option<Places>,
+    /// Which half of the host's memory each step under way writes, and how many tokens.
+    under_way: VecDeque<(usize, usize)>,
+    /// Of the next step.
+    half: usize,
+}
+
+struct Places {
+    /// For the next step's embedding.
+    device: Memory,
+    /// For the host: two halves of [`MAX_CHOICES`] words, and the end of each half's step.
+    host: Pinned,
+    ends: [Event; 2],
+}
+
+impl Chosen {
+    /// Makes the memory, if it is not there.
+    fn places(&mut self, device: &Arc<Device>) -> Option<&Places> {
+        if self.places.is_none() {
+            let (memory, host) = (device.alloc(MAX_CHOICES * 4), device.pinned(2 * MAX_CHOICES * 4)?);
+            self.places = Some(Places { device: memory, host, ends: [device.event()?, device.event()?] });
+        }
+        self.places.as_ref()
+    }
+
+    /// Where the last step's tokens are on the device.
+    pub(crate) fn pointer(&mut self, device: &Arc<Device>) -> u64 {
+        self.places(device).map_or(0, |p| p.device.pointer())
+    }
+
+    /// Where the next step's `n` tokens go on the host.
+    fn begin(&mut self, device: &Arc<Device>, n: usize) -> u64 {
+        assert!(
+            n <= MAX_CHOICES && self.under_way.len() < 2,
+            "{n} choices with {} steps under way",
+            self.under_way.len()
+        );
+        let half = self.half;
+        self.half ^= 1;
+        self.under_way.push_back((half, n));
+        self.places(device).map_or(0, |p| p.host.address() + (half * MAX_CHOICES * 4) as u64)
+    }
+
+    /// Everything of the newest step has been enqueued.
+    pub(crate) fn end(&self, device: &Device) {
+        if let (Some(places), Some((half, _))) = (&self.places, self.under_way.back()) {
+            device.record(&places.ends[*half]);
+        }
+    }
+
+    /// Waits for the oldest step's tokens.
+    pub(crate) fn take(&mut self, device: &Device, tokens: &mut Vec<u32>) {
+        let (Some((half, n)), Some(places)) = (self.under_way.pop_front(), &self.places) else { return };
+        device.wait(&places.ends[half]);
+        tokens.extend((0..n).map(|i| places.host.word(half * MAX_CHOICES + i)));
     }
 }

@@ -34,6 +34,7 @@ kernel_files!(
     "index_select.cu",
     "gemm_mma.cu",
     "repack.cu",
+    "choose.cu",
 );
 
 /// The kernels as one program.

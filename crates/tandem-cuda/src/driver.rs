@@ -148,8 +148,13 @@ impl Device {
         }
     }
 
+    /// The stream, for libraries.
+    pub(crate) fn stream(&self) -> *mut c_void {
+        self.stream.cast()
+    }
+
     /// Makes this thread use the device.
-    fn bind(&self) {
+    pub(crate) fn bind(&self) {
         // SAFETY: the context is open as long as `self` is.
         self.note(unsafe { sys::cuCtxSetCurrent(self.context) }, "use the device");
     }
@@ -312,6 +317,11 @@ impl Device {
     /// Waits for everything enqueued and returns the first error since the last call.
     pub(crate) fn sync(&self) -> Result<(), CudaError> {
         self.wait_for_all();
+        self.take_error()
+    }
+
+    /// The first error since the last call.
+    pub(crate) fn take_error(&self) -> Result<(), CudaError> {
         lock(&self.error).take().map_or(Ok(()), Err)
     }
 
@@ -453,15 +463,21 @@ impl Pinned {
 }
 
 impl Pinned {
+    /// Its size.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Its address for kernels.
     pub(crate) fn address(&self) -> u64 {
         self.pointer as u64
     }
 
-    /// The first four bytes, which a kernel may write at any time.
-    pub(crate) fn word(&self) -> u32 {
-        // SAFETY: at least four bytes, aligned.
-        unsafe { self.pointer.cast::<u32>().read_volatile() }
+    /// Word `index`, which a kernel may write at any time.
+    pub(crate) fn word(&self, index: usize) -> u32 {
+        assert!((index + 1) * 4 <= self.bytes, "a word beyond the pinned memory");
+        // SAFETY: within the buffer, aligned.
+        unsafe { self.pointer.cast::<u32>().add(index).read_volatile() }
     }
 }
 

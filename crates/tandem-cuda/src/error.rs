@@ -54,6 +54,20 @@ pub enum CudaError {
     /// More GPUs than sums are made over.
     #[error("{0} GPUs cannot share layers: at most 8 can; use fewer with --tp or --ep, and --pp for the rest")]
     Ranks(usize),
+    /// libnccl is not installed.
+    #[error(
+        "NCCL was not found: libnccl.so.2 must be on the loader's path (package libnccl2, or the wheel nvidia-nccl-cu13 and \
+         LD_LIBRARY_PATH)"
+    )]
+    NoNccl,
+    /// NCCL reported a failure.
+    #[error("NCCL failed to {what}: {message}")]
+    Nccl {
+        /// What was attempted.
+        what: &'static str,
+        /// NCCL's words.
+        message: String,
+    },
     /// The driver reported a failure.
     #[error("CUDA failed to {what}: {message}")]
     Driver {

@@ -1,4 +1,5 @@
-//! Sums over the GPUs of one host (kernels/all_reduce.cu): a process a GPU, whose buffers the others have mapped.
+//! Sums over the GPUs of one host, a process each: by kernels/all_reduce.cu, which writes into buffers that the others have
+//! mapped, or by NCCL where sums are long or the GPUs cannot reach each other's memory.
 
 use std::sync::Arc;
 
@@ -6,9 +7,10 @@ use tandem_core::backend::TensorGroup;
 
 use crate::args::{MAX_RANKS, ReduceArgs};
 use crate::driver::{Device, Memory, PeerMemory, Pinned};
+use crate::nccl::{Communicator, UniqueId};
 use crate::{CudaBackend, CudaBuffer, CudaError};
 
-/// Elements of one sum, at most; longer ones are made in pieces. 64 rows of 6144.
+/// Elements of one sum by the kernel; longer ones are NCCL's, or made in pieces. 64 rows of 6144.
 const PIECE: usize = 64 * 6144;
 /// 8 bytes of data are sent in 16.
 const PACKET_ELEMENTS: usize = 2;
@@ -30,11 +32,27 @@ pub struct GroupBuffer {
 /// The ranks that add up what they compute.
 pub struct CudaGroup {
     device: Arc<Device>,
+    /// If the GPUs reach each other's memory.
+    peers: Option<Peers>,
+    nccl: Option<Communicator>,
+}
+
+/// Buffers that the ranks write to.
+pub struct Peers {
     /// Kept mapped for as long as graphs refer to it.
-    _peers: Vec<PeerMemory>,
+    _mapped: Vec<PeerMemory>,
     _memory: [Memory; 2],
     failed: Pinned,
     args: ReduceArgs,
+}
+
+/// What makes a sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The kernel.
+    Peers,
+    /// NCCL.
+    Nccl,
 }
 
 impl GroupBuffer {
@@ -57,7 +75,7 @@ impl GroupBuffer {
     ///
     /// # Errors
     /// The GPUs cannot reach each other's memory.
-    pub fn connect(self, rank: usize, handles: &[Handle]) -> Result<CudaGroup, CudaError> {
+    pub fn connect(self, rank: usize, handles: &[Handle]) -> Result<Peers, CudaError> {
         let GroupBuffer { device, buffer, n_ranks } = self;
         let state = device.alloc(16);
         let mut failed = device.pinned(4).ok_or_else(|| device.sync().err().unwrap_or(CudaError::Ranks(n_ranks)))?;
@@ -71,17 +89,17 @@ impl GroupBuffer {
             capacity: capacity() as u32,
             unused: 0,
         };
-        let mut peers = vec![];
+        let mut mapped = vec![];
         for (r, handle) in handles.iter().enumerate() {
             args.buffers[r] = buffer.pointer();
             if r != rank {
                 let peer = device.map(handle)?;
                 args.buffers[r] = peer.pointer();
-                peers.push(peer);
+                mapped.push(peer);
             }
         }
         device.sync()?;
-        Ok(CudaGroup { device, _peers: peers, _memory: [buffer, state], failed, args })
+        Ok(Peers { _mapped: mapped, _memory: [buffer, state], failed, args })
     }
 }
 
@@ -91,18 +109,46 @@ fn capacity() -> usize {
 }
 
 impl CudaGroup {
-    /// True once a rank did not send its part in time; what was computed since is of no use.
-    pub fn has_failed(&self) -> bool {
-        self.failed.word() != 0
+    /// Ranks that sum through `peers`, if they are there; with an id of NCCL, which all ranks must have then, through it too.
+    ///
+    /// # Errors
+    /// There is neither, or NCCL fails.
+    pub fn new(
+        backend: &CudaBackend,
+        peers: Option<Peers>,
+        nccl: Option<&UniqueId>,
+        rank: usize,
+        n_ranks: usize,
+    ) -> Result<CudaGroup, CudaError> {
+        let device = backend.device();
+        let nccl = nccl.map(|id| Communicator::new(&device, id, rank, n_ranks)).transpose()?;
+        if peers.is_none() && nccl.is_none() {
+            return Err(CudaError::NoNccl);
+        }
+        Ok(CudaGroup { device, peers, nccl })
     }
 
-    /// Seconds of one sum of `elements` within a graph of `n` of them; every rank measures at the same time.
+    /// True once a rank did not send its part in time; what was computed since is of no use.
+    pub fn has_failed(&self) -> bool {
+        self.peers.as_ref().is_some_and(|p| p.failed.word(0) != 0)
+            || self.nccl.as_ref().is_some_and(Communicator::has_failed)
+    }
+
+    /// Seconds of one sum of `elements` within a graph of `n` of them, if this `way` is there; every rank measures at the
+    /// same time.
     ///
     /// # Errors
     /// The device failed.
-    pub fn measure(&self, elements: usize, n: usize) -> Result<f64, CudaError> {
+    pub fn measure(&self, elements: usize, n: usize, way: Way) -> Result<Option<f64>, CudaError> {
+        let there = if way == Way::Peers { self.peers.is_some() } else { self.nccl.is_some() };
+        if !there {
+            return Ok(None);
+        }
         let x = CudaBuffer::new(&self.device, 1, elements.next_multiple_of(8));
-        let graph = self.device.capture(|| (0..n).for_each(|_| self.run(&x, 1)));
+        let sums = |n: usize| (0..n).for_each(|_| self.run(&x, 1, Some(way)));
+        // NCCL connects for a kind of sum when it is first made.
+        sums(1);
+        let graph = self.device.capture(|| sums(n));
         self.device.sync()?;
         let seconds = graph.map_or(0.0, |graph| {
             self.device.replay(&graph);
@@ -110,22 +156,26 @@ impl CudaGroup {
             seconds / n as f64
         });
         self.device.sync()?;
-        Ok(seconds)
+        Ok(Some(seconds))
     }
 
-    pub(crate) fn args(&self) -> ReduceArgs {
-        self.args
-    }
-
-    /// Enqueues the sum.
-    pub(crate) fn run(&self, x: &CudaBuffer, n_rows: usize) {
+    /// Enqueues the sum; `way` is chosen by its length if none is asked for.
+    fn run(&self, x: &CudaBuffer, n_rows: usize, way: Option<Way>) {
         x.written();
         let total = n_rows * x.width();
         assert!(total.is_multiple_of(8), "sums over GPUs of rows of a multiple of 8 elements");
-        for first in (0..total).step_by(PIECE) {
-            let n = (PIECE.min(total - first) / 8) as u32;
-            let (args, to) = (self.args, x.pointer() + (first * 4) as u64);
-            self.device.launch("all_reduce", ((n as usize).div_ceil(256), 1, 1), 256, 0, &mut args![args, to, n]);
+        let by_nccl = way.map_or(total > PIECE || self.peers.is_none(), |way| way == Way::Nccl);
+        match (&self.peers, &self.nccl) {
+            (_, Some(nccl)) if by_nccl => nccl.all_reduce(&self.device, x.pointer(), total),
+            (Some(peers), _) => {
+                for first in (0..total).step_by(PIECE) {
+                    let n = (PIECE.min(total - first) / 8) as u32;
+                    let (args, to) = (peers.args, x.pointer() + (first * 4) as u64);
+                    let blocks = (n as usize).div_ceil(256);
+                    self.device.launch("all_reduce", (blocks, 1, 1), 256, 0, &mut args![args, to, n]);
+                }
+            }
+            _ => {}
         }
     }
 }
@@ -135,10 +185,11 @@ impl TensorGroup<CudaBackend> for CudaGroup {
 
     fn all_reduce(&self, backend: &CudaBackend, x: &mut CudaBuffer, n_rows: usize, _part: &'static str) {
         // The norm that follows can add up on its way.
-        if n_rows <= NORM_ROWS && x.width() <= NORM_WIDTH && x.width().is_multiple_of(8) {
-            backend.expect_sum(self.args(), x);
-        } else {
-            self.run(x, n_rows);
+        match &self.peers {
+            Some(peers) if n_rows <= NORM_ROWS && x.width() <= NORM_WIDTH && x.width().is_multiple_of(8) => {
+                backend.expect_sum(peers.args, x);
+            }
+            _ => self.run(x, n_rows, None),
         }
     }
 }

@@ -12,6 +12,7 @@ mod driver;
 mod error;
 mod group;
 mod matrix;
+mod nccl;
 mod stager;
 
 pub use backend::{CudaBackend, Numerics, Options};
@@ -19,5 +20,6 @@ pub use buffer::{CudaBuffer, CudaIndices};
 pub use compile::{KERNEL_FILES, kernel_source};
 pub use driver::{DeviceInfo, Memory, device_present};
 pub use error::CudaError;
-pub use group::{CudaGroup, GroupBuffer, Handle};
+pub use group::{CudaGroup, GroupBuffer, Handle, Peers, Way};
 pub use matrix::CudaMatrix;
+pub use nccl::{UniqueId, forbid_multicast, nccl_present, unique_id};

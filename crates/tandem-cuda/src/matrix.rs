@@ -73,7 +73,7 @@ impl CudaMatrix {
         let rows = TILE_ROWS * (data.dtype.weight_bytes(1, data.cols) + 2 * data.dtype.scale_bytes(1, data.cols));
         match current {
             Some(stager) if stager.suits(bytes, rows) => Some(stager),
-            _ => Stager::new(device, bytes, rows),
+            before => Stager::new(device, bytes, rows, before),
         }
     }
 

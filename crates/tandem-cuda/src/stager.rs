@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::driver::{Device, Event, Memory, Pinned};
 
@@ -45,6 +46,16 @@ pub(crate) struct Stager {
     jobs: Vec<Job>,
     after: Vec<Work>,
     threads: usize,
+    times: Times,
+}
+
+/// Where the time of loading went.
+#[derive(Clone, Copy)]
+struct Times {
+    start: Instant,
+    bytes: usize,
+    copying: Duration,
+    waiting: Duration,
 }
 
 type Work = Box<dyn FnOnce(&Device)>;
@@ -52,13 +63,18 @@ type Work = Box<dyn FnOnce(&Device)>;
 impl Stager {
     /// Buffers on `device` for a matrix of `bytes`, at least `rows` of which fit at once; none if it is out of memory,
     /// which its next `sync` says.
-    pub(crate) fn new(device: &Arc<Device>, bytes: usize, rows: usize) -> Option<Stager> {
+    ///
+    /// It goes on counting where the one `before` it ended.
+    pub(crate) fn new(device: &Arc<Device>, bytes: usize, rows: usize, before: Option<Stager>) -> Option<Stager> {
+        let start = Times { start: Instant::now(), bytes: 0, copying: Duration::ZERO, waiting: Duration::ZERO };
+        let times = before.map_or(start, |before| before.times);
         let capacity = Stager::wanted(bytes, rows);
         let slot = || {
             Some(Slot { pinned: device.pinned(capacity)?, staging: device.alloc(capacity), fetched: device.event()? })
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
-        Some(Stager { slots: [slot()?, slot()?], capacity, now: 0, used: 0, jobs: vec![], after: vec![], threads })
+        let slots = [slot()?, slot()?];
+        Some(Stager { slots, capacity, now: 0, used: 0, jobs: vec![], after: vec![], threads, times })
     }
 
     fn wanted(bytes: usize, rows: usize) -> usize {
@@ -106,8 +122,13 @@ impl Stager {
     pub(crate) fn flush(&mut self, device: &Device) {
         let slot = &mut self.slots[self.now];
         // The device is done with what this buffer held before.
+        let start = Instant::now();
         device.wait(&slot.fetched);
+        let waited = Instant::now();
         copy_all(&self.jobs, slot.pinned.bytes_mut(), self.threads);
+        self.times.waiting += waited - start;
+        self.times.copying += waited.elapsed();
+        self.times.bytes += self.jobs.iter().map(|job| job.bytes).sum::<usize>();
         for job in self.jobs.drain(..) {
             device.fetch(job.to, &slot.pinned, job.offset, job.bytes);
         }
@@ -117,6 +138,20 @@ impl Stager {
         device.record(&slot.fetched);
         self.now ^= 1;
         self.used = 0;
+    }
+
+    /// Tells the log where the time went.
+    pub(crate) fn report(&self) {
+        let Times { start, bytes, copying, waiting } = self.times;
+        tracing::info!(
+            "{:.2} GB of weights went through pinned memory: {:.2} s copying with {} threads, {:.2} s waiting for the \
+             device, {:.2} s elsewhere since the first",
+            bytes as f64 / 1e9,
+            copying.as_secs_f64(),
+            self.threads,
+            waiting.as_secs_f64(),
+            start.elapsed().saturating_sub(copying + waiting).as_secs_f64(),
+        );
     }
 }
 

@@ -3,12 +3,15 @@
 //! In the bf16 numerics inputs of matrix products are rounded to bf16 first, for both sides, so that what is left is the
 //! order of f32 sums and tolerances can be tight. Without a device these tests say so and pass.
 
-use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, PAGE_SIZE, Rope, RopeLayout, Routing};
+use tandem_core::backend::{
+    Batch, CHOSEN, CacheKind, Choice, Heads, Mlp, NO_TOKEN, PAGE_SIZE, Rope, RopeLayout, Routing,
+};
 use tandem_core::quant;
 use tandem_core::weights::{MatrixData, MatrixPart};
 use tandem_core::{Backend, DType, Float};
 use tandem_cpu::{CpuBackend, CpuBuffer, Isa, Numerics as CpuNumerics};
-use tandem_cuda::{CudaBackend, Numerics, Options, device_present};
+use tandem_cuda::{CudaBackend, CudaBuffer, Numerics, Options, device_present};
+use tandem_engine::{Sampler, SamplingParams};
 
 const AFFINE8: DType = DType::Affine { bits: 8, group_size: 64, params: Float::BF16 };
 
@@ -96,6 +99,7 @@ fn rows<B: Backend>(b: &B, values: &[f32], width: usize) -> B::Buffer {
         sequences: vec![0; n],
         block_tables: vec![vec![0]],
         logits_rows: vec![],
+        choices: vec![],
     });
     let mut out = b.alloc(n, width);
     b.embed(&table, &batch, &mut out);
@@ -365,6 +369,7 @@ fn norms_additions_and_rotations_match_the_oracle() {
             sequences: vec![0; n],
             block_tables: vec![(0..10_000).collect()],
             logits_rows: vec![n as u32 - 1, 0],
+            choices: vec![],
         });
         let from = Heads { n: width / 40, stride: 40, offset: 8, width: 24 };
         let to = Heads { n: width / 40, stride: 32, offset: 4, width: 24 };
@@ -445,6 +450,7 @@ fn last_rows(n: usize, context: usize) -> Batch {
         sequences: (0..n as u32).map(|r| r % 2).collect(),
         block_tables: tables(context),
         logits_rows: vec![],
+        choices: vec![],
     }
 }
 
@@ -460,6 +466,7 @@ fn all_positions(context: usize) -> Vec<Batch> {
             sequences: chunk.iter().map(|c| c.0).collect(),
             block_tables: tables(context),
             logits_rows: vec![],
+            choices: vec![],
         })
         .collect()
 }
@@ -622,6 +629,110 @@ fn grouped_query_attention_matches_the_oracle() {
             for b in &devices() {
                 check(&format!("{:?} {shape:?} n={n}", b.numerics()), &run(b, shape, context, n), &expected, 2e-5);
             }
+        }
+    }
+}
+
+/// The device's choices from rows of logits, the second and third time as a recorded step. Steps of one size must come with
+/// one buffer, as they do in a model.
+fn chosen(b: &CudaBackend, buffer: &mut CudaBuffer, logits: &[f32], choices: &[Choice]) -> Vec<u32> {
+    let n = choices.len();
+    let batch = Batch {
+        tokens: vec![0; n],
+        positions: vec![0; n],
+        sequences: vec![0; n],
+        block_tables: vec![vec![0]],
+        logits_rows: (0..n as u32).collect(),
+        choices: choices.to_vec(),
+    };
+    b.write_rows(logits, buffer);
+    let mut found = vec![];
+    let submit = || {
+        let batch = b.upload(batch.clone());
+        b.step(&batch, 1, &mut |_| b.choose(buffer, &batch));
+    };
+    submit();
+    submit();
+    b.collect(&mut found).expect("runs");
+    submit();
+    b.collect(&mut found).expect("runs");
+    b.collect(&mut found).expect("runs");
+    assert!(found[..n] == found[n..2 * n] && found[..n] == found[2 * n..], "two steps under way choose alike");
+    found.truncate(n);
+    found
+}
+
+#[test]
+fn tokens_are_chosen_as_the_host_chooses_them() {
+    let warm = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+    let params = [
+        SamplingParams::default(),
+        warm.clone(),
+        SamplingParams { temperature: 0.3, ..warm.clone() },
+        SamplingParams { top_k: 1, ..warm.clone() },
+        SamplingParams { top_k: 40, temperature: 1.7, ..warm.clone() },
+        SamplingParams { top_p: 0.95, temperature: 0.6, ..warm.clone() },
+        SamplingParams { top_p: 0.0, ..warm.clone() },
+        SamplingParams { top_p: 0.999, ..warm.clone() },
+        SamplingParams { min_p: 0.05, ..warm.clone() },
+        SamplingParams { top_k: 300, top_p: 0.8, min_p: 0.01, temperature: 1.3, ..warm.clone() },
+        SamplingParams { top_k: 1_000_000, temperature: 1e-3, ..warm.clone() },
+        SamplingParams { min_p: 1.0, temperature: 2.0, ..warm.clone() },
+    ];
+    for b in &devices() {
+        let (mut total, mut different) = (0, vec![]);
+        let shapes = [
+            (1, 1.0, 1),
+            (2, 1.0, 4),
+            (9, 3.0, 8),
+            (2880, 8.0, 12),
+            (2880, 0.01, 8),
+            (5000, 40.0, 8),
+            (154_880, 15.0, 3),
+        ];
+        for (i, (vocab, spread, steps)) in shapes.into_iter().enumerate() {
+            // Each shape has its own number of rows, from 12 to 6, and so its own recorded step.
+            let params = &params[i..];
+            let n = params.len();
+            let mut buffer = b.alloc(n, vocab);
+            for step in 0..steps {
+                let mut logits: Vec<f32> = noise(step + vocab as u64, n * vocab).iter().map(|v| v * spread).collect();
+                // Ties, and tokens that a mask left out.
+                logits.iter_mut().skip(1).step_by(3).for_each(|v| *v = (*v * 4.0).round() / 4.0);
+                let masked = if vocab < 9 { 0 } else { logits.len() };
+                logits[..masked].iter_mut().step_by(7).for_each(|v| *v = f32::NEG_INFINITY);
+                let seeded = |i: usize| SamplingParams { seed: Some(100 * step + i as u64), ..params[i].clone() };
+                let mut samplers: Vec<Sampler> = (0..n).map(|i| Sampler::new(seeded(i)).expect("valid")).collect();
+                let mut choosers = samplers.clone();
+                let choices: Vec<Choice> = choosers.iter_mut().map(Sampler::choice).collect();
+                let found = chosen(b, &mut buffer, &logits, &choices);
+                for (i, sampler) in samplers.iter_mut().enumerate() {
+                    let row = &mut logits[i * vocab..(i + 1) * vocab];
+                    let expected = sampler.sample(row, &[]).expect("tokens");
+                    total += 1;
+                    if found[i] != expected {
+                        different.push((vocab, step, i, found[i], expected));
+                    }
+                    assert_eq!(sampler.choice(), choosers[i].choice(), "the next random number");
+                }
+            }
+        }
+        // A draw that falls on the border between two tokens may go either way: weights are rounded.
+        assert!(different.len() * 100 <= total, "{} of {total}: {different:?}", different.len());
+
+        let vocab = 3000;
+        let mut logits = noise(3, 5 * vocab);
+        logits[0] = 1.0;
+        logits[2999] = 1.0;
+        logits[vocab + 40] = f32::NAN;
+        logits[vocab + 20] = -f32::NAN;
+        logits[2 * vocab..3 * vocab].fill(f32::NEG_INFINITY);
+        logits[3 * vocab + 77] = f32::INFINITY;
+        logits[4 * vocab..].fill(-3.0);
+        let mut buffer = b.alloc(5, vocab);
+        for temperature in [0.0, 1.0] {
+            let choice = Choice { temperature, top_k: 1, top_p: 1.0, min_p: 0.0, unit: 0.999 };
+            assert_eq!(chosen(b, &mut buffer, &logits, &[choice; 5]), [0, CHOSEN | 20, NO_TOKEN, 77, 0]);
         }
     }
 }

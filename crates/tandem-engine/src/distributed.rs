@@ -77,30 +77,29 @@ impl HostReduce {
         state.step += 1;
         state.error.take().map_or(Ok(()), Err)
     }
+}
 
-    /// Compares what must be equal on every rank.
-    fn compare(&self, rows: &[f32], layer: usize) -> Result<(), CommError> {
-        let doing = Doing { operation: "compare", part: "activations", layer: Some(layer) };
-        // FNV-1a over words.
-        let hash = rows
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325u64, |h, v| (h ^ u64::from(v.to_bits())).wrapping_mul(0x0100_0000_01b3));
-        let mut hashes = vec![0u64; self.group.size()];
-        self.group.all_gather(&hash.to_le_bytes(), bytemuck::cast_slice_mut(&mut hashes), doing)?;
-        // The minority is at fault; of two, one cannot know.
-        let count = |h: &u64| hashes.iter().filter(|other| *other == h).count();
-        let most = hashes.iter().map(count).max().unwrap_or(0);
-        let odd = hashes.iter().position(|h| count(h) < most);
-        let odd = odd.or((most < hashes.len()).then_some(usize::from(self.group.rank() == 0)));
-        match odd {
-            None => Ok(()),
-            Some(rank) => {
-                let message = format!(
-                    "the residual stream before layer {layer} is not the same on all ranks; a host computes wrongly, or \
-                     its processor rounds differently where modules are replicated"
-                );
-                Err(self.group.blame(rank, Failure::Diverged { message }, doing))
-            }
+/// Compares rows of the residual stream, which must be equal on every rank of `group`; `place` says where in the model.
+fn compare(group: &Group, rows: &[f32], layer: usize, place: &str) -> Result<(), CommError> {
+    let doing = Doing { operation: "compare", part: "activations", layer: Some(layer) };
+    // FNV-1a over words.
+    let hash =
+        rows.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, v| (h ^ u64::from(v.to_bits())).wrapping_mul(0x0100_0000_01b3));
+    let mut hashes = vec![0u64; group.size()];
+    group.all_gather(&hash.to_le_bytes(), bytemuck::cast_slice_mut(&mut hashes), doing)?;
+    // The minority is at fault; of two, one cannot know.
+    let count = |h: &u64| hashes.iter().filter(|other| *other == h).count();
+    let most = hashes.iter().map(count).max().unwrap_or(0);
+    let odd = hashes.iter().position(|h| count(h) < most);
+    let odd = odd.or((most < hashes.len()).then_some(usize::from(group.rank() == 0)));
+    match odd {
+        None => Ok(()),
+        Some(rank) => {
+            let message = format!(
+                "the residual stream {place} layer {layer} is not the same on all ranks; a host computes wrongly, or \
+                 its processor rounds differently where modules are replicated"
+            );
+            Err(group.blame(rank, Failure::Diverged { message }, doing))
         }
     }
 }
@@ -113,7 +112,7 @@ impl<B: Backend> TensorGroup<B> for HostReduce {
             let mut rows = std::mem::take(&mut state.rows);
             rows.resize(n_rows * self.hidden_size, 0.0);
             backend.download(hidden, &mut rows);
-            state.error = self.compare(&rows, layer).err();
+            state.error = compare(&self.group, &rows, layer, "before").err();
             state.rows = rows;
         }
     }
@@ -232,6 +231,8 @@ pub struct RankRunner<B: Backend> {
     times: RankTimes,
     answer: Option<Answer<B>>,
     check: Option<Check>,
+    /// Steps run, by which ranks know when to compare.
+    n_steps: u64,
 }
 
 /// Says after each step whether sums on the device went wrong.
@@ -264,6 +265,7 @@ impl<B: Backend> RankRunner<B> {
             times: RankTimes::default(),
             answer: None,
             check: None,
+            n_steps: 0,
         }
     }
 
@@ -321,6 +323,7 @@ impl<B: Backend> RankRunner<B> {
             self.backend.download(self.model.logits(), &mut logits[start..]);
         }
         self.sync()?;
+        self.compare_streams(shape.n_rows)?;
         let computed = Instant::now();
         if let Some(next) = self.pipeline.next {
             let doing = self.pipeline.doing("send");
@@ -335,6 +338,19 @@ impl<B: Backend> RankRunner<B> {
         self.times.n_steps += 1;
         self.times.n_rows += shape.n_rows as u64;
         Ok(())
+    }
+
+    /// Compares what the ranks that sum on devices have after their layers; where the host sums, [`HostReduce`] does.
+    fn compare_streams(&mut self, n_rows: usize) -> Result<(), CommError> {
+        let is_due = self.n_steps.is_multiple_of(CHECK_STEPS);
+        self.n_steps += 1;
+        if !is_due || self.check.is_none() {
+            return Ok(());
+        }
+        let last = self.pipeline.plan.ranks[self.pipeline.world.rank()].part.layers.end.saturating_sub(1);
+        let mut rows = vec![0.0; n_rows * self.hidden_size];
+        self.backend.download(self.model.hidden(), &mut rows);
+        compare(&self.pipeline.tensor_group(), &rows, last, "after")
     }
 
     fn sync(&self) -> Result<(), EngineError> {
@@ -527,13 +543,15 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
                 .map(|s| batch.block_tables[*s as usize].clone())
                 .collect(),
             logits_rows: (0..rows.len() as u32).collect(),
+            choices: vec![],
         })
         .collect()
 }
 
 /// [`STEP`], then lists of u32, each with its length in front.
 fn encode(batch: &Batch) -> Vec<u8> {
-    let Batch { tokens, positions, sequences, block_tables, logits_rows } = batch;
+    // Choices are for runners that choose, which ranks do not.
+    let Batch { tokens, positions, sequences, block_tables, logits_rows, choices: _ } = batch;
     let mut words: Vec<u32> = vec![STEP];
     let mut push = |list: &[u32]| {
         words.push(list.len() as u32);
@@ -566,7 +584,7 @@ fn decode(bytes: &[u8]) -> Option<Batch> {
             let page = *p as usize / tandem_core::backend::PAGE_SIZE;
             block_tables.get(*s as usize).is_some_and(|table| page < table.len())
         });
-    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows })
+    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows, choices: vec![] })
 }
 
 #[cfg(test)]
@@ -581,6 +599,7 @@ mod tests {
             sequences: (0..n as u32).rev().collect(),
             block_tables: (0..n as u32).map(|i| vec![2 * i, 2 * i + 1]).collect(),
             logits_rows: (0..n as u32).collect(),
+            choices: vec![],
         }
     }
 

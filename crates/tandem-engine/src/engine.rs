@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use tandem_core::Batch;
-use tandem_core::backend::PAGE_SIZE;
+use tandem_core::backend::{CHOSEN, Choice, PAGE_SIZE};
 
 use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
 use crate::page_store::PageStore;
@@ -116,6 +116,31 @@ impl Active {
     fn n_pending(&self) -> usize {
         self.tokens.len() - self.sequence.tokens.len()
     }
+
+    /// True if the token after `n_generated` follows from its logits and a [`Choice`] alone.
+    fn can_be_chosen_for(&self, n_generated: usize) -> bool {
+        let Request { sampling, min_tokens, eos, top_logprobs, constraint, .. } = &self.request;
+        let any_token = n_generated >= *min_tokens || eos.is_empty();
+        sampling.is_plain() && any_token && top_logprobs.is_none() && constraint.is_none()
+    }
+}
+
+/// A step that the runner works on, or will.
+struct UnderWay {
+    members: Vec<Member>,
+    /// What will run when its logits are wanted here; none if the runner has it and chooses tokens.
+    batch: Option<Batch>,
+    start: Instant,
+}
+
+/// A sequence's part of a step.
+#[derive(Clone, Copy)]
+struct Member {
+    id: RequestId,
+    n_rows: usize,
+    /// It ends with the next token.
+    is_last: bool,
+    decodes: bool,
 }
 
 /// What [`Engine::generate`] did.
@@ -138,9 +163,12 @@ pub struct Engine {
     waiting: VecDeque<Active>,
     /// In order of admission.
     running: Vec<Active>,
+    /// What a runner that chooses tokens works on between two calls.
+    under_way: Option<UnderWay>,
     costs: StepCosts,
     counters: Counters,
     last_step_rows: usize,
+    last_step_end: Instant,
     next_id: u64,
     logits: Vec<f32>,
 }
@@ -164,9 +192,11 @@ impl Engine {
             scheduling,
             waiting: VecDeque::new(),
             running: vec![],
+            under_way: None,
             costs: StepCosts::default(),
             counters: Counters::default(),
             last_step_rows: 0,
+            last_step_end: Instant::now(),
             next_id: 0,
             logits: vec![],
         }
@@ -266,45 +296,127 @@ impl Engine {
         }
     }
 
-    /// Runs one step for the requests that have one to run, and appends what happened to `outputs`.
+    /// Runs one step for the requests that have one to run, and appends what happened to `outputs`. A runner that chooses
+    /// tokens itself already works on the next step when this returns, unless it may bring somebody else.
     ///
     /// # Errors
     /// The device failed. The engine is of no more use.
     pub fn step(&mut self, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
-        self.admit(outputs);
+        if let Some(step) = &self.under_way
+            && !step.members.iter().any(|m| self.running.iter().any(|a| a.id == m.id))
+        {
+            self.abandon()?;
+        }
+        let step = match self.under_way.take() {
+            Some(step) => step,
+            None => {
+                self.admit(outputs);
+                match self.begin()? {
+                    Some(step) => step,
+                    None => return Ok(()),
+                }
+            }
+        };
+        self.under_way = self.begin_next(&step)?;
+        self.finish(step, outputs)
+    }
+
+    /// Plans a step; one whose tokens the runner can choose is under way then.
+    fn begin(&mut self) -> Result<Option<UnderWay>, EngineError> {
         let start = Instant::now();
         let rows = self.plan();
-        let n_rows: usize = rows.iter().sum();
-        if n_rows == 0 {
-            return Ok(());
+        let members: Vec<Member> = self
+            .running
+            .iter()
+            .zip(rows)
+            .filter(|(_, n_rows)| *n_rows > 0)
+            .map(|(active, n_rows)| Member {
+                id: active.id,
+                n_rows,
+                is_last: n_rows == active.n_pending(),
+                decodes: active.n_pending() == 1 && active.n_generated() > 0,
+            })
+            .collect();
+        if members.is_empty() {
+            return Ok(None);
         }
-        let (mut n_decode, mut n_prefill) = (0, 0);
         let mut batch = Batch::default();
-        for (active, n) in self.running.iter().zip(&rows).filter(|(_, n)| **n > 0) {
+        for (member, active) in each_member(&members, &mut self.running) {
             let first = active.sequence.tokens.len();
-            let is_last = *n == active.n_pending();
-            if active.n_pending() == 1 && active.n_generated() > 0 {
-                n_decode += 1;
-            } else {
-                n_prefill += n;
-            }
-            batch.tokens.extend_from_slice(&active.tokens[first..first + n]);
-            batch.positions.extend(first as u32..(first + n) as u32);
-            batch.sequences.extend(std::iter::repeat_n(batch.block_tables.len() as u32, *n));
-            batch.block_tables.push(active.sequence.pages.clone());
-            if is_last {
-                batch.logits_rows.push(batch.tokens.len() as u32 - 1);
+            add_rows(&mut batch, member, active, &active.tokens[first..first + member.n_rows], first);
+        }
+        let chosen = each_member(&members, &mut self.running)
+            .all(|(member, active)| !member.is_last || active.can_be_chosen_for(active.n_generated()));
+        let Some(chooser) = self.runner.chooser().filter(|_| chosen && !batch.logits_rows.is_empty()) else {
+            return Ok(Some(UnderWay { members, batch: Some(batch), start }));
+        };
+        batch.choices = choices(&members, &mut self.running);
+        chooser.submit(batch)?;
+        Ok(Some(UnderWay { members, batch: None, start }))
+    }
+
+    /// Puts the step that follows `step` behind it, while its tokens are not known here yet; none if it is not certain
+    /// that exactly the same sequences go on, each with one token that the runner can choose.
+    fn begin_next(&mut self, step: &UnderWay) -> Result<Option<UnderWay>, EngineError> {
+        let is_full = self.running.len() >= self.costs.max_running(&self.scheduling);
+        let same = step.members.len() == self.running.len() && (self.waiting.is_empty() || is_full);
+        let goes_on = |(member, active): (&Member, &Active)| {
+            let (n_generated, n_tokens) = (active.n_generated() + 1, active.tokens.len() + 1);
+            let goes_on = n_generated < active.request.max_tokens && n_tokens <= self.context;
+            active.id == member.id && member.is_last && goes_on && active.can_be_chosen_for(n_generated)
+        };
+        if step.batch.is_some() || !same || !step.members.iter().zip(&self.running).all(goes_on) {
+            return Ok(None);
+        }
+        for active in &mut self.running {
+            if !self.blocks.grow(&mut active.sequence.pages, active.tokens.len() + 1) {
+                return Ok(None);
             }
         }
+        let Some(chooser) = self.runner.chooser() else { return Ok(None) };
+        let members: Vec<Member> = step.members.iter().map(|m| Member { n_rows: 1, decodes: true, ..*m }).collect();
+        let mut batch = Batch::default();
+        for (i, (member, active)) in members.iter().zip(&self.running).enumerate() {
+            add_rows(&mut batch, member, active, &[CHOSEN | i as u32], active.tokens.len());
+        }
+        batch.choices = choices(&members, &mut self.running);
+        chooser.submit(batch)?;
+        Ok(Some(UnderWay { members, batch: None, start: Instant::now() }))
+    }
+
+    /// Waits for a step and does what follows from its tokens.
+    fn finish(&mut self, step: UnderWay, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
+        let UnderWay { members, batch, start } = step;
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
-        self.runner.step(batch, &mut logits)?;
+        let chosen = match batch {
+            Some(batch) => {
+                self.runner.step(batch, &mut logits)?;
+                vec![]
+            }
+            None => self.runner.chooser().map_or(Ok(vec![]), |chooser| chooser.collect())?,
+        };
+        let (decoding, prefilling): (Vec<_>, Vec<_>) = members.iter().partition::<Vec<&Member>, _>(|m| m.decodes);
+        let n_prefill = prefilling.iter().map(|m| m.n_rows).sum();
         self.counters.steps += 1;
         self.counters.prompt_tokens += n_prefill as u64;
-        self.last_step_rows = n_rows;
-        self.commit(&rows, &mut logits, outputs);
+        self.last_step_rows = decoding.len() + n_prefill;
+        self.commit(&members, &chosen, &mut logits, outputs);
         self.logits = logits;
-        self.costs.record(n_decode, n_prefill, start.elapsed());
+        // A step that was put behind another began when that one ended.
+        let start = start.max(self.last_step_end);
+        self.last_step_end = Instant::now();
+        self.costs.record(decoding.len(), n_prefill, self.last_step_end - start);
+        Ok(())
+    }
+
+    /// Waits for a step that nobody wants any more.
+    fn abandon(&mut self) -> Result<(), EngineError> {
+        if self.under_way.take().is_some()
+            && let Some(chooser) = self.runner.chooser()
+        {
+            chooser.collect()?;
+        }
         Ok(())
     }
 
@@ -343,6 +455,8 @@ impl Engine {
     ///
     /// # Errors
     /// The tokens do not fit, are not in the vocabulary, or the device failed. The sequence is as before.
+    ///
+    /// A step of requests that is under way is run again after this, with other random numbers.
     pub fn run(
         &mut self,
         sequence: &mut Sequence,
@@ -352,6 +466,7 @@ impl Engine {
     ) -> Result<Vec<f32>, EngineError> {
         let total = sequence.tokens.len() + tokens.len();
         self.check(tokens, total)?;
+        self.abandon()?;
         if !self.blocks.grow(&mut sequence.pages, total) {
             return Err(self.too_long(total));
         }
@@ -375,6 +490,7 @@ impl Engine {
                 sequences: vec![0; part.len()],
                 block_tables: vec![sequence.pages.clone()],
                 logits_rows,
+                choices: vec![],
             });
             position = end;
         }
@@ -451,23 +567,38 @@ impl Engine {
         rows
     }
 
-    /// Notes what a step ran, and chooses tokens.
-    fn commit(&mut self, rows: &[usize], logits: &mut [f32], outputs: &mut Vec<Output>) {
+    /// Notes what a step ran, and takes its tokens: `chosen` by the runner, or sampled from `logits`.
+    fn commit(
+        &mut self,
+        members: &[Member],
+        chosen: &[Result<u32, SampleError>],
+        logits: &mut [f32],
+        outputs: &mut Vec<Output>,
+    ) {
         let mut logits = logits.chunks_exact_mut(self.runner.vocab_size());
+        let mut chosen = chosen.iter();
         let mut ended = vec![];
-        for (i, (active, n)) in self.running.iter_mut().zip(rows).enumerate().filter(|(_, (_, n))| **n > 0) {
+        for member in members {
+            // Those of sequences that have ended since the step began are passed over.
+            let (token, row) = if member.is_last { (chosen.next(), logits.next()) } else { (None, None) };
+            let Some(i) = self.running.iter().position(|a| a.id == member.id) else { continue };
+            let active = &mut self.running[i];
             let Active { tokens, sequence, .. } = &mut *active;
             let first = sequence.tokens.len();
-            sequence.tokens.extend_from_slice(&tokens[first..first + n]);
+            sequence.tokens.extend_from_slice(&tokens[first..first + member.n_rows]);
             let n_known = sequence.hashes.len();
             self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
             // As soon as they are full: all at once, the disk would not keep up.
             save_pages(self.store.as_mut(), &*self.runner, sequence, n_known);
-            if active.n_pending() > 0 {
-                continue;
-            }
-            let Some(row) = logits.next() else { break };
-            let end = match choose(active, row, self.context) {
+            let result = match (token, row) {
+                _ if !member.is_last => continue,
+                // Nothing was to be generated.
+                _ if active.n_generated() >= active.request.max_tokens => Ok((None, Some(FinishReason::Length))),
+                (Some(token), _) => token.clone().map(|token| accept(active, token, None, self.context)),
+                (None, Some(row)) => choose(active, row, self.context),
+                (None, None) => break,
+            };
+            let end = match result {
                 Ok((token, end)) => {
                     self.counters.generated_tokens += u64::from(token.is_some());
                     outputs.extend(token.map(|event| Output { request: active.id, event }));
@@ -477,13 +608,10 @@ impl Engine {
             };
             if let Some(event) = end {
                 outputs.push(Output { request: active.id, event });
-                ended.push(i);
+                ended.push(member.id);
             }
         }
-        for i in ended.into_iter().rev() {
-            let active = self.running.remove(i);
-            self.retire(active.sequence);
-        }
+        ended.into_iter().for_each(|id| self.cancel(id));
     }
 
     /// Gives a sequence's pages back, to be found again.
@@ -532,17 +660,38 @@ fn save_pages(store: Option<&mut PageStore>, runner: &dyn Runner, sequence: &Seq
     }
 }
 
+/// The members of a step that still run, with their sequences.
+fn each_member<'a>(
+    members: &'a [Member],
+    running: &'a mut [Active],
+) -> impl Iterator<Item = (&'a Member, &'a mut Active)> {
+    running.iter_mut().filter_map(|active| Some((members.iter().find(|m| m.id == active.id)?, active)))
+}
+
+/// Adds a sequence's rows to a batch.
+fn add_rows(batch: &mut Batch, member: &Member, active: &Active, tokens: &[u32], first: usize) {
+    batch.tokens.extend_from_slice(tokens);
+    batch.positions.extend(first as u32..(first + tokens.len()) as u32);
+    batch.sequences.extend(std::iter::repeat_n(batch.block_tables.len() as u32, tokens.len()));
+    batch.block_tables.push(active.sequence.pages.clone());
+    if member.is_last {
+        batch.logits_rows.push(batch.tokens.len() as u32 - 1);
+    }
+}
+
+/// How the runner chooses the next tokens of a step, in the order of their logits.
+fn choices(members: &[Member], running: &mut [Active]) -> Vec<Choice> {
+    each_member(members, running).filter(|(m, _)| m.is_last).map(|(_, active)| active.sampler.choice()).collect()
+}
+
 /// Samples the next token of a sequence from its logits; says what to report, and whether the text ends.
 fn choose(
     active: &mut Active,
     logits: &mut [f32],
     context: usize,
 ) -> Result<(Option<Event>, Option<FinishReason>), SampleError> {
-    let Active { request, sampler, tokens, .. } = active;
+    let Active { request, sampler, tokens, .. } = &mut *active;
     let n_generated = tokens.len() - request.prompt.len();
-    if n_generated >= request.max_tokens {
-        return Ok((None, Some(FinishReason::Length)));
-    }
     // Before anything changes them.
     let original = request.top_logprobs.map(|_| logits.to_vec());
     if let Some(constraint) = &mut request.constraint {
@@ -558,20 +707,32 @@ fn choose(
         }
     }
     let id = sampler.sample(logits, tokens)?;
-    if request.eos.contains(&id) {
-        return Ok((None, Some(FinishReason::Stop)));
-    }
     let logprobs = original
         .zip(request.top_logprobs)
         .map(|(original, n_top)| Logprobs { chosen: logprob(&original, id), top: top_logprobs(&original, n_top) });
+    Ok(accept(active, id, logprobs, context))
+}
+
+/// Takes a sequence's next token; says what to report, and whether the text ends.
+fn accept(
+    active: &mut Active,
+    id: u32,
+    logprobs: Option<Logprobs>,
+    context: usize,
+) -> (Option<Event>, Option<FinishReason>) {
+    let n_generated = active.n_generated() + 1;
+    let Active { request, tokens, .. } = active;
+    if request.eos.contains(&id) {
+        return (None, Some(FinishReason::Stop));
+    }
     tokens.push(id);
     let may_continue = request.constraint.as_mut().is_none_or(|c| c.accept(id));
     let end = if !may_continue {
         Some(FinishReason::Stop)
-    } else if n_generated + 1 >= request.max_tokens || tokens.len() > context {
+    } else if n_generated >= request.max_tokens || tokens.len() > context {
         Some(FinishReason::Length)
     } else {
         None
     };
-    Ok((Some(Event::Token { id, logprobs }), end))
+    (Some(Event::Token { id, logprobs }), end)
 }

@@ -217,6 +217,18 @@ impl<B: Backend> Backend for Profiled<B> {
         if self.on.get() { operations(max_context) } else { self.inner.step(batch, max_context, operations) }
     }
 
+    fn chooses(&self) -> bool {
+        self.inner.chooses()
+    }
+
+    fn choose(&self, logits: &B::Buffer, batch: &B::Batch) {
+        self.timed(Operation::Other, |b| b.choose(logits, batch));
+    }
+
+    fn collect(&self, tokens: &mut Vec<u32>) -> Result<(), B::Error> {
+        self.inner.collect(tokens)
+    }
+
     fn embed(&self, table: &B::Matrix, batch: &B::Batch, out: &mut B::Buffer) {
         self.note(|p| p.in_head = false);
         self.timed(Operation::Other, |b| b.embed(table, batch, out));

@@ -7,6 +7,7 @@ use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, LayerCache, Limits, Model, StepShape};
 
 use crate::EngineError;
+use crate::sampler::{SampleError, chosen};
 
 /// What one rank holds, and what it has done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,6 +40,10 @@ pub trait Runner {
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         batches.into_iter().try_for_each(|batch| self.step(batch, logits))
     }
+    /// The runner's own way of choosing tokens, if it has one.
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        None
+    }
     /// Rows of the largest batch.
     fn limits(&self) -> Limits;
     /// Logits per row.
@@ -61,6 +66,21 @@ pub trait Runner {
     }
 }
 
+/// A runner that chooses tokens where it computes logits. A step may be submitted behind another, and name tokens that are
+/// not known yet ([`tandem_core::backend::CHOSEN`]); at most two are under way.
+pub trait Chooser {
+    /// Starts a step with choices.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn submit(&mut self, batch: Batch) -> Result<(), EngineError>;
+    /// Waits for the oldest step under way and returns a token for each of its choices.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError>;
+}
+
 /// A model, its backend and its cache.
 pub struct ModelRunner<B: Backend> {
     backend: B,
@@ -69,6 +89,9 @@ pub struct ModelRunner<B: Backend> {
     limits: Limits,
     vocab_size: usize,
     status: RankStatus,
+    n_under_way: usize,
+    /// When the oldest step under way began.
+    busy_since: Instant,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -80,7 +103,7 @@ impl<B: Backend> ModelRunner<B> {
             cache_bytes: (model.cache_bytes_per_token(&backend) * n_slots) as u64,
             ..RankStatus::default()
         };
-        ModelRunner { backend, model, cache, limits, vocab_size, status }
+        ModelRunner { backend, model, cache, limits, vocab_size, status, n_under_way: 0, busy_since: Instant::now() }
     }
 
     /// The same with so many bytes of weights in its status.
@@ -103,6 +126,32 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
     }
 
+    /// Enqueues a step.
+    fn enqueue(&mut self, batch: Batch) {
+        let (shape, chooses) = (StepShape::of(&batch), !batch.choices.is_empty());
+        if self.n_under_way == 0 {
+            self.busy_since = Instant::now();
+        }
+        self.n_under_way += 1;
+        self.status.rows += shape.n_rows as u64;
+        let batch = self.backend.upload(batch);
+        let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
+        backend.step(&batch, shape.max_context, &mut |max_context| {
+            model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
+            if chooses {
+                backend.choose(model.logits(), &batch);
+            }
+        });
+    }
+
+    /// Notes that the oldest step has ended.
+    fn note_end(&mut self) {
+        self.n_under_way = self.n_under_way.saturating_sub(1);
+        let now = Instant::now();
+        self.status.busy += now - self.busy_since;
+        self.busy_since = now;
+    }
+
     /// Fills the first `n_slots` slots of every layer's cache with random vectors, to measure long contexts without
     /// running them.
     ///
@@ -116,24 +165,21 @@ impl<B: Backend> ModelRunner<B> {
 
 impl<B: Backend> Runner for ModelRunner<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        let started = Instant::now();
-        let shape = StepShape::of(&batch);
-        let batch = self.backend.upload(batch);
-        let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
-        backend.step(&batch, shape.max_context, &mut |max_context| {
-            model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
-        });
-        let start = logits.len();
-        logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
+        let (start, n_logits) = (logits.len(), batch.logits_rows.len());
+        self.enqueue(batch);
+        logits.resize(start + n_logits * self.vocab_size, 0.0);
         self.backend.download(self.model.logits(), &mut logits[start..]);
         self.sync()?;
-        self.status.rows += shape.n_rows as u64;
-        self.status.busy += started.elapsed();
+        self.note_end();
         Ok(())
     }
 
     fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
         Ok(vec![self.status.clone()])
+    }
+
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        if self.backend.chooses() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -169,5 +215,19 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+}
+
+impl<B: Backend> Chooser for ModelRunner<B> {
+    fn submit(&mut self, batch: Batch) -> Result<(), EngineError> {
+        self.enqueue(batch);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError> {
+        let mut words = vec![];
+        self.backend.collect(&mut words).map_err(|e| EngineError::Device(Box::new(e)))?;
+        self.note_end();
+        Ok(words.into_iter().map(|word| chosen(word, self.vocab_size)).collect())
     }
 }

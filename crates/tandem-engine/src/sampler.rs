@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use tandem_core::backend::{CHOSEN, Choice, NO_TOKEN};
 use thiserror::Error;
 
 /// How to choose a token. The default is greedy and changes nothing else.
@@ -88,6 +89,11 @@ impl SamplingParams {
     /// Whether the most likely token is always chosen.
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0
+    }
+
+    /// Whether a [`Choice`] says all of it: a token depends on the logits alone.
+    pub fn is_plain(&self) -> bool {
+        self.logit_bias.is_empty() && !self.has_penalties()
     }
 
     fn has_penalties(&self) -> bool {
@@ -187,7 +193,7 @@ impl Sampler {
     ///
     /// Order: logit bias, repetition, presence and frequency penalty (these change `logits`), temperature, top-k,
     /// top-p, min-p, draw. Top-p is relative to what top-k left, as in Hugging Face and vLLM. Among equal logits lower
-    /// ids come first, and exactly `top_k` tokens stay. Greedy choice draws no random number.
+    /// ids come first, and exactly `top_k` tokens stay. Greedy choice draws no random number, any other one.
     ///
     /// # Errors
     /// When a logit is NaN, or none is above `-inf`.
@@ -195,6 +201,7 @@ impl Sampler {
         self.adjust(logits, history);
         let best = argmax(logits)?;
         let max_logit = logits[best as usize];
+        let unit = self.draw();
         // An infinite logit leaves no finite odds to draw from.
         if self.params.is_greedy() || max_logit == f32::INFINITY {
             return Ok(best);
@@ -202,8 +209,18 @@ impl Sampler {
         self.collect_candidates(logits, max_logit);
         self.truncate();
         let total: f64 = self.weights.iter().sum();
-        let target = self.rng.next_unit() * total;
-        Ok(self.pick(target))
+        Ok(self.pick(unit * total))
+    }
+
+    /// How a device chooses the next token in place of [`Self::sample`]; takes its random number. For parameters that
+    /// are [plain](SamplingParams::is_plain).
+    pub fn choice(&mut self) -> Choice {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        Choice { temperature, top_k, top_p, min_p, unit: self.draw() }
+    }
+
+    fn draw(&mut self) -> f64 {
+        if self.params.is_greedy() { 0.0 } else { self.rng.next_unit() }
     }
 
     fn adjust(&mut self, logits: &mut [f32], history: &[u32]) {
@@ -279,6 +296,18 @@ impl Sampler {
             }
         }
         last
+    }
+}
+
+/// What a device's word means: [`tandem_core::Backend::collect`].
+///
+/// # Errors
+/// As [`argmax`].
+pub(crate) fn chosen(word: u32, n_logits: usize) -> Result<u32, SampleError> {
+    match word {
+        NO_TOKEN => Err(SampleError::NoCandidates { n_logits }),
+        word if word & CHOSEN != 0 => Err(SampleError::NanLogits { token_id: word & !CHOSEN }),
+        token_id => Ok(token_id),
     }
 }
 

@@ -1,16 +1,16 @@
 //! The engine's sharing of steps and pages: with a runner that is no model, and with the bundled model.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use tandem_core::backend::PAGE_SIZE;
+use tandem_core::backend::{CHOSEN, PAGE_SIZE};
 use tandem_core::{Batch, Checkpoint, ModelConfig};
 use tandem_cpu::CpuBackend;
 use tandem_engine::{
-    BlockManager, Constraint, Engine, EngineError, Event, FinishReason, ModelRunner, Output, PageStore, Request,
-    RequestId, Runner, SamplingParams, Scheduling,
+    BlockManager, Chooser, Constraint, Engine, EngineError, Event, FinishReason, Logits, ModelRunner, Output,
+    PageStore, Request, RequestId, Runner, SampleError, SamplingParams, Scheduling, Sequence,
 };
 use tandem_model::Limits;
 
@@ -23,6 +23,9 @@ struct SlotRunner {
     slots: Vec<u32>,
     limits: Limits,
     largest_decode: std::sync::Arc<std::sync::Mutex<Vec<usize>>>,
+    /// It chooses tokens itself; those of the steps under way.
+    chooses: bool,
+    chosen: VecDeque<Vec<u32>>,
 }
 
 /// The token after `tokens`.
@@ -31,19 +34,55 @@ fn next(tokens: impl Iterator<Item = u32>) -> u32 {
     (hash % VOCAB as u64) as u32
 }
 
-impl Runner for SlotRunner {
-    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+impl SlotRunner {
+    fn new(blocks: &BlockManager, limits: Limits, chooses: bool) -> SlotRunner {
+        let (slots, largest_decode) = (vec![0; blocks.n_slots()], Default::default());
+        SlotRunner { slots, limits, largest_decode, chooses, chosen: VecDeque::new() }
+    }
+
+    /// Runs a batch; the tokens that follow.
+    fn run(&mut self, batch: &Batch) -> Vec<u32> {
         for row in 0..batch.n_rows() {
             let slot = batch.slot(batch.sequences[row] as usize, batch.positions[row] as usize);
-            self.slots[slot] = batch.tokens[row];
+            let token = batch.tokens[row];
+            let before = || self.chosen.back().expect("a step before")[(token & !CHOSEN) as usize];
+            self.slots[slot] = if token & CHOSEN == 0 { token } else { before() };
         }
         self.largest_decode.lock().unwrap().push(batch.n_rows());
-        for row in &batch.logits_rows {
-            let (sequence, last) = (batch.sequences[*row as usize] as usize, batch.positions[*row as usize] as usize);
-            let token = next((0..=last).map(|p| self.slots[batch.slot(sequence, p)]));
+        let last = batch.logits_rows.iter().map(|row| *row as usize);
+        last.map(|row| {
+            let (sequence, last) = (batch.sequences[row] as usize, batch.positions[row] as usize);
+            next((0..=last).map(|p| self.slots[batch.slot(sequence, p)]))
+        })
+        .collect()
+    }
+}
+
+impl Chooser for SlotRunner {
+    fn submit(&mut self, batch: Batch) -> Result<(), EngineError> {
+        assert_eq!(batch.choices.len(), batch.logits_rows.len());
+        let tokens = self.run(&batch);
+        self.chosen.push_back(tokens);
+        assert!(self.chosen.len() <= 2, "two steps under way");
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError> {
+        Ok(self.chosen.pop_front().expect("a step under way").into_iter().map(Ok).collect())
+    }
+}
+
+impl Runner for SlotRunner {
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        assert!(self.chosen.is_empty() && batch.choices.is_empty());
+        for token in self.run(&batch) {
             logits.extend((0..VOCAB as u32).map(|id| if id == token { 1.0 } else { 0.0 }));
         }
         Ok(())
+    }
+
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        if self.chooses { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -80,9 +119,13 @@ fn expected(prompt: &[u32], max_tokens: usize) -> Vec<u32> {
 }
 
 fn engine(n_pages: usize, max_batch: usize) -> Engine {
+    engine_of(n_pages, max_batch, false)
+}
+
+fn engine_of(n_pages: usize, max_batch: usize, chooses: bool) -> Engine {
     let blocks = BlockManager::for_tokens(n_pages * PAGE_SIZE);
     let limits = Limits { max_rows: 128, max_logits_rows: 64 };
-    let runner = SlotRunner { slots: vec![0; blocks.n_slots()], limits, largest_decode: Default::default() };
+    let runner = SlotRunner::new(&blocks, limits, chooses);
     let context = n_pages * PAGE_SIZE;
     Engine::new(Box::new(runner), blocks, context, context).with_scheduling(scheduling(max_batch))
 }
@@ -129,10 +172,11 @@ proptest! {
         n_pages in 5usize..12,
         max_batch in 1usize..8,
         inter_token_us in prop::option::of(0u64..50),
+        chooses: bool,
     ) {
         let inter_token = inter_token_us.map(Duration::from_micros);
         let mut engine =
-            engine(n_pages, max_batch).with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) });
+            engine_of(n_pages, max_batch, chooses).with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) });
         let mut wanted = HashMap::new();
         let mut cancelled = vec![];
         let mut outputs = vec![];
@@ -171,10 +215,9 @@ proptest! {
 
 #[test]
 fn streams_do_not_stall_behind_a_long_prompt_and_decoding_steps_stay_exact() {
-    let sizes = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
     let blocks = BlockManager::for_tokens(64 * PAGE_SIZE);
-    let limits = Limits { max_rows: 512, max_logits_rows: 64 };
-    let runner = SlotRunner { slots: vec![0; blocks.n_slots()], limits, largest_decode: sizes.clone() };
+    let runner = SlotRunner::new(&blocks, Limits { max_rows: 512, max_logits_rows: 64 }, false);
+    let sizes = runner.largest_decode.clone();
     let mut engine = Engine::new(Box::new(runner), blocks, 4096, 4096);
     let mut request = greedy(text(20, 1), 300);
     request.eos.clear();
@@ -222,23 +265,62 @@ fn lengths_ends_and_grammars_are_kept() {
             !self.0.is_empty()
         }
     }
-    let mut engine = engine(8, 4);
-    let constraint = Some(Box::new(Only(vec![7, 8, 9])) as Box<dyn Constraint>);
-    let grammar = engine.submit(Request { constraint, ..greedy(text(5, 1), 40) }).unwrap();
-    let constraint = Some(Box::new(Only(vec![END, 8, 9])) as Box<dyn Constraint>);
-    let complete = engine.submit(Request { constraint, min_tokens: 5, ..greedy(text(5, 1), 40) }).unwrap();
-    let empty = engine.submit(greedy(text(5, 1), 0)).unwrap();
-    let to_the_end = engine.submit(Request { eos: vec![], ..greedy(text(500, 1), 1000) }).unwrap();
-    let everything: Vec<u32> = (0..VOCAB as u32).collect();
-    let least =
-        engine.submit(Request { eos: everything[1..].to_vec(), min_tokens: 3, ..greedy(text(5, 1), 9) }).unwrap();
+    for chooses in [false, true] {
+        let mut engine = engine_of(8, 4, chooses);
+        let constraint = Some(Box::new(Only(vec![7, 8, 9])) as Box<dyn Constraint>);
+        let grammar = engine.submit(Request { constraint, ..greedy(text(5, 1), 40) }).unwrap();
+        let constraint = Some(Box::new(Only(vec![END, 8, 9])) as Box<dyn Constraint>);
+        let complete = engine.submit(Request { constraint, min_tokens: 5, ..greedy(text(5, 1), 40) }).unwrap();
+        let empty = engine.submit(greedy(text(5, 1), 0)).unwrap();
+        let to_the_end = engine.submit(Request { eos: vec![], ..greedy(text(500, 1), 1000) }).unwrap();
+        let everything: Vec<u32> = (0..VOCAB as u32).collect();
+        let least =
+            engine.submit(Request { eos: everything[1..].to_vec(), min_tokens: 3, ..greedy(text(5, 1), 9) }).unwrap();
+        let results = run_all(&mut engine);
+        assert_eq!(results[&grammar], (vec![9, 8, 7], Some(FinishReason::Stop)));
+        assert_eq!(results[&complete], (vec![9, 8], Some(FinishReason::Stop)), "a complete grammar ends the text");
+        assert_eq!(results[&empty], (vec![], Some(FinishReason::Length)));
+        let (tokens, reason) = &results[&to_the_end];
+        assert_eq!((tokens.len(), *reason), (8 * PAGE_SIZE - 500 + 1, Some(FinishReason::Length)));
+        assert_eq!(results[&least].0, [END, END, END], "end tokens are not allowed before");
+    }
+}
+
+#[test]
+fn a_runner_that_chooses_works_ahead_and_stops_where_it_must() {
+    let mut engine = engine_of(16, 4, true);
+    let prompts = [text(70, 1), text(5, 2), text(63, 3)];
+    let ids: Vec<RequestId> = prompts.iter().map(|p| engine.submit(greedy(p.clone(), 30)).unwrap()).collect();
     let results = run_all(&mut engine);
-    assert_eq!(results[&grammar], (vec![9, 8, 7], Some(FinishReason::Stop)));
-    assert_eq!(results[&complete], (vec![9, 8], Some(FinishReason::Stop)), "a complete grammar ends the text");
-    assert_eq!(results[&empty], (vec![], Some(FinishReason::Length)));
-    let (tokens, reason) = &results[&to_the_end];
-    assert_eq!((tokens.len(), *reason), (8 * PAGE_SIZE - 500 + 1, Some(FinishReason::Length)));
-    assert_eq!(results[&least].0, [END, END, END], "end tokens are not allowed before");
+    for (id, prompt) in ids.iter().zip(&prompts) {
+        assert_eq!(results[id].0, expected(prompt, 30));
+    }
+    // A step for somebody who has gone is nobody's concern, and the next request is not disturbed by it.
+    let gone = engine.submit(Request { eos: vec![], ..greedy(text(9, 4), 100) }).unwrap();
+    let mut outputs = vec![];
+    for _ in 0..3 {
+        engine.step(&mut outputs).unwrap();
+    }
+    engine.cancel(gone);
+    let id = engine.submit(greedy(prompts[0].clone(), 30)).unwrap();
+    assert_eq!(run_all(&mut engine)[&id].0, expected(&prompts[0], 30));
+    assert_eq!(engine.blocks().n_used(), 0);
+    // Evaluation may come in between.
+    let id = engine.submit(greedy(prompts[1].clone(), 30)).unwrap();
+    engine.step(&mut outputs).unwrap();
+    let mut sequence = Sequence::default();
+    engine.run(&mut sequence, &prompts[2], 16, Logits::Last).unwrap();
+    engine.release(&mut sequence);
+    let mut tokens: Vec<u32> = outputs
+        .iter()
+        .filter(|o| o.request == id)
+        .filter_map(|o| match o.event {
+            Event::Token { id, .. } => Some(id),
+            _ => None,
+        })
+        .collect();
+    tokens.extend(&run_all(&mut engine)[&id].0);
+    assert_eq!(tokens, expected(&prompts[1], 30));
 }
 
 #[test]

@@ -39,6 +39,7 @@ impl<B: Backend> KvCache<B> {
                 sequences: vec![0],
                 block_tables: vec![vec![(slot / PAGE_SIZE) as u32]],
                 logits_rows: vec![],
+                choices: vec![],
             });
             for (layer, cache) in self.layers.iter_mut().enumerate() {
                 let pick = slot.wrapping_mul(31).wrapping_add(layer) % N_VECTORS;

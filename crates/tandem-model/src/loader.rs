@@ -3,8 +3,12 @@
 use std::collections::HashMap;
 
 use tandem_core::backend::{Backend, Mlp};
+use tandem_core::checkpoint::MappedPages;
 use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_core::{Checkpoint, CheckpointError};
+
+/// Advice on so many mapped bytes takes the system longer than starting a thread that gives it.
+const WORTH_A_THREAD: usize = 16 << 20;
 
 /// Where weights come from, by module name.
 pub trait WeightSource {
@@ -18,8 +22,8 @@ pub trait WeightSource {
     /// # Errors
     /// The file is damaged.
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError>;
-    /// Called when a backend has what it needs of a matrix: memory that only served to read it may go.
-    fn release(&self, _part: &MatrixPart) {}
+    /// Called when a backend has what it needs of matrices: memory that only served to read them may go.
+    fn release(&self, _parts: &[MatrixPart]) {}
 }
 
 /// Weights by tensor name.
@@ -54,21 +58,27 @@ impl<'a> CheckpointWeights<'a> {
 impl WeightSource for CheckpointWeights<'_> {
     fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
         let data = self.weights.get(module, "weight")?.matrix(self.checkpoint)?;
-        for part in &data.parts {
-            self.checkpoint.prefetch(&part.weight);
-        }
+        advise(self.checkpoint.pages(data.parts.iter().map(|p| &p.weight[..])), MappedPages::prefetch);
         Ok(data)
     }
 
-    fn release(&self, part: &MatrixPart) {
-        for bytes in [&part.weight, &part.scales, &part.biases] {
-            self.checkpoint.release(bytes);
+    fn release(&self, parts: &[MatrixPart]) {
+        let bytes_of: [fn(&MatrixPart) -> &[u8]; 3] = [|p| &p.weight, |p| &p.scales, |p| &p.biases];
+        for bytes in bytes_of {
+            advise(self.checkpoint.pages(parts.iter().map(bytes)), MappedPages::release);
         }
     }
 
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
         self.weights.get(module, leaf)?.vector(self.checkpoint)
     }
+}
+
+/// Tells the system about pages, beside what goes on if there are many.
+fn advise(pages: Vec<MappedPages>, advice: fn(&MappedPages)) {
+    let bytes: usize = pages.iter().map(MappedPages::bytes).sum();
+    let all = move || pages.iter().for_each(advice);
+    if bytes < WORTH_A_THREAD { all() } else { _ = std::thread::spawn(all) }
 }
 
 /// Weights on their way to a backend.
@@ -93,7 +103,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let data = self.source.matrix(module)?;
         let (bytes, parts) = (data.bytes(), data.parts.clone());
         let matrix = self.backend.load_matrix(data);
-        parts.iter().for_each(|part| self.source.release(part));
+        self.source.release(&parts);
         (self.progress)(bytes);
         Ok(matrix)
     }

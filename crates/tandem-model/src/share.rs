@@ -303,7 +303,7 @@ impl WeightSource for PartWeights<'_> {
                 // Copied: the file's own pages are not needed any more.
                 let whole = data.parts.clone();
                 let cut = data.cut(Axis::Cols, range);
-                whole.iter().for_each(|part| self.source.release(part));
+                self.source.release(&whole);
                 cut
             }
             Cut::Range(axis, range) => data.cut(axis, range),
@@ -312,8 +312,8 @@ impl WeightSource for PartWeights<'_> {
         })
     }
 
-    fn release(&self, part: &MatrixPart) {
-        self.source.release(part);
+    fn release(&self, parts: &[MatrixPart]) {
+        self.source.release(parts);
     }
 
     fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
 use tandem_core::backend::CacheKind;
-use tandem_cuda::{CudaBackend, CudaGroup, GroupBuffer, Handle, Numerics, Options};
+use tandem_cuda::{CudaBackend, CudaGroup, GroupBuffer, Handle, Numerics, Options, UniqueId, nccl_present, unique_id};
 use tandem_model::Stacks;
 
 use crate::cli::ActivationsArg;
@@ -58,15 +58,45 @@ pub(crate) fn numerics(activations: ActivationsArg) -> anyhow::Result<Numerics> 
     })
 }
 
-/// Lets the GPUs of a group's ranks reach each other's memory.
+/// Lets the GPUs of a group's ranks reach each other's memory, and meets them through NCCL if every rank has it.
 pub(crate) fn connect(backend: &CudaBackend, group: &Group) -> anyhow::Result<CudaGroup> {
     let doing = Doing::of("sharing GPU memory");
-    let (buffer, handle) = GroupBuffer::new(backend, group.size())?;
-    let mut all = vec![0; handle.len() * group.size()];
+    let (rank, size) = (group.rank(), group.size());
+    let (buffer, handle) = GroupBuffer::new(backend, size)?;
+    let mut all = vec![0; handle.len() * size];
     group.all_gather(&handle, &mut all, doing)?;
     let handles: Vec<Handle> =
         all.chunks_exact(handle.len()).map(Handle::try_from).collect::<Result<_, _>>().context("handles")?;
-    let sums = buffer.connect(group.rank(), &handles)?;
+    let peers = buffer.connect(rank, &handles);
+    let mut have = vec![[0u8; 2]; size];
+    let mine = [u8::from(peers.is_ok()), u8::from(nccl_present())];
+    group.all_gather(&mine, have.as_flattened_mut(), doing)?;
+    let [all_mapped, all_nccl] = [0, 1].map(|i| have.iter().all(|rank| rank[i] == 1));
+    let peers = match peers {
+        Ok(peers) => all_mapped.then_some(peers),
+        Err(error) if !all_nccl => {
+            return Err(error)
+                .context("and NCCL, which needs no such access, was not found on every rank (libnccl.so.2)");
+        }
+        Err(_) => None,
+    };
+    if rank == 0 && !all_nccl {
+        eprintln!(
+            "note: NCCL was not found on every rank (libnccl.so.2); long sums go through the GPUs' memory as short ones do"
+        );
+    }
+    if rank == 0 && !all_mapped {
+        eprintln!(
+            "note: the GPUs cannot reach each other's memory; all sums go through NCCL, which is slower for short ones"
+        );
+    }
+    let mut id: Option<UniqueId> = None;
+    if all_nccl {
+        let mut shared = if rank == 0 { unique_id()? } else { [0; 128] };
+        group.broadcast(0, &mut shared, doing)?;
+        id = Some(shared);
+    }
+    let sums = CudaGroup::new(backend, peers, id.as_ref(), rank, size)?;
     // Nobody sends before everybody has cleared what is sent to.
     group.barrier(doing)?;
     Ok(sums)

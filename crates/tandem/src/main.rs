@@ -25,6 +25,8 @@ use clap::Parser;
 use distributed::Role;
 
 fn main() -> ExitCode {
+    #[cfg(feature = "cuda")]
+    tandem_cuda::forbid_multicast();
     let cli = cli::Cli::parse();
     init_logging(cli.verbose);
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.

@@ -62,29 +62,35 @@ pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Re
 /// Sums that the GPUs make among themselves, each as one of many in a graph.
 #[cfg(feature = "cuda")]
 fn device_sums(world: &Group, local_rank: usize) -> anyhow::Result<Vec<Value>> {
-    use tandem_cuda::{CudaBackend, Numerics, Options};
+    use tandem_cuda::{CudaBackend, Numerics, Options, Way};
     const SUMS: usize = 100;
     const REPETITIONS: usize = 15;
     let backend = CudaBackend::new(Options { ordinal: local_rank as i32, ..Options::new(Numerics::Bf16) })?;
     let sums = crate::cuda::connect(&backend, world)?;
     let mut rows = vec![];
-    for bytes in [4 << 10, 12 << 10, 24 << 10, 192 << 10, 1536 << 10] {
-        let mut times = vec![];
-        for _ in 0..REPETITIONS {
-            world.barrier(DOING)?;
-            times.push(sums.measure(bytes / 4, SUMS)? * 1e6);
+    for (name, way) in [("on GPUs", Way::Peers), ("NCCL", Way::Nccl)] {
+        for bytes in [4 << 10, 12 << 10, 24 << 10, 192 << 10, 1536 << 10, 12 << 20, 96 << 20] {
+            let n_sums = if bytes > 4 << 20 { 10 } else { SUMS };
+            let mut times = vec![];
+            for _ in 0..REPETITIONS {
+                world.barrier(DOING)?;
+                times.extend(sums.measure(bytes / 4, n_sums, way)?.map(|seconds| seconds * 1e6));
+            }
+            anyhow::ensure!(!sums.has_failed(), "a part of a sum over GPUs did not arrive");
+            if times.is_empty() {
+                continue;
+            }
+            times.sort_by(f64::total_cmp);
+            let median = times[REPETITIONS / 2];
+            rows.push(json!({
+                "operation": name,
+                "bytes": bytes,
+                "repetitions": REPETITIONS * n_sums,
+                "us_median": median,
+                "us_p90": times[REPETITIONS * 9 / 10],
+                "gb_per_s": bytes as f64 * 2.0 * (world.size() - 1) as f64 / world.size() as f64 / median / 1e3,
+            }));
         }
-        anyhow::ensure!(!sums.has_failed(), "a part of a sum over GPUs did not arrive");
-        times.sort_by(f64::total_cmp);
-        let median = times[REPETITIONS / 2];
-        rows.push(json!({
-            "operation": "on GPUs",
-            "bytes": bytes,
-            "repetitions": REPETITIONS * SUMS,
-            "us_median": median,
-            "us_p90": times[REPETITIONS * 9 / 10],
-            "gb_per_s": bytes as f64 * 2.0 * (world.size() - 1) as f64 / world.size() as f64 / median / 1e3,
-        }));
     }
     Ok(rows)
 }

@@ -11,7 +11,7 @@ use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::{major_page_faults, peak_memory_bytes};
 use tandem_cpu::{CpuBackend, CpuIndices, Numerics, Pool};
-use tandem_engine::{EngineError, ModelRunner, Profiled, RankTimes, Runner};
+use tandem_engine::{Chooser, EngineError, ModelRunner, Profiled, RankTimes, Runner};
 use tandem_model::WeightSource;
 
 use super::model::n_threads;
@@ -28,6 +28,10 @@ const RANK_BANDWIDTH_BYTES: usize = 512 << 20;
 pub(super) trait BenchRunner {
     /// As [`Runner::step`].
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError>;
+    /// As [`Runner::chooser`].
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        None
+    }
     /// Starts to measure, operations one by one if asked.
     fn start(&mut self, profile: bool) -> anyhow::Result<()>;
     /// What was measured since, by rank.
@@ -79,6 +83,10 @@ struct Alone<B: BenchDevice> {
 impl<B: BenchDevice> BenchRunner for Alone<B> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.runner.step(batch, logits)
+    }
+
+    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+        self.runner.chooser()
     }
 
     fn start(&mut self, profile: bool) -> anyhow::Result<()> {

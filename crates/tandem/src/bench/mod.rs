@@ -18,9 +18,9 @@ use std::time::Instant;
 use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::Batch;
-use tandem_core::backend::PAGE_SIZE;
+use tandem_core::backend::{Choice, PAGE_SIZE};
 use tandem_cpu::bandwidth::ReadMeter;
-use tandem_engine::Operation;
+use tandem_engine::{Chooser, EXACT_ROWS, Operation};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
 use crate::distributed;
@@ -152,6 +152,7 @@ fn decode_point(
         ensure!(logits.iter().all(|l| l.is_finite()), "the model's logits are not finite; its weights are damaged");
         Ok(ms)
     };
+    let chooses = args.batch <= EXACT_ROWS && model.runner.chooser().is_some();
     for _ in 0..args.warmup {
         step(model)?;
     }
@@ -159,11 +160,21 @@ fn decode_point(
     let pass = |model: &BenchModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
     let mut before = pass(model);
     model.runner.start(false)?;
-    for _ in 0..args.steps {
-        times.push(step(model)?);
-        let after = pass(model);
-        around.push(before.max(after));
-        before = after;
+    match model.runner.chooser().filter(|_| chooses) {
+        Some(chooser) => {
+            let mut random = Random::new(context as u64);
+            let batch = || sequences.decode_batch(context, &mut random, vocab_size);
+            times = times_ahead(chooser, args.warmup, args.steps, batch)?;
+            around = vec![before; times.len()];
+        }
+        None => {
+            for _ in 0..args.steps {
+                times.push(step(model)?);
+                let after = pass(model);
+                around.push(before.max(after));
+                before = after;
+            }
+        }
     }
     let ranks = RankTotals::new(&model.runner.stop()?, times.iter().sum(), times.len(), model);
     let n_profiled = args.steps.min(PROFILED_STEPS);
@@ -374,6 +385,31 @@ impl Peak {
     }
 }
 
+/// Milliseconds from the end of a step to the end of the next, where the device chooses tokens and has the next step while
+/// it works on one, as in the engine.
+fn times_ahead(
+    chooser: &mut dyn Chooser,
+    warmup: usize,
+    n: usize,
+    mut batch: impl FnMut() -> Batch,
+) -> anyhow::Result<Vec<f64>> {
+    let greedy = Choice { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, unit: 0.0 };
+    let mut next = || {
+        let batch = batch();
+        Batch { choices: vec![greedy; batch.logits_rows.len()], ..batch }
+    };
+    let mut ends = vec![];
+    chooser.submit(next())?;
+    for step in 0..=warmup + n {
+        if step < warmup + n {
+            chooser.submit(next())?;
+        }
+        chooser.collect()?.into_iter().collect::<Result<Vec<u32>, _>>()?;
+        ends.push(Instant::now());
+    }
+    Ok(ends[warmup..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect())
+}
+
 /// Sequences with consecutive pages.
 struct Sequences {
     block_tables: Vec<Vec<u32>>,
@@ -398,6 +434,7 @@ impl Sequences {
             sequences: (0..n as u32).collect(),
             block_tables: self.block_tables.clone(),
             logits_rows: (0..n as u32).collect(),
+            choices: vec![],
         }
     }
 
@@ -416,6 +453,7 @@ impl Sequences {
             sequences: vec![0; n],
             block_tables: self.block_tables.clone(),
             logits_rows: if last { vec![n as u32 - 1] } else { vec![] },
+            choices: vec![],
         }
     }
 }
