@@ -115,7 +115,7 @@ fn restarting(restarts: u32, mut run: impl FnMut(u32) -> anyhow::Result<ExitCode
         n_short = if start.elapsed() < SHORT { n_short + 1 } else { 0 };
         let pause = pause_after(n_short);
         let when = if pause.is_zero() { String::new() } else { format!(" in {} s", pause.as_secs()) };
-        eprintln!("launch: starting the ranks again{when} ({generation} of {restarts})");
+        eprintln!("launch: starting the ranks again ({generation} of {restarts}){when}");
         let start = Instant::now();
         while start.elapsed() < pause {
             if INTERRUPT.load(Ordering::Relaxed) {
