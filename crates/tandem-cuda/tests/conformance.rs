@@ -39,7 +39,7 @@ fn devices() -> Vec<CudaBackend> {
         return vec![];
     }
     let fast = Options::new(Numerics::Bf16);
-    [Options::new(Numerics::F32), fast, Options { programmatic: false, ..fast }]
+    [Options::new(Numerics::F32), fast, Options { programmatic: false, hopper: false, ..fast }]
         .into_iter()
         .map(|options| CudaBackend::new(options).expect("a device"))
         .collect()
@@ -167,6 +167,32 @@ fn linear_matches_the_oracle_over_ragged_shapes() {
 }
 
 #[test]
+fn products_of_a_long_prefill_match_the_oracle() {
+    for (dtype, cols) in [(DType::Mxfp4, 288), (AFFINE8, 320), (DType::BF16, 328)] {
+        let (n_rows, n) = (2050, 1100);
+        let w = matrix(dtype, 1, n_rows, cols, 7);
+        let devices = devices();
+        if devices.is_empty() {
+            return;
+        }
+        let x = coarse(5, n * cols);
+        let expected = linear(&oracle(), &x, n, &w);
+        for b in &devices {
+            check(&format!("{:?} {dtype}", b.numerics()), &linear(b, &x, n, &w), &expected, product_tolerance(b, n));
+        }
+    }
+}
+
+#[test]
+fn prefill_multiplies_bf16_weights_without_rounding_its_input() {
+    let w = matrix(DType::BF16, 1, 100, 1000, 7);
+    for b in &devices() {
+        let x = noise(5, 90 * 1000);
+        check("split", &linear(b, &x, 90, &w), &linear(&oracle(), &x, 90, &w), 3e-6);
+    }
+}
+
+#[test]
 fn several_matrices_share_an_input() {
     let (n, cols) = (3, 256);
     let data = [
@@ -238,13 +264,17 @@ fn products_by_head_match_the_oracle() {
         b.head_linear(&x, from, &m, n, &mut out, to);
         values(b, &out, n * heads * to.stride)
     }
-    for (dtype, heads, cols, w_rows) in
-        [(AFFINE8, 4, 64, 64), (AFFINE8, 6, 192, 512), (DType::BF16, 3, 48, 40), (AFFINE8, 2, 512, 256)]
-    {
+    for (dtype, heads, cols, w_rows) in [
+        (AFFINE8, 4, 64, 64),
+        (AFFINE8, 6, 192, 512),
+        (DType::BF16, 3, 48, 40),
+        (AFFINE8, 2, 512, 256),
+        (AFFINE8, 32, 192, 256),
+    ] {
         let w = matrix(dtype, heads, w_rows, cols, 4);
         let from = Heads { n: heads, stride: cols + 32, offset: 0, width: cols };
         let to = Heads { n: heads, stride: w_rows + 16, offset: 0, width: w_rows };
-        for n in [1, 6, 40, 70] {
+        for n in [1, 6, 40, 70, 200] {
             let x = coarse(n as u64, n * heads * from.stride);
             let expected = run(&oracle(), &x, n, &w, from, to);
             for b in &devices() {
