@@ -336,7 +336,9 @@ impl CudaBackend {
 
     /// `tokens` of a block: GEMM_TILE or GEMM_FEW.
     fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
-        if self.on_hopper() && tokens == GEMM_TILE {
+        // Its places in the input are of 32 bits.
+        let small = u64::from(args.n) * u64::from(args.x_pitch) <= u64::from(u32::MAX);
+        if self.on_hopper() && tokens == GEMM_TILE && small {
             let name = if args.m0.format == MXFP4 { "gemm_wgmma_mxfp4" } else { "gemm_wgmma_affine" };
             return self.device.launch(name, grid, 256, WGMMA_SHARED, &mut args![args]);
         }
