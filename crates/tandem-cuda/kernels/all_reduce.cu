@@ -102,7 +102,8 @@ extern "C" __global__ void __launch_bounds__(256) all_reduce(const __grid_consta
 extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const __grid_constant__ ReduceArgs args, const __grid_constant__ NormArgs norm) {
     __shared__ float scratch[32];
     let_next_start();
-    if (threadIdx.x * 8 < norm.width) prefetch(norm.weight + threadIdx.x * 8);
+    float w[8] = {};
+    load_weights(norm, w);
     wait_for_previous();
     u32 number = u32(load_fresh((const int*)args.state)) + 1;
     float y[8] = {};
@@ -110,6 +111,6 @@ extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const __grid_
         load_8(norm.y + u64(blockIdx.x) * norm.y_pitch + threadIdx.x * 8, y);
         reduce_8(args, number, blockIdx.x * norm.width / 8 + threadIdx.x, y);
     }
-    norm_row_8(norm, blockIdx.x, scratch, y);
+    norm_row_8(norm, blockIdx.x, scratch, y, w);
     finish_sum(args, number);
 }

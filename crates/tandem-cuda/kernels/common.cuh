@@ -88,6 +88,9 @@ DI uint4 load_stream(const void* p) {
     return v;
 }
 
+// Brings a line of constant memory into L2 while something else is waited for.
+DI void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 DI u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // d += a . b, m16n8k16 in bf16 with f32 sums. Lane (g = lane / 4, t = lane % 4) holds rows g (a0, a2) and g + 8 (a1, a3)
@@ -118,10 +121,6 @@ DI u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); 
 // Copies to shared memory that the caller waits for.
 DI void copy16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-DI void copy8(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 DI void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -12,8 +12,29 @@ struct LinearF32Args {
     u32 split;           // warps that share a row
 };
 
+// Steps of columns of a row whose weights may wait in shared memory.
+#define HELD_STEPS 4
+
+// A thread's bf16 weights of one row, copied while the previous kernel finishes; false if they do not fit.
+DI bool hold_weights(const LinearF32Args& args, uint4 (*held)[256]) {
+    const Matrix& m = args.m;
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = args.split, row = blockIdx.x * (8 / split) + warp / split;
+    u32 step = 256 * split;
+    bool fits = m.format == BF16 && (m.row_bytes & 15) == 0 && m.cols <= HELD_STEPS * step && ((args.x_pitch | args.x_offset) & 3) == 0;
+    if (!fits || row >= m.rows) return fits;
+    const u8* w = m.weight + u64(row) * m.row_bytes;
+#pragma unroll
+    for (u32 i = 0; i < HELD_STEPS; i++) {
+        u32 k = (warp % split * 32 + lane) * 8 + i * step;
+        if (k < m.cols) copy16(&held[i][threadIdx.x], w + k * 2);
+    }
+    commit_copies();
+    return true;
+}
+
+// `held`: the weights of a single token's product (hold_weights), or null. Sums are in the same order either way.
 template <int TOKENS>
-DI void linear_f32(const LinearF32Args& args) {
+DI void linear_f32(const LinearF32Args& args, const uint4 (*held)[256] = nullptr) {
     __shared__ float shares[8][TOKENS];
     const Matrix& m = args.m;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = args.split;
@@ -24,7 +45,29 @@ DI void linear_f32(const LinearF32Args& args) {
     u32 x0 = args.x_offset + blockIdx.z * args.x_stride;
     float sums[TOKENS] = {};
     bool vectors = ((args.x_pitch | x0) & 3) == 0;
-    if (row < m.rows) {
+    if (TOKENS == 1 && held) {
+        float x[HELD_STEPS][8];
+#pragma unroll
+        for (u32 i = 0; i < HELD_STEPS; i++) {
+            u32 k = (warp % split * 32 + lane) * 8 + i * 256 * split;
+            if (k < m.cols) load_8(args.x + x0 + k, x[i]);
+        }
+        wait_copies<0>();
+#pragma unroll
+        for (u32 i = 0; i < HELD_STEPS; i++) {
+            u32 k = (warp % split * 32 + lane) * 8 + i * 256 * split;
+            if (k >= m.cols || row >= m.rows) break;
+            uint4 v = held[i][threadIdx.x];
+            float w[8];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                w[2 * j] = __uint_as_float(word(v, j) << 16);
+                w[2 * j + 1] = __uint_as_float(word(v, j) & 0xffff0000u);
+            }
+            sums[0] += w[0] * x[i][0] + w[1] * x[i][1] + w[2] * x[i][2] + w[3] * x[i][3];
+            sums[0] += w[4] * x[i][4] + w[5] * x[i][5] + w[6] * x[i][6] + w[7] * x[i][7];
+        }
+    } else if (row < m.rows) {
         for (u32 k = (warp % split * 32 + lane) * 8; k < m.cols; k += 256 * split) {
             float w[8];
             decode8(m, part, row, k, w);

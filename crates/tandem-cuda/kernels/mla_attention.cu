@@ -44,26 +44,82 @@ extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_
     __shared__ float scores[16][MLA_TILE + 1];
     __shared__ __align__(16) u16 weights[16][MLA_TILE + 8];
     __shared__ float maxima[16], sums[16], rescale[16];
-    __shared__ u32 slots[MLA_TILE];
     u32 pitch = args.width + 8;
     u16* q = memory;                     // [16, pitch]
     u16* keys = memory + 16 * pitch;     // [MLA_TILE, pitch]
     __shared__ float cosines[MLA_MAX_WIDTH / 2], sines[MLA_MAX_WIDTH / 2];
     let_next_start();
-    // Positions come with the batch, before any kernel of the step.
-    if (args.rotated && threadIdx.x < args.rope.half)
-        angle(args.rope, threadIdx.x, args.pages.positions[blockIdx.z], cosines[threadIdx.x], sines[threadIdx.x]);
-    wait_for_previous();
     u32 r = blockIdx.z, head0 = blockIdx.y * 16, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 g = lane >> 2, t = lane & 3;
+    // Positions and pages come with the batch, before any kernel of the step.
     u32 visible = args.pages.positions[r] + 1, sequence = args.pages.sequences[r];
     u32 n = args.selected ? min(visible, args.n_selected) : visible;
     u32 begin = blockIdx.x * args.span, end = min(begin + args.span, n);
-    if (begin >= n) return;
+    if (args.rotated && threadIdx.x < args.rope.half)
+        angle(args.rope, threadIdx.x, visible - 1, cosines[threadIdx.x], sines[threadIdx.x]);
+    // Loops that run once a kernel are not unrolled here: fetching their instructions would take longer than running them.
+    // Starts to copy rows low .. high of the tile of positions from `first` on; a warp has every eighth.
+    auto copy_keys = [&](u32 first, u32 low, u32 high) {
+        u32 slot = 0, mine = warp + 8 * lane;
+        if (lane < 8 && mine >= low && mine < high) {
+            u32 p = first + mine;
+            if (args.selected) p = args.selected[u64(r) * args.n_selected + p];
+            slot = args.pages.slot(sequence, p);
+        }
+#pragma unroll 1
+        for (u32 row = warp, i = 0; i < 8; row += 8, i++) {
+            const u16* from = args.cache + u64(__shfl_sync(FULL, slot, i)) * args.width;
+            if (row < low || row >= high) continue;
+#pragma unroll 1
+            for (u32 c = lane * 8; c < args.width; c += 256) copy16(keys + row * pitch + c, from + c);
+        }
+    };
+    // A single row's positions but the last were cached by earlier steps, which were done before this one's batch came.
+    u32 count = min(u32(MLA_TILE), end - begin), cached = 0;
+    if (gridDim.z == 1 && !args.selected && begin < n) cached = min(count, visible - 1 - begin);
+#pragma unroll 1
+    for (u32 low = 0, high = cached; low < 2; low++) {
+        if (low == 1) {
+            wait_for_previous();
+            if (begin >= n) return;
+        }
+        copy_keys(begin, low ? cached : 0, low ? count : high);
+    }
     u32 heads = min(16u, args.n_heads - head0);
     if (threadIdx.x < 16) {
         maxima[threadIdx.x] = -__int_as_float(0x7f800000);
         sums[threadIdx.x] = 0.0f;
+    }
+    __syncthreads();
+    // Queries: a warp has every eighth head, a lane 8 elements of each 256, and both heads' are under way at once.
+    u32 plain = args.rotated ? args.latent : args.width;
+    const float* queries = args.q + (u64(r) * args.n_heads + head0) * args.width;
+    const float* turned = args.rotated + u64(r) * args.rotated_pitch + head0 * args.rotated_stride;
+    auto store_query = [&](u32 h, u32 c, const float (&v)[8]) {
+        *(uint4*)(q + h * pitch + c) =
+            make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+    };
+#pragma unroll 1
+    for (u32 c = lane * 8; c < plain; c += 512) {
+        float v[4][8] = {};
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (warp + (i & 1) * 8 < heads && c + (i >> 1) * 256 < plain)
+                load_8(queries + (warp + (i & 1) * 8) * args.width + c + (i >> 1) * 256, v[i]);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (c + (i >> 1) * 256 < plain) store_query(warp + (i & 1) * 8, c + (i >> 1) * 256, v[i]);
+    }
+    // The rotated elements: 16 threads a head.
+#pragma unroll 1
+    for (u32 h = threadIdx.x >> 4, e = (threadIdx.x & 15) * 8; plain + e < args.width; e += 128) {
+        const float* from = turned + h * args.rotated_stride;
+        float v[8] = {};
+        if (h < heads) {
+            load_8(from + e, v);
+            if (e < 2 * args.rope.half) rotate_8(args.rope, from, e, cosines, sines, v);
+        }
+        store_query(h, plain + e, v);
     }
     // Columns of the result: warp w has tiles w, w + 8, .. of 8.
     u32 n_tiles = args.latent / 8;
@@ -74,43 +130,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_
         for (int j = 0; j < 4; j++) acc[i][j] = 0.0f;
 
     for (u32 first = begin; first < end; first += MLA_TILE) {
-        u32 count = min(u32(MLA_TILE), end - first);
-        if (threadIdx.x < MLA_TILE) {
-            u32 p = first + threadIdx.x;
-            if (threadIdx.x < count) {
-                if (args.selected) p = args.selected[u64(r) * args.n_selected + p];
-                slots[threadIdx.x] = args.pages.slot(sequence, p);
-            }
-        }
-        __syncthreads();
-        for (u32 p = warp; p < MLA_TILE; p += 8) {
-            u16* to = keys + p * pitch;
-            if (p < count) {
-                const u16* from = args.cache + u64(slots[p]) * args.width;
-                for (u32 c = lane * 8; c < args.width; c += 256) copy16(to + c, from + c);
-            } else {
-                for (u32 c = lane * 8; c < args.width; c += 256) *(uint4*)(to + c) = make_uint4(0, 0, 0, 0);
-            }
-        }
-        if (first == begin) {
-            for (u32 h = warp; h < 16; h += 8) {
-                const float* from = args.q + (u64(r) * args.n_heads + head0 + h) * args.width;
-                const float* rotated = args.rotated + u64(r) * args.rotated_pitch + (head0 + h) * args.rotated_stride;
-                for (u32 c = lane * 8; c < args.width; c += 256) {
-                    float v[8] = {};
-                    if (h < heads) {
-                        bool turn = args.rotated && c >= args.latent;
-                        const float* source = turn ? rotated + c - args.latent : from + c;
-                        *(float4*)v = *(const float4*)source;
-                        *(float4*)(v + 4) = *(const float4*)(source + 4);
-                        if (turn && c - args.latent < 2 * args.rope.half)
-                            rotate_8(args.rope, rotated, c - args.latent, cosines, sines, v);
-                    }
-                    *(uint4*)(q + h * pitch + c) =
-                        make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
-                }
-            }
-        }
+        count = min(u32(MLA_TILE), end - first);
+        if (first != begin) copy_keys(first, 0, count);
+#pragma unroll 1
+        for (u32 p = count + warp; p < MLA_TILE; p += 8)
+            for (u32 c = lane * 8; c < args.width; c += 256) *(uint4*)(keys + p * pitch + c) = make_uint4(0, 0, 0, 0);
         commit_copies();
         wait_copies<0>();
         __syncthreads();
@@ -209,11 +233,11 @@ extern "C" __global__ void __launch_bounds__(512) mla_merge(const __grid_constan
     __shared__ float factors[MLA_MAX_SPANS];
     __shared__ float4 sums[3][128];
     let_next_start();
-    wait_for_previous();
     u32 r = blockIdx.y, h = blockIdx.x, lane = threadIdx.x & 31, group = threadIdx.x >> 7, c = (threadIdx.x & 127) * 4;
     u32 visible = args.pages.positions[r] + 1;
     u32 n = args.selected ? min(visible, args.n_selected) : visible;
     u32 spans = (n + args.span - 1) / args.span;
+    wait_for_previous();
     const float none = -__int_as_float(0x7f800000);
     const float2* stats = args.stats + u64(r) * args.n_spans * args.n_heads + h;
     const float* shares = args.shares + (u64(r) * args.n_spans * args.n_heads + h) * args.latent;

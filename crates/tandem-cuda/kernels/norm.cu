@@ -18,8 +18,14 @@ DI void load_8(const float* p, float (&v)[8]) {
     *(float4*)(v + 4) = *(const float4*)(p + 4);
 }
 
-// Rows of whole groups of 8, one or none a thread: every access is a vector. `y` is this thread's part of what is added.
-DI void norm_row_8(const NormArgs& args, u64 r, float* scratch, const float (&y)[8]) {
+// This thread's weights of a row of groups of 8. They are constant, so they are loaded while the previous kernel finishes.
+DI void load_weights(const NormArgs& args, float (&w)[8]) {
+    if (threadIdx.x * 8 < args.width) load_8(args.weight + threadIdx.x * 8, w);
+}
+
+// Rows of whole groups of 8, one or none a thread: every access is a vector. `y` is this thread's part of what is added,
+// `w` its weights.
+DI void norm_row_8(const NormArgs& args, u64 r, float* scratch, const float (&y)[8], const float (&w)[8]) {
     u32 c = threadIdx.x * 8;
     bool mine = c < args.width;
     float kept[8] = {}, squares = 0.0f;
@@ -37,8 +43,6 @@ DI void norm_row_8(const NormArgs& args, u64 r, float* scratch, const float (&y)
     }
     float scale = 1.0f / sqrtf(block_sum(squares, scratch) / args.width + args.eps);
     if (!mine) return;
-    float4 low = __ldg((const float4*)(args.weight + c)), high = __ldg((const float4*)(args.weight + c + 4));
-    float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int i = 0; i < 8; i++) kept[i] = kept[i] * scale * w[i];
     float* out = args.out + r * args.out_pitch + c;
@@ -49,13 +53,17 @@ DI void norm_row_8(const NormArgs& args, u64 r, float* scratch, const float (&y)
             make_uint4(pack_bf16(kept[0], kept[4]), pack_bf16(kept[1], kept[5]), pack_bf16(kept[2], kept[6]), pack_bf16(kept[3], kept[7]));
 }
 
+// Row r, once the previous kernel is done.
 DI void norm_row(const NormArgs& args, u64 r, float* scratch) {
     bool vectors = ((args.width | args.x_pitch | args.y_pitch | args.out_pitch) & 7) == 0;
     if (vectors && args.width <= 8 * blockDim.x) {
-        float y[8] = {};
+        float y[8] = {}, w[8] = {};
+        load_weights(args, w);
+        wait_for_previous();
         if (args.y && threadIdx.x * 8 < args.width) load_8(args.y + r * args.y_pitch + threadIdx.x * 8, y);
-        return norm_row_8(args, r, scratch, y);
+        return norm_row_8(args, r, scratch, y, w);
     }
+    wait_for_previous();
     float* x = args.x + r * args.x_pitch;
     const float* y = args.y + r * args.y_pitch;
     float kept[NORM_KEPT], squares = 0.0f;
@@ -94,13 +102,8 @@ DI void norm_row(const NormArgs& args, u64 r, float* scratch) {
     for (u32 c = NORM_KEPT * blockDim.x + threadIdx.x; c < args.width; c += blockDim.x) store(c, x[c]);
 }
 
-DI void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ NormArgs args) {
     __shared__ float scratch[32];
     let_next_start();
-    // Weights are constant and far away: they are on their way while the previous kernel finishes.
-    if (threadIdx.x * 8 < args.width) prefetch(args.weight + threadIdx.x * 8);
-    wait_for_previous();
     norm_row(args, blockIdx.x, scratch);
 }

@@ -22,9 +22,7 @@ DI void angle(const Rope& rope, u32 i, u32 position, float& cosine, float& sine)
 
 // Writes element pair i of a rotated vector through `store(index, value)`.
 template <class Load, class Store>
-DI void rotate_pair(const Rope& rope, u32 i, u32 position, Load load, Store store) {
-    float cosine, sine;
-    angle(rope, i, position, cosine, sine);
+DI void rotate_pair(const Rope& rope, u32 i, float cosine, float sine, Load load, Store store) {
     u32 a = rope.interleaved ? 2 * i : i, b = rope.interleaved ? 2 * i + 1 : i + rope.half;
     float x = load(a), y = load(b);
     store(a, x * cosine - y * sine);
@@ -98,9 +96,21 @@ struct WriteArgs {
     float eps;
 };
 
-// [rms_norm(x[..latent]), rope(x[latent..])]
+// Waits for the previous kernel. Before that come the angles of the row's position, which is there with the batch, and the
+// norm's weights, which are constant, into L2.
+DI void prepare_write(const WriteArgs& args, float (&cosines)[128], float (&sines)[128]) {
+    u32 i = threadIdx.x, normed = args.latent ? args.latent : args.width;
+    if (i < args.rope.half) angle(args.rope, i, args.positions[blockIdx.x], cosines[i], sines[i]);
+    if (i * 32 < normed) prefetch(args.norm + i * 32);
+    if (args.norm_bias && i * 32 < normed) prefetch(args.norm_bias + i * 32);
+    wait_for_previous();
+}
+
+// [rms_norm(x[..latent]), rope(x[latent..])], once the previous kernel is done.
 template <class T>
 DI void write_latent(const WriteArgs& args, float* scratch) {
+    __shared__ float cosines[128], sines[128];
+    prepare_write(args, cosines, sines);
     u32 r = blockIdx.x;
     const float* x = args.x + u64(r) * args.x_pitch;
     T* out = (T*)args.cache + u64(args.slots[r]) * args.width;
@@ -110,7 +120,7 @@ DI void write_latent(const WriteArgs& args, float* scratch) {
     for (u32 c = threadIdx.x; c < args.latent; c += blockDim.x) store_element(out + c, x[c] * scale * args.norm[c]);
     for (u32 i = threadIdx.x; i < args.rope.half; i += blockDim.x)
         rotate_pair(
-            args.rope, i, args.positions[r], [&](u32 e) { return x[args.latent + e]; },
+            args.rope, i, cosines[i], sines[i], [&](u32 e) { return x[args.latent + e]; },
             [&](u32 e, float v) { store_element(out + args.latent + e, v); });
     for (u32 c = args.latent + 2 * args.rope.half + threadIdx.x; c < args.width; c += blockDim.x) store_element(out + c, x[c]);
 }
@@ -118,20 +128,19 @@ DI void write_latent(const WriteArgs& args, float* scratch) {
 extern "C" __global__ void __launch_bounds__(256) write_latent_f32(const __grid_constant__ WriteArgs args) {
     __shared__ float scratch[32];
     let_next_start();
-    wait_for_previous();
     write_latent<float>(args, scratch);
 }
 extern "C" __global__ void __launch_bounds__(256) write_latent_bf16(const __grid_constant__ WriteArgs args) {
     __shared__ float scratch[32];
     let_next_start();
-    wait_for_previous();
     write_latent<u16>(args, scratch);
 }
 
-// rope(layer_norm(x)); up to 1024 elements.
+// rope(layer_norm(x)), once the previous kernel is done; up to 1024 elements.
 template <class T>
 DI void write_index_key(const WriteArgs& args, float* scratch) {
-    __shared__ float normed[1024];
+    __shared__ float normed[1024], cosines[128], sines[128];
+    prepare_write(args, cosines, sines);
     u32 r = blockIdx.x, width = args.width;
     const float* x = args.x + u64(r) * args.x_pitch;
     T* out = (T*)args.cache + u64(args.slots[r]) * width;
@@ -144,7 +153,7 @@ DI void write_index_key(const WriteArgs& args, float* scratch) {
     __syncthreads();
     for (u32 i = threadIdx.x; i < args.rope.half; i += blockDim.x)
         rotate_pair(
-            args.rope, i, args.positions[r], [&](u32 e) { return normed[e]; },
+            args.rope, i, cosines[i], sines[i], [&](u32 e) { return normed[e]; },
             [&](u32 e, float v) { store_element(out + e, v); });
     for (u32 c = 2 * args.rope.half + threadIdx.x; c < width; c += blockDim.x) store_element(out + c, normed[c]);
 }
@@ -152,13 +161,11 @@ DI void write_index_key(const WriteArgs& args, float* scratch) {
 extern "C" __global__ void __launch_bounds__(128) write_index_key_f32(const __grid_constant__ WriteArgs args) {
     __shared__ float scratch[32];
     let_next_start();
-    wait_for_previous();
     write_index_key<float>(args, scratch);
 }
 extern "C" __global__ void __launch_bounds__(128) write_index_key_bf16(const __grid_constant__ WriteArgs args) {
     __shared__ float scratch[32];
     let_next_start();
-    wait_for_previous();
     write_index_key<u16>(args, scratch);
 }
 
@@ -173,13 +180,14 @@ template <class T>
 DI void prepare_attention(const PrepareArgs& args) {
     __shared__ float scratch[32];
     let_next_start();
-    wait_for_previous();
     if (blockIdx.y == 0) {
         write_latent<T>(args.latent, scratch);
-    } else if (blockIdx.y == 1 && args.query.x) {
-        norm_row(args.query, blockIdx.x, scratch);
     } else if (blockIdx.y == 2) {
         write_index_key<T>(args.key, scratch);
+    } else if (args.query.x) {
+        norm_row(args.query, blockIdx.x, scratch);
+    } else {
+        wait_for_previous();
     }
 }
 

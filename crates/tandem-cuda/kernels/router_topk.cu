@@ -115,12 +115,22 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
 // The router's product and choice in one launch: the last block to finish chooses. Sums are linear_f32's.
 template <int TOKENS>
 DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) {
-    __shared__ float scores[8][512], choice[8][512];
+    constexpr u32 WARPS = TOKENS == 1 ? 1 : 8;
+    __shared__ float scores[WARPS][512], choice[WARPS][512];
     __shared__ bool last;
     let_next_start();
-    if (threadIdx.x * 128 < linear.m.row_bytes) prefetch(linear.m.weight + u64(blockIdx.x) * linear.m.row_bytes + threadIdx.x * 128);
-    wait_for_previous();
-    linear_f32<TOKENS>(linear);
+    // Constants, on their way while the previous kernel finishes.
+    if (blockIdx.x == 0 && threadIdx.x * 32 < args.n_experts) prefetch(args.bias + threadIdx.x * 32);
+    if constexpr (TOKENS == 1) {
+        __shared__ uint4 held[HELD_STEPS][256];
+        bool holds = hold_weights(linear, held);
+        wait_for_previous();
+        linear_f32<1>(linear, holds ? held : nullptr);
+    } else {
+        if (threadIdx.x * 128 < linear.m.row_bytes) prefetch(linear.m.weight + u64(blockIdx.x) * linear.m.row_bytes + threadIdx.x * 128);
+        wait_for_previous();
+        linear_f32<TOKENS>(linear);
+    }
     __syncthreads();
     if (threadIdx.x == 0) {
         // After the barrier this holds for the whole block.
@@ -132,13 +142,14 @@ DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) 
     __syncthreads();
     if (!last) return;
     u32 warp = threadIdx.x >> 5;
-    for (u32 row = warp; row < linear.n; row += 8) {
+    if (warp >= WARPS) return;
+    for (u32 row = warp; row < linear.n; row += WARPS) {
         router_row(args, row, scores[warp], choice[warp]);
         __syncwarp();
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) route_1(const __grid_constant__ LinearF32Args linear, const __grid_constant__ RouterArgs args, u32* ticket) {
+extern "C" __global__ void __launch_bounds__(256, 5) route_1(const __grid_constant__ LinearF32Args linear, const __grid_constant__ RouterArgs args, u32* ticket) {
     route<1>(linear, args, ticket);
 }
 extern "C" __global__ void __launch_bounds__(256) route_8(const __grid_constant__ LinearF32Args linear, const __grid_constant__ RouterArgs args, u32* ticket) {

@@ -17,7 +17,7 @@ use crate::args::{self, MAX_JOBS};
 use crate::batch::{BatchMemory, Chosen, CudaBatch, DECODE_ROWS};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
-use crate::matrix::{CudaMatrix, TILE_BYTES};
+use crate::matrix::{BF16, CudaMatrix, MXFP4, TILE_BYTES};
 use crate::stager::Stager;
 
 /// Bytes that are copied to measure the memory's bandwidth.
@@ -39,6 +39,13 @@ const ROWS_SHARED: usize = 8 * 3 * 2688;
 /// Rows and tokens of a block of gemm_mma_128; gemm_mma_32 has as many rows and 32 tokens.
 const GEMM_TILE: usize = 128;
 const GEMM_FEW: usize = 32;
+/// Shared memory of gemm_wgmma: three stages of tokens, 64 columns each, a ring of 3 tiles for two groups of rows of each of 8
+/// warps, and what aligns it.
+const WGMMA_SHARED: usize = 3 * GEMM_TILE * 128 + 8 * 3 * 2 * TILE_BYTES + 1024;
+/// Shared memory of mla_prefill: queries and two tiles of 64 positions, shares of a tile, and what aligns it; and heads
+/// from which on it is faster than mla_attention.
+const PREFILL_SHARED: usize = 3 * 64 * MLA_MAX_WIDTH * 2 + 64 * 128 + 1024;
+const PREFILL_HEADS: usize = 24;
 /// Tokens of an expert, on average, that are worth the larger tile.
 const GEMM_TOKENS: usize = 48;
 /// Blocks of gemm_mma_128 that are worth a launch; fewer leave most of the device idle.
@@ -92,12 +99,14 @@ pub struct Options {
     pub graphs: bool,
     /// Kernels may start while their predecessors finish (programmatic dependent launch).
     pub programmatic: bool,
+    /// Prefill takes the tensor cores of Hopper's own (wgmma), where there are such.
+    pub hopper: bool,
 }
 
 impl Options {
     /// The first device, as fast as it can.
     pub fn new(numerics: Numerics) -> Options {
-        Options { ordinal: 0, numerics, graphs: true, programmatic: true }
+        Options { ordinal: 0, numerics, graphs: true, programmatic: true, hopper: true }
     }
 }
 
@@ -239,6 +248,10 @@ impl CudaBackend {
         self.recorded.borrow_mut().insert(*batch, recorded);
     }
 
+    fn on_hopper(&self) -> bool {
+        self.options.hopper && self.device.info.hopper
+    }
+
     fn fast_numerics(&self) -> bool {
         self.options.numerics == Numerics::Bf16
     }
@@ -278,6 +291,10 @@ impl CudaBackend {
     fn linear_f32(&self, m: &CudaMatrix, parts: usize, args: args::LinearF32Args) {
         let (rows, args) = linear_f32_args(m, parts, args);
         let n = args.n as usize;
+        let vectors = m.cols().is_multiple_of(8) && args.x_pitch.is_multiple_of(4);
+        if n > DECODE_ROWS && parts == 1 && args.ids == 0 && m.view.format == BF16 && vectors && self.fast_numerics() {
+            return self.launch("linear_split", (m.rows().div_ceil(32), n.div_ceil(32), 1), 256, &mut args![args]);
+        }
         if args.ids != 0 || n == 1 {
             self.launch("linear_f32_1", (rows, n, parts), 256, &mut args![args]);
         } else {
@@ -319,6 +336,12 @@ impl CudaBackend {
 
     /// `tokens` of a block: GEMM_TILE or GEMM_FEW.
     fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
+        // Its places in the input are of 32 bits.
+        let small = u64::from(args.n) * u64::from(args.x_pitch) <= u64::from(u32::MAX);
+        if self.on_hopper() && tokens == GEMM_TILE && small {
+            let name = if args.m0.format == MXFP4 { "gemm_wgmma_mxfp4" } else { "gemm_wgmma_affine" };
+            return self.device.launch(name, grid, 256, WGMMA_SHARED, &mut args![args]);
+        }
         let name = if tokens == GEMM_TILE { "gemm_mma_128" } else { "gemm_mma_32" };
         // Two stages of rows and two or four of tokens, 64 columns and padding each.
         let stages = if tokens == GEMM_TILE { 2 } else { 4 };
@@ -352,7 +375,7 @@ impl CudaBackend {
                 if let Some((plan, top_k, n_slots)) = plan {
                     (args.plan, args.routed, args.x_divisor) = (*plan, 1, top_k as u32);
                     let each = rows / mlp.gate.parts;
-                    tokens = if each < GEMM_TOKENS { GEMM_FEW } else { GEMM_TILE };
+                    tokens = if each < GEMM_TOKENS && !self.on_hopper() { GEMM_FEW } else { GEMM_TILE };
                     (tiles, slots) = (each.div_ceil(tokens).max(1), n_slots);
                 }
                 self.gemm(tokens, (tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
@@ -1140,6 +1163,11 @@ impl CudaBackend {
         if let Some(rope) = rope {
             (args.rotated_pitch, args.rotated_stride) = (rope.x.width() as u32, rope.from.stride as u32);
             args.rotated = rope.x.pointer() + (rope.from.offset * 4) as u64;
+        }
+        let whole = (width, latent) == (MLA_MAX_WIDTH, MLA_MAX_LATENT) && n_spans == 1 && args.rotated == 0;
+        if n > DECODE_ROWS && whole && n_heads >= PREFILL_HEADS && self.on_hopper() {
+            let grid = (1, n_heads.div_ceil(64), n);
+            return self.device.launch("mla_prefill", grid, 256, PREFILL_SHARED, &mut args![args]);
         }
         if n_spans > 1 {
             args.shares = self.scratch("shares", n * n_spans * n_heads * latent * 4);

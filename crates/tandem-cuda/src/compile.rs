@@ -23,6 +23,7 @@ kernel_files!(
     "silu_mul.cu",
     "all_reduce.cu",
     "linear_f32.cu",
+    "linear_split.cu",
     "linear_mma.cu",
     "router_topk.cu",
     "moe_plan.cu",
@@ -33,6 +34,8 @@ kernel_files!(
     "mla_attention.cu",
     "index_select.cu",
     "gemm_mma.cu",
+    "gemm_wgmma.cu",
+    "mla_prefill.cu",
     "repack.cu",
     "choose.cu",
 );

@@ -25,6 +25,8 @@ pub struct DeviceInfo {
     pub total_memory: u64,
     /// Multiprocessors.
     pub multiprocessors: i32,
+    /// True if it has Hopper's own instructions (sm_90a).
+    pub hopper: bool,
 }
 
 /// True if there is a driver with at least one device.
@@ -84,6 +86,8 @@ pub(crate) struct Device {
     error: Mutex<Option<CudaError>>,
     /// Kernels may start while their predecessors finish.
     programmatic: bool,
+    /// Bytes of shared memory that a block may have.
+    max_shared: i32,
     pinned: Mutex<Option<Pinned>>,
     pub(crate) info: DeviceInfo,
 }
@@ -128,8 +132,8 @@ impl Device {
             let mut context = null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut context, device), "open the device")?;
             check(sys::cuCtxSetCurrent(context), "use the device")?;
-            let code =
-                machine_code(&if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") })?;
+            let hopper = (major, minor) == (9, 0);
+            let code = machine_code(&if hopper { "sm_90a".into() } else { format!("sm_{major}{minor}") })?;
             let mut module = null_mut();
             check(sys::cuModuleLoadData(&mut module, code.as_ptr().cast()), "load the kernels")?;
             let mut stream = null_mut();
@@ -142,8 +146,9 @@ impl Device {
                 functions: Mutex::default(),
                 error: Mutex::default(),
                 programmatic,
+                max_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
                 pinned: Mutex::default(),
-                info: DeviceInfo { name, total_memory: total as u64, multiprocessors },
+                info: DeviceInfo { name, total_memory: total as u64, multiprocessors, hopper },
             })
         }
     }
@@ -355,14 +360,14 @@ impl Device {
         if !self.note(found, &format!("find the kernel {name}")) {
             return None;
         }
-        // Beyond 48 KB shared memory must be asked for; less is unaffected.
+        // Beyond 48 KB shared memory must be asked for: all that the kernel's own arrays leave. Less is unaffected.
+        use sys::CUfunction_attribute_enum as Attribute;
+        let mut own = 0;
         // SAFETY: as above.
         let raised = unsafe {
-            sys::cuFuncSetAttribute(
-                function,
-                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                160 << 10,
-            )
+            sys::cuFuncGetAttribute(&mut own, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function);
+            let rest = self.max_shared - own;
+            sys::cuFuncSetAttribute(function, Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, rest)
         };
         self.note(raised, &format!("give shared memory to {name}"));
         lock(&self.functions).insert(name, function);

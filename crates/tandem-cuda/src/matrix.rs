@@ -15,7 +15,7 @@ use crate::stager::{Stager, Target};
 /// Numbers of the formats in common.cuh.
 const F32: u32 = 0;
 const F16: u32 = 1;
-const BF16: u32 = 2;
+pub(crate) const BF16: u32 = 2;
 pub(crate) const MXFP4: u32 = 3;
 const MXFP8: u32 = 4;
 const NVFP4: u32 = 5;

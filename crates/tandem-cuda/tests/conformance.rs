@@ -33,13 +33,16 @@ const FORMATS: [DType; 15] = [
     DType::Affine { bits: 8, group_size: 128, params: Float::F32 },
 ];
 
-fn devices() -> Vec<CudaBackend> {
+fn skipped() -> bool {
     if !device_present() {
         eprintln!("skipped: no NVIDIA device here; scripts/gpu-check runs this on one");
-        return vec![];
     }
+    !device_present()
+}
+
+fn devices() -> Vec<CudaBackend> {
     let fast = Options::new(Numerics::Bf16);
-    [Options::new(Numerics::F32), fast, Options { programmatic: false, ..fast }]
+    [Options::new(Numerics::F32), fast, Options { programmatic: false, hopper: false, ..fast }]
         .into_iter()
         .map(|options| CudaBackend::new(options).expect("a device"))
         .collect()
@@ -145,12 +148,15 @@ fn linear<B: Backend>(b: &B, x: &[f32], n: usize, w: &MatrixData) -> Vec<f32> {
 
 #[test]
 fn linear_matches_the_oracle_over_ragged_shapes() {
+    if skipped() {
+        return;
+    }
     let devices = devices();
     let shapes =
         [(1, 32), (3, 64), (4, 96), (7, 128), (5, 160), (17, 256), (64, 384), (130, 512), (33, 2176), (40, 6144)];
     for dtype in FORMATS {
         for (n_rows, cols) in shapes {
-            if devices.is_empty() || (dtype != DType::Fp8Block && cols % dtype.group_size() != 0) {
+            if dtype != DType::Fp8Block && cols % dtype.group_size() != 0 {
                 continue;
             }
             let w = matrix(dtype, 1, n_rows, cols, 7);
@@ -167,7 +173,39 @@ fn linear_matches_the_oracle_over_ragged_shapes() {
 }
 
 #[test]
+fn products_of_a_long_prefill_match_the_oracle() {
+    if skipped() {
+        return;
+    }
+    let devices = devices();
+    for (dtype, cols) in [(DType::Mxfp4, 288), (AFFINE8, 320), (DType::BF16, 328)] {
+        let (n_rows, n) = (2050, 1100);
+        let w = matrix(dtype, 1, n_rows, cols, 7);
+        let x = coarse(5, n * cols);
+        let expected = linear(&oracle(), &x, n, &w);
+        for b in &devices {
+            check(&format!("{:?} {dtype}", b.numerics()), &linear(b, &x, n, &w), &expected, product_tolerance(b, n));
+        }
+    }
+}
+
+#[test]
+fn prefill_multiplies_bf16_weights_without_rounding_its_input() {
+    if skipped() {
+        return;
+    }
+    let w = matrix(DType::BF16, 1, 100, 1000, 7);
+    for b in &devices() {
+        let x = noise(5, 90 * 1000);
+        check("split", &linear(b, &x, 90, &w), &linear(&oracle(), &x, 90, &w), 3e-6);
+    }
+}
+
+#[test]
 fn several_matrices_share_an_input() {
+    if skipped() {
+        return;
+    }
     let (n, cols) = (3, 256);
     let data = [
         (AFFINE8, 48),
@@ -195,6 +233,9 @@ fn several_matrices_share_an_input() {
 
 #[test]
 fn unusual_scales_decode_as_the_oracle_does() {
+    if skipped() {
+        return;
+    }
     for b in &devices() {
         for byte in [0u8, 1, 60, 96, 127, 192, 193, 240] {
             let mut w = matrix(DType::Mxfp4, 1, 5, 160, 1);
@@ -214,6 +255,9 @@ fn unusual_scales_decode_as_the_oracle_does() {
 
 #[test]
 fn a_row_does_not_depend_on_its_batch_up_to_64_rows() {
+    if skipped() {
+        return;
+    }
     for b in &devices() {
         for dtype in FORMATS {
             let cols = 2048;
@@ -230,6 +274,9 @@ fn a_row_does_not_depend_on_its_batch_up_to_64_rows() {
 
 #[test]
 fn products_by_head_match_the_oracle() {
+    if skipped() {
+        return;
+    }
     fn run<B: Backend>(b: &B, x: &[f32], n: usize, w: &MatrixData, from: Heads, to: Heads) -> Vec<f32> {
         let heads = w.parts.len();
         let m = b.load_matrix(w.clone());
@@ -238,16 +285,21 @@ fn products_by_head_match_the_oracle() {
         b.head_linear(&x, from, &m, n, &mut out, to);
         values(b, &out, n * heads * to.stride)
     }
-    for (dtype, heads, cols, w_rows) in
-        [(AFFINE8, 4, 64, 64), (AFFINE8, 6, 192, 512), (DType::BF16, 3, 48, 40), (AFFINE8, 2, 512, 256)]
-    {
+    let devices = devices();
+    for (dtype, heads, cols, w_rows) in [
+        (AFFINE8, 4, 64, 64),
+        (AFFINE8, 6, 192, 512),
+        (DType::BF16, 3, 48, 40),
+        (AFFINE8, 2, 512, 256),
+        (AFFINE8, 32, 192, 256),
+    ] {
         let w = matrix(dtype, heads, w_rows, cols, 4);
         let from = Heads { n: heads, stride: cols + 32, offset: 0, width: cols };
         let to = Heads { n: heads, stride: w_rows + 16, offset: 0, width: w_rows };
-        for n in [1, 6, 40, 70] {
+        for n in [1, 6, 40, 70, 200] {
             let x = coarse(n as u64, n * heads * from.stride);
             let expected = run(&oracle(), &x, n, &w, from, to);
-            for b in &devices() {
+            for b in &devices {
                 check(
                     &format!("{:?} {dtype} {cols} n={n}", b.numerics()),
                     &run(b, &x, n, &w, from, to),
@@ -287,6 +339,9 @@ fn moe<B: Backend>(
 
 #[test]
 fn mixture_of_experts_matches_the_oracle() {
+    if skipped() {
+        return;
+    }
     for (dtype, shared_dtype) in
         [(DType::Mxfp4, AFFINE8), (AFFINE8, AFFINE8), (AFFINE8, DType::BF16), (DType::BF16, DType::Mxfp4)]
     {
@@ -313,6 +368,9 @@ fn mixture_of_experts_matches_the_oracle() {
 
 #[test]
 fn mixture_of_experts_is_the_same_in_any_batch_and_in_wide_layers() {
+    if skipped() {
+        return;
+    }
     let (hidden, inter) = (2048, 512);
     let experts = [(inter, hidden), (inter, hidden), (hidden, inter)].map(|(r, c)| matrix(DType::Mxfp4, 9, r, c, 1));
     let shared = [(inter, hidden), (inter, hidden), (hidden, inter)].map(|(r, c)| matrix(AFFINE8, 1, r, c, 2));
@@ -332,6 +390,9 @@ fn mixture_of_experts_is_the_same_in_any_batch_and_in_wide_layers() {
 
 #[test]
 fn mlp_matches_the_oracle() {
+    if skipped() {
+        return;
+    }
     fn run<B: Backend>(b: &B, x: &[f32], n: usize, m: &[MatrixData; 3]) -> Vec<f32> {
         let mlp = load_mlp(b, m);
         let mut out = b.alloc(n, m[2].rows);
@@ -353,6 +414,9 @@ fn mlp_matches_the_oracle() {
 
 #[test]
 fn norms_additions_and_rotations_match_the_oracle() {
+    if skipped() {
+        return;
+    }
     fn run<B: Backend>(b: &B, n: usize, width: usize, layout: RopeLayout) -> Vec<Vec<f32>> {
         let (x, y) = (noise(1, n * width), noise(2, n * width));
         let weight = b.load_vector(&noise(3, width));
@@ -395,6 +459,9 @@ fn norms_additions_and_rotations_match_the_oracle() {
 
 #[test]
 fn the_router_chooses_as_the_oracle_does() {
+    if skipped() {
+        return;
+    }
     for (n_experts, n_group, topk_group, top_k) in
         [(16, 1, 1, 4), (256, 1, 1, 8), (256, 8, 4, 8), (32, 1, 1, 6), (16, 4, 2, 4)]
     {
@@ -478,6 +545,9 @@ fn rope_of(dim: usize) -> Rope {
 
 #[test]
 fn latent_attention_matches_the_oracle() {
+    if skipped() {
+        return;
+    }
     fn run<B: Backend>(
         b: &B,
         (heads, latent, rope_dim): (usize, usize, usize),
@@ -540,6 +610,9 @@ fn latent_attention_matches_the_oracle() {
 
 #[test]
 fn the_indexer_selects_as_the_oracle_does() {
+    if skipped() {
+        return;
+    }
     fn cache<B: Backend>(b: &B, dim: usize, context: usize) -> B::Cache {
         let n_slots = tables(context).concat().into_iter().max().unwrap_or(0) as usize * PAGE_SIZE + PAGE_SIZE;
         let mut cache = b.alloc_cache(CacheKind::IndexKey, n_slots, dim);
@@ -606,6 +679,9 @@ fn the_indexer_selects_as_the_oracle_does() {
 
 #[test]
 fn grouped_query_attention_matches_the_oracle() {
+    if skipped() {
+        return;
+    }
     fn run<B: Backend>(b: &B, (heads, kv, dim): (usize, usize, usize), context: usize, n: usize) -> Vec<f32> {
         let n_slots = tables(context).concat().into_iter().max().unwrap_or(0) as usize * PAGE_SIZE + PAGE_SIZE;
         let (mut keys, mut vals) = (
@@ -664,6 +740,9 @@ fn chosen(b: &CudaBackend, buffer: &mut CudaBuffer, logits: &[f32], choices: &[C
 
 #[test]
 fn tokens_are_chosen_as_the_host_chooses_them() {
+    if skipped() {
+        return;
+    }
     let warm = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
     let params = [
         SamplingParams::default(),
