@@ -36,6 +36,8 @@ const NVFP4_LARGEST: f32 = 2688.0;
 pub struct CudaMatrix {
     pub(crate) view: args::Matrix,
     pub(crate) parts: usize,
+    /// Its number among the experts that stay on the host.
+    pub(crate) on_host: Option<usize>,
     _memory: Vec<Memory>,
 }
 
@@ -61,10 +63,15 @@ impl CudaMatrix {
         self.view.fast != 0
     }
 
-    /// Without its weights, when the device has failed already.
+    /// Without its weights on the device.
     pub(crate) fn empty(data: &MatrixData) -> CudaMatrix {
         let view = args::Matrix { rows: data.rows as u32, cols: data.cols as u32, ..args::Matrix::zeroed() };
-        CudaMatrix { view, parts: data.parts.len(), _memory: vec![] }
+        CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: vec![] }
+    }
+
+    /// In memory of the host, where it is known by `number`.
+    pub(crate) fn on_host(data: &MatrixData, number: usize) -> CudaMatrix {
+        CudaMatrix { on_host: Some(number), ..CudaMatrix::empty(data) }
     }
 
     /// A stager that can load the matrix: `current` if it can.
@@ -107,7 +114,7 @@ impl CudaMatrix {
         };
         let memory =
             if fast { load_tiles(device, stager, data, &mut view) } else { load_rows(device, stager, data, &mut view) };
-        CudaMatrix { view, parts: data.parts.len(), _memory: memory }
+        CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: memory }
     }
 }
 
