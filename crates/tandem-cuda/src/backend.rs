@@ -629,13 +629,7 @@ impl Backend for CudaBackend {
         if let Some(on_host) = self.on_host.as_ref().filter(|on_host| (on_host.keeps)(&data.name)) {
             return CudaMatrix::on_host(&data.clone(), on_host.experts.load(data));
         }
-        let mut stager = self.stager.borrow_mut();
-        *stager = CudaMatrix::stager(&self.device, stager.take(), &data);
-        match stager.as_mut() {
-            Some(stager) => CudaMatrix::load(&self.device, stager, &data),
-            // Out of memory, which `sync` says.
-            None => CudaMatrix::empty(&data),
-        }
+        CudaMatrix::load(&self.device, self.stager.borrow_mut().get_or_insert_with(Stager::new), &data)
     }
 
     fn load_vector(&self, values: &[f32]) -> CudaBuffer {
