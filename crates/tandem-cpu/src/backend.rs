@@ -73,6 +73,11 @@ impl CpuBuffer {
 }
 
 impl CpuIndices {
+    /// Indices of these values.
+    pub fn new(data: Vec<i32>, width: usize) -> CpuIndices {
+        CpuIndices { data, width }
+    }
+
     /// Row `i`.
     pub fn row(&self, i: usize) -> &[i32] {
         &self.data[i * self.width..(i + 1) * self.width]

@@ -263,6 +263,13 @@ pub(crate) struct ChooseArgs {
     pub(crate) unused: u32,
 }
 
+impl RepackArgs {
+    /// Blocks of its kernel: a tile each.
+    pub(crate) fn blocks(&self) -> usize {
+        (self.rows as usize).div_ceil(8) * self.rounds as usize
+    }
+}
+
 /// Pairs of a rotary embedding, at most.
 pub(crate) const MAX_ROPE_PAIRS: usize = 128;
 

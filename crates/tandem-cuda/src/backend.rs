@@ -17,6 +17,7 @@ use crate::args::{self, MAX_JOBS};
 use crate::batch::{BatchMemory, Chosen, CudaBatch, DECODE_ROWS};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
+use crate::host_experts::{HostExperts, HostMoe, OnHost};
 use crate::matrix::{BF16, CudaMatrix, MXFP4, TILE_BYTES};
 use crate::stager::Stager;
 
@@ -121,8 +122,15 @@ pub struct CudaCache {
 enum Recorded {
     /// It ran once, so that all memory it needs is there.
     Ran,
-    /// To replay.
+    /// To replay, in order.
+    Parts(Vec<Part>),
+}
+
+/// A part of a recorded step.
+enum Part {
     Graph(Graph),
+    /// Experts that the host computes while the device waits.
+    Host(HostMoe),
 }
 
 /// An NVIDIA device as a backend.
@@ -134,6 +142,10 @@ pub struct CudaBackend {
     scratch: RefCell<HashMap<&'static str, Memory>>,
     /// While weights are being loaded.
     stager: RefCell<Option<Stager>>,
+    /// Experts that do not fit the device.
+    on_host: Option<OnHost>,
+    /// The parts so far, while a step is being recorded.
+    recording: RefCell<Option<Vec<Part>>>,
     options: Options,
     bandwidth: Cell<Option<f64>>,
     device: Arc<Device>,
@@ -154,10 +166,22 @@ impl CudaBackend {
             chosen: RefCell::default(),
             scratch: RefCell::default(),
             stager: RefCell::default(),
+            on_host: None,
+            recording: RefCell::default(),
             options,
             bandwidth: Cell::new(None),
             device,
         })
+    }
+
+    /// The same with stacks of experts left to `experts` on the host: those whose names `keeps` says.
+    #[must_use]
+    pub fn with_host_experts(
+        self,
+        keeps: impl Fn(&str) -> bool + 'static,
+        experts: impl HostExperts + 'static,
+    ) -> CudaBackend {
+        CudaBackend { on_host: Some(OnHost::new(Box::new(keeps), Box::new(experts))), ..self }
     }
 
     /// What the device is.
@@ -235,14 +259,19 @@ impl CudaBackend {
                 operations(batch.max_context);
                 Recorded::Ran
             }
-            Some(Recorded::Graph(graph)) => {
-                self.device.replay(&graph);
-                Recorded::Graph(graph)
+            Some(Recorded::Parts(parts)) => {
+                self.replay(&parts);
+                Recorded::Parts(parts)
             }
             Some(Recorded::Ran) => {
-                let Some(graph) = self.device.capture(|| operations(batch.max_context)) else { return };
-                self.device.replay(&graph);
-                Recorded::Graph(graph)
+                self.recording.replace(Some(vec![]));
+                self.device.begin_capture();
+                operations(batch.max_context);
+                let mut parts = self.recording.take().unwrap_or_default();
+                let Some(graph) = self.device.end_capture() else { return };
+                parts.push(Part::Graph(graph));
+                self.replay(&parts);
+                Recorded::Parts(parts)
             }
         };
         self.recorded.borrow_mut().insert(*batch, recorded);
@@ -250,6 +279,57 @@ impl CudaBackend {
 
     fn on_hopper(&self) -> bool {
         self.options.hopper && self.device.info.hopper
+    }
+
+    fn replay(&self, parts: &[Part]) {
+        for part in parts {
+            match (part, &self.on_host) {
+                (Part::Graph(graph), _) => self.device.replay(graph),
+                (Part::Host(work), Some(on_host)) => on_host.run(&self.device, work),
+                (Part::Host(_), None) => {}
+            }
+        }
+    }
+
+    /// [`Backend::moe`] with routed experts on the host; the shared one runs on the device.
+    #[allow(clippy::too_many_arguments)]
+    fn moe_on_host(
+        &self,
+        mlp: [usize; 3],
+        x: &CudaBuffer,
+        shared: Option<&Mlp<CudaMatrix>>,
+        ids: &CudaIndices,
+        weights: &CudaBuffer,
+        n_rows: usize,
+        out: &mut CudaBuffer,
+    ) {
+        let Some(on_host) = &self.on_host else { return };
+        let sum = self.scratch("host_sum", n_rows * out.width() * 4);
+        let (work, moved) = on_host.fetch(&self.device, mlp, n_rows, (x, ids, weights), sum);
+        if moved {
+            self.recorded.borrow_mut().clear();
+        }
+        if let Some(shared) = shared {
+            self.mlp(x, shared, n_rows, out);
+        }
+        let is_recording = self.recording.borrow().is_some();
+        if is_recording {
+            let graph = self.device.end_capture();
+            if let Some(parts) = self.recording.borrow_mut().as_mut() {
+                parts.extend(graph.map(Part::Graph));
+                parts.push(Part::Host(work));
+            }
+            self.device.begin_capture();
+        } else {
+            on_host.run(&self.device, &work);
+        }
+        let (to, bytes) = (out.pointer(), n_rows * out.width() * 4);
+        if shared.is_some() {
+            let n = (n_rows * out.width()) as u64;
+            self.launch("add", ((n as usize).div_ceil(256), 1, 1), 256, &mut args![to, sum, n]);
+        } else {
+            self.device.copy(to, sum, bytes);
+        }
     }
 
     fn fast_numerics(&self) -> bool {
@@ -569,13 +649,10 @@ impl Backend for CudaBackend {
     }
 
     fn load_matrix(&self, data: MatrixData) -> CudaMatrix {
-        let mut stager = self.stager.borrow_mut();
-        *stager = CudaMatrix::stager(&self.device, stager.take(), &data);
-        match stager.as_mut() {
-            Some(stager) => CudaMatrix::load(&self.device, stager, &data),
-            // Out of memory, which `sync` says.
-            None => CudaMatrix::empty(&data),
+        if let Some(on_host) = self.on_host.as_ref().filter(|on_host| (on_host.keeps)(&data.name)) {
+            return CudaMatrix::on_host(&data.clone(), on_host.experts.load(data));
         }
+        CudaMatrix::load(&self.device, self.stager.borrow_mut().get_or_insert_with(Stager::new), &data)
     }
 
     fn load_vector(&self, values: &[f32]) -> CudaBuffer {
@@ -789,6 +866,9 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) {
         out.written();
+        if let [Some(gate), Some(up), Some(down)] = [&experts.gate, &experts.up, &experts.down].map(|m| m.on_host) {
+            return self.moe_on_host([gate, up, down], x, shared, ids, weights, n_rows, out);
+        }
         let (top_k, hidden, n_experts) = (ids.width(), experts.down.rows(), experts.gate.parts);
         let pairs = n_rows * top_k;
         let mut matrices = vec![&experts.gate, &experts.up, &experts.down];

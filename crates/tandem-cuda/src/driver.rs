@@ -242,7 +242,18 @@ impl Device {
         }
     }
 
-    fn wait_for_all(&self) -> bool {
+    /// Enqueues a copy to pinned memory, which nobody may read before it is done.
+    pub(crate) fn fetch_back(&self, to: &Pinned, offset: usize, from: u64, bytes: usize) {
+        if bytes == 0 || self.failed() {
+            return;
+        }
+        assert!(offset + bytes <= to.bytes, "a copy beyond the pinned memory");
+        // SAFETY: the range is within the buffer; `from` has as much, by the callers' sizes.
+        let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(to.pointer.add(offset), from, bytes, self.stream) };
+        self.note(copied, "copy from the device");
+    }
+
+    pub(crate) fn wait_for_all(&self) -> bool {
         // SAFETY: the stream is open as long as `self` is.
         self.note(unsafe { sys::cuStreamSynchronize(self.stream) }, "wait for the device")
     }
@@ -411,13 +422,22 @@ impl Device {
 
     /// Records what `work` enqueues instead of running it.
     pub(crate) fn capture(&self, work: impl FnOnce()) -> Option<Graph> {
-        // SAFETY: one stream, captured from begin to end on this thread.
+        self.begin_capture();
+        work();
+        self.end_capture()
+    }
+
+    /// Records what this thread enqueues from here on, until [`Device::end_capture`].
+    pub(crate) fn begin_capture(&self) {
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is open as long as `self` is.
+        self.note(unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) }, "begin a graph");
+    }
+
+    /// What was recorded.
+    pub(crate) fn end_capture(&self) -> Option<Graph> {
+        // SAFETY: one stream, captured from begin to end on one thread.
         unsafe {
-            let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            if !self.note(sys::cuStreamBeginCapture_v2(self.stream, mode), "begin a graph") {
-                return None;
-            }
-            work();
             let (mut graph, mut exec) = (null_mut(), null_mut());
             if !self.note(sys::cuStreamEndCapture(self.stream, &mut graph), "end a graph") {
                 return None;

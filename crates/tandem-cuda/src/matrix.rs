@@ -10,7 +10,7 @@ use tandem_core::weights::{MatrixData, MatrixPart};
 
 use crate::args::{self, RepackArgs};
 use crate::driver::{Device, Memory};
-use crate::stager::{Stager, Target};
+use crate::stager::{Piece, Stager};
 
 /// Numbers of the formats in common.cuh.
 const F32: u32 = 0;
@@ -36,6 +36,8 @@ const NVFP4_LARGEST: f32 = 2688.0;
 pub struct CudaMatrix {
     pub(crate) view: args::Matrix,
     pub(crate) parts: usize,
+    /// Its number among the experts that stay on the host.
+    pub(crate) on_host: Option<usize>,
     _memory: Vec<Memory>,
 }
 
@@ -61,25 +63,25 @@ impl CudaMatrix {
         self.view.fast != 0
     }
 
-    /// Without its weights, when the device has failed already.
+    /// Without its weights on the device.
     pub(crate) fn empty(data: &MatrixData) -> CudaMatrix {
         let view = args::Matrix { rows: data.rows as u32, cols: data.cols as u32, ..args::Matrix::zeroed() };
-        CudaMatrix { view, parts: data.parts.len(), _memory: vec![] }
+        CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: vec![] }
     }
 
-    /// A stager that can load the matrix: `current` if it can.
-    pub(crate) fn stager(device: &Arc<Device>, current: Option<Stager>, data: &MatrixData) -> Option<Stager> {
-        let bytes = data.parts.iter().map(|p| p.weight.len() + p.scales.len() + p.biases.len()).sum();
-        let rows = TILE_ROWS * (data.dtype.weight_bytes(1, data.cols) + 2 * data.dtype.scale_bytes(1, data.cols));
-        match current {
-            Some(stager) if stager.suits(bytes, rows) => Some(stager),
-            before => Stager::new(device, bytes, rows, before),
-        }
+    /// In memory of the host, where it is known by `number`.
+    pub(crate) fn on_host(data: &MatrixData, number: usize) -> CudaMatrix {
+        CudaMatrix { on_host: Some(number), ..CudaMatrix::empty(data) }
     }
 
     /// Copies a matrix to the device.
     pub(crate) fn load(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData) -> CudaMatrix {
         let (rows, cols, dtype) = (data.rows, data.cols, data.dtype);
+        let bytes = data.parts.iter().map(|p| p.weight.len() + p.scales.len() + p.biases.len()).sum();
+        let tile_rows = TILE_ROWS * (dtype.weight_bytes(1, cols) + 2 * dtype.scale_bytes(1, cols));
+        if !stager.prepare(device, bytes, tile_rows) {
+            return CudaMatrix::empty(data);
+        }
         let (format, bits, group) = match dtype {
             DType::Float(Float::F32) => (F32, 32, 1),
             DType::Float(Float::F16) => (F16, 16, 1),
@@ -107,7 +109,7 @@ impl CudaMatrix {
         };
         let memory =
             if fast { load_tiles(device, stager, data, &mut view) } else { load_rows(device, stager, data, &mut view) };
-        CudaMatrix { view, parts: data.parts.len(), _memory: memory }
+        CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: memory }
     }
 }
 
@@ -154,43 +156,36 @@ fn load_tiles(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view
     let memory = device.alloc(part_bytes * data.parts.len());
     let of_row = row_bytes + 2 * scale_row;
     let rows_at_once = stager.room() / of_row / TILE_ROWS * TILE_ROWS;
-    for (i, part) in data.parts.iter().enumerate() {
-        let tiles = memory.pointer() + (i * part_bytes) as u64;
-        if i > 0 && is_repeated(data, i) {
-            stager.flush(device);
-            device.copy(tiles, memory.pointer(), part_bytes);
-            continue;
-        }
+    let mut pieces = vec![];
+    let part_at = |i: usize| memory.pointer() + (i * part_bytes) as u64;
+    for (i, part) in data.parts.iter().enumerate().filter(|(i, _)| *i == 0 || !is_repeated(data, *i)) {
         for first in (0..rows).step_by(rows_at_once) {
             let n = rows_at_once.min(rows - first);
-            stager.reserve(device, n * of_row);
-            let mut add = |bytes: &[u8], of_row: usize| {
-                if bytes.is_empty() {
-                    return 0;
-                }
-                // SAFETY: `data` outlives the flush below.
-                #[allow(unsafe_code)]
-                unsafe {
-                    stager.add(&bytes[first * of_row..(first + n) * of_row], Target::Staging)
-                }
+            let of = |bytes: &'_ [u8], of_row: usize| -> std::ops::Range<usize> {
+                if bytes.is_empty() { 0..0 } else { first * of_row..(first + n) * of_row }
             };
+            let sources = [
+                &part.weight[of(&part.weight, row_bytes)],
+                &part.scales[of(&part.scales, scale_row)],
+                &part.biases[of(&part.biases, scale_row)],
+            ];
             let args = RepackArgs {
-                weight: add(&part.weight, row_bytes),
-                scales: add(&part.scales, scale_row),
-                biases: add(&part.biases, scale_row),
-                tiles: tiles + (first / TILE_ROWS * group_bytes) as u64,
+                weight: 0,
+                scales: 0,
+                biases: 0,
+                tiles: part_at(i) + (first / TILE_ROWS * group_bytes) as u64,
                 rows: n as u32,
                 row_bytes: row_bytes as u32,
                 scale_row: scale_row as u32,
                 rounds: rounds as u32,
             };
-            stager.after(move |device| {
-                let blocks = n.div_ceil(TILE_ROWS) * rounds;
-                device.launch("repack", (blocks, 1, 1), 128, 0, &mut args![args]);
-            });
+            pieces.push(Piece::Repack { sources, args });
         }
     }
-    stager.flush(device);
+    stager.send(device, &pieces);
+    for i in (1..data.parts.len()).filter(|i| is_repeated(data, *i)) {
+        device.copy(part_at(i), memory.pointer(), part_bytes);
+    }
     (view.weight, view.weight_part, view.row_bytes) = (memory.pointer(), part_bytes as u64, group_bytes as u32);
     vec![memory]
 }
@@ -205,39 +200,29 @@ fn load_rows(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view:
     // A margin, as kernels may load whole vectors at the end of the last row.
     let weight = device.alloc(weight_part * data.parts.len() + 16);
     let scales = device.alloc(scale_part * data.parts.len());
-    let mut stage = |bytes: &[u8], to: u64| {
-        let room = stager.room();
-        for (i, piece) in bytes.chunks(room).enumerate() {
-            stager.reserve(device, piece.len());
-            // SAFETY: sent before the bytes are gone, below.
-            #[allow(unsafe_code)]
-            unsafe {
-                stager.add(piece, Target::At(to + (i * room) as u64));
-            }
-        }
-    };
-    let mut made = vec![];
-    for (i, part) in data.parts.iter().enumerate() {
-        let (to, to_scales) = (weight.pointer() + (i * weight_part) as u64, scales.pointer() + (i * scale_part) as u64);
-        if i > 0 && is_repeated(data, i) {
-            continue;
-        }
-        stage(&part.weight, to);
-        if scale_row == 0 {
-            continue;
-        }
-        if scale_pitch == scale_row && !matches!(dtype, DType::Affine { .. }) {
-            stage(&part.scales, to_scales);
-        } else {
-            made.push((padded_scales(dtype, part, scale_rows, scale_row, scale_pitch), to_scales));
-        }
-    }
     let globals: Vec<f32> = data.parts.iter().filter_map(|p| p.global_scale).map(|g| g / NVFP4_LARGEST).collect();
     let has_globals = globals.len() == data.parts.len() && !globals.is_empty();
     let globals_memory = device.alloc(globals.len() * 4);
-    made.iter().for_each(|(bytes, to)| stage(bytes, *to));
+    // What must be rearranged on the way.
+    let padded = scale_row > 0 && (scale_pitch != scale_row || matches!(dtype, DType::Affine { .. }));
+    let own = |i: &usize| *i == 0 || !is_repeated(data, *i);
+    let made: Vec<Vec<u8>> = (0..data.parts.len())
+        .filter(own)
+        .map(|i| match padded {
+            true => padded_scales(dtype, &data.parts[i], scale_rows, scale_row, scale_pitch),
+            false => vec![],
+        })
+        .collect();
+    let mut pieces = vec![];
+    let mut stage = |bytes, to: u64| stage(&mut pieces, bytes, to, stager.room());
+    for (i, made) in (0..data.parts.len()).filter(own).zip(&made) {
+        let part = &data.parts[i];
+        stage(&part.weight[..], weight.pointer() + (i * weight_part) as u64);
+        let source = if padded { &made[..] } else { &part.scales[..] };
+        stage(source, scales.pointer() + (i * scale_part) as u64);
+    }
     stage(bytemuck::cast_slice(&globals), globals_memory.pointer());
-    stager.flush(device);
+    stager.send(device, &pieces);
     for i in (1..data.parts.len()).filter(|i| is_repeated(data, *i)) {
         device.copy(weight.pointer() + (i * weight_part) as u64, weight.pointer(), weight_part);
         device.copy(scales.pointer() + (i * scale_part) as u64, scales.pointer(), scale_part);
@@ -246,6 +231,11 @@ fn load_rows(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view:
     (view.scales, view.scale_part, view.scale_pitch) = (scales.pointer(), scale_part as u64, scale_pitch as u32);
     view.globals = if has_globals { globals_memory.pointer() } else { 0 };
     vec![weight, scales, globals_memory]
+}
+
+/// Cuts bytes into pieces of at most `room`.
+fn stage<'a>(pieces: &mut Vec<Piece<'a>>, bytes: &'a [u8], to: u64, room: usize) {
+    pieces.extend(bytes.chunks(room).enumerate().map(|(i, bytes)| Piece::Copy { bytes, to: to + (i * room) as u64 }));
 }
 
 /// Bytes of one row of scales on the device.

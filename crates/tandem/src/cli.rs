@@ -141,6 +141,10 @@ pub(crate) struct ModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    /// Layers whose experts stay in the host's memory and are computed by its processor, for a model that does not fit the
+    /// GPU; as few as let it fit if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) n_cpu_moe: Option<usize>,
     #[command(flatten)]
     pub(crate) parallel: ParallelArgs,
 }
@@ -455,6 +459,9 @@ pub(crate) struct BenchModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if not given.
+    #[arg(long, value_name = "N")]
+    pub(crate) n_cpu_moe: Option<usize>,
     #[command(flatten)]
     pub(crate) parallel: ParallelArgs,
     /// Tensor-parallel ranks sum in each Nth layer only, to see what the sums cost; the output means nothing then.

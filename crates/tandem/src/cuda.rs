@@ -1,40 +1,116 @@
 //! What a GPU must hold, before anything is loaded onto it; GPUs as the devices of several ranks.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
-use tandem_core::backend::CacheKind;
-use tandem_cuda::{CudaBackend, CudaGroup, GroupBuffer, Handle, Numerics, Options, UniqueId, nccl_present, unique_id};
-use tandem_model::Stacks;
+use tandem_core::backend::{CacheKind, Mlp};
+use tandem_core::weights::{MatrixData, Weight};
+use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix, system};
+use tandem_cuda::{
+    CudaBackend, CudaGroup, GroupBuffer, Handle, HostExperts, Numerics, Options, UniqueId, nccl_present, unique_id,
+};
+use tandem_model::{Offload, Stacks};
 
 use crate::cli::ActivationsArg;
-use crate::distributed::{Model, Place, RankDevice, Sums};
-use crate::load::Shape;
+use crate::distributed::{Model, Place, RankDevice, Sums, probe_bandwidth};
+use crate::load::{Shape, cpu_backend, fits_in_memory};
 use crate::report::bytes;
 
 /// Kept free for kernels' scratch, graphs and the driver.
 const RESERVE: u64 = 1 << 30;
 
-/// Refuses a model that will not fit.
-pub(crate) fn check_memory(backend: &CudaBackend, shape: Shape<'_>, weights: u64) -> anyhow::Result<()> {
-    let cache = (shape.n_slots * cache_bytes_per_token(backend, shape)) as u64;
-    let (free, wanted) = (backend.free_memory(), weights + cache + RESERVE);
+/// Leaves experts on the host where the model does not fit the GPU, or where `n_cpu_moe` asks for it.
+///
+/// # Errors
+/// It does not fit even so.
+pub(crate) fn place_experts(
+    backend: CudaBackend,
+    shape: Shape<'_>,
+    weights: &[Weight],
+    n_cpu_moe: Option<usize>,
+    threads: Option<usize>,
+    activations: ActivationsArg,
+) -> anyhow::Result<CudaBackend> {
+    let cache = (shape.n_slots * cache_bytes_per_token(&backend, shape)) as u64;
+    let free = backend.free_memory();
+    let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), n_cpu_moe);
+    let wanted = offload.device_bytes + cache + RESERVE;
     if wanted > free {
         bail!(
             "{} has {} free, and this needs {}: {} of weights, {} of cache for {} tokens, {} of working memory. Ask for \
-             a smaller --context, use a smaller model, or --backend cpu",
+             a smaller --context, use a smaller model, more of --n-cpu-moe, or --backend cpu",
             backend.info().name,
             bytes(free),
             bytes(wanted),
-            bytes(weights),
+            bytes(offload.device_bytes),
             bytes(cache),
             shape.n_slots,
             bytes(RESERVE)
         );
     }
-    Ok(())
+    if offload.layers.is_empty() {
+        return Ok(backend);
+    }
+    if !fits_in_memory(offload.host_bytes) {
+        bail!(
+            "the experts of {} layers do not fit the GPU, and the {} that they take are not free on the host either: free \
+             memory, or use a smaller model",
+            offload.layers.len(),
+            bytes(offload.host_bytes)
+        );
+    }
+    let threads = threads.unwrap_or_else(system::default_threads).max(1);
+    let (device, host) = (backend.bandwidth(), probe_bandwidth(threads));
+    eprintln!(
+        "experts of {} layers stay on the host: {} of {}; expected at most {:.1} tok/s, reading {} per token at {:.0} GB/s \
+         on the GPU and {} at {:.0} GB/s on the host",
+        offload.layers.len(),
+        bytes(offload.host_bytes),
+        bytes(offload.host_bytes + offload.device_bytes),
+        offload.tokens_per_second(device, host),
+        bytes(offload.device_read_bytes),
+        device / 1e9,
+        bytes(offload.host_read_bytes),
+        host / 1e9
+    );
+    let (cpu, _) = cpu_backend(Some(threads), activations, offload.host_bytes);
+    let experts = CpuExperts { backend: cpu, stacks: RefCell::default(), mlps: RefCell::default() };
+    Ok(backend.with_host_experts(move |module| offload.modules.contains(module), experts))
+}
+
+/// The processor's backend as the place of experts.
+struct CpuExperts {
+    backend: CpuBackend,
+    /// Stacks that have been loaded, until they are used for the first time.
+    stacks: RefCell<Vec<Option<CpuMatrix>>>,
+    /// By the number of their gate.
+    mlps: RefCell<HashMap<usize, Mlp<CpuMatrix>>>,
+}
+
+impl HostExperts for CpuExperts {
+    fn load(&self, data: MatrixData) -> usize {
+        let mut stacks = self.stacks.borrow_mut();
+        stacks.push(Some(self.backend.load_matrix(data)));
+        stacks.len() - 1
+    }
+
+    fn moe(&self, mlp: [usize; 3], n_rows: usize, x: &[f32], ids: &[i32], weights: &[f32], out: &mut [f32]) {
+        let mut mlps = self.mlps.borrow_mut();
+        if let [Some(gate), Some(up), Some(down)] = mlp.map(|i| self.stacks.borrow_mut()[i].take()) {
+            mlps.insert(mlp[0], Mlp { gate, up, down });
+        }
+        let Some(experts) = mlps.get(&mlp[0]) else { return };
+        let (hidden, top_k) = (x.len() / n_rows, ids.len() / n_rows);
+        let (x, weights) = (CpuBuffer::new(x.to_vec(), hidden), CpuBuffer::new(weights.to_vec(), top_k));
+        let ids = CpuIndices::new(ids.to_vec(), top_k);
+        let mut sum = self.backend.alloc(n_rows, hidden);
+        self.backend.moe(&x, experts, None, &ids, &weights, n_rows, &mut sum);
+        self.backend.download(&sum, out);
+    }
 }
 
 /// Bytes that one token takes in the cache.

@@ -86,6 +86,7 @@ pub(crate) fn load_with_cache(
     let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
     let resident = accounting.total(|k| k.resident_bytes);
     let (runner, numerics, bandwidth): (Box<dyn Runner>, _, _) = if distributed::leads() {
+        no_host_experts(args.n_cpu_moe)?;
         let model = distributed::Model::new(config.clone(), checkpoint, weights, args);
         let n_slots = blocks.n_slots();
         match distributed::transport(&args.parallel) {
@@ -108,9 +109,10 @@ pub(crate) fn load_with_cache(
             }
         }
     } else {
-        let source = CheckpointWeights::new(&checkpoint, weights);
+        let source = CheckpointWeights::new(&checkpoint, weights.clone());
         match choose(args.backend, args.activations)? {
             Device::Cpu => {
+                no_host_experts(args.n_cpu_moe)?;
                 let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
                 let runner = runner(backend, &source, shape, resident)?;
                 if args.lock {
@@ -121,7 +123,8 @@ pub(crate) fn load_with_cache(
             #[cfg(feature = "cuda")]
             Device::Cuda => {
                 let backend = cuda_backend(args.activations)?;
-                crate::cuda::check_memory(&backend, shape, resident)?;
+                let (n, threads, activations) = (args.n_cpu_moe, args.threads, args.activations);
+                let backend = crate::cuda::place_experts(backend, shape, &weights, n, threads, activations)?;
                 let (numerics, bandwidth) = (backend.numerics().name(), backend.bandwidth());
                 (Box::new(runner(backend, &source, shape, resident)?), numerics, Some(bandwidth))
             }
@@ -158,6 +161,16 @@ pub(crate) fn runner<B: Backend + 'static>(
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(loaded);
     runner.sync()?;
     Ok(runner)
+}
+
+/// Refuses `--n-cpu-moe` where it means nothing.
+pub(crate) fn no_host_experts(n_cpu_moe: Option<usize>) -> anyhow::Result<()> {
+    if n_cpu_moe.is_some() {
+        bail!(
+            "--n-cpu-moe leaves experts of one GPU's model on the host; without a GPU, or with several ranks, leave it out"
+        );
+    }
+    Ok(())
 }
 
 /// Where a model runs.

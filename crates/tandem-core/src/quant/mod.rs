@@ -204,9 +204,9 @@ pub fn has_nan_scale(view: &PackedView<'_>) -> Option<usize> {
         }
         // Whole blocks, so that this takes vector instructions: every scale of a checkpoint passes here.
         DType::Mxfp4 | DType::Mxfp8 => {
-            let nan = |byte: &u8| *byte == u8::MAX;
-            let block = view.scales.chunks(4096).position(|block| block.iter().filter(|byte| nan(byte)).count() > 0)?;
-            view.scales[block * 4096..].iter().position(nan).map(|i| block * 4096 + i)
+            let largest = |block: &[u8]| block.iter().fold(0, |largest, byte| *byte.max(&largest));
+            let block = view.scales.chunks(4096).position(|block| largest(block) == u8::MAX)?;
+            view.scales[block * 4096..].iter().position(|byte| *byte == u8::MAX).map(|i| block * 4096 + i)
         }
         DType::Nvfp4 => view.scales.iter().position(|byte| !finite(nvfp4::effective_scale(*byte, view.global_scale))),
         DType::Fp8Block => (0..view.scales.len() / 4).find(|block| !finite(Float::F32.read(view.scales, *block))),

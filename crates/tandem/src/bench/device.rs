@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use tandem_core::backend::{Backend, CacheKind};
+use tandem_core::weights::Weight;
 use tandem_core::{Batch, ModelConfig};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::kernels::index_select::agreement;
@@ -17,7 +18,7 @@ use tandem_model::WeightSource;
 use super::model::n_threads;
 use super::ranks::RankReport;
 use crate::cli::BenchModelArgs;
-use crate::load::{Device, Shape, choose, cpu_backend, runner};
+use crate::load::{Device, Shape, choose, cpu_backend, no_host_experts, runner};
 
 /// Read for the bandwidth.
 const BANDWIDTH_BYTES: usize = 1 << 30;
@@ -148,9 +149,12 @@ pub(super) fn load(
     source: &dyn WeightSource,
     shape: Shape<'_>,
     resident: u64,
+    weights: &[Weight],
 ) -> anyhow::Result<(Box<dyn BenchRunner>, &'static str)> {
     match choose(args.backend, args.activations)? {
         Device::Cpu => {
+            let _ = weights;
+            no_host_experts(args.n_cpu_moe)?;
             let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
             let runner = runner(backend.profiled(), source, shape, resident)?;
             Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))
@@ -158,7 +162,8 @@ pub(super) fn load(
         #[cfg(feature = "cuda")]
         Device::Cuda => {
             let backend = crate::load::cuda_backend(args.activations)?;
-            crate::cuda::check_memory(&backend, shape, resident)?;
+            let (n, threads, activations) = (args.n_cpu_moe, args.threads, args.activations);
+            let backend = crate::cuda::place_experts(backend, shape, weights, n, threads, activations)?;
             let numerics = backend.numerics().name();
             let runner = runner(backend.profiled(), source, shape, resident)?;
             Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))

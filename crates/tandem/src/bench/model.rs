@@ -17,7 +17,7 @@ use super::device::{self, BenchRunner};
 use super::ranks;
 use crate::cli::{BackendArg, BenchModelArgs, TransportArg};
 use crate::distributed::{self, Model, Source, Started};
-use crate::load::{Device, Shape, choose, lock_memory, model_dir};
+use crate::load::{Device, Shape, choose, lock_memory, model_dir, no_host_experts};
 use crate::presets;
 use crate::report::{bytes, count};
 
@@ -116,6 +116,7 @@ impl BenchModel {
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
         let shape = Shape { config, limits, n_slots };
         let (runner, numerics) = if distributed::leads() {
+            no_host_experts(args.n_cpu_moe)?;
             match distributed::transport(&args.parallel) {
                 #[cfg(feature = "cuda")]
                 TransportArg::Nccl => ranks::load::<tandem_cuda::CudaBackend>(args, &model, shape)?,
@@ -139,7 +140,7 @@ impl BenchModel {
                     Box::new(DummyWeights::new(config, recipe, stacks))
                 }
             };
-            let loaded = device::load(args, &*source, shape, resident_bytes)?;
+            let loaded = device::load(args, &*source, shape, resident_bytes, weights)?;
             if args.lock {
                 lock_memory();
             }
