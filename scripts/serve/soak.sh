@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 result=$1 minutes=${2:-10} tandem=${TANDEM:-target/release/tandem}
-flags=${FLAGS:---threads 1 --inter-token-ms 1.8 --prefill-share 1}
+flags=${FLAGS:---threads 1 --inter-token-ms 1.5 --prefill-share 1}
 said=$(mktemp)
 # shellcheck disable=SC2086 # several flags
 "$tandem" serve --port 0 --prefill-chunk 64 --context 2048 $flags 2>"$said" &

@@ -4,8 +4,7 @@
 //! stage to stage, and the last stage, which rank 0 belongs to, ends with logits. The other ranks only ever do what rank 0
 //! sends. A rank that fails tells the others why and stops; every wait is bounded by the [`Group`].
 //!
-//! A command is a list of u32: [`STEP`] and a batch, or [`QUESTION`] and bytes; an empty one ends the rank. An empty
-//! question asks for the rows that the rank has run and its time for them.
+//! A command is a u32 that says what to do, and what that needs; an empty one ends the rank.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -24,10 +23,16 @@ pub const CHECK_STEPS: u64 = 16;
 const DECODE_ROWS: usize = 64;
 /// Rows that a rank may compute in one patience.
 const ROWS_PER_PATIENCE: usize = 8;
-/// First word of a command: a batch to run.
+/// First word of a command: a batch to run, in lists of u32.
 const STEP: u32 = 0;
-/// First word of a command: something to answer.
+/// First word of a command: bytes for the rank's [`Answer`].
 const QUESTION: u32 = 1;
+/// First word of a command: asks for the rows run so far, and the nanoseconds spent on them.
+const REPORT: u32 = 2;
+/// First word of a command: a page's number; asks for a 1 and its vectors, or nothing if they cannot be had.
+const SAVE_PAGE: u32 = 3;
+/// First word of a command: a page's number and its vectors; asks whether it holds them now.
+const LOAD_PAGE: u32 = 4;
 
 /// Sums over tensor ranks through host memory: nothing is held open on a device while the host waits.
 pub struct HostReduce {
@@ -269,7 +274,7 @@ impl<B: Backend> RankRunner<B> {
         }
     }
 
-    /// Answers questions with `answer`; without, all answers but the one to an empty question are empty.
+    /// Answers questions with `answer`; without, all answers are empty.
     #[must_use]
     pub fn with_answer(self, answer: Option<Answer<B>>) -> Self {
         RankRunner { answer, ..self }
@@ -281,12 +286,23 @@ impl<B: Backend> RankRunner<B> {
         RankRunner { check, ..self }
     }
 
-    fn answer(&mut self, question: &[u8]) -> Vec<u8> {
-        if question.is_empty() {
-            return [self.times.n_rows, self.times.working.as_nanos() as u64].map(u64::to_le_bytes).concat();
-        }
+    /// Answers a command between two steps; `None` when it cannot be read.
+    fn answer(&mut self, command: &[u8]) -> Option<Vec<u8>> {
+        let (word, rest) = split_word(command)?;
         let (backend, cache, times) = (&self.backend, &mut self.cache, &mut self.times);
-        self.answer.as_mut().map_or_else(Vec::new, |answer| answer(backend, cache, times, question))
+        Some(match word {
+            QUESTION => self.answer.as_mut().map_or_else(Vec::new, |answer| answer(backend, cache, times, rest)),
+            REPORT => [times.n_rows, times.working.as_nanos() as u64].map(u64::to_le_bytes).concat(),
+            SAVE_PAGE => {
+                let saved = cache.save_page(backend, split_word(rest)?.0);
+                saved.map_or_else(Vec::new, |vectors| [&[1], &vectors[..]].concat())
+            }
+            LOAD_PAGE => {
+                let (page, vectors) = split_word(rest)?;
+                vec![u8::from(cache.load_page(backend, page, vectors))]
+            }
+            _ => return None,
+        })
     }
 
     /// Runs this rank's part of a step; logits are appended on the rank that has the head.
@@ -379,9 +395,9 @@ impl<B: Backend> RankRunner<B> {
             let doing = Doing::of("waiting for work");
             world.recv_when_ready(0, Channel::Command, &mut command, doing)?;
             let wrong = |message: &str| world.blame(0, Failure::Protocol { message: message.to_string() }, doing);
-            let Some((first, rest)) = command.split_at_checked(size_of::<u32>()) else { return Ok(()) };
-            if *first == QUESTION.to_le_bytes() {
-                let answer = self.answer(rest);
+            let Some((word, rest)) = split_word(&command) else { return Ok(()) };
+            if word != STEP {
+                let answer = self.answer(&command).ok_or_else(|| wrong("a command that cannot be read"))?;
                 world.send(0, Channel::Data, &answer, Doing::of("answering rank 0"))?;
                 continue;
             }
@@ -427,18 +443,40 @@ impl<B: Backend> DistributedRunner<B> {
     /// # Errors
     /// A rank is gone.
     pub fn ask(&mut self, ranks: std::ops::Range<usize>, question: &[u8]) -> Result<Vec<Vec<u8>>, EngineError> {
+        let command = [&QUESTION.to_le_bytes()[..], question].concat();
+        self.exchange(ranks.map(|rank| (rank, command.clone())).collect())
+    }
+
+    /// Sends ranks their commands, and returns the answers in the same order.
+    fn exchange(&mut self, commands: Vec<(usize, Vec<u8>)>) -> Result<Vec<Vec<u8>>, EngineError> {
         let world = self.rank.pipeline.world.clone();
         let doing = Doing::of("asking the ranks");
-        let command = [&QUESTION.to_le_bytes()[..], question].concat();
-        for to in ranks.clone().filter(|rank| *rank > 0) {
-            world.send(to, Channel::Command, &command, doing)?;
+        for (to, command) in commands.iter().filter(|(to, _)| *to > 0) {
+            world.send(*to, Channel::Command, command, doing)?;
         }
-        let own = if ranks.contains(&0) { self.rank.answer(question) } else { vec![] };
-        let mut answers = vec![own; ranks.len()];
-        for (from, answer) in ranks.zip(&mut answers).filter(|(rank, _)| *rank > 0) {
-            world.recv_when_ready(from, Channel::Data, answer, doing)?;
-        }
-        Ok(answers)
+        let answer = |(from, command): (usize, Vec<u8>)| -> Result<Vec<u8>, EngineError> {
+            let mut answer = vec![];
+            match from {
+                0 => answer = self.rank.answer(&command).unwrap_or_default(),
+                _ => world.recv_when_ready(from, Channel::Data, &mut answer, doing)?,
+            }
+            Ok(answer)
+        };
+        commands.into_iter().map(answer).collect()
+    }
+
+    /// The ranks in the order of their layers, and of their slices.
+    fn by_layer(&self) -> Vec<usize> {
+        let ranks = &self.plan().ranks;
+        let mut order: Vec<usize> = (0..ranks.len()).collect();
+        order.sort_by_key(|rank| (ranks[*rank].part.layers.start, *rank));
+        order
+    }
+
+    /// [`DistributedRunner::exchange`] of a command for each rank, in order.
+    fn exchange_all(&mut self, command: impl Fn(usize) -> Vec<u8>) -> Result<Vec<Vec<u8>>, EngineError> {
+        let commands = (0..self.plan().ranks.len()).map(|rank| (rank, command(rank))).collect();
+        self.exchange(commands).map_err(|error| self.fail(error))
     }
 
     fn submit(&mut self, batch: &Batch) -> Result<(), EngineError> {
@@ -493,8 +531,7 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     }
 
     fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
-        let answers = self.ask(0..self.plan().ranks.len(), &[]);
-        let answers = answers.map_err(|error| self.fail(error))?;
+        let answers = self.exchange_all(|_| REPORT.to_le_bytes().to_vec())?;
         let status = |(rank, (planned, answer)): (usize, (&RankPlan, &Vec<u8>))| {
             let word =
                 |i: usize| answer.get(8 * i..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_le_bytes(*b));
@@ -509,6 +546,37 @@ impl<B: Backend> Runner for DistributedRunner<B> {
         };
         Ok(self.plan().ranks.iter().zip(&answers).enumerate().map(status).collect())
     }
+
+    /// The ranks' parts in the order of their layers, so that any pipeline, and one rank too, can load them. A rank that is
+    /// gone shows in the next step.
+    fn save_page(&mut self, page: u32) -> Option<Vec<u8>> {
+        let parts = self.exchange_all(|_| [SAVE_PAGE, page].map(u32::to_le_bytes).concat()).ok()?;
+        let mut bytes = vec![];
+        for rank in self.by_layer() {
+            bytes.extend_from_slice(parts[rank].strip_prefix(&[1])?);
+        }
+        Some(bytes)
+    }
+
+    fn load_page(&mut self, page: u32, bytes: &[u8]) -> bool {
+        // Of a page a rank holds the same share as of the whole cache.
+        let sizes: Vec<usize> = self.plan().ranks.iter().map(|rank| rank.cache_bytes as usize).collect();
+        let whole = sizes.iter().sum::<usize>().max(1);
+        let (mut parts, mut first) = (vec![&bytes[..0]; sizes.len()], 0);
+        for rank in self.by_layer() {
+            let end = (first + sizes[rank] * bytes.len() / whole).min(bytes.len());
+            parts[rank] = &bytes[first..end];
+            first = end;
+        }
+        let command = |rank: usize| [&[LOAD_PAGE, page].map(u32::to_le_bytes).concat()[..], parts[rank]].concat();
+        self.exchange_all(command).is_ok_and(|answers| answers.iter().all(|answer| *answer == [1]))
+    }
+}
+
+/// The first word, and what comes after it.
+fn split_word(bytes: &[u8]) -> Option<(u32, &[u8])> {
+    let (word, rest) = bytes.split_first_chunk()?;
+    Some((u32::from_le_bytes(*word), rest))
 }
 
 impl<B: Backend> Drop for DistributedRunner<B> {

@@ -216,7 +216,12 @@ impl Engine {
         self
     }
 
-    /// The same with cache pages kept on disk, if the runner can save them.
+    /// Whether cache pages can be kept on disk.
+    pub fn saves_pages(&mut self) -> bool {
+        self.runner.save_page(0).is_some()
+    }
+
+    /// The same with cache pages kept on disk.
     #[must_use]
     pub fn with_page_store(mut self, store: PageStore) -> Engine {
         self.store = Some(store);
@@ -589,7 +594,7 @@ impl Engine {
             let n_known = sequence.hashes.len();
             self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
             // As soon as they are full: all at once, the disk would not keep up.
-            save_pages(self.store.as_mut(), &*self.runner, sequence, n_known);
+            save_pages(self.store.as_mut(), &mut *self.runner, sequence, n_known);
             let result = match (token, row) {
                 _ if !member.is_last => continue,
                 // Nothing was to be generated.
@@ -617,7 +622,7 @@ impl Engine {
     /// Gives a sequence's pages back, to be found again.
     fn retire(&mut self, mut sequence: Sequence) {
         self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, true);
-        save_pages(self.store.as_mut(), &*self.runner, &sequence, 0);
+        save_pages(self.store.as_mut(), &mut *self.runner, &sequence, 0);
         self.blocks.release(&mut sequence.pages);
     }
 
@@ -648,7 +653,7 @@ impl Engine {
 }
 
 /// Writes a sequence's full pages from `first` on to the disk, unless they are there or it does not keep up.
-fn save_pages(store: Option<&mut PageStore>, runner: &dyn Runner, sequence: &Sequence, first: usize) {
+fn save_pages(store: Option<&mut PageStore>, runner: &mut dyn Runner, sequence: &Sequence, first: usize) {
     let Some(store) = store else { return };
     for (page, hash) in sequence.pages.iter().zip(&sequence.hashes).skip(first) {
         if !store.contains(hash)

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use tandem_core::{Backend, Batch, ModelConfig};
-use tandem_model::{KvCache, LayerCache, Limits, Model, StepShape};
+use tandem_model::{KvCache, Limits, Model, StepShape};
 
 use crate::EngineError;
 use crate::sampler::{SampleError, chosen};
@@ -56,7 +56,7 @@ pub trait Runner {
         Ok(vec![])
     }
     /// The cached vectors of a page, if they can be had: [`Runner::load_page`] takes them.
-    fn save_page(&self, _page: u32) -> Option<Vec<u8>> {
+    fn save_page(&mut self, _page: u32) -> Option<Vec<u8>> {
         None
     }
     /// Fills a page with what [`Runner::save_page`] returned for the same model and numerics; false, and the page's
@@ -186,31 +186,12 @@ impl<B: Backend> Runner for ModelRunner<B> {
         self.limits
     }
 
-    fn save_page(&self, page: u32) -> Option<Vec<u8>> {
-        let mut bytes = vec![];
-        let saved = self.cache.layers.iter().all(|layer| match layer {
-            LayerCache::Latent { latent, index } => {
-                self.backend.save_page(latent, page, &mut bytes)
-                    && index.as_ref().is_none_or(|index| self.backend.save_page(index, page, &mut bytes))
-            }
-            LayerCache::KeyValue { keys, values } => {
-                self.backend.save_page(keys, page, &mut bytes) && self.backend.save_page(values, page, &mut bytes)
-            }
-        });
-        saved.then_some(bytes)
+    fn save_page(&mut self, page: u32) -> Option<Vec<u8>> {
+        self.cache.save_page(&self.backend, page)
     }
 
-    fn load_page(&mut self, page: u32, mut bytes: &[u8]) -> bool {
-        let loaded = self.cache.layers.iter_mut().all(|layer| match layer {
-            LayerCache::Latent { latent, index } => {
-                self.backend.load_page(latent, page, &mut bytes)
-                    && index.as_mut().is_none_or(|index| self.backend.load_page(index, page, &mut bytes))
-            }
-            LayerCache::KeyValue { keys, values } => {
-                self.backend.load_page(keys, page, &mut bytes) && self.backend.load_page(values, page, &mut bytes)
-            }
-        });
-        loaded && bytes.is_empty()
+    fn load_page(&mut self, page: u32, bytes: &[u8]) -> bool {
+        self.cache.load_page(&self.backend, page, bytes)
     }
 
     fn vocab_size(&self) -> usize {

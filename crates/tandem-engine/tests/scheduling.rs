@@ -93,7 +93,7 @@ impl Runner for SlotRunner {
         VOCAB
     }
 
-    fn save_page(&self, page: u32) -> Option<Vec<u8>> {
+    fn save_page(&mut self, page: u32) -> Option<Vec<u8>> {
         let first = page as usize * PAGE_SIZE;
         Some(self.slots[first..first + PAGE_SIZE].iter().flat_map(|t| t.to_le_bytes()).collect())
     }

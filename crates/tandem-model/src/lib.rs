@@ -78,6 +78,38 @@ pub struct KvCache<B: Backend> {
     pub layers: Vec<LayerCache<B>>,
 }
 
+impl<B: Backend> KvCache<B> {
+    /// The vectors of a page in all layers; `None` if the backend cannot save them.
+    pub fn save_page(&self, backend: &B, page: u32) -> Option<Vec<u8>> {
+        let mut bytes = vec![];
+        let saved = self.layers.iter().all(|layer| match layer {
+            LayerCache::Latent { latent, index } => {
+                backend.save_page(latent, page, &mut bytes)
+                    && index.as_ref().is_none_or(|index| backend.save_page(index, page, &mut bytes))
+            }
+            LayerCache::KeyValue { keys, values } => {
+                backend.save_page(keys, page, &mut bytes) && backend.save_page(values, page, &mut bytes)
+            }
+        });
+        saved.then_some(bytes)
+    }
+
+    /// Fills a page with what [`KvCache::save_page`] returned for the same model and numerics; false, and the page's
+    /// contents are undefined, when that is not possible.
+    pub fn load_page(&mut self, backend: &B, page: u32, mut bytes: &[u8]) -> bool {
+        let loaded = self.layers.iter_mut().all(|layer| match layer {
+            LayerCache::Latent { latent, index } => {
+                backend.load_page(latent, page, &mut bytes)
+                    && index.as_mut().is_none_or(|index| backend.load_page(index, page, &mut bytes))
+            }
+            LayerCache::KeyValue { keys, values } => {
+                backend.load_page(keys, page, &mut bytes) && backend.load_page(values, page, &mut bytes)
+            }
+        });
+        loaded && bytes.is_empty()
+    }
+}
+
 /// A loaded model.
 pub trait Model<B: Backend> {
     /// Enqueues one step: from tokens, or from [`Model::hidden_mut`] if an earlier stage has the embedding. Afterwards the

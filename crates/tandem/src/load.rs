@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::Backend;
+use tandem_core::weights::ModuleKind;
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics, system};
 use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
@@ -84,7 +85,8 @@ pub(crate) fn load_with_cache(
     // One sequence always fits.
     let blocks = BlockManager::for_tokens(cache_tokens.unwrap_or(n_contexts * context).max(context));
     let shape = Shape { config: &config, limits, n_slots: blocks.n_slots() };
-    let resident = accounting.total(|k| k.resident_bytes);
+    // The multi-token-prediction head is not loaded.
+    let resident = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
     let (runner, numerics, bandwidth): (Box<dyn Runner>, _, _) = if distributed::leads() {
         no_host_experts(args.n_cpu_moe)?;
         let model = distributed::Model::new(config.clone(), checkpoint, weights, args);
@@ -143,7 +145,7 @@ pub(crate) struct Shape<'a> {
     pub(crate) n_slots: usize,
 }
 
-/// Loads a model onto a backend, with a progress bar up to `resident` bytes.
+/// Loads a model of `resident` bytes onto a backend, with a progress bar.
 pub(crate) fn runner<B: Backend + 'static>(
     backend: B,
     source: &dyn WeightSource,
@@ -152,13 +154,9 @@ pub(crate) fn runner<B: Backend + 'static>(
 ) -> anyhow::Result<ModelRunner<B>> {
     let Shape { config, limits, n_slots } = shape;
     let bar = progress_bar(resident);
-    let mut loaded = 0;
-    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| {
-        loaded += bytes as u64;
-        bar.inc(bytes as u64);
-    })?;
+    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| bar.inc(bytes as u64))?;
     bar.finish_and_clear();
-    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(loaded);
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(resident);
     runner.sync()?;
     Ok(runner)
 }

@@ -252,14 +252,14 @@ struct Service {
 }
 
 impl Service {
-    fn start(n_ranks: usize, flags: &[&str]) -> Service {
+    fn start(n_ranks: usize, flags: &[&str], serve_flags: &[&str]) -> Service {
         // The same port for every generation, as clients would have it.
         let port = TcpListener::bind("127.0.0.1:0").expect("loopback").local_addr().expect("bound").port();
         let port_text = port.to_string();
         let launch = ["launch", "--deadline", "4", "--restart", "1000", "--start-timeout", "600"];
         let serve =
             ["--", "serve", "--port", &port_text, "--threads", "1", "--activations", "f32", "--context", "2048"];
-        let mut launch = command(&[&launch[..], flags, &serve].concat());
+        let mut launch = command(&[&launch[..], flags, &serve, serve_flags].concat());
         let mut launch = launch.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
         let said = Arc::new(Mutex::new(String::new()));
         let (lines, listener) = (BufReader::new(launch.stderr.take().expect("piped")).lines(), said.clone());
@@ -392,11 +392,14 @@ fn text_of(answer: Option<(u16, Value)>) -> Value {
 
 #[test]
 fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() {
-    let mut service = Service::start(2, &["--pp", "2"]);
+    let cache = temporary();
+    let mut service = Service::start(2, &["--pp", "2"], &["--cache-dir", &text(cache.path())]);
     service.wait_until_ready();
     let expected = text_of(ask(&service.url, PROMPT, 8));
+    let long_prompt = PROMPT.repeat(15);
+    let after_long = text_of(ask(&service.url, &long_prompt, 8));
     // The ranks are asked about once a second what they have done.
-    service.wait("the second rank's tokens", |s| metrics(&s.url)("tandem_rank_rows_total{rank=\"1\"}") >= 18.0);
+    service.wait("the second rank's tokens", |s| metrics(&s.url)("tandem_rank_rows_total{rank=\"1\"}") >= 170.0);
     let of = metrics(&service.url);
     let mut n_layers = 0.0;
     for rank in ["{rank=\"0\"}", "{rank=\"1\"}"] {
@@ -441,6 +444,9 @@ fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() 
     }
     service.wait_until_ready();
     assert_eq!(text_of(ask(&service.url, PROMPT, 8)), expected);
+    // Every rank's part of two pages was on disk, wherever the plan cuts this time.
+    assert_eq!(text_of(ask(&service.url, &long_prompt, 8)), after_long);
+    assert_eq!(metrics(&service.url)("tandem_disk_prompt_tokens_total"), 128.0);
     service.end();
 }
 
@@ -462,7 +468,7 @@ fn soak_of_killed_ranks() {
     let (mut errors, mut broken, mut complete) = (0, 0, 0);
     let layouts = [(2, ["--pp", "2"]), (3, ["--pp", "3"]), (2, ["--tp", "2"]), (2, ["--ep", "2"])];
     for (n, flags) in layouts {
-        let mut service = Service::start(n, &flags);
+        let mut service = Service::start(n, &flags, &[]);
         for i in 0..50 {
             let victim = next(n as u64) as usize;
             let phase = ["load", "prefill", "decode", "idle"][i % 4];

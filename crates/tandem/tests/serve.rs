@@ -324,6 +324,11 @@ fn errors_say_what_is_wrong() {
         ("/v1/messages", json!({"model": "fable", "max_tokens": 1, "messages": user("x"), "tool_choice": {"type": 3}})),
         ("/v1/responses", json!({"input": [{"type": 1}]})),
         ("/v1/responses", json!({"input": "x", "text": {"format": {"type": 1}}})),
+        // Nor is a list of values an object.
+        ("/v1/chat/completions", json!({"messages": user("x"), "max_tokens": 1, "stream_options": [true, null]})),
+        ("/v1/chat/completions", json!({"messages": [["user", "x", null, null, null, null]], "max_tokens": 1})),
+        ("/v1/messages", json!({"model": "fable", "max_tokens": 1, "messages": [["user", "x"]]})),
+        ("/tokenize", json!(["x", null, null])),
     ] {
         let url = format!("{}{path}", server.url);
         let mut answer = agent().post(url).header("x-api-key", "secret-one").send(body.to_string()).unwrap();

@@ -10,30 +10,12 @@ use utoipa::ToSchema;
 
 use super::dialect::Function;
 use super::error::ApiError;
+use super::strict::{named_by_type, objects};
 
-/// An object whose `type` names what it is.
-pub(crate) fn typed_object<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
-    let object = Map::deserialize(deserializer)?;
-    match object.get("type") {
-        None | Some(Value::String(_)) => Ok(Value::Object(object)),
-        Some(other) => Err(Error::custom(format!("type is {other}, expected a text"))),
-    }
-}
-
-/// Implements `Deserialize` for enums with serde's `tag = "type", remote = "Self"`: serde alone would take a variant's number
-/// for its name.
-macro_rules! named_by_type {
-    ($($name:ident),+) => {
-        $(impl<'de> serde::Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let object = $crate::serve::api::typed_object(deserializer)?;
-                $name::deserialize(object).map_err(serde::de::Error::custom)
-            }
-        })+
-    };
-}
-pub(crate) use named_by_type;
-
+objects!(
+    ChatRequest, CompletionRequest, StreamOptions, Message, TextPart, NamedTool, ToolName, JsonSchemaFormat,
+    StructuredOutputs, Thinking; ToolCall, FunctionCall, Tool, FunctionDefinition
+);
 named_by_type!(ResponseFormat);
 
 /// One string or several.
@@ -103,6 +85,7 @@ macro_rules! with_common_fields {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, Deserialize, ToSchema)]
+        #[serde(remote = "Self")]
         pub(crate) struct $name {
             $($(#[$field_meta])* pub(crate) $field: $type,)*
             /// Name of the model, as /v1/models lists it.
@@ -250,6 +233,7 @@ pub(crate) enum Prompt {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct StreamOptions {
     /// Send a last event with the token counts.
     pub(crate) include_usage: Option<bool>,
@@ -269,6 +253,7 @@ pub(crate) enum Role {
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct Message {
     pub(crate) role: Role,
     pub(crate) content: Option<Content>,
@@ -290,6 +275,7 @@ pub(crate) enum Content {
 
 /// `{"type": "text", "text": ..}`
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct TextPart {
     #[allow(dead_code)] // read for its check alone
     pub(crate) r#type: TextPartType,
@@ -313,6 +299,7 @@ impl Content {
 
 /// A call of a function.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct ToolCall {
     pub(crate) id: String,
     pub(crate) r#type: FunctionType,
@@ -327,6 +314,7 @@ pub(crate) enum FunctionType {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct FunctionCall {
     pub(crate) name: String,
     /// JSON text.
@@ -335,12 +323,14 @@ pub(crate) struct FunctionCall {
 
 /// A function that the model may call.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct Tool {
     pub(crate) r#type: FunctionType,
     pub(crate) function: FunctionDefinition,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct FunctionDefinition {
     #[schema(min_length = 1)]
     pub(crate) name: String,
@@ -384,6 +374,7 @@ pub(crate) enum ToolMode {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct NamedTool {
     #[serde(rename = "type")]
     #[allow(dead_code)] // read for its check alone
@@ -392,6 +383,7 @@ pub(crate) struct NamedTool {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct ToolName {
     pub(crate) name: String,
 }
@@ -410,6 +402,7 @@ pub(crate) enum ResponseFormat {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct JsonSchemaFormat {
     #[allow(dead_code)] // OpenAI wants one
     pub(crate) name: Option<String>,
@@ -419,6 +412,7 @@ pub(crate) struct JsonSchemaFormat {
 
 /// vLLM's way to restrict an answer; one field of these.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct StructuredOutputs {
     /// A JSON schema.
     #[schema(value_type = Option<Object>)]
@@ -445,6 +439,7 @@ pub(crate) enum ReasoningEffort {
 
 /// Reasoning on or off, as Anthropic and Z.ai write it.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct Thinking {
     pub(crate) r#type: ThinkingType,
 }

@@ -12,18 +12,20 @@ use utoipa::ToSchema;
 
 use super::api::{
     Count, FunctionType, NamedTool, StreamEvent, Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage,
-    named_by_type,
 };
 use super::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
 use super::dialect::Delta;
 use super::error::{AnthropicError, ApiError, Body};
 use super::generation::{Answer, App, Ask, Finish, Generation, new_id};
 use super::grammar::Form;
+use super::strict::{named_by_type, objects};
 
+objects!(MessagesRequest, CountRequest, InputMessage, InputTool);
 named_by_type!(Block, Choice);
 
 /// A conversation to continue, in Anthropic's form.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct MessagesRequest {
     model: String,
     #[schema(min_items = 1)]
@@ -47,6 +49,7 @@ pub(crate) struct MessagesRequest {
 
 /// What would be sent to /v1/messages.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct CountRequest {
     model: String,
     #[schema(min_items = 1)]
@@ -77,6 +80,7 @@ pub(crate) struct AnthropicErrorBody {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct InputMessage {
     role: InputRole,
     content: Blocks,
@@ -128,6 +132,7 @@ enum ResultContent {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct InputTool {
     #[schema(min_length = 1)]
     name: String,

@@ -13,6 +13,7 @@ mod messages;
 mod metrics;
 mod pages;
 mod responses;
+mod strict;
 mod worker;
 
 use std::net::SocketAddr;
@@ -35,7 +36,7 @@ use tandem_core::ModelConfig;
 use tandem_core::weights::ModuleKind;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
-use tandem_engine::{GenerationConfig, PageStore, Scheduling};
+use tandem_engine::{GenerationConfig, PageStore, RankStatus, Scheduling};
 use tandem_model::Accounting;
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
@@ -153,7 +154,12 @@ fn start(args: &ServeArgs) -> anyhow::Result<Arc<App>> {
             });
             if let Some(cache_dir) = &args.cache_dir {
                 let max_bytes = args.cache_dir_gb.saturating_mul(1_000_000_000);
-                let store = PageStore::open(cache_dir, &fingerprint(&dir, numerics)?, max_bytes)
+                ensure!(
+                    engine.saves_pages(),
+                    "--cache-dir is for --backend cpu: pages of the GPU's cache cannot be saved; leave it out"
+                );
+                let ranks = engine.ranks()?;
+                let store = PageStore::open(cache_dir, &fingerprint(&dir, numerics, &ranks)?, max_bytes)
                     .with_context(|| format!("cannot use --cache-dir {}", cache_dir.display()))?;
                 tracing::info!("{} pages in {}", store.n_pages(), cache_dir.display());
                 engine = engine.with_page_store(store);
@@ -229,11 +235,14 @@ fn step_bytes(accounting: &Accounting, config: &ModelConfig) -> StepBytes {
     Box::new(move |n_rows| others + (routed as f64 * (1.0 - skipped.powi(n_rows as i32))) as u64)
 }
 
-/// Names what cached pages depend on: the model's files, and the numerics.
-fn fingerprint(dir: &Path, numerics: &str) -> anyhow::Result<String> {
+/// Names what cached pages depend on: the model's files, the numerics, and who has which layers if these are sliced.
+fn fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> anyhow::Result<String> {
     let mut hasher = Sha256::new();
     hasher.update(concat!("tandem ", env!("CARGO_PKG_VERSION"), " pages 1\n"));
     hasher.update(numerics);
+    if ranks.windows(2).any(|pair| pair[0].layers == pair[1].layers) {
+        ranks.iter().for_each(|rank| hasher.update(format!(" {:?}", rank.layers)));
+    }
     hasher.update(std::fs::read(dir.join("config.json"))?);
     let mut files: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
     files.sort_by_key(std::fs::DirEntry::file_name);

@@ -13,6 +13,7 @@ use utoipa::{OpenApi, ToSchema};
 use super::api::{Content, LARGEST_INTEGER, Message, TokenId};
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::App;
+use super::strict::objects;
 
 /// The chat page, without parts from elsewhere.
 const PAGE: &str = include_str!("page.html");
@@ -74,8 +75,11 @@ pub(crate) async fn models(State(app): State<Arc<App>>) -> axum::Json<Models> {
     axum::Json(Models { object: "list", data: app.model_names.iter().map(model).collect() })
 }
 
+objects!(TokenizeRequest, DetokenizeRequest);
+
 /// A text, or a conversation, to be counted.
 #[derive(Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct TokenizeRequest {
     /// A text.
     prompt: Option<String>,
@@ -119,6 +123,7 @@ pub(crate) async fn tokenize(
 }
 
 #[derive(Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct DetokenizeRequest {
     tokens: Vec<TokenId>,
 }

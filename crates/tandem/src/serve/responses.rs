@@ -12,18 +12,20 @@ use utoipa::ToSchema;
 
 use super::api::{
     Count, FunctionType, NamedTool, ReasoningEffort, StreamEvent, Tool, ToolChoice, ToolMode, ToolName, Usage,
-    named_by_type,
 };
 use super::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
 use super::dialect::Delta;
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::{App, Ask, Finish, Generation, new_id, now};
 use super::grammar::Form;
+use super::strict::{named_by_type, objects};
 
+objects!(ResponsesRequest, ItemMessage, ItemText, FlatTool, FlatToolName, Reasoning, TextOptions);
 named_by_type!(TypedItem, TextFormat);
 
 /// A conversation to continue, in the form of OpenAI's Responses.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct ResponsesRequest {
     model: Option<String>,
     input: Input,
@@ -72,6 +74,7 @@ enum TypedItem {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct ItemMessage {
     role: ItemRole,
     content: ItemContent,
@@ -95,6 +98,7 @@ enum ItemContent {
 
 /// `{"type": "input_text", "text": ..}`
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct ItemText {
     #[allow(dead_code)] // read for its check alone
     r#type: ItemTextType,
@@ -112,6 +116,7 @@ enum ItemTextType {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct FlatTool {
     #[allow(dead_code)] // read for its check alone
     r#type: FunctionType,
@@ -130,6 +135,7 @@ enum FlatToolChoice {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct FlatToolName {
     #[allow(dead_code)] // read for its check alone
     r#type: FunctionType,
@@ -137,11 +143,13 @@ struct FlatToolName {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct Reasoning {
     effort: Option<ReasoningEffort>,
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 struct TextOptions {
     format: Option<TextFormat>,
 }
