@@ -626,18 +626,21 @@ impl Engine {
         self.blocks.release(&mut sequence.pages);
     }
 
-    /// Appends the full pages of `tokens` that are on disk and not in memory.
+    /// Appends the full pages of `tokens` that are on disk and not in memory. A page in memory that holds a part of the next
+    /// one's tokens gives way to it.
     fn read_pages(&mut self, tokens: &[u32], sequence: &mut Sequence) {
         let Some(store) = &mut self.store else { return };
-        while sequence.tokens.len() == sequence.hashes.len() * PAGE_SIZE {
-            let n_tokens = sequence.tokens.len() + PAGE_SIZE;
+        loop {
+            let n_pages = sequence.hashes.len();
+            let (first, n_tokens) = (n_pages * PAGE_SIZE, (n_pages + 1) * PAGE_SIZE);
             // The last token always runs.
             if n_tokens >= tokens.len() {
                 return;
             }
-            let hash = page_hash(sequence.hashes.last().unwrap_or(&ROOT), &tokens[sequence.tokens.len()..n_tokens]);
+            let hash = page_hash(sequence.hashes.last().unwrap_or(&ROOT), &tokens[first..n_tokens]);
             let Some(bytes) = store.read(&hash) else { return };
-            let n_pages = sequence.pages.len();
+            self.blocks.release(&mut sequence.pages.split_off(n_pages));
+            sequence.tokens.truncate(first);
             if !self.blocks.grow(&mut sequence.pages, n_tokens) {
                 return;
             }
@@ -645,7 +648,7 @@ impl Engine {
                 let mut unused = sequence.pages.split_off(n_pages);
                 return self.blocks.release(&mut unused);
             }
-            sequence.tokens.extend_from_slice(&tokens[sequence.tokens.len()..n_tokens]);
+            sequence.tokens.extend_from_slice(&tokens[first..n_tokens]);
             self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
             self.counters.disk_tokens += PAGE_SIZE as u64;
         }

@@ -356,6 +356,14 @@ fn pages_on_disk_survive_a_restart() {
     assert_eq!(run_all(&mut second)[&id].0, expected(&prompt, 5));
     let counters = second.counters();
     assert_eq!((counters.disk_tokens, counters.prompt_tokens), (256, 44));
+    // A page in memory that holds a part of one on disk does not stand in its way.
+    let mut third = engine(16, 4).with_page_store(open());
+    third.submit(greedy(prompt[..40].to_vec(), 5)).unwrap();
+    run_all(&mut third);
+    let id = third.submit(greedy(prompt.clone(), 5)).unwrap();
+    assert_eq!(run_all(&mut third)[&id].0, expected(&prompt, 5));
+    assert_eq!(third.counters().disk_tokens, 256);
+    assert_eq!(third.blocks().n_used(), 0);
 }
 
 fn fable(max_rows: usize, max_batch: usize, n_pages: usize) -> Engine {
