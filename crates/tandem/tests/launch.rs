@@ -401,17 +401,17 @@ fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() 
     // The ranks are asked about once a second what they have done.
     service.wait("the second rank's tokens", |s| metrics(&s.url)("tandem_rank_rows_total{rank=\"1\"}") >= 170.0);
     let of = metrics(&service.url);
-    let mut n_layers = 0.0;
+    let (mut n_layers, mut cache) = (0.0, 0.0);
     for rank in ["{rank=\"0\"}", "{rank=\"1\"}"] {
+        // A slow rank may have no layers, but it has the embedding or the head.
         n_layers += of(&format!("tandem_rank_layers{rank}"));
+        cache += of(&format!("tandem_rank_cache_bytes{rank}"));
         assert_eq!(of(&format!("tandem_rank_rows_total{rank}")), of("tandem_rank_rows_total{rank=\"0\"}"));
-        let (weights, cache) =
-            (of(&format!("tandem_rank_weights_bytes{rank}")), of(&format!("tandem_rank_cache_bytes{rank}")));
-        let busy = of(&format!("tandem_rank_busy_seconds_total{rank}"));
-        assert!(weights > 1e6 && cache > 1e6 && busy > 0.0, "{weights} {cache} {busy}");
         assert_eq!(of(&format!("tandem_rank_cache_used_bytes{rank}")), 0.0);
+        assert!(of(&format!("tandem_rank_weights_bytes{rank}")) > 1e5);
+        assert!(of(&format!("tandem_rank_busy_seconds_total{rank}")) > 0.0);
     }
-    assert_eq!(n_layers, 8.0);
+    assert!(n_layers == 8.0 && cache > 1e6, "{n_layers} layers, {cache} bytes");
 
     // While two requests are answered, one of them as a stream.
     let url = format!("{}/v1/completions", service.url);
@@ -443,10 +443,10 @@ fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() 
         service.kill(victim);
     }
     service.wait_until_ready();
-    assert_eq!(text_of(ask(&service.url, PROMPT, 8)), expected);
     // Every rank's part of two pages was on disk, wherever the plan cuts this time.
     assert_eq!(text_of(ask(&service.url, &long_prompt, 8)), after_long);
     assert_eq!(metrics(&service.url)("tandem_disk_prompt_tokens_total"), 128.0);
+    assert_eq!(text_of(ask(&service.url, PROMPT, 8)), expected);
     service.end();
 }
 
