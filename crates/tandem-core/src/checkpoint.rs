@@ -3,7 +3,8 @@
 //! Opening reads headers only. Which tensors a model needs, and that nothing else is there, is decided in
 //! [`crate::weights`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
-use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 /// Why a checkpoint cannot be opened or does not fit its configuration.
 #[derive(Debug, thiserror::Error)]
@@ -267,6 +269,9 @@ impl Checkpoint {
             })
         })?;
         let base = header + 8;
+        if let Some(name) = name_twice(&data[8..base]) {
+            return Err(damaged(format!("its header has {name} twice")));
+        }
         for (name, tensor) in metadata.tensors() {
             let (start, end) = tensor.data_offsets;
             let info = TensorInfo {
@@ -294,6 +299,27 @@ impl Checkpoint {
         problems.sort();
         if problems.is_empty() { Ok(()) } else { Err(CheckpointError::Mismatch { problems }) }
     }
+}
+
+/// A name that a header has more than once: a map would keep the last without a word.
+fn name_twice(header: &[u8]) -> Option<String> {
+    struct Names;
+    impl<'de> Visitor<'de> for Names {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object of tensors")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<String>, A::Error> {
+            let (mut names, mut twice) = (HashSet::new(), None);
+            while let Some((name, IgnoredAny)) = map.next_entry::<String, IgnoredAny>()? {
+                twice = twice.or(names.replace(name));
+            }
+            Ok(twice)
+        }
+    }
+    serde_json::Deserializer::from_slice(header).deserialize_map(Names).ok().flatten()
 }
 
 fn read_error(path: &Path, error: std::io::Error) -> CheckpointError {

@@ -270,16 +270,25 @@ fn bad_sources_are_refused() {
     )
     .expect("renamed");
     fails(&[&twice.path(), "--out", &out], &["is in more than one file"]);
+    // The second one may even lie where the first does.
+    let twice = Copy::of("glm51_tiny").edit("model.safetensors", |bytes| {
+        let n = u64::from_le_bytes(*bytes.first_chunk().expect("8 bytes")) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + n]).expect("JSON");
+        let again = format!("{{\"lm_head.weight\":{},", header["lm_head.weight"]);
+        bytes.splice(8..9, again.bytes());
+        bytes[..8].copy_from_slice(&((n + again.len() - 1) as u64).to_le_bytes());
+    });
+    fails(&[&twice.path(), "--out", &out], &["not a complete safetensors file", "lm_head.weight twice"]);
 }
 
 /// A GGUF file: metadata (all unsigned numbers or texts), then tensors `(name, shape, type, data)`.
-fn gguf(metadata: &[(&str, Value)], tensors: &[(String, Vec<usize>, u32, Vec<u8>)]) -> Vec<u8> {
+fn gguf(metadata: &[(impl AsRef<str>, Value)], tensors: &[(String, Vec<usize>, u32, Vec<u8>)]) -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
     let mut file = b"GGUF\x03\0\0\0".to_vec();
     file.extend((tensors.len() as u64).to_le_bytes());
     file.extend((metadata.len() as u64).to_le_bytes());
     for (key, value) in metadata {
-        file.extend(text(key));
+        file.extend(text(key.as_ref()));
         match value {
             Value::String(value) => file.extend([&8u32.to_le_bytes()[..], &text(value)].concat()),
             Value::Bool(value) => file.extend([&7u32.to_le_bytes()[..], &[u8::from(*value)]].concat()),
@@ -504,38 +513,66 @@ fn a_llama_gguf_gives_the_weights_back() {
     fails(&[&file, "--out", &text(&dir.path().join("never"))], &["output_norm.weight has ggml type Q8_0"]);
 }
 
+/// Metadata of a model with an indexer; those of its rotary embedding are in `more`.
+fn indexed_metadata(architecture: &str, model: &str, more: &[(&str, Value)]) -> Vec<(String, Value)> {
+    let text = std::fs::read_to_string(golden(&format!("models/{model}/config.json"))).expect("readable");
+    let config: Value = serde_json::from_str(&text).expect("JSON");
+    let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{key}"));
+    let own = [
+        ("block_count", json!(n("num_hidden_layers"))),
+        ("context_length", json!(n("max_position_embeddings"))),
+        ("embedding_length", json!(n("hidden_size"))),
+        ("feed_forward_length", json!(n("intermediate_size"))),
+        ("attention.head_count", json!(n("num_attention_heads"))),
+        ("attention.head_count_kv", json!(1)),
+        ("attention.key_length_mla", json!(n("qk_nope_head_dim") + n("qk_rope_head_dim"))),
+        ("attention.value_length_mla", json!(n("v_head_dim"))),
+        ("attention.q_lora_rank", json!(n("q_lora_rank"))),
+        ("attention.kv_lora_rank", json!(n("kv_lora_rank"))),
+        ("attention.layer_norm_rms_epsilon", config["rms_norm_eps"].clone()),
+        ("rope.dimension_count", json!(n("qk_rope_head_dim"))),
+        ("expert_count", json!(n("n_routed_experts"))),
+        ("expert_used_count", json!(n("num_experts_per_tok"))),
+        ("expert_shared_count", json!(n("n_shared_experts"))),
+        ("expert_group_count", json!(n("n_group"))),
+        ("expert_group_used_count", json!(n("topk_group"))),
+        ("expert_feed_forward_length", json!(n("moe_intermediate_size"))),
+        ("expert_weights_scale", config["routed_scaling_factor"].clone()),
+        ("expert_gating_func", json!(2)),
+        ("leading_dense_block_count", json!(n("first_k_dense_replace"))),
+        ("attention.indexer.head_count", json!(n("index_n_heads"))),
+        ("attention.indexer.key_length", json!(n("index_head_dim"))),
+        ("attention.indexer.top_k", json!(n("index_topk"))),
+    ];
+    let named = own.iter().chain(more).map(|(key, value)| (format!("{architecture}.{key}"), value.clone()));
+    let general = [("general.architecture", architecture), ("tokenizer.ggml.model", "none")];
+    general.iter().map(|(key, value)| (key.to_string(), json!(value))).chain(named).collect()
+}
+
+#[test]
+fn a_deepseek32_gguf_gives_the_weights_back() {
+    let dir = temporary();
+    let bf16 = dir.path().join("bf16");
+    convert(&golden("models/dsv32_tiny"), &bf16, &["--quant", "bf16"]);
+    let expected = tensors(&bf16);
+    let yarn = [
+        ("rope.freq_base", json!(10000.0)),
+        ("rope.scaling.type", json!("yarn")),
+        ("rope.scaling.factor", json!(16.0)),
+        ("rope.scaling.original_context_length", json!(64)),
+        ("rope.scaling.yarn_log_multiplier", json!(0.1)),
+    ];
+    let metadata = indexed_metadata("deepseek32", "dsv32_tiny", &yarn);
+    let file = common::file(&dir, "model.gguf", gguf(&metadata, &ggml_tensors(&expected)));
+    let out = dir.path().join("out");
+    convert(&file, &out, &["--quant", "bf16"]);
+    assert_same(&tensors(&out), &expected);
+    assert!(logits(&out) == logits(&bf16), "the logits differ");
+}
+
 #[test]
 fn a_glm_gguf_gives_the_weights_back() {
-    let config: Value =
-        serde_json::from_str(&std::fs::read_to_string(golden("models/glm51_tiny_bf16/config.json")).expect("readable"))
-            .expect("JSON");
-    let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{key}"));
-    let metadata = [
-        ("general.architecture", json!("glm-dsa")),
-        ("glm-dsa.block_count", json!(n("num_hidden_layers"))),
-        ("glm-dsa.context_length", json!(n("max_position_embeddings"))),
-        ("glm-dsa.embedding_length", json!(n("hidden_size"))),
-        ("glm-dsa.feed_forward_length", json!(n("intermediate_size"))),
-        ("glm-dsa.attention.head_count", json!(n("num_attention_heads"))),
-        ("glm-dsa.attention.head_count_kv", json!(1)),
-        ("glm-dsa.attention.key_length_mla", json!(n("qk_nope_head_dim") + n("qk_rope_head_dim"))),
-        ("glm-dsa.attention.value_length_mla", json!(n("v_head_dim"))),
-        ("glm-dsa.attention.q_lora_rank", json!(n("q_lora_rank"))),
-        ("glm-dsa.attention.kv_lora_rank", json!(n("kv_lora_rank"))),
-        ("glm-dsa.rope.dimension_count", json!(n("qk_rope_head_dim"))),
-        ("glm-dsa.attention.layer_norm_rms_epsilon", json!(1e-5)),
-        ("glm-dsa.expert_count", json!(n("n_routed_experts"))),
-        ("glm-dsa.expert_used_count", json!(n("num_experts_per_tok"))),
-        ("glm-dsa.expert_shared_count", json!(n("n_shared_experts"))),
-        ("glm-dsa.expert_feed_forward_length", json!(n("moe_intermediate_size"))),
-        ("glm-dsa.expert_weights_scale", json!(2.5)),
-        ("glm-dsa.expert_gating_func", json!(2)),
-        ("glm-dsa.leading_dense_block_count", json!(n("first_k_dense_replace"))),
-        ("glm-dsa.attention.indexer.head_count", json!(n("index_n_heads"))),
-        ("glm-dsa.attention.indexer.key_length", json!(n("index_head_dim"))),
-        ("glm-dsa.attention.indexer.top_k", json!(n("index_topk"))),
-        ("tokenizer.ggml.model", json!("none")),
-    ];
+    let metadata = indexed_metadata("glm-dsa", "glm51_tiny_bf16", &[]);
     let dir = temporary();
     let bf16 = dir.path().join("bf16");
     convert(&golden("models/glm51_tiny_bf16"), &bf16, &["--quant", "bf16"]);
@@ -598,6 +635,17 @@ fn comparing_models() {
     assert!(other["mean_kl"].as_f64().is_some_and(|kl| kl > 0.01), "{other}");
     let refused = tandem(&["eval", "compare", model, &golden("models/glm51_tiny"), "--text", &words]);
     assert!(refused.stderr.contains("only models of one tokenizer"), "{}", refused.stderr);
+    // Kinds of module of which nothing was quantised are not tried.
+    let (a, b) = (golden("models/glm51_tiny_bf16"), golden("models/glm51_tiny"));
+    let ranked = tandem(&["eval", "compare", &a, &b, "--text", &words, "--per-module", "--json"]).json();
+    let kinds = ranked["per_module"].as_array().expect("a list");
+    let of = |value: &Value| value["mean_kl"].as_f64().expect("a number");
+    assert!(kinds.is_sorted_by(|x, y| of(x) >= of(y)) && of(&kinds[0]) < of(&ranked) * 2.0, "{ranked}");
+    assert!(kinds.iter().any(|kind| kind["module"] == "mlp.switch_mlp.up_proj"), "{ranked}");
+    assert!(kinds.iter().all(|kind| kind["module"] != "mlp.gate"), "{ranked}");
+    let worst = &ranked["worst"][0];
+    assert!(of(&ranked) < worst["kl"].as_f64().expect("a number"), "{ranked}");
+    assert!(worst["context"].as_str().is_some_and(|context| context.contains(" -> ")), "{ranked}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub(super) const MAX_GROUP: usize = 128;
 /// Least magnitude of a scale, MLX's guard against a group of equal values.
 const MIN_SCALE: f32 = 1e-7;
 
+#[inline(always)]
 pub(super) fn dequantize_row(
     view: &PackedView<'_>,
     row: usize,
@@ -34,6 +35,7 @@ pub(super) fn dequantize_row(
 ///
 /// The codes come from the f32 scale and bias, which are rounded to `params` only when stored. The end of the range
 /// that is farther from zero is the bias and is exact; the scale is adjusted so that zero is a code.
+#[inline(always)]
 pub(super) fn quantize_group(
     group: &[f32],
     bits: usize,
@@ -64,6 +66,7 @@ pub(super) fn quantize_group(
 }
 
 /// Smallest and largest value; eight lanes, because a chain of minima does not vectorise.
+#[inline(always)]
 pub(super) fn range(group: &[f32]) -> (f32, f32) {
     let (mut low, mut high) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
     for values in group.as_chunks::<8>().0 {
@@ -78,12 +81,17 @@ pub(super) fn range(group: &[f32]) -> (f32, f32) {
 /// `1.5 * 2^23`: added to a small f32 it rounds it to an integer, ties to even, which the lowest bits then hold.
 const ROUND: f32 = 12_582_912.0;
 
-/// `(value - bias) / scale`, rounded to nearest even and clamped to `0..=max_code`; NaN gives 0.
+/// [`code`] of each value.
+#[inline(always)]
 pub(super) fn encode(group: &[f32], scale: f32, bias: f32, max_code: f32, codes: &mut [u8; MAX_GROUP]) {
-    for (code, value) in codes.iter_mut().zip(group) {
-        let scaled = (value - bias) / scale;
-        let clamped = if scaled > 0.0 { scaled } else { 0.0 };
-        let clamped = if clamped < max_code { clamped } else { max_code };
-        *code = (clamped + ROUND).to_bits() as u8;
-    }
+    codes.iter_mut().zip(group).for_each(|(found, value)| *found = code(*value, scale, bias, max_code));
+}
+
+/// `(value - bias) / scale`, rounded to nearest even and clamped to `0..=max_code`; NaN gives 0.
+#[inline(always)]
+pub(super) fn code(value: f32, scale: f32, bias: f32, max_code: f32) -> u8 {
+    let scaled = (value - bias) / scale;
+    let clamped = if scaled > 0.0 { scaled } else { 0.0 };
+    let clamped = if clamped < max_code { clamped } else { max_code };
+    (clamped + ROUND).to_bits() as u8
 }

@@ -69,9 +69,9 @@ impl<'a> PackedView<'a> {
         assert!(row < self.rows, "row {row} of a matrix of {} rows", self.rows);
         assert_eq!(out.len(), self.cols, "a row of {} needs an output of {} values", self.dtype, self.cols);
         match self.dtype {
-            DType::Float(float) => decode_floats(float, self.weight_row(row), out),
+            DType::Float(float) => wide(|| decode_floats(float, self.weight_row(row), out)),
             DType::Affine { bits, group_size, params } => {
-                affine::dequantize_row(self, row, bits.into(), group_size.into(), params, out);
+                wide(|| affine::dequantize_row(self, row, bits.into(), group_size.into(), params, out));
             }
             DType::Mxfp4 => mxfp4::dequantize_row(self, row, out),
             DType::Mxfp8 => mxfp8::dequantize_row(self, row, out),
@@ -153,26 +153,26 @@ pub fn quantize(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Resul
     let mut biases = Vec::with_capacity(dtype.bias_bytes(rows, cols));
     match dtype {
         DType::Float(float) => values.iter().for_each(|value| float.write(*value, &mut weight)),
-        DType::Affine { bits, group_size, params } => {
+        DType::Affine { bits, group_size, params } => wide(|| {
             for group in values.chunks_exact(group_size.into()) {
                 affine::quantize_group(group, bits.into(), params, &mut weight, &mut scales, &mut biases);
             }
-        }
-        DType::Mxfp4 => {
+        }),
+        DType::Mxfp4 => wide(|| {
             for group in values.chunks_exact(mxfp4::GROUP) {
                 mxfp4::quantize_group(group, &mut weight, &mut scales);
             }
-        }
+        }),
         DType::Mxfp8 => {
             for group in values.chunks_exact(mxfp8::GROUP) {
                 mxfp8::quantize_group(group, &mut weight, &mut scales);
             }
         }
-        DType::Nvfp4 => {
+        DType::Nvfp4 => wide(|| {
             for group in values.chunks_exact(nvfp4::GROUP) {
                 nvfp4::quantize_group(group, &mut weight, &mut scales);
             }
-        }
+        }),
         DType::Fp8Block => fp8_block::quantize(cols, values, &mut weight, &mut scales),
     }
     Ok(Packed { dtype, rows, cols, weight, scales, biases })
@@ -185,7 +185,7 @@ fn check_values(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Resul
         return Err(QuantError::Values { rows, cols, expected: rows * cols, found: values.len() });
     }
     if dtype.is_quantized()
-        && amax_bits(values) >= f32::INFINITY.to_bits()
+        && wide(|| amax_bits(values)) >= f32::INFINITY.to_bits()
         && let Some(index) = values.iter().position(|value| !value.is_finite())
     {
         return Err(QuantError::NonFinite { dtype, row: index / cols, col: index % cols, value: values[index] });
@@ -323,8 +323,29 @@ fn slice_row(bytes: &[u8], row: usize, row_bytes: usize) -> &[u8] {
     &bytes[row * row_bytes..(row + 1) * row_bytes]
 }
 
+/// Runs `work` compiled for vectors of 256 bits where the processor has them: what is inlined into it, so its loops are
+/// marked so. The operations and their order stay, and with them the bits.
+#[inline(always)]
+#[allow(unsafe_code)]
+fn wide<T>(work: impl FnOnce() -> T) -> T {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn with_avx2<T>(work: impl FnOnce() -> T) -> T {
+            work()
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { with_avx2(work) };
+        }
+    }
+    work()
+}
+
 /// One loop per type: the constant element size lets the compiler vectorise.
+#[inline(always)]
 fn decode_floats(float: Float, bytes: &[u8], out: &mut [f32]) {
+    #[inline(always)]
     fn each<const N: usize>(bytes: &[u8], out: &mut [f32], decode: impl Fn(&[u8; N]) -> f32) {
         for (value, element) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
             *value = decode(element);
@@ -338,12 +359,14 @@ fn decode_floats(float: Float, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// Largest magnitude of finite `values`, 0 for none.
+#[inline(always)]
 fn amax(values: &[f32]) -> f32 {
     f32::from_bits(amax_bits(values))
 }
 
 /// Bits of the largest magnitude; NaN counts as the largest. Magnitudes order as their bits do, and a maximum of
 /// integers vectorises.
+#[inline(always)]
 fn amax_bits(values: &[f32]) -> u32 {
     values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff) as i32)) as u32
 }

@@ -13,6 +13,7 @@ pub(super) fn dequantize_row(view: &PackedView<'_>, row: usize, out: &mut [f32])
 }
 
 /// Quantises one group as MLX's CPU backend does; the scale is rounded up so that the largest value never saturates.
+#[inline(always)]
 pub(super) fn quantize_group(group: &[f32], weight: &mut Vec<u8>, scales: &mut Vec<u8>) {
     let scale = e8m0_encode_up(amax(group) / E2M1_MAX);
     nvfp4::encode_e2m1(group, e8m0(scale), weight);

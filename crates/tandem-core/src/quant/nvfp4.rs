@@ -25,6 +25,7 @@ pub(super) fn effective_scale(byte: u8, global_scale: Option<f32>) -> f32 {
 /// Quantises one group as MLX's CPU backend does, without a global scale.
 ///
 /// The scale is the nearest E4M3 to `amax / 6`, so groups with `amax` below about 0.006 become zeros.
+#[inline(always)]
 pub(super) fn quantize_group(group: &[f32], weight: &mut Vec<u8>, scales: &mut Vec<u8>) {
     let byte = e4m3_encode(amax(group) / E2M1_MAX);
     encode_e2m1(group, E4M3[usize::from(byte)], weight);
@@ -44,6 +45,7 @@ pub(super) fn decode_e2m1(packed: &[u8], scale: f32, out: &mut [f32]) {
 const MAX_GROUP: usize = 32;
 
 /// Appends `group / scale` as E2M1, low nibble first.
+#[inline(always)]
 pub(super) fn encode_e2m1(group: &[f32], scale: f32, weight: &mut Vec<u8>) {
     let mut codes = [0u32; MAX_GROUP];
     let codes = &mut codes[..group.len()];

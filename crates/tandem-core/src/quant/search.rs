@@ -5,7 +5,7 @@
 //! it minimises the squared error of the product with inputs of a known covariance.
 
 use super::minifloat::{E2M1, E2M1_MAX, E4M3, E4M3_MAX, e2m1_encode_small, e4m3_encode, e8m0, e8m0_encode_up};
-use super::{Packed, QuantError, affine, amax, bitstream, check_values};
+use super::{Packed, QuantError, affine, amax, bitstream, check_values, wide};
 use crate::dtype::{DType, Float};
 
 /// What is known about the inputs of a matrix: their covariance, factored for compensating errors. Columns are cut into
@@ -119,25 +119,27 @@ pub fn quantize_searched(
     assert_eq!(moments.len(), cols, "one moment per column");
     let mut current = vec![0.0; cols];
     let mut codes = vec![0u8; cols];
-    for row in values.chunks_exact(cols.max(1)) {
-        current.copy_from_slice(row);
-        for first in (0..cols).step_by(group) {
-            let end = first + group;
-            let scale = find_scale(dtype, &current[first..end], &moments[first..end]);
-            for j in first..end {
-                let value = current[j];
-                codes[j] = scale.encode(value);
-                if let Some(Covariance { block, feedback, .. }) = inputs {
-                    let error = value - scale.decode(codes[j]);
-                    let feedback = &feedback[j * block..(j + 1) * block][j % block + 1..];
-                    for (later, feedback) in current[j + 1..].iter_mut().zip(feedback) {
-                        *later -= error * feedback;
+    wide(|| {
+        for row in values.chunks_exact(cols.max(1)) {
+            current.copy_from_slice(row);
+            for first in (0..cols).step_by(group) {
+                let end = first + group;
+                let scale = find_scale(dtype, &current[first..end], &moments[first..end]);
+                for j in first..end {
+                    let value = current[j];
+                    codes[j] = scale.encode(value);
+                    if let Some(Covariance { block, feedback, .. }) = inputs {
+                        let error = value - scale.decode(codes[j]);
+                        let feedback = &feedback[j * block..(j + 1) * block][j % block + 1..];
+                        for (later, feedback) in current[j + 1..].iter_mut().zip(feedback) {
+                            *later -= error * feedback;
+                        }
                     }
                 }
+                scale.write(&codes[first..end], &mut packed);
             }
-            scale.write(&codes[first..end], &mut packed);
         }
-    }
+    });
     Ok(packed)
 }
 
@@ -150,17 +152,16 @@ enum Scale {
 }
 
 impl Scale {
+    #[inline(always)]
     fn encode(&self, value: f32) -> u8 {
         match *self {
-            Scale::Affine { bits, scale, bias, .. } => {
-                let max_code = ((1u32 << bits) - 1) as f32;
-                ((value - bias) / scale).round_ties_even().clamp(0.0, max_code) as u8
-            }
+            Scale::Affine { bits, scale, bias, .. } => affine::code(value, scale, bias, max_code(bits)),
             Scale::E2m1 { scale, .. } => e2m1_encode_small((value / scale).clamp(-E2M1_MAX, E2M1_MAX)) as u8,
             Scale::E4m3 { scale, .. } => e4m3_encode(value / scale),
         }
     }
 
+    #[inline(always)]
     fn decode(&self, code: u8) -> f32 {
         match *self {
             Scale::Affine { scale, bias, .. } => scale * f32::from(code) + bias,
@@ -169,9 +170,20 @@ impl Scale {
         }
     }
 
+    #[inline(always)]
     fn error(&self, values: &[f32], moments: &[f32]) -> f64 {
-        let squared = |value: &f32| f64::from(value - self.decode(self.encode(*value))).powi(2);
-        values.iter().zip(moments).map(|(value, moment)| squared(value) * f64::from(*moment)).sum()
+        // Differences first: those of integers vectorise.
+        let mut errors = [0.0f32; affine::MAX_GROUP];
+        match *self {
+            Scale::Affine { bits, scale, bias, .. } => {
+                let mut codes = [0; affine::MAX_GROUP];
+                affine::encode(values, scale, bias, max_code(bits), &mut codes);
+                let decoded = codes.iter().map(|code| scale * f32::from(*code) + bias);
+                errors.iter_mut().zip(values).zip(decoded).for_each(|((error, value), found)| *error = value - found);
+            }
+            _ => errors.iter_mut().zip(values).for_each(|(error, v)| *error = v - self.decode(self.encode(*v))),
+        }
+        errors.iter().zip(moments).map(|(error, moment)| f64::from(*error).powi(2) * f64::from(*moment)).sum()
     }
 
     fn write(&self, codes: &[u8], packed: &mut Packed) {
@@ -193,12 +205,18 @@ impl Scale {
     }
 }
 
+/// The largest code of an affine format.
+fn max_code(bits: usize) -> f32 {
+    ((1u32 << bits) - 1) as f32
+}
+
 /// Shares of a group's range that the search starts from.
 const SHRINK: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6];
 /// Least-squares steps from each.
 const REFITS: usize = 2;
 
 /// The scale with the least error; mlx's own where none is better.
+#[inline(always)]
 fn find_scale(dtype: DType, values: &[f32], moments: &[f32]) -> Scale {
     let largest = amax(values);
     let candidates: Vec<Scale> = match dtype {
@@ -231,6 +249,7 @@ fn find_scale(dtype: DType, values: &[f32], moments: &[f32]) -> Scale {
     best.1
 }
 
+#[inline(always)]
 fn affine_candidates(bits: usize, params: Float, values: &[f32], moments: &[f32]) -> Vec<Scale> {
     let rounded = |value: f32| {
         let mut bytes = vec![];
@@ -238,7 +257,8 @@ fn affine_candidates(bits: usize, params: Float, values: &[f32], moments: &[f32]
         params.read(&bytes, 0)
     };
     let affine = |scale: f32, bias: f32| Scale::Affine { bits, params, scale: rounded(scale), bias: rounded(bias) };
-    let max_code = ((1u32 << bits) - 1) as f32;
+    let max_code = max_code(bits);
+    let mut codes = [0; affine::MAX_GROUP];
     let (mut scales, mut biases) = (vec![], vec![]);
     affine::quantize_group(values, bits, params, &mut vec![], &mut scales, &mut biases);
     let mut candidates = vec![affine(params.read(&scales, 0), params.read(&biases, 0))];
@@ -251,10 +271,10 @@ fn affine_candidates(bits: usize, params: Float, values: &[f32], moments: &[f32]
             }
             candidates.push(affine(scale, bias));
             // Weighted least squares of value = scale * code + bias.
-            let code = |value: f32| f64::from(((value - bias) / scale).round_ties_even().clamp(0.0, max_code));
+            affine::encode(values, scale, bias, max_code, &mut codes);
             let mut sums = [0.0f64; 5];
-            for (value, moment) in values.iter().zip(moments) {
-                let (q, v, m) = (code(*value), f64::from(*value), f64::from(*moment));
+            for ((value, moment), code) in values.iter().zip(moments).zip(codes) {
+                let (q, v, m) = (f64::from(code), f64::from(*value), f64::from(*moment));
                 for (sum, term) in sums.iter_mut().zip([1.0, q, q * q, v, q * v]) {
                     *sum += m * term;
                 }

@@ -13,7 +13,7 @@ use tandem_core::ModelConfig;
 use tandem_core::backend::{Backend, Batch, CacheKind, Heads, Mlp, Rope, Routing};
 use tandem_core::quant::Covariance;
 use tandem_core::weights::{Form, MatrixData, WeightSpec};
-use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices};
+use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, Pool};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::{Limits, WeightSource};
 
@@ -161,7 +161,7 @@ fn factor(sums: HashMap<Key, Sum>, n_threads: usize) -> HashMap<Key, Covariance>
 }
 
 impl Seen {
-    fn add(&mut self, module: &str, part: Option<usize>, cols: usize, rows: &[&[f32]]) {
+    fn add(&mut self, module: &str, part: Option<usize>, cols: usize, rows: &[&[f32]], pool: &Pool) {
         if rows.is_empty() {
             return;
         }
@@ -173,13 +173,16 @@ impl Seen {
             products: vec![0.0; cols * block],
         });
         sum.n += rows.len();
-        for (i, products) in sum.products.chunks_exact_mut(block).enumerate() {
-            let products = &mut products[i % block..];
-            for row in rows {
-                let x = row[i];
-                products.iter_mut().zip(&row[i..]).for_each(|(sum, y)| *sum += x * y);
+        let left = Mutex::new(sum.products.chunks_exact_mut(block).enumerate());
+        pool.run(|| {
+            while let Some((i, products)) = left.lock().ok().and_then(|mut left| left.next()) {
+                let products = &mut products[i % block..];
+                for row in rows {
+                    let x = row[i];
+                    products.iter_mut().zip(&row[i..]).for_each(|(sum, y)| *sum += x * y);
+                }
             }
-        }
+        });
     }
 }
 
@@ -208,7 +211,7 @@ impl Capture {
         for other in &matrices[1..] {
             seen.shared.insert(other.name.clone(), first.name.clone());
         }
-        seen.add(&first.name, part, first.cols, rows);
+        seen.add(&first.name, part, first.cols, rows, self.inner.pool());
     }
 
     /// Adds `down(silu(gate(x)) * up(x))`, with matrix `part` of each stack, to `sum`, `[.., hidden]`, for some rows of `x`

@@ -231,3 +231,73 @@ fn dry_run(source: &dyn Source, plan: &Plan, as_json: bool) -> anyhow::Result<()
 fn usage(message: String) -> anyhow::Error {
     anyhow!(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use tandem_core::CheckpointError;
+    use tandem_core::weights::{Form, MatrixData, MatrixPart};
+    use tandem_model::{CheckpointWeights, WeightSource};
+
+    use super::*;
+    use crate::compare::{Windows, engine};
+
+    /// Every matrix but router gates in mxfp4.
+    struct Mxfp4<'a> {
+        source: CheckpointWeights<'a>,
+        calibration: Option<&'a Calibration>,
+    }
+
+    impl WeightSource for Mxfp4<'_> {
+        fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
+            let mut data = self.source.matrix(module)?;
+            if module.ends_with(".mlp.gate") {
+                return Ok(data);
+            }
+            for part in 0..data.parts.len() {
+                let (rows, cols, values) = (data.rows, data.cols, data.view(part).dequantize());
+                let packed = match self.calibration {
+                    Some(known) => quant::quantize_searched(DType::Mxfp4, rows, cols, &values, known.get(module, part)),
+                    None => quant::quantize(DType::Mxfp4, rows, cols, &values),
+                };
+                let packed = packed.expect("whole groups of finite values");
+                let (weight, scales) = (packed.weight.into(), packed.scales.into());
+                data.parts[part] = MatrixPart { weight, scales, ..MatrixPart::default() };
+            }
+            Ok(MatrixData { dtype: DType::Mxfp4, ..data })
+        }
+
+        fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
+            self.source.vector(module, leaf)
+        }
+    }
+
+    /// As for a source that does not fit in memory.
+    #[test]
+    fn random_tokens_judge_a_model_too() {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/");
+        let side = Side::open(&format!("{root}models/glm51_tiny_bf16")).expect("there");
+        let weights = || side.weights().expect("complete");
+        let runs = text::random(&side.config);
+        assert_eq!(runs.iter().map(Vec::len).sum::<usize>(), 8192);
+        assert!(runs.iter().flatten().all(|token| (*token as usize) < side.config.vocab_size));
+        let backend = side.backend(Some(2), ActivationsArg::F32).expect("complete");
+        let calibration = Calibration::measure(&side.config, &weights(), &runs, backend).expect("it runs");
+        let matrices = tandem_model::weight_specs(&side.config).into_iter().filter(|spec| spec.form != Form::Vector);
+        for spec in matrices.filter(|spec| spec.module != "model.embed_tokens") {
+            assert!(calibration.get(&spec.module, 0).is_some(), "{} has seen no input", spec.module);
+        }
+        let file = format!("{root}generate/public_domain.txt");
+        let mut windows = Windows::new(Path::new(&file), &side.tokenizer, 256).expect("a text");
+        windows.0.truncate(2);
+        let run = |source: &dyn WeightSource| {
+            engine(&side.config, source, 0, windows.longest(), Some(2), ActivationsArg::F32).expect("loads")
+        };
+        let mut original = run(&weights());
+        let mut kl = |calibration| {
+            let mut model = run(&Mxfp4 { source: weights(), calibration });
+            windows.compare(&mut original, &mut model).expect("finite").mean_kl()
+        };
+        let (plain, searched) = (kl(None), kl(Some(&calibration)));
+        assert!(searched < 0.95 * plain, "{searched} against {plain}");
+    }
+}

@@ -9,9 +9,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -80,10 +81,71 @@ pub(super) fn write(
         )
     );
     let mut state = read_state(&partial, &fingerprint)?;
+    let known = state.files.clone();
+    let written = std::thread::scope(|scope| {
+        // A full file goes to the disk while the next one is filled; there is no third, which would be more to lose.
+        let (full, files) = mpsc::sync_channel::<Full>(0);
+        let finishing = scope.spawn(|| files.into_iter().try_for_each(|file| state.complete(&partial, file)));
+        let filled = fill_files(source, plan, quantize, &partial, &known, n_threads, bar, &full);
+        drop(full);
+        // An error there is why no more could be handed over.
+        finishing.join().expect("completing a file does not panic")?;
+        filled
+    })?;
+    source.write_other_files(&partial)?;
+    write_json(&partial.join("model.safetensors.index.json"), &plan.index())?;
+    write_json(&partial.join("config.json"), &Value::Object(plan.config_json.clone()))?;
+    for entry in std::fs::read_dir(&partial)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    for name in [STATE, LOCK] {
+        let path = partial.join(name);
+        if path.exists() {
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    File::open(&partial)?.sync_all()?;
+    std::fs::rename(&partial, out)
+        .with_context(|| format!("cannot rename {} to {}", partial.display(), out.display()))?;
+    Ok(written)
+}
+
+/// A file of the partial folder with all its bytes, perhaps not on the disk yet.
+struct Full {
+    file: File,
+    /// Its final name.
+    name: String,
+    digest: u64,
+}
+
+impl State {
+    /// Gives a file its final name once it is on the disk.
+    fn complete(&mut self, partial: &Path, full: Full) -> anyhow::Result<()> {
+        let temporary = temporary(partial, &full.name);
+        let cannot = || format!("cannot write {}", temporary.display());
+        full.file.sync_all().with_context(cannot)?;
+        std::fs::rename(&temporary, partial.join(&full.name)).with_context(cannot)?;
+        self.files.insert(full.name, format!("{:016x}", full.digest));
+        write_json(&partial.join(STATE), &serde_json::to_value(&*self)?)
+    }
+}
+
+/// Fills the files of the plan that are not there with the digests of `known`, and hands them over as `full`.
+#[allow(clippy::too_many_arguments)]
+fn fill_files(
+    source: &dyn Source,
+    plan: &Plan,
+    quantize: &Quantize<'_>,
+    partial: &Path,
+    known: &BTreeMap<String, String>,
+    n_threads: usize,
+    bar: &ProgressBar,
+    full: &SyncSender<Full>,
+) -> anyhow::Result<Written> {
     let mut written = Written { n_kept: 0, bytes: 0 };
     for shard in &plan.shards {
         let path = partial.join(&shard.name);
-        if let Some(digest) = state.files.get(&shard.name)
+        if let Some(digest) = known.get(&shard.name)
             && path.exists()
         {
             let found = run(plan, shard, n_threads, bar, &|task, _| read_back(&path, plan, shard, task), &|_| {})?;
@@ -93,7 +155,7 @@ pub(super) fn write(
             }
             bar.set_position(bar.position().saturating_sub(shard.bytes));
         }
-        let temporary = partial.join(format!("{}.tmp", shard.name));
+        let temporary = temporary(partial, &shard.name);
         let cannot = || format!("cannot write {}", temporary.display());
         let file = File::create(&temporary).with_context(cannot)?;
         file.set_len(shard.bytes).with_context(cannot)?;
@@ -116,28 +178,16 @@ pub(super) fn write(
             Ok(digest)
         };
         let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight))?;
-        file.sync_all().with_context(cannot)?;
-        std::fs::rename(&temporary, &path).with_context(cannot)?;
         written.bytes += shard.bytes;
-        state.files.insert(shard.name.clone(), format!("{digest:016x}"));
-        write_json(&partial.join(STATE), &serde_json::to_value(&state)?)?;
+        let sent = full.send(Full { file, name: shard.name.clone(), digest });
+        sent.map_err(|_| anyhow!("an earlier file could not be completed"))?;
     }
-    source.write_other_files(&partial)?;
-    write_json(&partial.join("model.safetensors.index.json"), &plan.index())?;
-    write_json(&partial.join("config.json"), &Value::Object(plan.config_json.clone()))?;
-    for name in [STATE, LOCK] {
-        let path = partial.join(name);
-        if path.exists() {
-            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
-    }
-    for entry in std::fs::read_dir(&partial)? {
-        File::open(entry?.path())?.sync_all()?;
-    }
-    File::open(&partial)?.sync_all()?;
-    std::fs::rename(&partial, out)
-        .with_context(|| format!("cannot rename {} to {}", partial.display(), out.display()))?;
     Ok(written)
+}
+
+/// A file's name while it is being filled.
+fn temporary(partial: &Path, name: &str) -> PathBuf {
+    partial.join(format!("{name}.tmp"))
 }
 
 /// `DIR.partial`, beside `DIR`.
