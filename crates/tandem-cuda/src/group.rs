@@ -10,13 +10,16 @@ use crate::driver::{Device, Memory, PeerMemory, Pinned};
 use crate::nccl::{Communicator, UniqueId};
 use crate::{CudaBackend, CudaBuffer, CudaError};
 
-/// Elements of one sum by the kernel; longer ones are NCCL's, or made in pieces. 64 rows of 6144.
+/// Elements of one sum by the kernel; longer ones are made in pieces. 64 rows of 6144.
 const PIECE: usize = 64 * 6144;
+/// Elements from which on NCCL is faster, where a sum need not have the same bits in any batch, as its order is NCCL's own.
+const LONG: usize = 1 << 16;
 /// 8 bytes of data are sent in 16.
 const PACKET_ELEMENTS: usize = 2;
 const PACKET_BYTES: usize = 16;
-/// Rows of which sums wait for the norm that follows; the widest that it takes, and threads of its block.
-const NORM_ROWS: usize = 64;
+/// Rows of a step whose results do not depend on each other, bit for bit; their sums wait for the norm that follows.
+const EXACT_ROWS: usize = 64;
+/// The widest row that the norm adds up.
 const NORM_WIDTH: usize = 8192;
 
 /// What another process needs to map a buffer.
@@ -164,7 +167,8 @@ impl CudaGroup {
         x.written();
         let total = n_rows * x.width();
         assert!(total.is_multiple_of(8), "sums over GPUs of rows of a multiple of 8 elements");
-        let by_nccl = way.map_or(total > PIECE || self.peers.is_none(), |way| way == Way::Nccl);
+        let long = n_rows > EXACT_ROWS && total > LONG;
+        let by_nccl = way.map_or(long || self.peers.is_none(), |way| way == Way::Nccl);
         match (&self.peers, &self.nccl) {
             (_, Some(nccl)) if by_nccl => nccl.all_reduce(&self.device, x.pointer(), total),
             (Some(peers), _) => {
@@ -186,7 +190,7 @@ impl TensorGroup<CudaBackend> for CudaGroup {
     fn all_reduce(&self, backend: &CudaBackend, x: &mut CudaBuffer, n_rows: usize, _part: &'static str) {
         // The norm that follows can add up on its way.
         match &self.peers {
-            Some(peers) if n_rows <= NORM_ROWS && x.width() <= NORM_WIDTH && x.width().is_multiple_of(8) => {
+            Some(peers) if n_rows <= EXACT_ROWS && x.width() <= NORM_WIDTH && x.width().is_multiple_of(8) => {
                 backend.expect_sum(peers.args, x);
             }
             _ => self.run(x, n_rows, None),

@@ -9,6 +9,7 @@ use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
 use tandem_core::backend::{CacheKind, Mlp};
 use tandem_core::weights::{MatrixData, Weight};
+use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix, system};
 use tandem_cuda::{
     CudaBackend, CudaGroup, GroupBuffer, Handle, HostExperts, Numerics, Options, UniqueId, nccl_present, unique_id,
@@ -16,10 +17,12 @@ use tandem_cuda::{
 use tandem_model::{Offload, Stacks};
 
 use crate::cli::ActivationsArg;
-use crate::distributed::{Model, Place, RankDevice, Sums, probe_bandwidth};
+use crate::distributed::{Model, Place, RankDevice, Sums};
 use crate::load::{Shape, cpu_backend, fits_in_memory};
 use crate::report::bytes;
 
+/// Read to measure the host's memory.
+const READ_BYTES: usize = 512 << 20;
 /// Kept free for kernels' scratch, graphs and the driver.
 const RESERVE: u64 = 1 << 30;
 
@@ -64,7 +67,8 @@ pub(crate) fn place_experts(
         );
     }
     let threads = threads.unwrap_or_else(system::default_threads).max(1);
-    let (device, host) = (backend.bandwidth(), probe_bandwidth(threads));
+    let (cpu, _) = cpu_backend(Some(threads), activations, offload.host_bytes);
+    let (device, host) = (backend.bandwidth(), measure_read_bandwidth(cpu.pool(), READ_BYTES));
     eprintln!(
         "experts of {} layers stay on the host: {} of {}; expected at most {:.1} tok/s, reading {} per token at {:.0} GB/s \
          on the GPU and {} at {:.0} GB/s on the host",
@@ -77,7 +81,6 @@ pub(crate) fn place_experts(
         bytes(offload.host_read_bytes),
         host / 1e9
     );
-    let (cpu, _) = cpu_backend(Some(threads), activations, offload.host_bytes);
     let experts = CpuExperts { backend: cpu, stacks: RefCell::default(), mlps: RefCell::default() };
     Ok(backend.with_host_experts(move |module| offload.modules.contains(module), experts))
 }

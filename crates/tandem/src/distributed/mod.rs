@@ -589,7 +589,7 @@ fn round_trip(world: &Group, hidden_size: usize) -> anyhow::Result<f64> {
 }
 
 /// Bytes per second that `threads` threads read, roughly.
-pub(crate) fn probe_bandwidth(threads: usize) -> f64 {
+fn probe_bandwidth(threads: usize) -> f64 {
     let words = vec![1u64; PROBE_BYTES / 8];
     let mut best = f64::INFINITY;
     for _ in 0..3 {
