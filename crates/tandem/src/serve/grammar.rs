@@ -9,8 +9,8 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use tandem_engine::{Constraint, argmax};
 
-use super::dialect::{Dialect, Function};
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
+use tandem_text::dialect::{Dialect, Function};
 
 /// White space between JSON's tokens, of which a model could otherwise write any amount.
 const WHITE_SPACE: &str = r"[\x20\x0A]{0,8}";
