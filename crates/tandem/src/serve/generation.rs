@@ -9,7 +9,7 @@ use tokio::time::timeout_at;
 
 use super::api::{TokenLogprob, TopLogprob, Usage};
 use super::error::ApiError;
-use super::grammar::{Form, Grammars};
+use super::grammar::{Compiled, Form, GrammarError, Grammars};
 use super::metrics::Metrics;
 use super::worker::{Replies, Reply, Worker};
 use tandem_text::ChatTemplate;
@@ -151,13 +151,16 @@ impl App {
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
         let mut eos = if ask.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() };
         eos.extend(&ask.stop_token_ids);
+        // Schemas and grammars take milliseconds.
+        let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
+        let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {
+            GrammarError::Invalid(error) => {
+                ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
+            }
+            GrammarError::Busy => ApiError::unavailable("other schemas and grammars are being compiled; try again"),
+        })?;
         let requests = (0..ask.n.max(1) as u64)
             .map(|i| {
-                // Schemas and grammars take milliseconds.
-                let constraint = |form| work(LARGE, || self.grammars.constraint(form, reasoning));
-                let constraint = ask.form.as_ref().map(constraint).transpose().map_err(|error| {
-                    ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
-                })?;
                 let mut sampling = sampling.clone();
                 // Different answers, and the same ones every time.
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
@@ -168,7 +171,7 @@ impl App {
                     min_tokens: ask.min_tokens as usize,
                     eos: eos.clone(),
                     top_logprobs: ask.top_logprobs,
-                    constraint,
+                    constraint: compiled.as_ref().map(Compiled::constraint),
                 })
             })
             .collect::<Result<Vec<Request>, ApiError>>()?;
