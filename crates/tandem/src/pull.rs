@@ -17,8 +17,9 @@ use sha2::{Digest, Sha256};
 use tandem_model::glob_matches;
 
 use crate::cli::PullArgs;
-use crate::load::hugging_face_cache;
-use crate::report::{bytes, print_json};
+use tandem_runtime::hugging_face_cache;
+use crate::report::print_json;
+use tandem_runtime::units::bytes;
 
 /// What a model needs, and nothing else of its repository.
 const FILES: [&str; 6] = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"];
