@@ -53,7 +53,8 @@ pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
     let is_id = args.repo.split('/').count() == 2 && is_inside(&args.repo);
     ensure!(is_id, "{:?} is not a Hugging Face id, which looks like owner/name", args.repo);
     ensure!(is_inside(&args.revision), "--revision {:?} is not the name of a branch, tag or commit", args.revision);
-    let is_set = |name: &str| std::env::var(name).is_ok_and(|v| matches!(&*v.to_uppercase(), "1" | "ON" | "YES" | "TRUE"));
+    let is_set =
+        |name: &str| std::env::var(name).is_ok_and(|v| matches!(&*v.to_uppercase(), "1" | "ON" | "YES" | "TRUE"));
     ensure!(!is_set("HF_HUB_OFFLINE"), "HF_HUB_OFFLINE is set, so nothing can be got; unset it");
     let cache = hugging_face_cache().context("neither HF_HOME nor HOME is set, so there is no Hugging Face cache")?;
     let folder = cache.join(format!("models--{}", args.repo.replace('/', "--")));
@@ -240,10 +241,14 @@ impl Hub {
         let endpoint = endpoint.unwrap_or_else(|| "https://huggingface.co".into());
         let url = Url::parse(endpoint.trim().trim_end_matches('/')).ok();
         let url = url.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-        let endpoint = url.with_context(|| format!("HF_ENDPOINT {endpoint:?} is not a URL such as https://huggingface.co"))?;
+        let endpoint =
+            url.with_context(|| format!("HF_ENDPOINT {endpoint:?} is not a URL such as https://huggingface.co"))?;
         if let Some(token) = &token {
             let is_printable = token.bytes().all(|byte| byte.is_ascii_graphic());
-            ensure!(is_printable, "the Hugging Face token has characters that no token has; check HF_TOKEN or its file");
+            ensure!(
+                is_printable,
+                "the Hugging Face token has characters that no token has; check HF_TOKEN or its file"
+            );
         }
         let agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
@@ -306,7 +311,8 @@ impl Hub {
     fn info(&self, args: &PullArgs) -> Result<Info, Failure> {
         let (owner, name) = args.repo.split_once('/').unwrap_or_default();
         let url = self.url(&["api", "models", owner, name, "revision", &args.revision]);
-        let body = self.get(&url, None, |_| false)?.into_body().into_with_config().limit(MAX_LISTING_BYTES).read_to_vec()?;
+        let body =
+            self.get(&url, None, |_| false)?.into_body().into_with_config().limit(MAX_LISTING_BYTES).read_to_vec()?;
         let info = serde_json::from_slice(&body);
         Ok(info.context("the server did not describe the repository as Hugging Face does")?)
     }
@@ -494,10 +500,7 @@ fn header(response: &Response<Body>, name: &str) -> Option<String> {
 
 /// Runs `work` for every item in [`CONNECTIONS`] threads; results are in the order of the items. After an error nothing
 /// more is begun.
-fn in_parallel<T: Sync, R: Send>(
-    items: &[T],
-    work: impl Fn(&T) -> anyhow::Result<R> + Sync,
-) -> anyhow::Result<Vec<R>> {
+fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> anyhow::Result<R> + Sync) -> anyhow::Result<Vec<R>> {
     let queue: Mutex<VecDeque<(usize, &T)>> = Mutex::new(items.iter().enumerate().collect());
     let results = Mutex::new(vec![]);
     let take = || queue.lock().ok()?.pop_front();

@@ -36,9 +36,9 @@ fn check(what: &str, a: &Tiny, b: &Tiny, text: &str, expected: &[&str]) {
     }
     let choose = json!({"question": text, "choices": ["a", text], "answer": 0}).to_string();
     let generate = json!({"kind": "k", "prompt": text, "expect": "b"}).to_string();
-    let tokens: Value = text.strip_suffix("<|end|>").map_or(json!(text.as_bytes()), |text| {
-        text.bytes().map(u32::from).chain([256]).collect()
-    });
+    let tokens: Value = text
+        .strip_suffix("<|end|>")
+        .map_or(json!(text.as_bytes()), |text| text.bytes().map(u32::from).chain([256]).collect());
     for (name, content) in [
         ("text.txt", text.to_owned()),
         ("text.json", json!([text]).to_string()),
@@ -67,7 +67,13 @@ fn not_a_number_is_never_agreement() {
         // A row of the head that no token of the text is, a row that is, and every kind of weight before it.
         for (tensor, index) in [("lm_head.weight", 263 * 16), ("lm_head.weight", b'e' as usize * 16 + 3)] {
             let what = format!("{tensor}[{index}] = {value}");
-            check(&what, &good(), &good().set(tensor, index, value), TEXT, &["is not a finite number", "the forward pass"]);
+            check(
+                &what,
+                &good(),
+                &good().set(tensor, index, value),
+                TEXT,
+                &["is not a finite number", "the forward pass"],
+            );
         }
     }
     // Finite weights whose products are not.

@@ -34,7 +34,15 @@ struct Served {
 
 impl Served {
     fn small(bytes: &[u8]) -> Served {
-        Served { bytes: bytes.to_vec(), is_large: false, breaks: vec![], is_damaged: false, location: None, stalls: 0, announced: None }
+        Served {
+            bytes: bytes.to_vec(),
+            is_large: false,
+            breaks: vec![],
+            is_damaged: false,
+            location: None,
+            stalls: 0,
+            announced: None,
+        }
     }
 
     fn large(n: usize) -> Served {
@@ -257,10 +265,8 @@ fn the_token_goes_to_the_hub_alone() {
             elsewhere.url = elsewhere.url.replace("127.0.0.1", name);
         }
         let location = Some(format!("{}{path}", elsewhere.url));
-        let hub = Hub::start(&[
-            ("config.json", config()),
-            ("model.safetensors", Served { location, ..weights.clone() }),
-        ]);
+        let hub =
+            Hub::start(&[("config.json", config()), ("model.safetensors", Served { location, ..weights.clone() })]);
         let home = temporary();
         hub.pull(home.path(), &[]).ok();
         let found = home.path().join("hub/models--owner--name/snapshots").join(COMMIT).join("model.safetensors");

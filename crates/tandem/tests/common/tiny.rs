@@ -52,7 +52,15 @@ impl Tiny {
         let vocab: serde_json::Map<String, Value> =
             (0..=255u8).map(|byte| (byte_character(byte).to_string(), json!(byte))).collect();
         let mut tensors = BTreeMap::new();
-        for name in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] {
+        for name in [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ] {
             let zeros = Tensor::f32(&[HIDDEN, HIDDEN], &[0.0; HIDDEN * HIDDEN]);
             tensors.insert(format!("model.layers.0.{name}.weight"), zeros);
         }
@@ -104,7 +112,8 @@ impl Tiny {
     pub(crate) fn says(mut self, tokens: &[u32]) -> Tiny {
         for pair in tokens.windows(2) {
             let row: Vec<u8> = direction(pair[0] as usize).iter().flat_map(|v| v.to_le_bytes()).collect();
-            self.tensors.get_mut("lm_head.weight").expect("a head").bytes[pair[1] as usize * HIDDEN * 4..][..HIDDEN * 4]
+            self.tensors.get_mut("lm_head.weight").expect("a head").bytes[pair[1] as usize * HIDDEN * 4..]
+                [..HIDDEN * 4]
                 .copy_from_slice(&row);
         }
         self
