@@ -16,6 +16,6 @@ pub mod ranks;
 pub mod units;
 
 pub use load::{Loaded, LogitsRows, Shape, load};
-pub use model_dir::{hugging_face_cache, model_dir};
-pub use news::{News, OnNews, ignore_news};
+pub use model_dir::{hugging_face_cache, hugging_face_token, model_dir};
+pub use news::{Meter, News, OnNews, Progress, Unit, ignore_news};
 pub use options::{DeviceOptions, LoadOptions, ModelOptions, ParallelOptions};

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::weights::ModuleKind;
 use tandem_core::{Backend, Checkpoint, ModelConfig};
 use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
 use crate::device::{Device, DeviceKind, ToHold, WithDevice, lock_memory, no_host_experts};
 use crate::model_dir::model_dir;
-use crate::news::{News, OnNews};
+use crate::news::{Meter, OnNews, Unit};
 use crate::options::{LoadOptions, ModelOptions};
 use crate::ranks::{self, Joined, Model};
 
@@ -133,8 +133,7 @@ impl WithDevice for Lead<'_, '_> {
 
     fn run<D: Device>(self) -> anyhow::Result<Running> {
         let Lead { model, options, limits, n_slots, joined, on_news } = self;
-        let (runner, numerics) =
-            ranks::lead::<D>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
+        let (runner, numerics) = ranks::lead::<D>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
         let (plan, device) = (runner.plan(), Device::name(runner.backend()));
         let device = format!("{} ranks, {device} each", plan.ranks.len());
         let bandwidth = Some(plan.bandwidth());
@@ -174,11 +173,9 @@ pub(crate) fn runner<B: Backend + 'static>(
     on_news: OnNews<'_>,
 ) -> anyhow::Result<ModelRunner<B>> {
     let Shape { config, limits, n_slots } = shape;
-    let mut done = 0;
-    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| {
-        done += bytes as u64;
-        on_news(News::Loading { done, total: resident });
-    })?;
+    let meter = Meter::new("loading", Unit::Bytes, resident, on_news);
+    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| meter.add(bytes as u64))?;
+    meter.finish();
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(resident);
     runner.sync()?;
     Ok(runner)

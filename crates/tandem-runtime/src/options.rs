@@ -174,9 +174,13 @@ impl ParallelOptions {
     /// # Errors
     /// None, or too many.
     pub fn n_ranks(&self) -> anyhow::Result<usize> {
-        let of_plan = [self.pp, self.tp.max(self.ep)].iter().try_fold(1usize, |n, part| n.checked_mul(part.unwrap_or(1)));
+        let of_plan =
+            [self.pp, self.tp.max(self.ep)].iter().try_fold(1usize, |n, part| n.checked_mul(part.unwrap_or(1)));
         let n = self.ranks.or(of_plan).unwrap_or(usize::MAX);
-        ensure!((1..=4096).contains(&n), "--ranks, --pp, --tp and --ep must be at least 1, and at most 4096 ranks in all");
+        ensure!(
+            (1..=4096).contains(&n),
+            "--ranks, --pp, --tp and --ep must be at least 1, and at most 4096 ranks in all"
+        );
         Ok(n)
     }
 

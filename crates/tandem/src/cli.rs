@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tandem_convert::ConvertOptions;
 use tandem_model::Recipe;
 use tandem_runtime::measured::MeasuredOptions;
 use tandem_runtime::options::{Activations, BackendChoice, ShapeOptions, TransportKind};
@@ -54,6 +55,9 @@ pub(crate) struct PullArgs {
     /// (safetensors), JSON, tokenizers and chat templates are got in any case, pickles in none.
     #[arg(long, value_name = "GLOB")]
     pub(crate) include: Vec<String>,
+    /// Get the configuration, the index and the tokenizer only, for `inspect` and `bench --load-format dummy`.
+    #[arg(long)]
+    pub(crate) metadata: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -753,6 +757,20 @@ impl From<&BenchModelArgs> for MeasuredOptions {
             },
             parallel: (&args.parallel).into(),
             sync_every: args.sync_every,
+        }
+    }
+}
+
+impl From<&ConvertArgs> for ConvertOptions {
+    fn from(args: &ConvertArgs) -> ConvertOptions {
+        ConvertOptions {
+            source: args.source.clone(),
+            shapes: (&args.shapes).into(),
+            quant: args.quant.clone(),
+            search: args.search,
+            calibrate: args.calibrate.clone(),
+            max_shard_size: args.max_shard_size,
+            threads: args.threads,
         }
     }
 }

@@ -34,11 +34,8 @@ pub(crate) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         args.a,
         args.b
     );
-    let options = DeviceOptions {
-        activations: args.activations.into(),
-        threads: args.threads,
-        ..DeviceOptions::default()
-    };
+    let options =
+        DeviceOptions { activations: args.activations.into(), threads: args.threads, ..DeviceOptions::default() };
     let load = |side: &Side, source: &dyn WeightSource| {
         let bytes = side.resident_bytes()?;
         engine(&side.config, source, bytes, windows.longest(), &options)

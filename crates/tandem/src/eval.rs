@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
-use tandem_engine::{Engine, Logits, Sequence};
+use serde_json::json;
+use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::news::on_terminal;
@@ -32,7 +32,8 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.tokens)?;
     let tokens: Vec<u32> = serde_json::from_str(&text)
         .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
-    let Loaded { mut engine, prefill_chunk, .. } = load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::Chunk), joined, &mut on_terminal())?;
+    let Loaded { mut engine, prefill_chunk, .. } =
+        load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::Chunk), joined, &mut on_terminal())?;
     let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
     let start = Instant::now();
     let mut sequence = Sequence::default();
@@ -62,7 +63,8 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
 
 fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.text)?;
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::Chunk), joined, &mut on_terminal())?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } =
+        load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::Chunk), joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let start = Instant::now();
     let mut score = Score::default();
@@ -119,6 +121,7 @@ impl Score {
     fn add(&mut self, engine: &mut Engine, inputs: &[u32], targets: &[u32], chunk: usize) -> anyhow::Result<()> {
         let mut sequence = Sequence::default();
         let vocab = engine.vocab_size();
+        check_vocabulary(targets, vocab)?;
         for (inputs, targets) in inputs.chunks(chunk).zip(targets.chunks(chunk)) {
             let logits = engine.run(&mut sequence, inputs, chunk, Logits::All)?;
             for (row, target) in logits.chunks_exact(vocab).zip(targets) {

@@ -6,8 +6,8 @@ use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::Accounting;
 
 use crate::cli::InspectArgs;
-use tandem_runtime::model_dir;
 use crate::report::print_json;
+use tandem_runtime::model_dir;
 use tandem_runtime::units::{bytes, count, thousands};
 
 /// Runs the command.

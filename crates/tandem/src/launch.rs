@@ -319,7 +319,7 @@ impl Launcher<'_> {
         let mut told = false;
         let start = Instant::now();
         let bars = Bars::new(ranks.len());
-        let patience = self.parallel.patience()?;
+        let patience = self.parallel.deadline()?;
         let mut first_failure: Option<(usize, ExitStatus, Instant)> = None;
         let mut finished: Option<Instant> = None;
         loop {

@@ -14,8 +14,8 @@ use tandem_engine::{FinishReason, Generated, GenerationConfig, Request, Sampling
 use crate::cli::{OnOff, RunArgs, SamplingArgs};
 use crate::news::on_terminal;
 use crate::report::print_json;
-use tandem_runtime::units::bytes;
 use tandem_runtime::ranks::Joined;
+use tandem_runtime::units::bytes;
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, load};
 use tandem_text::ChatTemplate;
 use tandem_text::{StopMatcher, Tokenizer};
@@ -85,7 +85,8 @@ struct Answer {
 
 impl Session {
     fn new(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Session> {
-        let loaded = load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::One), joined, &mut on_terminal())?;
+        let loaded =
+            load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::One), joined, &mut on_terminal())?;
         let defaults = GenerationConfig::load(&loaded.dir)?;
         let mut extra = Map::new();
         if let Some(thinking) = args.thinking {

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, logprob};
+use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
 use crate::cli::TasksArgs;
 use crate::news::on_terminal;
@@ -125,7 +125,8 @@ pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<
     }
     let needs_rows = tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
     let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&(&args.model).into(), LoadOptions::one_sequence(rows), joined, &mut on_terminal())?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } =
+        load(&(&args.model).into(), LoadOptions::one_sequence(rows), joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();
@@ -208,6 +209,7 @@ fn choose(engine: &mut Engine, tokenizer: &Tokenizer, task: &Choose, chunk: usiz
 fn log_likelihood(engine: &mut Engine, tokens: &[u32], n_context: usize, chunk: usize) -> anyhow::Result<f64> {
     let mut sequence = Sequence::default();
     let vocab = engine.vocab_size();
+    check_vocabulary(tokens, vocab)?;
     let (context, scored) = tokens[..tokens.len() - 1].split_at(n_context - 1);
     if !context.is_empty() {
         engine.run(&mut sequence, context, chunk, Logits::Last)?;

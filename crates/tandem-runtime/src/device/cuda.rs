@@ -13,8 +13,7 @@ use tandem_core::weights::{MatrixData, Weight};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix};
 use tandem_cuda::{
-    CudaBackend, CudaGroup, GroupBuffer, Handle, HostExperts, Numerics, Options, UniqueId, Way, nccl_present,
-    unique_id,
+    CudaBackend, CudaGroup, GroupBuffer, Handle, HostExperts, Numerics, Options, UniqueId, Way, nccl_present, unique_id,
 };
 use tandem_engine::Profiled;
 use tandem_model::{Offload, Stacks};

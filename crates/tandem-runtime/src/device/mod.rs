@@ -60,9 +60,9 @@ impl DeviceKind {
     pub fn choose_for_ranks(options: &DeviceOptions, transport: TransportKind) -> anyhow::Result<DeviceKind> {
         match transport {
             TransportKind::Nccl if HAS_CUDA => Ok(DeviceKind::Cuda),
-            TransportKind::Nccl => bail!(
-                "this tandem was built without CUDA, which --transport nccl needs; build it with --features cuda"
-            ),
+            TransportKind::Nccl => {
+                bail!("this tandem was built without CUDA, which --transport nccl needs; build it with --features cuda")
+            }
             _ if options.backend == BackendChoice::Cuda => {
                 bail!("several ranks run on GPUs with --transport nccl; add it, or use --backend cpu")
             }

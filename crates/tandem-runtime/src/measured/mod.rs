@@ -106,7 +106,9 @@ impl WithDevice for Follow<'_> {
 /// This build does not have the device.
 pub fn bandwidth_before(options: &DeviceOptions) -> anyhow::Result<f64> {
     Ok(match DeviceKind::choose(options)? {
-        DeviceKind::Cpu => tandem_cpu::bandwidth::measure_read_bandwidth(&Pool::new(n_threads(options)), BANDWIDTH_BYTES),
+        DeviceKind::Cpu => {
+            tandem_cpu::bandwidth::measure_read_bandwidth(&Pool::new(n_threads(options)), BANDWIDTH_BYTES)
+        }
         DeviceKind::Cuda => 0.0,
     })
 }

@@ -150,8 +150,7 @@ pub(super) fn load<D: Device>(
     on_news: OnNews<'_>,
 ) -> anyhow::Result<(Box<dyn MeasuredRunner>, &'static str)> {
     let Shape { limits, n_slots, .. } = shape;
-    let (runner, numerics) =
-        ranks::lead::<Profiled<D>>(joined, model, parallel, limits, n_slots, sync_every, on_news)?;
+    let (runner, numerics) = ranks::lead::<Profiled<D>>(joined, model, parallel, limits, n_slots, sync_every, on_news)?;
     let mut ranks = Ranks { runner, bandwidth: 0.0 };
     ranks.bandwidth = ranks.measure_bandwidth(on_news)?;
     Ok((Box::new(ranks), numerics))

@@ -20,7 +20,7 @@ use super::Joined;
 use super::started::{Announcement, announce};
 use crate::device::{Device, DeviceKind, Place, WithDevice, lock_memory};
 use crate::model_dir::model_dir;
-use crate::news::{News, OnNews, ignore_news};
+use crate::news::{News, OnNews, Progress, Unit, ignore_news};
 use crate::options::{DeviceOptions, ModelOptions, ParallelOptions};
 use crate::units::bytes;
 
@@ -50,7 +50,12 @@ pub(crate) enum Source {
 
 impl Model {
     /// A checkpoint's.
-    pub(crate) fn new(config: ModelConfig, checkpoint: Checkpoint, weights: Vec<Weight>, options: &ModelOptions) -> Model {
+    pub(crate) fn new(
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        weights: Vec<Weight>,
+        options: &ModelOptions,
+    ) -> Model {
         Model {
             config: Arc::new(config),
             weights: Arc::new(weights),
@@ -173,9 +178,8 @@ pub(crate) fn lead<B: RankBackend>(
         for transport in transports {
             let model = model.clone();
             std::thread::spawn(move || {
-                let result =
-                    load_rank::<B>(Box::new(transport), deadline, &model, None, place, &mut ignore_news)
-                        .and_then(|runner| runner.follow().map_err(Into::into));
+                let result = load_rank::<B>(Box::new(transport), deadline, &model, None, place, &mut ignore_news)
+                    .and_then(|runner| runner.follow().map_err(Into::into));
                 if let Err(error) = result {
                     tracing::error!("{error:#}");
                 }
@@ -247,7 +251,7 @@ fn join<B: RankBackend>(
             let place = started.place();
             let transport = started.connect(model.digest()?)?;
             let mut tell_launcher = |news: News| match news {
-                News::Loading { done, total } => announce(&Announcement::Loading { done, total }),
+                News::Progress(Progress { done, total, .. }) => announce(&Announcement::Loading { done, total }),
                 other => on_news(other),
             };
             load_rank(transport, deadline, model, setup, place, &mut tell_launcher)
@@ -356,10 +360,10 @@ fn load_in<B: RankBackend>(
         loaded += n as u64;
         if last.elapsed() > Duration::from_millis(200) {
             last = Instant::now();
-            on_news(News::Loading { done: loaded, total });
+            on_news(News::Progress(Progress { doing: "loading", unit: Unit::Bytes, done: loaded, total }));
         }
     })?;
-    on_news(News::Loading { done: total, total });
+    on_news(News::Progress(Progress { doing: "loading", unit: Unit::Bytes, done: total, total }));
     if model.lock {
         lock_memory(on_news);
     }

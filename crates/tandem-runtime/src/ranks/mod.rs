@@ -11,8 +11,8 @@ use tandem_comm::{Group, Transport, mpi};
 
 use crate::options::{ParallelOptions, TransportKind};
 
-pub(crate) use load::{Answers, Model, RankBackend, Source, follow_with, lead};
 pub use load::follow;
+pub(crate) use load::{Answers, Model, RankBackend, Source, follow_with, lead};
 pub use started::{Announcement, NEWS, Order, Quit, Started};
 
 /// What a process does with its command.
@@ -47,7 +47,11 @@ impl Role {
         if let Some(fd) = launch_fd {
             let started = started::start(fd, quit)?;
             let joined = |started| Joined::Tcp(Box::new(started));
-            return Ok(if started.order.rank > 0 { Role::Follow(joined(started)) } else { Role::Lead(joined(started)) });
+            return Ok(if started.order.rank > 0 {
+                Role::Follow(joined(started))
+            } else {
+                Role::Lead(joined(started))
+            });
         }
         let Some(parallel) = parallel else { return Ok(Role::Alone) };
         let asked = parallel.n_ranks()?;
