@@ -430,7 +430,7 @@ fn norms_additions_and_rotations_match_the_oracle() {
         let (x, y, weight, out) = (&mut a, &c, &weight, &mut sum_normed);
         b.add_rms_norm(AddRmsNorm { x, y, weight, eps: 1e-6, n_rows: n, out });
         b.add(&mut a, &c, n);
-        b.add_bias(&mut a, &weight, n);
+        b.add_bias(&mut a, weight, n);
         let rope = Rope { inv_freq: (0..8).map(|i| 10000f32.powf(-i as f32 / 8.0)).collect(), scaling: 1.1, layout };
         let batch = b.upload(Batch {
             tokens: vec![0; n],
