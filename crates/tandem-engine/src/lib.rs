@@ -18,6 +18,6 @@ pub use generation_config::*;
 pub use page_store::PageStore;
 pub use profiled::{Operation, Profile, Profiled};
 pub use request::{Constraint, Event, FinishReason, Logprobs, Output, Request, RequestId};
-pub use runner::{Chooser, ModelRunner, RankStatus, Runner};
+pub use runner::{DeviceSampler, ModelRunner, RankStatus, Runner};
 pub use sampler::*;
 pub use scheduler::{EXACT_ROWS, Scheduling};

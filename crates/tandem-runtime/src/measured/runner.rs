@@ -7,7 +7,7 @@ use tandem_core::backend::{Backend, CacheKind};
 use tandem_core::{Batch, ModelConfig};
 use tandem_cpu::Pool;
 use tandem_cpu::system::major_page_faults;
-use tandem_engine::{Chooser, EngineError, ModelRunner, Profiled, RankTimes, Runner};
+use tandem_engine::{DeviceSampler, EngineError, ModelRunner, Profiled, RankTimes, Runner};
 
 use super::ranks::RankReport;
 use crate::device::Device;
@@ -16,8 +16,8 @@ use crate::device::Device;
 pub trait MeasuredRunner {
     /// As [`Runner::step`].
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError>;
-    /// As [`Runner::chooser`].
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+    /// As [`Runner::device_sampler`].
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
         None
     }
     /// Starts to measure, operations one by one if asked.
@@ -56,8 +56,8 @@ impl<B: Device> MeasuredRunner for Alone<B> {
         self.runner.step(batch, logits)
     }
 
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
-        self.runner.chooser()
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        self.runner.device_sampler()
     }
 
     fn start(&mut self, profile: bool) -> anyhow::Result<()> {
