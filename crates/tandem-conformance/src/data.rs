@@ -139,7 +139,7 @@ pub(crate) fn plain_batch(n: usize) -> Batch {
         sequences: vec![0; n],
         block_tables: vec![vec![0]],
         logits_rows: vec![],
-        choices: vec![],
+        sampling: vec![],
     }
 }
 

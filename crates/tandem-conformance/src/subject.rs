@@ -2,9 +2,11 @@
 
 use tandem_core::Backend;
 use tandem_core::backend::{
-    Batch, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, PAGE_SIZE, Rope, Rotation, Routing,
+    AddRmsNorm, Batch, CacheKind, GqaAttention, HeadLinear, Heads, IndexSelect, Linear, MlaAttention, Mlp, Moe,
+    PAGE_SIZE, PrepareAttention, RmsNorm, Rope, RopeIndexSelect, RopeMlaAttention, Rotate, Route, RouterTopk, Routing,
+    WriteIndexKey, WriteLatent,
 };
-use tandem_core::weights::MatrixData;
+use tandem_core::weights::{MatrixData, ModuleKind};
 
 use crate::Precision;
 use crate::data::all_positions;
@@ -13,6 +15,9 @@ use crate::data::all_positions;
 const EPS: f32 = 1e-6;
 /// What outputs hold before an operation, so that an element that is not written shows. Gaps between heads must keep it.
 pub(crate) const POISON: f32 = -7.75;
+
+/// Whose time an operation is, in profiles.
+const LABEL: ModuleKind = ModuleKind::Attention;
 
 /// A backend with one of its numerics, to be compared with the scalar CPU kernels.
 pub struct Subject<B: Backend> {
@@ -138,7 +143,8 @@ impl<B: Backend> Subject<B> {
     pub(crate) fn rms_norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let (width, n) = (weight.len(), x.len() / weight.len());
         let mut out = self.out(n, width);
-        self.backend.rms_norm(&self.buffer(x, width), &self.backend.load_vector(weight), EPS, n, &mut out);
+        let (x, weight) = (self.buffer(x, width), self.backend.load_vector(weight));
+        self.backend.rms_norm(RmsNorm { x: &x, weight: &weight, eps: EPS, n_rows: n, out: &mut out });
         self.values(&out, n * width)
     }
 
@@ -147,7 +153,8 @@ impl<B: Backend> Subject<B> {
         let (width, n) = (weight.len(), x.len() / weight.len());
         let (mut x, y) = (self.buffer(x, width), self.buffer(y, width));
         let mut out = self.out(n, width);
-        self.backend.add_rms_norm(&mut x, &y, &self.backend.load_vector(weight), EPS, n, &mut out);
+        let weight = self.backend.load_vector(weight);
+        self.backend.add_rms_norm(AddRmsNorm { x: &mut x, y: &y, weight: &weight, eps: EPS, n_rows: n, out: &mut out });
         [self.values(&x, n * width), self.values(&out, n * width)]
     }
 
@@ -173,7 +180,8 @@ impl<B: Backend> Subject<B> {
     ) -> Vec<f32> {
         let n = batch.n_rows();
         let mut out = self.out(n, to_width);
-        self.backend.rope(&self.buffer(x, from_width), from, rope, &self.upload(batch), &mut out, to);
+        let (x, batch, label) = (&self.buffer(x, from_width), &self.upload(batch), LABEL);
+        self.backend.rope(Rotate { x, from, rope, batch, out: &mut out, to, label });
         self.values(&out, n * to_width)
     }
 
@@ -189,7 +197,7 @@ impl<B: Backend> Subject<B> {
         let x = self.buffer(x, x.len() / n);
         let mut outs: Vec<B::Buffer> = matrices.iter().map(|(_, rows)| self.out(n, *rows)).collect();
         let mut outputs: Vec<(&B::Matrix, &mut B::Buffer)> = matrices.iter().map(|(m, _)| *m).zip(&mut outs).collect();
-        self.backend.linear(&x, n, &mut outputs);
+        self.backend.linear(Linear { x: &x, n_rows: n, outputs: &mut outputs, label: LABEL });
         outs.iter().zip(matrices).map(|(out, (_, rows))| self.values(out, n * rows)).collect()
     }
 
@@ -203,7 +211,8 @@ impl<B: Backend> Subject<B> {
     ) -> Vec<f32> {
         let stack = self.load(stack);
         let mut out = self.out(n, to_width);
-        self.backend.head_linear(&self.buffer(x, x.len() / n), from, &stack, n, &mut out, to);
+        let x = &self.buffer(x, x.len() / n);
+        self.backend.head_linear(HeadLinear { x, from, w: &stack, n_rows: n, out: &mut out, to });
         self.values(&out, n * to_width)
     }
 
@@ -223,7 +232,9 @@ impl<B: Backend> Subject<B> {
         let mut ids = self.backend.alloc_indices(n, routing.top_k);
         let mut weights = self.out(n, routing.top_k);
         let (logits, bias) = (self.buffer(logits, bias.len()), self.backend.load_vector(bias));
-        self.backend.router_topk(&logits, &bias, routing, n, &mut ids, &mut weights);
+        let (ids_out, weights_out) = (&mut ids, &mut weights);
+        let op = RouterTopk { logits: &logits, bias: &bias, routing, n_rows: n, ids: ids_out, weights: weights_out };
+        self.backend.router_topk(op);
         (self.indices(&ids, n * routing.top_k), self.values(&weights, n * routing.top_k))
     }
 
@@ -241,7 +252,16 @@ impl<B: Backend> Subject<B> {
         let mut ids = self.backend.alloc_indices(n, k);
         let (mut logits, mut weights) = (self.out(n, n_experts), self.out(n, k));
         let x = self.buffer(x, x.len() / n);
-        self.backend.route(&x, &gate, &bias, routing, n, &mut logits, &mut ids, &mut weights);
+        self.backend.route(Route {
+            x: &x,
+            gate: &gate,
+            bias: &bias,
+            routing,
+            n_rows: n,
+            logits: &mut logits,
+            ids: &mut ids,
+            weights: &mut weights,
+        });
         (self.values(&logits, n * n_experts), self.indices(&ids, n * k), self.values(&weights, n * k))
     }
 
@@ -257,25 +277,15 @@ impl<B: Backend> Subject<B> {
     ) -> Vec<f32> {
         let (hidden, n_experts) = (experts[2].rows, logits.len() / n);
         let (experts, shared) = (self.load_mlp(experts), shared.map(|s| self.load_mlp(s)));
-        self.moe_loaded(x, n, hidden, &experts, shared.as_ref(), (logits, n_experts), routing)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn moe_loaded(
-        &self,
-        x: &[f32],
-        n: usize,
-        hidden: usize,
-        experts: &Mlp<B::Matrix>,
-        shared: Option<&Mlp<B::Matrix>>,
-        (logits, n_experts): (&[f32], usize),
-        routing: &Routing,
-    ) -> Vec<f32> {
         let mut ids = self.backend.alloc_indices(n, routing.top_k);
         let (mut weights, mut out) = (self.out(n, routing.top_k), self.out(n, hidden));
-        let bias = self.backend.load_vector(&vec![0.0; n_experts]);
-        self.backend.router_topk(&self.buffer(logits, n_experts), &bias, routing, n, &mut ids, &mut weights);
-        self.backend.moe(&self.buffer(x, x.len() / n), experts, shared, &ids, &weights, n, &mut out);
+        let (logits, bias) = (self.buffer(logits, n_experts), self.backend.load_vector(&vec![0.0; n_experts]));
+        let (ids_out, weights_out) = (&mut ids, &mut weights);
+        let op = RouterTopk { logits: &logits, bias: &bias, routing, n_rows: n, ids: ids_out, weights: weights_out };
+        self.backend.router_topk(op);
+        let (x, shared) = (self.buffer(x, x.len() / n), shared.as_ref());
+        let op = Moe { x: &x, experts: &experts, shared, ids: &ids, weights: &weights, n_rows: n, out: &mut out };
+        self.backend.moe(op);
         self.values(&out, n * hidden)
     }
 
@@ -294,14 +304,17 @@ impl<B: Backend> Subject<B> {
     pub(crate) fn write_latent(&self, latents: &Latents<'_>, batch: &Batch, cache: &mut B::Cache) {
         let kv_a = self.buffer(latents.kv_a, latents.kv_a.len() / batch.n_rows());
         let norm = self.backend.load_vector(latents.norm);
-        self.backend.write_latent(&kv_a, &norm, EPS, latents.rope, &self.upload(batch), cache);
+        let (rope, batch) = (latents.rope, &self.upload(batch));
+        self.backend.write_latent(WriteLatent { kv_a: &kv_a, norm: &norm, eps: EPS, rope, batch, cache });
         self.sync();
     }
 
     pub(crate) fn write_index_key(&self, keys: &IndexKeys<'_>, batch: &Batch, cache: &mut B::Cache) {
         let k = self.buffer(keys.k, keys.k.len() / batch.n_rows());
         let (norm, bias) = (self.backend.load_vector(keys.norm), self.backend.load_vector(keys.norm_bias));
-        self.backend.write_index_key(&k, &norm, &bias, EPS, keys.rope, &self.upload(batch), cache);
+        let (rope, batch) = (keys.rope, &self.upload(batch));
+        let op = WriteIndexKey { k: &k, norm: &norm, norm_bias: &bias, eps: EPS, rope, batch, cache };
+        self.backend.write_index_key(op);
         self.sync();
     }
 
@@ -326,20 +339,20 @@ impl<B: Backend> Subject<B> {
         });
         let mut query = query;
         let mut keys = keys;
-        b.prepare_attention(
-            query.as_mut().map(|(x, weight, out, _)| NormJob { x, weight, out }),
-            LatentJob { kv_a: &kv_a, norm: &norm, rope: latents.rope, cache },
-            keys.as_mut().map(|(k, norm, norm_bias, rope, cache)| IndexKeyJob {
+        let batch = &self.upload(batch);
+        b.prepare_attention(PrepareAttention {
+            query: query.as_mut().map(|(x, weight, out, _)| RmsNorm { x, weight, eps: EPS, n_rows: n, out }),
+            latent: WriteLatent { kv_a: &kv_a, norm: &norm, eps: EPS, rope: latents.rope, batch, cache },
+            key: keys.as_mut().map(|(k, norm, norm_bias, rope, cache)| WriteIndexKey {
                 k,
                 norm,
                 norm_bias,
+                eps: EPS,
                 rope,
+                batch,
                 cache: &mut **cache,
             }),
-            EPS,
-            &self.upload(batch),
-            n,
-        );
+        });
         self.sync();
         query.map(|(_, _, out, width)| self.values(&out, n * width))
     }
@@ -387,7 +400,8 @@ impl<B: Backend> Subject<B> {
         let (n_heads, width) = (weights.len() / n, q.len() / n);
         let mut selected = self.backend.alloc_indices(n, k);
         let (q, weights) = (self.buffer(q, width), self.buffer(weights, n_heads));
-        self.backend.index_select(&q, &weights, n_heads, &self.upload(batch), cache, &mut selected);
+        let (batch, out) = (&self.upload(batch), &mut selected);
+        self.backend.index_select(IndexSelect { q: &q, weights: &weights, n_heads, batch, cache, selected: out });
         self.sync();
         selected
     }
@@ -405,8 +419,16 @@ impl<B: Backend> Subject<B> {
         let (n_heads, width) = (weights.len() / n, q.len() / n);
         let mut selected = self.backend.alloc_indices(n, k);
         let (q, weights, mut rotated) = (self.buffer(q, width), self.buffer(weights, n_heads), self.out(n, width));
-        let q = Rotation { x: &q, from: Heads::packed(n_heads, width / n_heads), rope };
-        self.backend.rope_index_select(q, &mut rotated, &weights, &self.upload(batch), cache, &mut selected);
+        self.backend.rope_index_select(RopeIndexSelect {
+            q: &q,
+            heads: Heads::packed(n_heads, width / n_heads),
+            rope,
+            rotated: &mut rotated,
+            weights: &weights,
+            batch: &self.upload(batch),
+            cache,
+            selected: &mut selected,
+        });
         self.sync();
         selected
     }
@@ -424,7 +446,9 @@ impl<B: Backend> Subject<B> {
         let (q, batch) = (self.buffer(q, q.len() / n), self.upload(batch));
         [(); 2].map(|()| {
             let mut out = self.out(n, heads * latent);
-            self.backend.mla_attention(&q, heads, latent, scale, &batch, cache, selected, &mut out);
+            let (q, batch, out_buffer) = (&q, &batch, &mut out);
+            let op = MlaAttention { q, n_heads: heads, latent, scale, batch, cache, selected, out: out_buffer };
+            self.backend.mla_attention(op);
             self.values(&out, n * heads * latent)
         })
     }
@@ -443,9 +467,18 @@ impl<B: Backend> Subject<B> {
         let n = batch.n_rows();
         let (mut q, x) = (self.buffer(q, q.len() / n), self.buffer(unrotated, unrotated.len() / n));
         let mut out = self.out(n, heads * latent);
-        let rotation = Rotation { x: &x, from, rope };
-        let batch = self.upload(batch);
-        self.backend.rope_mla_attention(rotation, &mut q, latent, scale, &batch, cache, selected, &mut out);
+        self.backend.rope_mla_attention(RopeMlaAttention {
+            x: &x,
+            from,
+            rope,
+            q: &mut q,
+            latent,
+            scale,
+            batch: &self.upload(batch),
+            cache,
+            selected,
+            out: &mut out,
+        });
         self.values(&out, n * heads * latent)
     }
 
@@ -461,7 +494,16 @@ impl<B: Backend> Subject<B> {
         let n = batch.n_rows();
         let mut out = self.out(n, heads * dim);
         let (q, batch) = (self.buffer(q, heads * dim), self.upload(batch));
-        self.backend.gqa_attention(&q, heads, kv_heads, scale, &batch, keys, values, &mut out);
+        self.backend.gqa_attention(GqaAttention {
+            q: &q,
+            n_heads: heads,
+            n_kv_heads: kv_heads,
+            scale,
+            batch: &batch,
+            keys,
+            values,
+            out: &mut out,
+        });
         self.values(&out, n * heads * dim)
     }
 }
