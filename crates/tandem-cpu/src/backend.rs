@@ -86,6 +86,11 @@ impl CpuIndices {
         &self.data[i * self.width..(i + 1) * self.width]
     }
 
+    /// Copies the first rows, as many as `out` holds.
+    pub fn read(&self, out: &mut [i32]) {
+        out.copy_from_slice(&self.data[..out.len()]);
+    }
+
     fn row_mut(&mut self, i: usize) -> &mut [i32] {
         &mut self.data[i * self.width..(i + 1) * self.width]
     }

@@ -310,8 +310,9 @@ impl Shared<'_> {
                 for (code, v) in codes[g * Q8_GROUP..].iter_mut().zip(group) {
                     // Adding 1.5 * 2^23 leaves the value rounded to nearest even in the low bits.
                     let q = (v * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
-                    total += q;
                     *code = q as i8;
+                    // NaN, which the scale carries on, leaves bits that are no integer of this size.
+                    total += i32::from(*code);
                 }
                 scales[b * 4 + g] = largest / 127.0;
                 sums[b * 4 + g] = total;
