@@ -14,6 +14,7 @@ use super::grammar::{Compiled, Form, GrammarError, Grammars};
 use super::metrics::Metrics;
 use super::worker::{Replies, Reply, Worker};
 use crate::text::chat_template::ChatTemplate;
+use crate::text::prompt::prompt;
 use crate::text::tokenizer::{DecodeStream, StopMatcher, Tokenizer};
 
 /// Bytes from which on work on a text would hold up other requests.
@@ -112,14 +113,12 @@ impl App {
             return Err(ApiError::invalid("messages", message));
         };
         let n_bytes = messages.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
-        let text = work(n_bytes, || template.render(messages, tools, true, variables))
+        let prompt = work(n_bytes, || prompt(template, &self.tokenizer, messages, tools, variables))
             .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
         if self.log_text {
-            tracing::info!(prompt = %text, "request");
+            tracing::info!(prompt = %prompt.text, "request");
         }
-        let in_reasoning = text.trim_end().ends_with("<think>");
-        // Templates write the special tokens themselves.
-        Ok((self.encode("messages", &text, false)?, in_reasoning))
+        Ok((prompt.ids, prompt.in_reasoning))
     }
 
     pub(crate) fn encode(&self, param: &str, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {

@@ -3,4 +3,5 @@
 //! Nothing here knows about sequences, scheduling or HTTP.
 
 pub(crate) mod chat_template;
+pub(crate) mod prompt;
 pub(crate) mod tokenizer;
