@@ -15,7 +15,7 @@ use crate::eval::documents;
 use crate::load::{cpu_backend, model_dir};
 use crate::presets;
 use crate::report::print_json;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
 
 /// Inputs per window of a plain text.
 const WINDOW: usize = 512;

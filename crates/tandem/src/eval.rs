@@ -11,7 +11,7 @@ use tandem_engine::{Engine, Logits, Sequence};
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::print_json;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
 const DEFAULT_WINDOW: usize = 512;

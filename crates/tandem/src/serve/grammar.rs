@@ -15,8 +15,8 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use tandem_engine::{Constraint, argmax};
 
-use super::dialect::{Dialect, Function};
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
+use tandem_text::dialect::{Dialect, Function};
 
 /// Bytes of the largest schema, expression or grammar.
 const MAX_BYTES: usize = 256 << 10;

@@ -6,7 +6,6 @@
 mod api;
 mod browser;
 mod chat;
-mod dialect;
 mod error;
 mod generation;
 mod grammar;
@@ -41,15 +40,15 @@ use tandem_engine::{GenerationConfig, PageStore, RankStatus, Scheduling};
 use tandem_model::Accounting;
 
 use self::browser::Access;
-use self::dialect::Dialect;
 use self::error::{ApiError, MaxBody};
 use self::generation::App;
 use self::grammar::Grammars;
 use self::worker::{StepBytes, Worker};
 use crate::cli::ServeArgs;
 use crate::load::{Device, Loaded, LogitsRows, choose, cpu_backend, load_with_cache};
-use crate::text::chat_template::ChatTemplate;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::ChatTemplate;
+use tandem_text::Tokenizer;
+use tandem_text::dialect::Dialect;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
 const BANDWIDTH_BYTES: usize = 256 << 20;

@@ -7,17 +7,16 @@
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::chat_template::{ChatTemplate, TemplateError};
-use super::tokenizer::{Tokenizer, TokenizerError};
-
-const THINK: &str = "<think>";
+use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::dialect::{THINK, opens_reasoning};
+use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Characters of marks: Unicode keeps them for such use, and no text has them.
 const MARK: (char, char) = ('\u{FDD0}', '\u{FDD1}');
 
 /// Why a conversation has no prompt.
 #[derive(Debug, Error)]
-pub(crate) enum PromptError {
+pub enum PromptError {
     /// The template does not render.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -28,20 +27,20 @@ pub(crate) enum PromptError {
 
 /// A conversation as the model reads it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Prompt {
+pub struct Prompt {
     /// The rendered text.
-    pub(crate) text: String,
+    pub text: String,
     /// Its tokens.
-    pub(crate) ids: Vec<u32>,
+    pub ids: Vec<u32>,
     /// Whether it ends inside the reasoning section.
-    pub(crate) in_reasoning: bool,
+    pub in_reasoning: bool,
 }
 
 /// What a template makes of a conversation; `extra` are further variables of it.
 ///
 /// # Errors
 /// The template refuses the conversation or fails, or the tokenizer refuses the text.
-pub(crate) fn prompt(
+pub fn prompt(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
     messages: &[Value],
@@ -60,8 +59,9 @@ pub(crate) fn prompt(
         let extra = extra.iter().map(|(key, value)| (key.clone(), protect(value))).collect();
         without_marks(&template.render(&messages, tools.as_deref(), true, &extra)?, &mark)
     };
-    let trimmed = text.trim_end();
-    let in_reasoning = trimmed.ends_with(THINK) && literals.binary_search(&(trimmed.len() - THINK.len())).is_err();
+    // A literal `<think>` at the end is no order.
+    let in_reasoning =
+        opens_reasoning(&text) && literals.last().is_none_or(|literal| text[*literal..].trim_end() != THINK);
     let ids = tokenizer.encode_with_literals(&text, &literals)?;
     Ok(Prompt { text, ids, in_reasoning })
 }
