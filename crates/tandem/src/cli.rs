@@ -54,6 +54,9 @@ pub(crate) struct PullArgs {
     /// (safetensors), JSON, tokenizers and chat templates are got in any case, pickles in none.
     #[arg(long, value_name = "GLOB")]
     pub(crate) include: Vec<String>,
+    /// Get the configuration, the index and the tokenizer only, for `inspect` and `bench --load-format dummy`.
+    #[arg(long)]
+    pub(crate) metadata: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, Logits, Sequence};
+use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::load::{Loaded, LogitsRows, load};
@@ -139,6 +139,7 @@ impl Score {
     fn add(&mut self, engine: &mut Engine, inputs: &[u32], targets: &[u32], chunk: usize) -> anyhow::Result<()> {
         let mut sequence = Sequence::default();
         let vocab = engine.vocab_size();
+        check_vocabulary(targets, vocab)?;
         for (inputs, targets) in inputs.chunks(chunk).zip(targets.chunks(chunk)) {
             let logits = engine.run(&mut sequence, inputs, chunk, Logits::All)?;
             for (row, target) in logits.chunks_exact(vocab).zip(targets) {

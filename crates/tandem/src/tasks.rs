@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, logprob};
+use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
 use crate::cli::TasksArgs;
 use crate::load::{Loaded, LogitsRows, load};
@@ -206,6 +206,7 @@ fn choose(engine: &mut Engine, tokenizer: &Tokenizer, task: &Choose, chunk: usiz
 fn log_likelihood(engine: &mut Engine, tokens: &[u32], n_context: usize, chunk: usize) -> anyhow::Result<f64> {
     let mut sequence = Sequence::default();
     let vocab = engine.vocab_size();
+    check_vocabulary(tokens, vocab)?;
     let (context, scored) = tokens[..tokens.len() - 1].split_at(n_context - 1);
     if !context.is_empty() {
         engine.run(&mut sequence, context, chunk, Logits::Last)?;
