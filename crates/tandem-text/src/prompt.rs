@@ -153,8 +153,11 @@ mod tests {
         models
     }
 
+    /// A place, and messages and tools with a text in it.
+    type Case = (&'static str, Vec<Value>, Option<Vec<Value>>);
+
     /// Conversations with a text in each place that a client can write to.
-    fn conversations(text: &str) -> Vec<(&'static str, Vec<Value>, Option<Vec<Value>>)> {
+    fn conversations(text: &str) -> Vec<Case> {
         let user = json!({"role": "user", "content": "hi"});
         let call = |name: &str, arguments: Value| {
             json!({"role": "assistant", "content": "", "tool_calls": [
