@@ -2,16 +2,16 @@
 
 use std::sync::{Arc, Mutex};
 
-use tandem_core::Backend;
 use tandem_core::backend::{
     Batch, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, RmsNorm, Rotate,
     RouterTopk, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::MatrixData;
+use tandem_core::{Backend, Numerics};
 
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
-use crate::kernels::activations::{Activations, Kernel, Numerics};
+use crate::kernels::activations::{Activations, Kernel};
 use crate::kernels::attention::{HEAD_BLOCK, attend};
 use crate::kernels::index_select::{Int8Query, scores, scores_int8, select};
 use crate::kernels::matrix::matrix_rows;
@@ -84,6 +84,11 @@ impl CpuIndices {
     /// Row `i`.
     pub fn row(&self, i: usize) -> &[i32] {
         &self.data[i * self.width..(i + 1) * self.width]
+    }
+
+    /// Copies the first rows, as many as `out` holds.
+    pub fn read(&self, out: &mut [i32]) {
+        out.copy_from_slice(&self.data[..out.len()]);
     }
 
     fn row_mut(&mut self, i: usize) -> &mut [i32] {
