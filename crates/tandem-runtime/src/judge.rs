@@ -1,20 +1,25 @@
 //! Judging a model by its outputs: the text that it reads, and what it loses against another of the same architecture.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
-use tandem_core::weights::{Form, Weight};
+use tandem_core::weights::{Form, ModuleKind, Weight};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 use tandem_cpu::CpuBackend;
+use tandem_cpu::system::default_threads;
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence, check_vocabulary};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 use tandem_text::Tokenizer;
 
 use crate::device::cpu_backend;
+use crate::load::{Loaded, LogitsRows, load};
 use crate::model_dir::model_dir;
-use crate::options::DeviceOptions;
+use crate::news::OnNews;
+use crate::options::{DeviceOptions, LoadOptions, ModelOptions};
 use crate::presets;
+use crate::ranks::Joined;
 
 /// Rows run at once.
 const CHUNK: usize = 128;
@@ -46,6 +51,52 @@ pub fn documents(path: &Path, text: &str) -> anyhow::Result<Option<Vec<String>>>
     Ok(Some(out))
 }
 
+/// Checks what loading does not read: elements of matrices that stay mapped until an expert or a token asks for them, and
+/// layers that do not run. An evaluation that happens not to meet a damaged weight would say nothing about the model.
+///
+/// # Errors
+/// An element is NaN or infinite, or cannot be read.
+pub fn check_weights(checkpoint: &Checkpoint, weights: &[Weight]) -> Result<(), CheckpointError> {
+    let left: Vec<&Weight> = weights
+        .iter()
+        .filter(|weight| weight.dtype.has_non_finite_codes() || weight.spec.kind == ModuleKind::Mtp)
+        .collect();
+    let next = AtomicUsize::new(0);
+    let check = || {
+        while let Some(weight) = left.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if weight.spec.form == Form::Vector {
+                weight.vector(checkpoint)?;
+                continue;
+            }
+            let matrix = weight.matrix(checkpoint)?;
+            for part in 0..matrix.parts.len() {
+                matrix.check_finite(part, 0, matrix.rows)?;
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..default_threads()).map(|_| scope.spawn(check)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
+    })
+}
+
+/// [`load`], and [`check_weights`].
+///
+/// # Errors
+/// As both.
+pub fn load_checked(
+    options: &ModelOptions,
+    logits: LogitsRows,
+    joined: Option<Joined>,
+    on_news: OnNews<'_>,
+) -> anyhow::Result<Loaded> {
+    let loaded = load(options, LoadOptions::one_sequence(logits), joined, on_news)?;
+    let checkpoint = Checkpoint::open(&loaded.dir)?;
+    check_weights(&checkpoint, &tandem_model::resolve(&checkpoint, &loaded.config)?)?;
+    Ok(loaded)
+}
+
 /// One of the two models.
 pub struct Side {
     /// Its config.json.
@@ -72,6 +123,14 @@ impl Side {
     /// A tensor is missing, misshapen or unexplained.
     pub fn resolve(&self) -> Result<Vec<Weight>, CheckpointError> {
         tandem_model::resolve(&self.checkpoint, &self.config)
+    }
+
+    /// [`check_weights`] of this model.
+    ///
+    /// # Errors
+    /// As [`check_weights`] and [`Side::resolve`].
+    pub fn check_weights(&self) -> Result<(), CheckpointError> {
+        check_weights(&self.checkpoint, &self.resolve()?)
     }
 
     /// Every weight, ready to be read.
@@ -208,7 +267,12 @@ impl Windows {
             a.release(&mut of_a);
             b.release(&mut of_b);
         }
-        Ok(Comparison { points })
+        let comparison = Comparison { points };
+        for (name, perplexity) in [("A", comparison.perplexity(|p| p.nll_a)), ("B", comparison.perplexity(|p| p.nll_b))]
+        {
+            ensure!(perplexity.is_finite(), "model {name} has no finite perplexity: this is no model of this text");
+        }
+        Ok(comparison)
     }
 
     /// The text that leads to a position, and the token that follows.

@@ -1,6 +1,6 @@
 //! `tandem eval compare`: what a model's outputs lose against another's of the same architecture.
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use serde_json::json;
 use tandem_core::CheckpointError;
 use tandem_core::weights::{Form, MatrixData};
@@ -34,6 +34,9 @@ pub(crate) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         args.a,
         args.b
     );
+    for (side, name) in [(&a, &args.a), (&b, &args.b)] {
+        side.check_weights().with_context(|| name.clone())?;
+    }
     let options =
         DeviceOptions { activations: args.activations.into(), threads: args.threads, ..DeviceOptions::default() };
     let load = |side: &Side, source: &dyn WeightSource| {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
@@ -11,8 +11,9 @@ use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::news::on_terminal;
 use crate::report::print_json;
+use tandem_runtime::judge::{documents, load_checked};
 use tandem_runtime::ranks::Joined;
-use tandem_runtime::{LoadOptions, Loaded, LogitsRows, load};
+use tandem_runtime::{Loaded, LogitsRows};
 use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
@@ -33,7 +34,7 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let tokens: Vec<u32> = serde_json::from_str(&text)
         .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
     let Loaded { mut engine, prefill_chunk, .. } =
-        load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::Chunk), joined, &mut on_terminal())?;
+        load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
     let start = Instant::now();
     let mut sequence = Sequence::default();
@@ -64,11 +65,11 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
 fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.text)?;
     let Loaded { dir, mut engine, prefill_chunk, .. } =
-        load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::Chunk), joined, &mut on_terminal())?;
+        load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let start = Instant::now();
     let mut score = Score::default();
-    let window = match tandem_runtime::judge::documents(&args.text, &text)? {
+    let window = match documents(&args.text, &text)? {
         Some(documents) => {
             for document in documents {
                 let tokens = tokenizer.encode(&document, true)?;
@@ -96,6 +97,11 @@ fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<(
         }
     };
     let (seconds, perplexity) = (start.elapsed().as_secs_f64(), score.perplexity());
+    ensure!(
+        perplexity.is_finite(),
+        "the mean of {} nats per token is too much for a perplexity: this is no model of this text, or a damaged one",
+        score.nll / score.n as f64
+    );
     if args.json {
         return print_json(&json!({
             "perplexity": perplexity,

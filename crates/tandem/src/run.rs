@@ -18,6 +18,7 @@ use tandem_runtime::ranks::Joined;
 use tandem_runtime::units::bytes;
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, load};
 use tandem_text::ChatTemplate;
+use tandem_text::prompt;
 use tandem_text::{StopMatcher, Tokenizer};
 
 /// Runs the command.
@@ -141,9 +142,7 @@ impl Session {
                 self.loaded.dir.display()
             );
         };
-        let text = template.render(messages, self.tools.as_deref(), true, &self.extra)?;
-        // Templates write the special tokens themselves.
-        Ok(self.tokenizer.encode(&text, false)?)
+        Ok(prompt(template, &self.tokenizer, messages, self.tools.as_deref(), &self.extra)?.ids)
     }
 
     /// Answers `ids`, streaming to stdout if asked. What the cache already holds of `ids` is not run again.

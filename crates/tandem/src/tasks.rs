@@ -11,8 +11,9 @@ use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Seq
 use crate::cli::TasksArgs;
 use crate::news::on_terminal;
 use crate::report::print_json;
+use tandem_runtime::judge::load_checked;
 use tandem_runtime::ranks::Joined;
-use tandem_runtime::{LoadOptions, Loaded, LogitsRows, load};
+use tandem_runtime::{Loaded, LogitsRows};
 use tandem_text::dialect::opens_reasoning;
 use tandem_text::{AnswerStream, Delta, Dialect, Tokenizer};
 
@@ -126,7 +127,7 @@ pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<
     let needs_rows = tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
     let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
     let Loaded { dir, mut engine, prefill_chunk, .. } =
-        load(&(&args.model).into(), LoadOptions::one_sequence(rows), joined, &mut on_terminal())?;
+        load_checked(&(&args.model).into(), rows, joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();
