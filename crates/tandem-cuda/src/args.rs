@@ -223,9 +223,9 @@ kernel_arguments! {
         rounds: u32,
     }
 
-    /// How a token is chosen (choose.cu).
+    /// How a token is sampled (sample.cu).
     #[derive(bytemuck::Pod)]
-    struct Choice {
+    struct Sampling {
         inverse_temperature: f32,
         top_k: u32,
         top_p: f32,
@@ -234,17 +234,17 @@ kernel_arguments! {
         unused: u64,
     }
 
-    /// In front of a batch that has choices, which follow it (choose.cu).
+    /// In front of a batch whose tokens are sampled; how follows it (sample.cu).
     #[derive(bytemuck::Pod)]
-    struct ChoiceHeader {
+    struct SamplingHeader {
         to: u64,
         unused: [u64; 3],
     }
 
-    struct ChooseArgs {
+    struct SampleArgs {
         logits: u64,
         header: u64,
-        chosen: u64,
+        sampled: u64,
         vocab: u32,
         unused: u32,
     }
@@ -362,14 +362,14 @@ kernel_arguments! {
     }
 }
 
-impl Choice {
-    pub(crate) fn new(choice: &backend::Choice) -> Choice {
-        Choice {
-            inverse_temperature: if choice.temperature == 0.0 { 0.0 } else { 1.0 / choice.temperature },
-            top_k: choice.top_k,
-            top_p: choice.top_p,
-            least: if choice.min_p > 0.0 { choice.min_p.ln() } else { f32::NEG_INFINITY },
-            unit: choice.unit,
+impl Sampling {
+    pub(crate) fn new(sampling: &backend::Sampling) -> Sampling {
+        Sampling {
+            inverse_temperature: if sampling.temperature == 0.0 { 0.0 } else { 1.0 / sampling.temperature },
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            least: if sampling.min_p > 0.0 { sampling.min_p.ln() } else { f32::NEG_INFINITY },
+            unit: sampling.unit,
             unused: 0,
         }
     }

@@ -39,7 +39,7 @@ kernel_files!(
     "gemm_wgmma.cu",
     "mla_prefill.cu",
     "repack.cu",
-    "choose.cu",
+    "sample.cu",
 );
 
 /// The kernels as one program: what src/preamble.rs says first, and last the assertions that both sides lay arguments out

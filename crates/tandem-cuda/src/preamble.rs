@@ -1,7 +1,7 @@
 //! Facts that the kernels and this crate share. Each is written here and put in front of the kernels as CUDA C++, so that
 //! neither side can disagree: constants, the numbers of the storage formats, and the formats that are kept in tiles.
 
-use tandem_core::backend::{CHOSEN, NO_TOKEN, PAGE_SIZE};
+use tandem_core::backend::{NO_TOKEN, PAGE_SIZE, SAMPLED};
 
 macro_rules! constants {
     ($($(#[$doc:meta])* $name:ident = $value:expr;)*) => {
@@ -93,7 +93,7 @@ constants! {
 }
 
 /// Words of 32 bits with a meaning of their own.
-const WORDS: &[(&str, u32)] = &[("CHOSEN", CHOSEN), ("NO_TOKEN", NO_TOKEN)];
+const WORDS: &[(&str, u32)] = &[("SAMPLED", SAMPLED), ("NO_TOKEN", NO_TOKEN)];
 
 macro_rules! formats {
     ($($(#[$doc:meta])* $name:ident = $cuda:literal,)*) => {
