@@ -15,6 +15,7 @@ use crate::cli::{OnOff, RunArgs, SamplingArgs};
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::{bytes, print_json};
 use tandem_text::ChatTemplate;
+use tandem_text::prompt;
 use tandem_text::{StopMatcher, Tokenizer};
 
 /// Runs the command.
@@ -137,9 +138,7 @@ impl Session {
                 self.loaded.dir.display()
             );
         };
-        let text = template.render(messages, self.tools.as_deref(), true, &self.extra)?;
-        // Templates write the special tokens themselves.
-        Ok(self.tokenizer.encode(&text, false)?)
+        Ok(prompt(template, &self.tokenizer, messages, self.tools.as_deref(), &self.extra)?.ids)
     }
 
     /// Answers `ids`, streaming to stdout if asked. What the cache already holds of `ids` is not run again.

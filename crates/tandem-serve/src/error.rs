@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio_stream::StreamExt;
 use utoipa::ToSchema;
 
-use super::generation::work;
+use crate::generation::work;
 
 /// Why a request was not served.
 #[derive(Clone, Debug)]

@@ -38,10 +38,10 @@ macro_rules! objects {
     ($($name:ident),+ $(; $($both:ident),+)?) => {
         $(impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                $name::deserialize($crate::serve::strict::ObjectOnly(deserializer))
+                $name::deserialize($crate::strict::ObjectOnly(deserializer))
             }
         })+
-        $($crate::serve::strict::objects!($($both),+);
+        $($crate::strict::objects!($($both),+);
         $(impl serde::Serialize for $both {
             fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 $both::serialize(self, serializer)
@@ -56,7 +56,7 @@ macro_rules! named_by_type {
     ($($name:ident),+) => {
         $(impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let object = $crate::serve::strict::typed_object(deserializer)?;
+                let object = $crate::strict::typed_object(deserializer)?;
                 $name::deserialize(object).map_err(serde::de::Error::custom)
             }
         })+

@@ -10,14 +10,15 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{
+use crate::api::{
     Count, FunctionType, NamedTool, ReasoningEffort, StreamEvent, Tool, ToolChoice, ToolMode, ToolName, Usage,
 };
-use super::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
-use super::error::{ApiError, Body, ErrorResponse};
-use super::generation::{App, Ask, Finish, Generation, new_id, now};
-use super::grammar::Form;
-use super::strict::{named_by_type, objects};
+use crate::app::App;
+use crate::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
+use crate::error::{ApiError, Body, ErrorResponse};
+use crate::generation::{Ask, Finish, Generation, new_id, now};
+use crate::grammar::Form;
+use crate::strict::{named_by_type, objects};
 use tandem_text::dialect::Delta;
 
 objects!(ResponsesRequest, ItemMessage, ItemText, FlatTool, FlatToolName, Reasoning, TextOptions);

@@ -10,14 +10,15 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::api::{
+use crate::api::{
     Count, FunctionType, NamedTool, StreamEvent, Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage,
 };
-use super::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
-use super::error::{AnthropicError, ApiError, Body};
-use super::generation::{Answer, App, Ask, Finish, Generation, new_id};
-use super::grammar::Form;
-use super::strict::{named_by_type, objects};
+use crate::app::App;
+use crate::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
+use crate::error::{AnthropicError, ApiError, Body};
+use crate::generation::{Answer, Ask, Finish, Generation, new_id};
+use crate::grammar::Form;
+use crate::strict::{named_by_type, objects};
 use tandem_text::dialect::Delta;
 
 objects!(MessagesRequest, CountRequest, InputMessage, InputTool);

@@ -1,20 +1,19 @@
 //! From a checked request to pieces of an answer: what every endpoint shares.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Map, Value};
-use tandem_engine::{Event, FinishReason, GenerationConfig, Logprobs, Request, SamplingOverrides};
+use tandem_engine::{Event, FinishReason, Logprobs, Request, SamplingOverrides};
+use tandem_text::dialect::{Delta, END_THINK, Function};
+use tandem_text::{AnswerStream, FinishedBy, prompt};
 use tokio::time::timeout_at;
 
-use super::api::{TokenLogprob, TopLogprob, Usage};
-use super::error::ApiError;
-use super::grammar::{Compiled, Form, GrammarError, Grammars};
-use super::metrics::Metrics;
-use super::worker::{Replies, Reply, Worker};
-use tandem_text::ChatTemplate;
-use tandem_text::dialect::{Delta, Dialect, END_THINK, Function, opens_reasoning};
-use tandem_text::{AnswerStream, FinishedBy, Tokenizer};
+use crate::api::{TokenLogprob, TopLogprob, Usage};
+use crate::app::App;
+use crate::error::ApiError;
+use crate::grammar::{Compiled, Form, GrammarError};
+use crate::worker::{Replies, Reply};
 
 /// Bytes from which on work on a text would hold up other requests.
 pub(crate) const LARGE: usize = 32 << 10;
@@ -22,32 +21,6 @@ pub(crate) const LARGE: usize = 32 << 10;
 /// Works on `n_bytes` of text; while that takes long, another thread takes over this one's other tasks.
 pub(crate) fn work<T>(n_bytes: usize, work: impl FnOnce() -> T) -> T {
     if n_bytes < LARGE { work() } else { tokio::task::block_in_place(work) }
-}
-
-/// Everything that handlers need.
-pub(crate) struct App {
-    pub(crate) worker: Worker,
-    pub(crate) tokenizer: Tokenizer,
-    pub(crate) template: Option<ChatTemplate>,
-    pub(crate) dialect: Dialect,
-    pub(crate) defaults: GenerationConfig,
-    pub(crate) grammars: Grammars,
-    pub(crate) metrics: Metrics,
-    pub(crate) vocab_size: usize,
-    /// Tokens per sequence.
-    pub(crate) context: usize,
-    /// Names that requests may use; the first is the one that answers carry.
-    pub(crate) model_names: Vec<String>,
-    /// Seconds since 1970 at the start.
-    pub(crate) created: u64,
-    /// Of one request.
-    pub(crate) timeout: Duration,
-    /// SHA-256 of the keys, none if the server is open.
-    pub(crate) keys: Vec<[u8; 32]>,
-    /// Whether prompts and answers may be logged.
-    pub(crate) log_text: bool,
-    /// Facts about the model, for the page.
-    pub(crate) facts: Value,
 }
 
 /// A checked request.
@@ -82,11 +55,6 @@ pub(crate) struct Chat {
 }
 
 impl App {
-    /// Name of the model in answers.
-    pub(crate) fn model_name(&self) -> &str {
-        self.model_names.first().map_or("", String::as_str)
-    }
-
     /// Checks the model that a request names.
     pub(crate) fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
         match asked {
@@ -109,14 +77,12 @@ impl App {
             return Err(ApiError::invalid("messages", message));
         };
         let n_bytes = messages.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
-        let text = work(n_bytes, || template.render(messages, tools, true, variables))
+        let prompt = work(n_bytes, || prompt(template, &self.tokenizer, messages, tools, variables))
             .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
         if self.log_text {
-            tracing::info!(prompt = %text, "request");
+            tracing::info!(prompt = %prompt.text, "request");
         }
-        let in_reasoning = opens_reasoning(&text);
-        // Templates write the special tokens themselves.
-        Ok((self.encode("messages", &text, false)?, in_reasoning))
+        Ok((prompt.ids, prompt.in_reasoning))
     }
 
     pub(crate) fn encode(&self, param: &str, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {

@@ -10,7 +10,7 @@ use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tandem_engine::RankStatus;
 
-use super::worker::Status;
+use crate::worker::Status;
 
 type FloatGauge = Gauge<f64, AtomicU64>;
 type FloatCounter = Counter<f64, AtomicU64>;

@@ -8,8 +8,8 @@ use serde_json::{Map, Number, Value};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::error::ApiError;
-use super::strict::{named_by_type, objects};
+use crate::error::ApiError;
+use crate::strict::{named_by_type, objects};
 use tandem_text::dialect::Function;
 
 objects!(

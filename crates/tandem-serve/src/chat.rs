@@ -13,10 +13,11 @@ use tokio::sync::mpsc::{Sender, channel};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::api::*;
-use super::error::{ApiError, Body, ErrorResponse};
-use super::generation::{Answer, App, Ask, Chat, Chunk, Generation, new_id, now, total};
-use super::grammar::Form;
+use crate::api::*;
+use crate::app::App;
+use crate::error::{ApiError, Body, ErrorResponse};
+use crate::generation::{Answer, Ask, Chat, Chunk, Generation, new_id, now, total};
+use crate::grammar::Form;
 use tandem_text::dialect::Delta;
 
 /// Events that may wait for a slow reader before its stream pauses.

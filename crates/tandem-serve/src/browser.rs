@@ -6,7 +6,6 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Context, ensure};
 use axum::extract::Request;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
@@ -14,7 +13,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
-use super::error::ApiError;
+use crate::app::ServeError;
+use crate::error::ApiError;
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const SEC_FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
@@ -41,22 +41,23 @@ impl Default for Origins {
 }
 
 impl Access {
-    /// Checks the flags: names of `--allowed-host` and origins of `--cors-origin`, `*` for any. Without names, only a server
-    /// on a loopback address looks at the name that was asked for.
+    /// Reads names and origins, `*` for any; without names the one that was asked for is not looked at.
     ///
     /// # Errors
     /// A value is neither a name nor an origin.
-    pub(crate) fn new(is_loopback: bool, hosts: &[String], origins: &[String]) -> anyhow::Result<Access> {
-        for host in hosts {
-            let is_name = host == "*" || (host.parse::<Authority>().is_ok_and(|a| a.port().is_none()));
-            ensure!(is_name, "--allowed-host {host:?} is not a name; give it without scheme, port and path");
+    pub(crate) fn new(hosts: Option<&[String]>, origins: &[String]) -> Result<Access, ServeError> {
+        for host in hosts.unwrap_or_default() {
+            let is_name = host == "*" || host.parse::<Authority>().is_ok_and(|a| a.port().is_none());
+            if !is_name {
+                return Err(ServeError::Host(host.clone()));
+            }
         }
-        let is_checked = (is_loopback || !hosts.is_empty()) && !hosts.iter().any(|host| host == "*");
-        let hosts = is_checked.then(|| hosts.iter().map(|host| host.to_lowercase()).collect());
+        let hosts = hosts.filter(|hosts| !hosts.iter().any(|host| host == "*"));
+        let hosts = hosts.map(|hosts| hosts.iter().map(|host| host.to_lowercase()).collect());
         if origins.iter().any(|origin| origin == "*") {
             return Ok(Access { hosts, origins: Origins::Any });
         }
-        let origins = origins.iter().map(|origin| read_origin(origin)).collect::<anyhow::Result<_>>()?;
+        let origins = origins.iter().map(|origin| read_origin(origin)).collect::<Result<_, _>>()?;
         Ok(Access { hosts, origins: Origins::These(origins) })
     }
 
@@ -133,17 +134,14 @@ pub(crate) async fn guard(access: Access, request: Request, next: Next) -> Respo
     }
 }
 
-fn read_origin(origin: &str) -> anyhow::Result<HeaderValue> {
+fn read_origin(origin: &str) -> Result<HeaderValue, ServeError> {
     let is_origin = origin == "null"
         || origin.split_once("://").is_some_and(|(scheme, host)| {
             let is_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
             !scheme.is_empty() && scheme.chars().all(is_scheme) && host.parse::<Authority>().is_ok()
         });
-    ensure!(
-        is_origin,
-        "--cors-origin {origin:?} is not an origin; write it as in https://example.com:8443, without a path, or * for any"
-    );
-    origin.to_lowercase().parse().with_context(|| format!("--cors-origin {origin:?} is not an origin"))
+    let value = is_origin.then(|| origin.to_lowercase().parse().ok()).flatten();
+    value.ok_or_else(|| ServeError::Origin(origin.to_owned()))
 }
 
 /// Whether a name can only mean this machine, or is an address that needs no name.
@@ -199,7 +197,8 @@ mod tests {
 
     fn access(is_loopback: bool, hosts: &[&str], origins: &[&str]) -> Access {
         let owned = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
-        Access::new(is_loopback, &owned(hosts), &owned(origins)).unwrap()
+        let hosts = (is_loopback || !hosts.is_empty()).then(|| owned(hosts));
+        Access::new(hosts.as_deref(), &owned(origins)).unwrap()
     }
 
     /// Status of a request with these headers, 200 if it passes.
@@ -244,8 +243,8 @@ mod tests {
         // Reached by names that it cannot know.
         check(&access(false, &[], &[]), "GET", &[("host", "box.example")], 200);
         check(&access(false, &["box.example"], &[]), "GET", &[("host", "evil.example")], 403);
-        assert!(Access::new(true, &["http://box".into()], &[]).is_err());
-        assert!(Access::new(true, &["box:80".into()], &[]).is_err());
+        assert!(Access::new(Some(&["http://box".into()]), &[]).is_err());
+        assert!(Access::new(Some(&["box:80".into()]), &[]).is_err());
     }
 
     #[test]
@@ -287,7 +286,7 @@ mod tests {
             check(&closed, method, &headers, expected);
         }
         for bad in ["app.example", "https://app.example/", "https://app.example/x", "://x", "", "http://"] {
-            assert!(Access::new(true, &[], &[bad.into()]).is_err(), "{bad}");
+            assert!(Access::new(None, &[bad.into()]).is_err(), "{bad}");
         }
     }
 

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use tandem_engine::{Counters, Engine, EngineError, Event, Output, RankStatus, Request, RequestId};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::error::ApiError;
-use super::grammar::STACK_BYTES;
+use crate::error::ApiError;
+use crate::grammar::STACK_BYTES;
 
 /// Between attempts to make the engine anew.
 const RETRY: Duration = Duration::from_secs(2);
@@ -96,11 +96,14 @@ struct Shared {
 }
 
 /// Weight bytes that a step of so many rows reads.
-pub(crate) type StepBytes = Box<dyn Fn(usize) -> u64 + Send>;
+pub type StepBytes = Box<dyn Fn(usize) -> u64 + Send>;
+
+/// Why an engine cannot be made.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The way to the engine's thread.
 #[derive(Clone)]
-pub(crate) struct Worker {
+pub struct Worker {
     jobs: Sender<Job>,
     shared: Arc<Shared>,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
@@ -119,10 +122,10 @@ impl Worker {
     ///
     /// # Errors
     /// The first engine cannot be made.
-    pub(crate) fn start(
-        make: impl FnMut() -> anyhow::Result<(Engine, StepBytes)> + Send + 'static,
+    pub fn start(
+        make: impl FnMut() -> Result<(Engine, StepBytes), BoxError> + Send + 'static,
         max_open: usize,
-    ) -> anyhow::Result<Worker> {
+    ) -> Result<Worker, BoxError> {
         let shared = Arc::new(Shared {
             is_ready: AtomicBool::new(false),
             is_stopping: AtomicBool::new(false),
@@ -149,12 +152,12 @@ impl Worker {
     }
 
     /// Stops being ready; requests in flight go on.
-    pub(crate) fn stop(&self) {
+    pub fn stop(&self) {
         self.shared.is_stopping.store(true, Ordering::Relaxed);
     }
 
     /// Ends the thread, and with it whatever is still in flight; returns when the engine has put everything away.
-    pub(crate) fn end(&self) {
+    pub fn end(&self) {
         self.shared.is_ended.store(true, Ordering::Relaxed);
         let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(thread) = thread {
@@ -204,10 +207,10 @@ impl Worker {
 }
 
 fn run(
-    mut make: impl FnMut() -> anyhow::Result<(Engine, StepBytes)>,
+    mut make: impl FnMut() -> Result<(Engine, StepBytes), BoxError>,
     jobs: &Receiver<Job>,
     shared: &Shared,
-    first: Sender<anyhow::Result<()>>,
+    first: Sender<Result<(), BoxError>>,
 ) {
     let mut first = Some(first);
     loop {
@@ -236,7 +239,8 @@ fn run(
                     let _ = first.send(Err(error));
                     return;
                 }
-                tracing::error!("the engine cannot be made: {error:#}; trying again in {} s", RETRY.as_secs());
+                let error = chain(&*error);
+                tracing::error!("the engine cannot be made: {error}; trying again in {} s", RETRY.as_secs());
                 std::thread::sleep(RETRY);
                 if shared.is_ended.load(Ordering::Relaxed) {
                     return;
@@ -244,6 +248,12 @@ fn run(
             }
         }
     }
+}
+
+/// An error with its causes.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Serves until the engine fails, or the server ends (`None`).

@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use tandem_engine::RankStatus;
 use utoipa::{OpenApi, ToSchema};
 
-use super::api::{Content, LARGEST_INTEGER, Message, TokenId};
-use super::error::{ApiError, Body, ErrorResponse};
-use super::generation::App;
-use super::strict::objects;
+use crate::api::{Content, LARGEST_INTEGER, Message, TokenId};
+use crate::app::App;
+use crate::error::{ApiError, Body, ErrorResponse};
+use crate::strict::objects;
 
 /// The chat page, without parts from elsewhere.
 const PAGE: &str = include_str!("page.html");
