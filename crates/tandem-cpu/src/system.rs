@@ -2,6 +2,18 @@
 
 /// Largest resident memory of this process so far, in bytes; 0 where the system does not tell.
 pub fn peak_memory_bytes() -> u64 {
+    // getrusage begins with the peak of the process that started this one.
+    let own = std::fs::read_to_string("/proc/self/status").ok().and_then(|text| kilobytes(&text, "VmHWM:"));
+    own.unwrap_or_else(peak_of_usage)
+}
+
+/// The value of a line such as `VmHWM:   1234 kB`, in bytes.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+fn peak_of_usage() -> u64 {
     resource_usage().map_or(0, |usage| {
         // Linux counts kilobytes, macOS bytes.
         let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
@@ -16,9 +28,7 @@ pub fn major_page_faults() -> u64 {
 
 /// Memory of this process that is resident now, in bytes; `None` where the system does not tell.
 pub fn resident_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Rss:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+    kilobytes(&std::fs::read_to_string("/proc/self/smaps_rollup").ok()?, "Rss:")
 }
 
 #[cfg(unix)]
@@ -42,9 +52,7 @@ struct NoUsage {
 
 /// Memory that new allocations can have without swapping, in bytes; `None` where the system does not tell.
 pub fn available_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+    kilobytes(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
 }
 
 /// Pins all memory of this process, mapped files included, so that the system cannot take it back.

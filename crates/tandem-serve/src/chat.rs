@@ -19,6 +19,7 @@ use crate::error::{ApiError, Body, ErrorResponse};
 use crate::generation::{Answer, Ask, Chat, Chunk, Generation, new_id, now, total};
 use crate::grammar::Form;
 use tandem_text::dialect::Delta;
+use tandem_text::template_call;
 
 /// Events that may wait for a slow reader before its stream pauses.
 const BUFFER: usize = 64;
@@ -383,18 +384,6 @@ fn template_message(message: &Message) -> Value {
         value["name"] = json!(name);
     }
     value
-}
-
-/// A call as chat templates expect it.
-pub(crate) fn template_call(id: &str, name: &str, arguments: &str) -> Value {
-    let arguments = match serde_json::from_str::<Value>(arguments) {
-        Ok(Value::Object(map)) => Value::Object(map),
-        Ok(Value::Null) => json!({}),
-        // A call that was cut off; the model sees what it wrote.
-        _ if arguments.trim().is_empty() => json!({}),
-        _ => json!({"arguments": arguments}),
-    };
-    json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
 fn form_of(format: Option<&ResponseFormat>, outputs: Option<&StructuredOutputs>) -> Result<Option<Form>, ApiError> {

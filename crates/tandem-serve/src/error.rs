@@ -20,7 +20,7 @@ pub(crate) struct ApiError {
     param: Option<String>,
     code: Option<&'static str>,
     /// Seconds after which to try again.
-    retry_after: Option<u32>,
+    pub(crate) retry_after: Option<u32>,
 }
 
 impl ApiError {

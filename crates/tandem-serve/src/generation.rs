@@ -165,6 +165,7 @@ impl App {
                     n_reasoning: 0,
                     n_cached: 0,
                     start: now,
+                    first_token: None,
                     last_token: None,
                     is_done: false,
                     error: None,
@@ -234,6 +235,7 @@ pub(crate) struct Generation {
     n_reasoning: usize,
     n_cached: usize,
     start: Instant,
+    first_token: Option<Instant>,
     last_token: Option<Instant>,
     is_done: bool,
     /// Comes after what was written before it.
@@ -296,6 +298,7 @@ impl Generation {
 
     fn close(&mut self, reason: &str) {
         self.is_done = true;
+        self.log(reason);
         self.app.metrics.finished(reason);
         self.app.metrics.duration.observe(self.start.elapsed().as_secs_f64());
         let n_malformed = self.stream.n_malformed();
@@ -305,7 +308,24 @@ impl Generation {
         }
     }
 
+    /// One line for each answer.
+    fn log(&self, finish: &str) {
+        let seconds = |to: Option<Instant>| to.map(|at| (at - self.start).as_secs_f64());
+        tracing::info!(
+            model = self.app.model_name(),
+            prompt_tokens = self.n_prompt,
+            cached_tokens = self.n_cached,
+            completion_tokens = self.n_tokens,
+            reasoning_tokens = self.n_reasoning,
+            first_token_seconds = seconds(self.first_token),
+            seconds = self.start.elapsed().as_secs_f64(),
+            finish,
+            "request"
+        );
+    }
+
     fn token(&mut self, id: u32, logprobs: Option<Logprobs>, at: Instant) -> Result<Chunk, ApiError> {
+        self.first_token.get_or_insert(at);
         match self.last_token.replace(at) {
             None => self.app.metrics.time_to_first_token.observe((at - self.start).as_secs_f64()),
             Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
@@ -354,6 +374,14 @@ impl Generation {
             TopLogprob { token, logprob: logprob.max(-9999.0), bytes }
         });
         TokenLogprob { token, logprob: logprobs.chosen.max(-9999.0), bytes, top_logprobs: top_logprobs.collect() }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.log("client left");
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod chat;
 mod error;
 mod generation;
 mod grammar;
+mod loading;
 mod messages;
 mod metrics;
 mod pages;
@@ -30,6 +31,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 pub use app::{App, Model, Options, ServeError};
+pub use loading::Loading;
 pub use worker::{BoxError, StepBytes, Worker};
 
 use crate::error::{ApiError, MaxBody};

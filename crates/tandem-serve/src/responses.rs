@@ -14,12 +14,13 @@ use crate::api::{
     Count, FunctionType, NamedTool, ReasoningEffort, StreamEvent, Tool, ToolChoice, ToolMode, ToolName, Usage,
 };
 use crate::app::App;
-use crate::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
+use crate::chat::{Events, Gone, chat_ask, choose_functions, send, stream};
 use crate::error::{ApiError, Body, ErrorResponse};
 use crate::generation::{Ask, Finish, Generation, new_id, now};
 use crate::grammar::Form;
 use crate::strict::{named_by_type, objects};
 use tandem_text::dialect::Delta;
+use tandem_text::template_call;
 
 objects!(ResponsesRequest, ItemMessage, ItemText, FlatTool, FlatToolName, Reasoning, TextOptions);
 named_by_type!(TypedItem, TextFormat);

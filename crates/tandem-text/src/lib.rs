@@ -13,6 +13,6 @@ pub mod tokenizer;
 pub use answer::{AnswerPiece, AnswerStream, FinishedBy};
 pub use chat_template::{ChatTemplate, TemplateError};
 pub use dialect::{Delta, Dialect, Function};
-pub use prompt::{Prompt, PromptError, prompt};
+pub use prompt::{Prompt, PromptError, prompt, template_call};
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::{DecodeStream, Tokenizer, TokenizerError};

@@ -4,7 +4,7 @@
 //! template writes itself open and close turns. Before rendering a mark goes into each special token of the conversation,
 //! which no template looks for, and afterwards the marks tell these tokens from the template's.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::chat_template::{ChatTemplate, TemplateError};
@@ -64,6 +64,18 @@ pub fn prompt(
         opens_reasoning(&text) && literals.last().is_none_or(|literal| text[*literal..].trim_end() != THINK);
     let ids = tokenizer.encode_with_literals(&text, &literals)?;
     Ok(Prompt { text, ids, in_reasoning })
+}
+
+/// A call as chat templates expect it: `arguments`, JSON text, as an object.
+pub fn template_call(id: &str, name: &str, arguments: &str) -> Value {
+    let arguments = match serde_json::from_str::<Value>(arguments) {
+        Ok(Value::Object(map)) => Value::Object(map),
+        Ok(Value::Null) => json!({}),
+        // A call that was cut off; the model sees what it wrote.
+        _ if arguments.trim().is_empty() => json!({}),
+        _ => json!({"arguments": arguments}),
+    };
+    json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
 fn has_control(tokenizer: &Tokenizer, value: &Value) -> bool {
@@ -134,7 +146,6 @@ fn without_marks(marked: &str, mark: &str) -> (String, Vec<usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
     use std::path::{Path, PathBuf};
 
     /// Every model with a tokenizer and a chat template in the repository.
