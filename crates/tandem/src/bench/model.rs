@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
-use tandem_core::weights::ModuleKind;
+use tandem_core::weights::{ModuleKind, Read};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::CpuBackend;
 use tandem_cpu::system::default_threads;
@@ -107,11 +107,8 @@ impl BenchModel {
         );
         let dummy = matches!(model.source, Source::Dummy { .. });
         let accounting = Accounting::new(weights, config);
-        let index_query_parameters = weights
-            .iter()
-            .filter(|w| w.spec.kind == ModuleKind::Indexer && !w.spec.module.ends_with("indexer.wk"))
-            .map(|w| w.spec.elements() as u64)
-            .sum();
+        let index_query_parameters =
+            weights.iter().filter(|w| w.spec.read == Read::Sparse).map(|w| w.spec.elements() as u64).sum();
         let resident_bytes = accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes });
         eprintln!("{name}: {} {}", if dummy { "making" } else { "loading" }, bytes(resident_bytes));
         let shape = Shape { config, limits, n_slots };
