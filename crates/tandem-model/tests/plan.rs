@@ -9,9 +9,9 @@ use tandem_model::{
 
 const GB: u64 = 1_000_000_000;
 
-const GLM: &str = include_str!("../../../crates/tandem/src/presets/glm-5.1.json");
-const DEEPSEEK: &str = include_str!("../../../crates/tandem/src/presets/deepseek-v3.2.json");
-const LLAMA: &str = include_str!("../../../crates/tandem/src/presets/llama-3.2-3b.json");
+const GLM: &str = include_str!("../../../crates/tandem-runtime/src/presets/glm-5.1.json");
+const DEEPSEEK: &str = include_str!("../../../crates/tandem-runtime/src/presets/deepseek-v3.2.json");
+const LLAMA: &str = include_str!("../../../crates/tandem-runtime/src/presets/llama-3.2-3b.json");
 
 fn plan(memory: &[u64], bandwidth: &[f64], round_trip: f64, request: Request) -> Result<Plan, PlanError> {
     plan_of(GLM, memory, bandwidth, round_trip, request)

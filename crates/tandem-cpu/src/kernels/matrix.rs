@@ -31,7 +31,7 @@ pub(crate) fn matrix_rows(
 ) {
     let kernel = Kernel::choose(matrix, numerics, isa);
     let view = match matrix {
-        CpuMatrix::Mapped(data) => data.view(part),
+        CpuMatrix::Mapped(mapped) => mapped.data.view(part),
         #[cfg(target_arch = "x86_64")]
         CpuMatrix::Tiled(tiles) => {
             let Kernel::Tiles(operand) = kernel else { unreachable!("tiles have their own kernels") };

@@ -5,7 +5,7 @@ use tandem_core::backend::{CacheKind, CacheSpec};
 use tandem_core::weights::ModuleKind;
 use tandem_model::cache_specs;
 
-use super::model::BenchModel;
+use tandem_runtime::measured::MeasuredModel;
 
 /// Bytes of one step by module kind.
 pub(super) struct BytesRead {
@@ -18,7 +18,7 @@ impl BytesRead {
     /// Of decoding `batch` sequences with `visible` positions each: weights once, routed experts as often as they were
     /// counted to differ, and each sequence's attended cache.
     pub(super) fn of_decode_step(
-        model: &BenchModel,
+        model: &MeasuredModel,
         visible: usize,
         batch: usize,
         experts_per_layer: Option<f64>,
@@ -58,7 +58,7 @@ impl BytesRead {
 }
 
 /// Cached bytes that one sequence's token attends to, each counted once.
-fn cache_bytes(model: &BenchModel, visible: usize, sparse: bool) -> f64 {
+fn cache_bytes(model: &MeasuredModel, visible: usize, sparse: bool) -> f64 {
     let config = &model.config;
     let read = |spec: CacheSpec| {
         let positions = match spec.kind {
@@ -75,7 +75,7 @@ fn cache_bytes(model: &BenchModel, visible: usize, sparse: bool) -> f64 {
 
 /// Floating-point operations of a prompt: 2 per weight that a token meets. The output projection runs for the last
 /// token only, index queries only in chunks that see more than `index_topk` positions.
-pub(super) fn prefill_flop(model: &BenchModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
+pub(super) fn prefill_flop(model: &MeasuredModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
     let config = &model.config;
     let end = context + n_tokens;
     let scored: usize = (context..end)
