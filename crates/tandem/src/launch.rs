@@ -18,8 +18,11 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tandem_comm::tcp::Secret;
 
-use super::rank::{Announcement, NEWS, Order};
-use crate::cli::{LaunchArgs, ParallelArgs, TransportArg};
+use tandem_runtime::ParallelOptions;
+use tandem_runtime::options::TransportKind;
+use tandem_runtime::ranks::{Announcement, NEWS, Order};
+
+use crate::cli::LaunchArgs;
 
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
@@ -43,7 +46,7 @@ impl Host {
 
 /// Runs `tandem launch`.
 pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
-    let parallel = args.parallel_args();
+    let parallel = args.parallel();
     let hosts = match &args.hostfile {
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -56,7 +59,7 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
     }
     catch_signals()?;
     match parallel.transport {
-        TransportArg::Mpi => {
+        TransportKind::Mpi => {
             let command = mpirun(args, &parallel, &hosts)?;
             restarting(args.restart, |_| {
                 run_to_end(command(), || {
@@ -67,7 +70,7 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
                 })
             })
         }
-        TransportArg::Local => {
+        TransportKind::Local => {
             ensure!(
                 hosts.iter().all(Host::is_local),
                 "--transport local runs threads of one process, but the hostfile has other hosts; use tcp or mpi"
@@ -79,7 +82,7 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
                 run_to_end(command, || "cannot start this program again".to_string())
             })
         }
-        TransportArg::Auto | TransportArg::Tcp | TransportArg::Nccl => {
+        TransportKind::Auto | TransportKind::Tcp | TransportKind::Nccl => {
             let launcher = Launcher { args, parallel, hosts };
             restarting(args.restart, |generation| launcher.generation(generation))
         }
@@ -87,9 +90,9 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The short form: `command` with `n` ranks on this host.
-pub(crate) fn launch_here(n: usize, parallel: &ParallelArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn launch_here(n: usize, parallel: &ParallelOptions) -> anyhow::Result<ExitCode> {
     let command = std::env::args().skip(1).collect();
-    let args = LaunchArgs::short_form(command, parallel.clone());
+    let args = LaunchArgs::short_form(command);
     catch_signals()?;
     Launcher { args: &args, parallel: parallel.clone(), hosts: local_hosts(n) }.generation(0)
 }
@@ -176,7 +179,7 @@ fn hosts(text: &str, path: &str) -> anyhow::Result<Vec<Host>> {
 /// MPI's launcher, which starts the ranks itself.
 fn mpirun<'a>(
     args: &'a LaunchArgs,
-    parallel: &'a ParallelArgs,
+    parallel: &'a ParallelOptions,
     hosts: &'a [Host],
 ) -> anyhow::Result<impl Fn() -> Command + 'a> {
     let binary = args.remote_binary.clone().map_or_else(std::env::current_exe, Ok)?;
@@ -202,7 +205,7 @@ static INTERRUPT: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 struct Launcher<'a> {
     args: &'a LaunchArgs,
-    parallel: ParallelArgs,
+    parallel: ParallelOptions,
     hosts: Vec<Host>,
 }
 
@@ -316,7 +319,7 @@ impl Launcher<'_> {
         let mut told = false;
         let start = Instant::now();
         let bars = Bars::new(ranks.len());
-        let patience = self.parallel.patience()?;
+        let patience = self.parallel.deadline()?;
         let mut first_failure: Option<(usize, ExitStatus, Instant)> = None;
         let mut finished: Option<Instant> = None;
         loop {

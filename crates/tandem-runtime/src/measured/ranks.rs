@@ -1,4 +1,4 @@
-//! Benchmarks on several ranks: rank 0 asks the others to fill their caches and what they measured.
+//! Measuring several ranks: rank 0 asks the others to fill their caches and what they measured.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,12 +9,14 @@ use serde_json::{Map, Value, json};
 use tandem_core::backend::{CacheKind, TensorGroup};
 use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_cpu::{Pool, system};
-use tandem_engine::{Answer, DistributedRunner, EngineError, Operation, Profile, Profiled, RankTimes, Runner};
+use tandem_engine::{DistributedRunner, EngineError, Operation, Profile, Profiled, RankTimes, Runner};
 
-use super::device::{BenchDevice, BenchRunner};
-use crate::cli::BenchModelArgs;
-use crate::distributed::{self, Model, RankBackend, RankDevice};
+use super::runner::MeasuredRunner;
+use crate::device::Device;
 use crate::load::Shape;
+use crate::news::{News, OnNews};
+use crate::options::ParallelOptions;
+use crate::ranks::{self, Answers, Joined, Model, RankBackend};
 
 /// What rank 0 asks.
 #[derive(Serialize, Deserialize)]
@@ -31,19 +33,25 @@ enum Question {
 
 /// What one rank did between start and stop. Times are sums in ms.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct RankReport {
+pub struct RankReport {
     /// Its pipeline stage.
-    pub(super) stage: usize,
+    pub stage: usize,
     /// By operation, as in [`Operation::ALL`]; zeros without a profile.
-    pub(super) operations: Vec<f64>,
+    pub operations: Vec<f64>,
     /// Different experts in all runs of its MoE layers, and the number of these runs.
-    pub(super) experts: (u64, u64),
-    pub(super) working: f64,
-    pub(super) summing: f64,
-    pub(super) receiving: f64,
-    pub(super) sending: f64,
-    pub(super) major_faults: u64,
-    pub(super) resident_bytes: u64,
+    pub experts: (u64, u64),
+    /// Computing.
+    pub working: f64,
+    /// In sums over a tensor-parallel group.
+    pub summing: f64,
+    /// Waiting for the stage before.
+    pub receiving: f64,
+    /// Handing activations on.
+    pub sending: f64,
+    /// Pages read from a disk.
+    pub major_faults: u64,
+    /// Memory of the process at the end.
+    pub resident_bytes: u64,
 }
 
 impl RankReport {
@@ -64,7 +72,7 @@ impl RankReport {
 }
 
 /// One value per stage: the mean of its ranks' and the smallest.
-pub(super) fn by_stage(reports: &[RankReport], value: impl Fn(&RankReport) -> f64) -> (f64, f64) {
+pub fn by_stage(reports: &[RankReport], value: impl Fn(&RankReport) -> f64) -> (f64, f64) {
     let (mut means, mut least) = (0.0, 0.0);
     for stage in reports.chunk_by(|a, b| a.stage == b.stage) {
         means += stage.iter().map(&value).sum::<f64>() / stage.len() as f64;
@@ -86,7 +94,7 @@ impl<D: Backend> TensorGroup<Profiled<D>> for Through<D> {
     }
 }
 
-impl<D: BenchDevice + RankDevice> RankBackend for Profiled<D> {
+impl<D: Device> RankBackend for Profiled<D> {
     type Device = D;
 
     fn of(device: D) -> Self {
@@ -101,7 +109,7 @@ impl<D: BenchDevice + RankDevice> RankBackend for Profiled<D> {
         Arc::new(Through(group))
     }
 
-    fn answer(config: &ModelConfig) -> Option<Answer<Self>> {
+    fn answers(config: &ModelConfig) -> Option<Answers<Self>> {
         let (config, mut faults) = (config.clone(), 0);
         Some(Box::new(move |backend, cache, times, question| {
             match serde_json::from_slice(question) {
@@ -132,27 +140,30 @@ struct Ranks<D: Backend> {
     bandwidth: f64,
 }
 
-/// Loads rank 0's part; the second value is the name of the numerics.
-pub(super) fn load<D: BenchDevice + RankDevice>(
-    args: &BenchModelArgs,
+/// Loads rank 0's part; also the name of the numerics.
+pub(super) fn load<D: Device>(
+    joined: Joined,
+    parallel: &ParallelOptions,
+    sync_every: usize,
     model: &Model,
     shape: Shape<'_>,
-) -> anyhow::Result<(Box<dyn BenchRunner>, &'static str)> {
+    on_news: OnNews<'_>,
+) -> anyhow::Result<(Box<dyn MeasuredRunner>, &'static str)> {
     let Shape { limits, n_slots, .. } = shape;
-    let (runner, numerics) = distributed::lead::<Profiled<D>>(model, &args.parallel, limits, n_slots, args.sync_every)?;
+    let (runner, numerics) = ranks::lead::<Profiled<D>>(joined, model, parallel, limits, n_slots, sync_every, on_news)?;
     let mut ranks = Ranks { runner, bandwidth: 0.0 };
-    ranks.bandwidth = ranks.measure_bandwidth()?;
+    ranks.bandwidth = ranks.measure_bandwidth(on_news)?;
     Ok((Box::new(ranks), numerics))
 }
 
-impl<D: BenchDevice + RankDevice> Ranks<D> {
+impl<D: Device> Ranks<D> {
     fn ask(&mut self, ranks: std::ops::Range<usize>, question: &Question) -> anyhow::Result<Vec<Vec<u8>>> {
         Ok(self.runner.ask(ranks, &serde_json::to_vec(question)?)?)
     }
 
     /// Bytes of one token over the time in which memory alone would deliver them: the ranks of a stage read at the same
     /// time, stages one after the other.
-    fn measure_bandwidth(&mut self) -> anyhow::Result<f64> {
+    fn measure_bandwidth(&mut self, on_news: OnNews<'_>) -> anyhow::Result<f64> {
         let (n_stages, size) = (self.runner.plan().n_stages, self.runner.plan().tensor_size);
         let (mut bytes, mut seconds) = (0.0, 0.0);
         for stage in 0..n_stages {
@@ -162,7 +173,7 @@ impl<D: BenchDevice + RankDevice> Ranks<D> {
             for (rank, answer) in ranks.zip(answers) {
                 let bandwidth = answer.first_chunk().map(|b| f64::from_le_bytes(*b)).context("a rank's bandwidth")?;
                 let read = self.runner.plan().ranks[rank].read_bytes as f64;
-                eprintln!("read bandwidth of rank {rank}: {:.2} GB/s", bandwidth / 1e9);
+                on_news(News::Note(format!("read bandwidth of rank {rank}: {:.2} GB/s", bandwidth / 1e9)));
                 bytes += read;
                 slowest = slowest.max(read / bandwidth);
             }
@@ -172,7 +183,7 @@ impl<D: BenchDevice + RankDevice> Ranks<D> {
     }
 }
 
-impl<D: BenchDevice + RankDevice> BenchRunner for Ranks<D> {
+impl<D: Device> MeasuredRunner for Ranks<D> {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.runner.step(batch, logits)
     }
@@ -224,7 +235,7 @@ impl<D: BenchDevice + RankDevice> BenchRunner for Ranks<D> {
     fn name(&self) -> String {
         let plan = self.runner.plan();
         let (stages, size) = (plan.n_stages, plan.tensor_size);
-        format!("{stages} stages of {size} ranks, {} each", self.runner.backend().inner().name())
+        format!("{stages} stages of {size} ranks, {} each", Device::name(self.runner.backend().inner()))
     }
 
     fn describe(&self) -> Map<String, Value> {
@@ -242,11 +253,10 @@ impl<D: BenchDevice + RankDevice> BenchRunner for Ranks<D> {
                 })
             })
             .collect();
-        let mut value = self.runner.backend().inner().describe();
-        value["pipeline_stages"] = json!(plan.n_stages);
-        value["tensor_ranks"] = json!(plan.tensor_size);
-        value["ranks"] = json!(ranks);
-        let Value::Object(map) = value else { return Map::new() };
+        let mut map = self.runner.backend().inner().describe();
+        map.insert("pipeline_stages".into(), json!(plan.n_stages));
+        map.insert("tensor_ranks".into(), json!(plan.tensor_size));
+        map.insert("ranks".into(), json!(ranks));
         map
     }
 }

@@ -5,9 +5,8 @@ use tandem_core::weights::{Form, MatrixData, Weight};
 use tandem_core::{CheckpointError, DType, ModelConfig};
 use tandem_model::{Recipe, Target, WeightSource};
 
-use super::text::token_bar;
-use crate::cli::ActivationsArg;
-use crate::compare::{Side, Windows, engine, kind_of};
+use tandem_runtime::judge::{Side, Windows, engine, kind_of};
+use tandem_runtime::{DeviceOptions, Meter, News, OnNews, Unit};
 
 /// The name in `--quant`.
 pub(super) const NAME: &str = "mixed-4.8";
@@ -34,7 +33,12 @@ struct Kind {
 }
 
 /// Measures how much each kind of module of `side` matters on these tokens, and gives them bits.
-pub(super) fn recipe(side: &Side, runs: &[Vec<u32>], threads: Option<usize>) -> anyhow::Result<Recipe> {
+pub(super) fn recipe(
+    side: &Side,
+    runs: &[Vec<u32>],
+    device: &DeviceOptions,
+    on_news: OnNews<'_>,
+) -> anyhow::Result<Recipe> {
     let weights = side.resolve()?;
     let is_quantized = |w: &&Weight| {
         w.spec.form != Form::Vector
@@ -66,16 +70,17 @@ pub(super) fn recipe(side: &Side, runs: &[Vec<u32>], threads: Option<usize>) -> 
         windows.0.push(run[..run.len().min(left + 1)].to_vec());
         left = left.saturating_sub(run.len() - 1);
     }
-    let (longest, f32) = (windows.longest(), ActivationsArg::F32);
-    let mut original = engine(&side.config, &side.weights()?, side.resident_bytes()?, longest, threads, f32)?;
-    let bar = token_bar("trying each kind of module", TOKENS * kinds.len());
+    let longest = windows.longest();
+    let mut original = engine(&side.config, &side.weights()?, side.resident_bytes()?, longest, device)?;
+    let n_tokens = (TOKENS * kinds.len()) as u64;
+    let meter = Meter::new("trying each kind of module", Unit::Tokens, n_tokens, on_news);
     for kind in &mut kinds {
         let rounded = Rounded { source: &side.weights()?, kind: &kind.name, config: &side.config };
-        let mut model = engine(&side.config, &rounded, side.resident_bytes()?, longest, threads, f32)?;
+        let mut model = engine(&side.config, &rounded, side.resident_bytes()?, longest, device)?;
         kind.kl = windows.compare(&mut original, &mut model)?.mean_kl();
-        bar.inc(TOKENS as u64);
+        meter.add(TOKENS as u64);
     }
-    bar.finish_and_clear();
+    meter.finish();
     let max_total = MAX_BITS * total as f64 - others as f64;
     let bits = allocate(&kinds, max_total);
     let found: f64 = kinds.iter().zip(&bits).map(|(kind, bits)| size(kind, *bits)).sum();
@@ -86,10 +91,11 @@ pub(super) fn recipe(side: &Side, runs: &[Vec<u32>], threads: Option<usize>) -> 
         (found + others as f64) / total as f64
     );
     // In the form of a rule file, to be kept or changed.
-    eprintln!("default = \"keep\"\n[rules]");
+    let mut lines = vec!["default = \"keep\"\n[rules]".to_string()];
     for (kind, bits) in kinds.iter().zip(&bits) {
-        eprintln!("\"{}\" = \"affine{bits}\" # {:.6} nats a token at {PROBE} bits", kind.pattern, kind.kl);
+        lines.push(format!("\"{}\" = \"affine{bits}\" # {:.6} nats a token at {PROBE} bits", kind.pattern, kind.kl));
     }
+    on_news(News::Note(lines.join("\n")));
     let target = |bits: u8| Target::Affine { bits, group_size: GROUP };
     let rules = kinds.into_iter().zip(bits).map(|(kind, bits)| (kind.pattern, target(bits))).collect();
     Ok(Recipe { name: NAME.to_string(), rules, experts: Target::Keep, rest: Target::Keep })

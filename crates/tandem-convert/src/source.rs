@@ -10,7 +10,7 @@ use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_core::{Checkpoint, CheckpointError, DType, ModelConfig};
 use tandem_model::{DummyWeights, RandomRows, Recipe, Stacks};
 
-use crate::presets;
+use tandem_runtime::presets;
 
 /// Weights by rows, in the formats that they have.
 pub(super) trait Source: Sync {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use tandem_model::{Recipe, Target};
 
 use super::usage;
-use crate::presets;
+use tandem_runtime::presets;
 
 /// A rule file.
 #[derive(Deserialize)]

@@ -1,46 +1,48 @@
-//! What a GPU must hold, before anything is loaded onto it; GPUs as the devices of several ranks.
+//! NVIDIA GPUs as devices: what one must hold before anything is loaded onto it, and sums between several.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use serde_json::{Map, Value, json};
 use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
 use tandem_core::backend::{CacheKind, Mlp, Moe};
-use tandem_core::weights::{MatrixData, Weight};
+use tandem_core::weights::MatrixData;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
-use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix, system};
+use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix};
 use tandem_cuda::{
-    CudaBackend, CudaGroup, GroupBuffer, Handle, HostExperts, Numerics, Options, UniqueId, nccl_present, unique_id,
+    CudaBackend, CudaGroup, GroupBuffer, Handle, HostExperts, Numerics, Options, UniqueId, Way, nccl_present, unique_id,
 };
+use tandem_engine::Profiled;
 use tandem_model::{Offload, Stacks};
 
-use crate::cli::ActivationsArg;
-use crate::distributed::{Model, Place, RankDevice, Sums};
-use crate::load::{Shape, cpu_backend, fits_in_memory};
-use crate::report::bytes;
+use super::{Device, Place, SumTimes, Sums, ToHold, cpu_backend, fits_in_memory};
+use crate::load::Shape;
+use crate::news::{News, OnNews, ignore_news};
+use crate::options::{Activations, DeviceOptions};
+use crate::units::bytes;
 
 /// Read to measure the host's memory.
 const READ_BYTES: usize = 512 << 20;
 /// Kept free for kernels' scratch, graphs and the driver.
 const RESERVE: u64 = 1 << 30;
 
-/// Leaves experts on the host where the model does not fit the GPU, or where `n_cpu_moe` asks for it.
+/// Leaves experts on the host where the model does not fit the GPU, or where `--n-cpu-moe` asks for it.
 ///
 /// # Errors
 /// It does not fit even so.
-pub(crate) fn place_experts(
+fn place_experts(
     backend: CudaBackend,
-    shape: Shape<'_>,
-    weights: &[Weight],
-    n_cpu_moe: Option<usize>,
-    threads: Option<usize>,
-    activations: ActivationsArg,
+    options: &DeviceOptions,
+    load: &ToHold<'_>,
+    on_news: OnNews<'_>,
 ) -> anyhow::Result<CudaBackend> {
+    let (shape, weights) = (load.shape, load.weights);
     let cache = (shape.n_slots * cache_bytes_per_token(&backend, shape)) as u64;
     let free = backend.free_memory();
-    let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), n_cpu_moe);
+    let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), options.n_cpu_moe);
     let wanted = offload.device_bytes + cache + RESERVE;
     if wanted > free {
         bail!(
@@ -66,10 +68,9 @@ pub(crate) fn place_experts(
             bytes(offload.host_bytes)
         );
     }
-    let threads = threads.unwrap_or_else(system::default_threads).max(1);
-    let (cpu, _) = cpu_backend(Some(threads), activations, offload.host_bytes);
+    let cpu = cpu_backend(options, offload.host_bytes);
     let (device, host) = (backend.bandwidth(), measure_read_bandwidth(cpu.pool(), READ_BYTES));
-    eprintln!(
+    on_news(News::Note(format!(
         "experts of {} layers stay on the host: {} of {}; expected at most {:.1} tok/s, reading {} per token at {:.0} GB/s \
          on the GPU and {} at {:.0} GB/s on the host",
         offload.layers.len(),
@@ -80,7 +81,7 @@ pub(crate) fn place_experts(
         device / 1e9,
         bytes(offload.host_read_bytes),
         host / 1e9
-    );
+    )));
     let experts = CpuExperts { backend: cpu, stacks: RefCell::default(), mlps: RefCell::default() };
     Ok(backend.with_host_experts(move |module| offload.modules.contains(module), experts))
 }
@@ -130,16 +131,16 @@ fn cache_bytes_per_token(backend: &CudaBackend, shape: Shape<'_>) -> usize {
 }
 
 /// The numerics that `--activations` asks for.
-pub(crate) fn numerics(activations: ActivationsArg) -> anyhow::Result<Numerics> {
+fn numerics(activations: Activations) -> anyhow::Result<Numerics> {
     Ok(match activations {
-        ActivationsArg::F32 => Numerics::F32,
-        ActivationsArg::Bf16 | ActivationsArg::Auto => Numerics::Bf16,
-        ActivationsArg::Int8 => bail!("--activations int8 is for --backend cpu; on a GPU use bf16 or f32"),
+        Activations::F32 => Numerics::F32,
+        Activations::Bf16 | Activations::Auto => Numerics::Bf16,
+        Activations::Int8 => bail!("--activations int8 is for --backend cpu; on a GPU use bf16 or f32"),
     })
 }
 
 /// Lets the GPUs of a group's ranks reach each other's memory, and meets them through NCCL if every rank has it.
-pub(crate) fn connect(backend: &CudaBackend, group: &Group) -> anyhow::Result<CudaGroup> {
+fn connect(backend: &CudaBackend, group: &Group, on_news: OnNews<'_>) -> anyhow::Result<CudaGroup> {
     let doing = Doing::of("sharing GPU memory");
     let (rank, size) = (group.rank(), group.size());
     let (buffer, handle) = GroupBuffer::new(backend, size)?;
@@ -161,14 +162,16 @@ pub(crate) fn connect(backend: &CudaBackend, group: &Group) -> anyhow::Result<Cu
         Err(_) => None,
     };
     if rank == 0 && !all_nccl {
-        eprintln!(
+        on_news(News::Note(
             "note: NCCL was not found on every rank (libnccl.so.2); long sums go through the GPUs' memory as short ones do"
-        );
+                .to_string(),
+        ));
     }
     if rank == 0 && !all_mapped {
-        eprintln!(
+        on_news(News::Note(
             "note: the GPUs cannot reach each other's memory; all sums go through NCCL, which is slower for short ones"
-        );
+                .to_string(),
+        ));
     }
     let mut id: Option<UniqueId> = None;
     if all_nccl {
@@ -182,37 +185,55 @@ pub(crate) fn connect(backend: &CudaBackend, group: &Group) -> anyhow::Result<Cu
     Ok(sums)
 }
 
-impl RankDevice for CudaBackend {
+impl Device for CudaBackend {
     type Opened = CudaBackend;
 
-    fn open(model: &Model, place: Place) -> anyhow::Result<CudaBackend> {
-        let options = Options { ordinal: place.local_rank as i32, ..Options::new(numerics(model.activations)?) };
-        Ok(CudaBackend::new(options)?)
+    fn open(options: &DeviceOptions, place: Place) -> anyhow::Result<CudaBackend> {
+        let numerics = numerics(options.activations)?;
+        Ok(CudaBackend::new(Options { ordinal: place.local_rank as i32, ..Options::new(numerics) })?)
     }
 
     fn memory(opened: &CudaBackend, _: Place) -> u64 {
         opened.free_memory().saturating_sub(RESERVE)
     }
 
-    fn bandwidth(opened: &CudaBackend) -> f64 {
-        opened.bandwidth()
+    fn plan_bandwidth(opened: &CudaBackend) -> f64 {
+        CudaBackend::bandwidth(opened)
     }
 
-    fn numerics(model: &Model) -> anyhow::Result<&'static str> {
-        Ok(numerics(model.activations)?.name())
+    fn numerics(options: &DeviceOptions) -> anyhow::Result<&'static str> {
+        Ok(numerics(options.activations)?.name())
     }
 
-    fn finish(opened: CudaBackend, _: &str) -> CudaBackend {
-        // Every rank has the same flags.
-        opened
+    fn finish(opened: CudaBackend, name: &str) -> anyhow::Result<CudaBackend> {
+        // Every rank has the same flags, so it was opened with these numerics.
+        ensure!(
+            opened.numerics().name() == name,
+            "rank 0 runs with numerics {name}, this rank with {}; give every rank the same --activations",
+            opened.numerics().name()
+        );
+        Ok(opened)
+    }
+
+    fn alone(options: &DeviceOptions, load: &ToHold<'_>, on_news: OnNews<'_>) -> anyhow::Result<CudaBackend> {
+        let backend = CudaBackend::new(Options::new(numerics(options.activations)?))?;
+        place_experts(backend, options, load, on_news)
+    }
+
+    fn numerics_name(&self) -> &'static str {
+        self.numerics().name()
+    }
+
+    fn known_bandwidth(&self) -> Option<f64> {
+        Some(CudaBackend::bandwidth(self))
     }
 
     fn stacks() -> Stacks {
         Stacks::Repeated
     }
 
-    fn sums(&self, group: &Group) -> anyhow::Result<Option<Sums<CudaBackend>>> {
-        let sums = Arc::new(connect(self, group)?);
+    fn sums(&self, group: &Group, on_news: OnNews<'_>) -> anyhow::Result<Option<Sums<CudaBackend>>> {
+        let sums = Arc::new(connect(self, group, on_news)?);
         let (watched, group) = (Arc::clone(&sums), group.clone());
         let check = move || {
             if !watched.has_failed() {
@@ -224,4 +245,54 @@ impl RankDevice for CudaBackend {
         };
         Ok(Some(Sums { group: sums, check: Box::new(check) }))
     }
+
+    fn profiled(self) -> Profiled<CudaBackend> {
+        Profiled::new(self, CudaBackend::count_distinct)
+    }
+
+    fn bandwidth(&self) -> f64 {
+        CudaBackend::bandwidth(self)
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.info().total_memory - self.free_memory()
+    }
+
+    fn name(&self) -> String {
+        self.info().name.clone()
+    }
+
+    fn describe(&self) -> Map<String, Value> {
+        let mut map = Map::new();
+        map.insert("device".into(), json!(self.info().name));
+        map
+    }
+}
+
+/// Times sums that the GPUs of `world` make among themselves, each as one of many in a graph.
+///
+/// # Errors
+/// There is no GPU, or a part of a sum did not arrive.
+pub(super) fn time_sums(world: &Group, local_rank: usize) -> anyhow::Result<Vec<SumTimes>> {
+    const SUMS: usize = 100;
+    const REPETITIONS: usize = 15;
+    let backend = CudaBackend::new(Options { ordinal: local_rank as i32, ..Options::new(Numerics::Bf16) })?;
+    let sums = connect(&backend, world, &mut ignore_news)?;
+    let mut timed = vec![];
+    for (name, way) in [("on GPUs", Way::Peers), ("NCCL", Way::Nccl)] {
+        for bytes in [4 << 10, 12 << 10, 24 << 10, 192 << 10, 1536 << 10, 12 << 20, 96 << 20] {
+            let n_sums = if bytes > 4 << 20 { 10 } else { SUMS };
+            let mut microseconds = vec![];
+            for _ in 0..REPETITIONS {
+                world.barrier(Doing::of("timing sums on GPUs"))?;
+                microseconds.extend(sums.measure(bytes / 4, n_sums, way)?.map(|seconds| seconds * 1e6));
+            }
+            ensure!(!sums.has_failed(), "a part of a sum over GPUs did not arrive");
+            if !microseconds.is_empty() {
+                microseconds.sort_by(f64::total_cmp);
+                timed.push(SumTimes { name, bytes, repetitions: REPETITIONS * n_sums, microseconds });
+            }
+        }
+    }
+    Ok(timed)
 }

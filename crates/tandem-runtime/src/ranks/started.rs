@@ -1,4 +1,4 @@
-//! A rank that [`super::launch`] started: its orders come on a pipe, its news go to stderr.
+//! A rank that a launcher started: its orders come on a pipe, its news go to stderr.
 //!
 //! ```text
 //! launcher -> rank   Order as one line of JSON
@@ -11,33 +11,42 @@
 use std::fs::File;
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
-use tandem_comm::tcp::{self, Peer, SECRET_BYTES, Secret};
+use tandem_comm::Transport;
+use tandem_comm::tcp::{self, Hello, Peer, SECRET_BYTES, Secret, TcpConfig};
 
-use crate::cli::ParallelArgs;
+use crate::device::Place;
+use crate::options::ParallelOptions;
 
 /// Marks a line of a rank's stderr as news for the launcher.
-pub(super) const NEWS: &str = "@tandem ";
+pub const NEWS: &str = "@tandem ";
 
 /// What the launcher tells a rank.
 #[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Order {
-    pub(super) secret: String,
-    pub(crate) rank: usize,
+pub struct Order {
+    /// Proof of identity that all ranks share, in hexadecimal.
+    pub secret: String,
+    /// This rank.
+    pub rank: usize,
     /// Name of every rank's host.
-    pub(super) hosts: Vec<String>,
-    pub(super) listen: IpAddr,
-    /// 0: any.
-    pub(super) port: u16,
-    pub(super) generation: u32,
-    pub(crate) parallel: ParallelArgs,
-    pub(super) on_this_host: usize,
-    /// Seconds.
-    pub(super) start_timeout: f64,
+    pub hosts: Vec<String>,
+    /// Address to listen on.
+    pub listen: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Which start of the same ranks this is, from 0.
+    pub generation: u32,
+    /// How the model is divided.
+    pub parallel: ParallelOptions,
+    /// Ranks of this host.
+    pub on_this_host: usize,
+    /// Seconds for all ranks to meet.
+    pub start_timeout: f64,
     /// The model's place on this host, if it differs.
-    pub(crate) model: Option<String>,
+    pub model: Option<String>,
 }
 
 impl Order {
@@ -54,39 +63,74 @@ impl Order {
 
 /// News of a rank.
 #[derive(Serialize, Deserialize)]
-pub(crate) enum Announcement {
+pub enum Announcement {
+    /// The rank can be reached here.
     Listening(SocketAddr),
-    Loading { done: u64, total: u64 },
+    /// Bytes of weights that have arrived, and bytes in all.
+    Loading {
+        /// So far.
+        done: u64,
+        /// In all.
+        total: u64,
+    },
 }
 
-/// Tells the launcher, if there is one.
-pub(crate) fn announce(news: &Announcement) {
-    if LAUNCHED.load(std::sync::atomic::Ordering::Relaxed)
-        && let Ok(text) = serde_json::to_string(news)
-    {
+/// Tells the launcher.
+pub(super) fn announce(news: &Announcement) {
+    if let Ok(text) = serde_json::to_string(news) {
         eprintln!("{NEWS}{text}");
     }
 }
 
-static LAUNCHED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+/// Ends this process after a message: the launcher or another rank is lost.
+pub type Quit = fn(&str);
 
 /// A rank that knows where the others are.
-pub(crate) struct Started {
-    pub(crate) order: Order,
-    pub(super) listener: TcpListener,
-    pub(super) peers: Vec<Peer>,
+pub struct Started {
+    pub(super) order: Order,
+    listener: TcpListener,
+    peers: Vec<Peer>,
+    quit: Quit,
 }
 
 impl Started {
+    /// The model's place on this host, if it differs.
+    pub(crate) fn model_on_this_host(&self) -> Option<&str> {
+        self.order.model.as_deref()
+    }
+
+    /// Where this rank is among those of its host.
+    pub(super) fn place(&self) -> Place {
+        let (rank, peers) = (self.order.rank, &self.peers);
+        let local_rank = peers[..rank].iter().filter(|p| p.host == peers[rank].host).count();
+        Place { on_this_host: self.order.on_this_host, local_rank }
+    }
+
+    /// Meets the other ranks; all must have the same `model` hash.
+    pub(super) fn connect(self, model: String) -> anyhow::Result<Box<dyn Transport>> {
+        let Started { order, listener, peers, quit } = self;
+        let deadline = order.parallel.deadline()?;
+        let config = TcpConfig {
+            rank: order.rank,
+            peers,
+            secret: order.secret()?,
+            generation: order.generation,
+            hello: Hello { version: env!("CARGO_PKG_VERSION").to_string(), model },
+            deadline,
+            start_timeout: Duration::from_secs_f64(order.start_timeout),
+            on_failure: Box::new(move |error| quit(&error.to_string())),
+        };
+        Ok(Box::new(tcp::connect(listener, config)?))
+    }
+
     /// The address that this rank listens on.
-    pub(crate) fn listen(&self) -> IpAddr {
+    pub(super) fn listen(&self) -> IpAddr {
         self.order.listen
     }
 }
 
 /// Takes orders from the pipe `fd`.
-pub(super) fn start(fd: u32) -> anyhow::Result<Started> {
-    LAUNCHED.store(true, std::sync::atomic::Ordering::Relaxed);
+pub(super) fn start(fd: u32, quit: Quit) -> anyhow::Result<Started> {
     let mut pipe = File::open(format!("/dev/fd/{fd}")).context("--launch-fd is for tandem launch only")?;
     let mut order: Order = serde_json::from_str(&line(&mut pipe)?).context("orders of the launcher")?;
     let listener = tcp::listen(SocketAddr::new(order.listen, order.port))?;
@@ -103,11 +147,10 @@ pub(super) fn start(fd: u32) -> anyhow::Result<Started> {
         std::thread::spawn(move || {
             let mut byte = [0];
             while matches!(pipe.read(&mut byte), Ok(n) if n > 0) {}
-            eprintln!("error: the launcher is gone");
-            std::process::exit(1);
+            quit("the launcher is gone");
         });
     }
-    Ok(Started { order, listener, peers })
+    Ok(Started { order, listener, peers, quit })
 }
 
 /// One line, and not a byte more: what follows may be the user's.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
 
-use crate::cli::{LoadFormatArg, ShapeArgs};
+use crate::options::ShapeOptions;
 
 /// From their config.json.
 const PRESETS: [(&str, &str); 3] = [
@@ -15,7 +15,10 @@ const PRESETS: [(&str, &str); 3] = [
 ];
 
 /// Name and text of a configuration: a preset's or a file's.
-pub(crate) fn config_text(name: &str) -> anyhow::Result<(String, String)> {
+///
+/// # Errors
+/// It is neither, or the file cannot be read.
+pub fn config_text(name: &str) -> anyhow::Result<(String, String)> {
     if let Some((name, text)) = PRESETS.iter().find(|(preset, _)| *preset == name) {
         return Ok((name.to_string(), text.to_string()));
     }
@@ -28,26 +31,34 @@ pub(crate) fn config_text(name: &str) -> anyhow::Result<(String, String)> {
 }
 
 /// The text of a file.
-pub(crate) fn read(path: &Path) -> anyhow::Result<String> {
+///
+/// # Errors
+/// It cannot be read as UTF-8.
+pub fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-impl ShapeArgs {
+impl ShapeOptions {
     /// True when weights are made up; `instead` says how to name a checkpoint.
-    pub(crate) fn is_dummy(&self, instead: &str) -> anyhow::Result<bool> {
-        let dummy = self.load_format == LoadFormatArg::Dummy;
-        if !dummy {
+    ///
+    /// # Errors
+    /// Shapes are given, but the weights are a checkpoint's.
+    pub fn is_dummy(&self, instead: &str) -> anyhow::Result<bool> {
+        if !self.dummy {
             ensure!(self.config.is_none(), "--config gives shapes only; add --load-format dummy, or use {instead}");
             ensure!(
                 self.num_layers.or(self.first_dense).or(self.vocab).is_none(),
                 "--num-layers, --first-dense and --vocab change shapes; they need --load-format dummy"
             );
         }
-        Ok(dummy)
+        Ok(self.dummy)
     }
 
-    /// The configuration with the flags' shapes, as text, so that it is validated like any other.
-    pub(crate) fn apply(&self, text: &str) -> anyhow::Result<String> {
+    /// A configuration's text with these shapes, so that it is validated like any other.
+    ///
+    /// # Errors
+    /// It is not a JSON object, or has no experts where a number of dense layers is asked for.
+    pub fn apply(&self, text: &str) -> anyhow::Result<String> {
         let mut config: Map<String, Value> =
             serde_json::from_str(text).context("the configuration is not a JSON object")?;
         if let Some(n) = self.num_layers {

@@ -2,15 +2,14 @@
 
 use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use tandem_core::ModelConfig;
 use tandem_cpu::CpuBackend;
 use tandem_engine::{BlockManager, Engine, Event, ModelRunner, Request, SamplingParams};
 use tandem_model::{Limits, WeightSource};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::compare::Windows;
-use crate::load::progress_bar;
+use tandem_runtime::judge::Windows;
+use tandem_runtime::{Meter, OnNews, Unit};
 use tandem_text::Tokenizer;
 
 /// Inputs per window of a plain text.
@@ -46,6 +45,7 @@ pub(super) fn written(
     config: &ModelConfig,
     source: &dyn WeightSource,
     backend: CpuBackend,
+    on_news: OnNews<'_>,
 ) -> anyhow::Result<Vec<Vec<u32>>> {
     let (n, length) = (WRITTEN.0, WRITTEN.1.min(config.max_position_embeddings));
     let limits = Limits { max_rows: n, max_logits_rows: n };
@@ -61,11 +61,11 @@ pub(super) fn written(
         ids.push(engine.submit(Request { prompt: vec![first], sampling, max_tokens: length, ..Request::default() })?);
         runs.push(vec![first]);
     }
-    let bar = token_bar("the model writes", n * length);
+    let meter = Meter::new("the model writes", Unit::Tokens, (n * length) as u64, on_news);
     let mut outputs = vec![];
     while engine.n_running() + engine.n_waiting() > 0 {
         engine.step(&mut outputs)?;
-        bar.inc(engine.last_step_rows() as u64);
+        meter.add(engine.last_step_rows() as u64);
         for output in outputs.drain(..) {
             match output.event {
                 Event::Token { id, .. } => {
@@ -79,7 +79,7 @@ pub(super) fn written(
             }
         }
     }
-    bar.finish_and_clear();
+    meter.finish();
     Ok(runs)
 }
 
@@ -90,14 +90,4 @@ fn any_token(i: usize, vocab_size: usize) -> u32 {
 /// Rows of a step: many, for weights that come from the disk in each, but 512 MB of logits at most.
 pub(super) fn step_rows(config: &ModelConfig) -> usize {
     ((1 << 27) / config.vocab_size).clamp(128, 1024)
-}
-
-/// A progress bar that counts tokens.
-pub(super) fn token_bar(what: &'static str, n_tokens: usize) -> ProgressBar {
-    let bar = progress_bar(n_tokens as u64);
-    if let Ok(style) = ProgressStyle::with_template("{msg} {bar:40} {pos}/{len} tokens {eta}") {
-        bar.set_style(style);
-    }
-    bar.set_message(what);
-    bar
 }

@@ -13,12 +13,12 @@ use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
-use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tandem_core::CheckpointError;
 use tandem_core::quant::{self, QuantError};
 use tandem_core::weights::{MatrixData, MatrixPart, Weight};
+use tandem_runtime::Meter;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::plan::{Plan, Shard, Task};
@@ -61,7 +61,7 @@ pub(super) fn write(
     settings: &str,
     out: &Path,
     n_threads: usize,
-    bar: &ProgressBar,
+    meter: &Meter<'_>,
 ) -> anyhow::Result<Written> {
     if out.exists() && std::fs::read_dir(out).map_or(true, |mut entries| entries.next().is_some()) {
         bail!("{} exists already; remove it, or choose another --out", out.display());
@@ -86,7 +86,7 @@ pub(super) fn write(
         // A full file goes to the disk while the next one is filled; there is no third, which would be more to lose.
         let (full, files) = mpsc::sync_channel::<Full>(0);
         let finishing = scope.spawn(|| files.into_iter().try_for_each(|file| state.complete(&partial, file)));
-        let filled = fill_files(source, plan, quantize, &partial, &known, n_threads, bar, &full);
+        let filled = fill_files(source, plan, quantize, &partial, &known, n_threads, meter, &full);
         drop(full);
         // An error there is why no more could be handed over.
         finishing.join().expect("completing a file does not panic")?;
@@ -139,7 +139,7 @@ fn fill_files(
     partial: &Path,
     known: &BTreeMap<String, String>,
     n_threads: usize,
-    bar: &ProgressBar,
+    meter: &Meter<'_>,
     full: &SyncSender<Full>,
 ) -> anyhow::Result<Written> {
     let mut written = Written { n_kept: 0, bytes: 0 };
@@ -148,12 +148,12 @@ fn fill_files(
         if let Some(digest) = known.get(&shard.name)
             && path.exists()
         {
-            let found = run(plan, shard, n_threads, bar, &|task, _| read_back(&path, plan, shard, task), &|_| {})?;
+            let found = run(plan, shard, n_threads, meter, &|task, _| read_back(&path, plan, shard, task), &|_| {})?;
             if format!("{found:016x}") == *digest && std::fs::metadata(&path)?.len() == shard.bytes {
                 written.n_kept += 1;
                 continue;
             }
-            bar.set_position(bar.position().saturating_sub(shard.bytes));
+            meter.take_back(shard.bytes);
         }
         let temporary = temporary(partial, &shard.name);
         let cannot = || format!("cannot write {}", temporary.display());
@@ -177,7 +177,7 @@ fn fill_files(
             source.release(weight(task), task.part, task.rows.clone());
             Ok(digest)
         };
-        let digest = run(plan, shard, n_threads, bar, &make, &|item| source.close(shard.items[item].weight))?;
+        let digest = run(plan, shard, n_threads, meter, &make, &|item| source.close(shard.items[item].weight))?;
         written.bytes += shard.bytes;
         let sent = full.send(Full { file, name: shard.name.clone(), digest });
         sent.map_err(|_| anyhow!("an earlier file could not be completed"))?;
@@ -235,7 +235,7 @@ fn run(
     plan: &Plan,
     shard: &Shard,
     n_threads: usize,
-    bar: &ProgressBar,
+    meter: &Meter<'_>,
     work: &(dyn Fn(&Task, Option<&Task>) -> anyhow::Result<u64> + Sync),
     finished: &(dyn Fn(usize) + Sync),
 ) -> anyhow::Result<u64> {
@@ -259,7 +259,7 @@ fn run(
                             sum.fetch_add(digest, Ordering::Relaxed);
                             let weight = &plan.weights[shard.items[task.item].weight];
                             let cols = weight.spec.dims().2;
-                            bar.inc(weight.dtype.total_bytes(task.rows.len(), cols) as u64);
+                            meter.add(weight.dtype.total_bytes(task.rows.len(), cols) as u64);
                         }
                         Err(e) => {
                             stop.store(true, Ordering::Relaxed);

@@ -20,7 +20,9 @@ use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, Pool};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::{Limits, WeightSource};
 
-use super::text::{step_rows, token_bar};
+use tandem_runtime::{Meter, OnNews, Unit};
+
+use super::text::step_rows;
 
 /// Bytes of all covariances together, at most.
 const MAX_COVARIANCE_BYTES: usize = 2 << 30;
@@ -53,9 +55,11 @@ impl Calibration {
         source: &dyn WeightSource,
         runs: &[Vec<u32>],
         backend: CpuBackend,
+        on_news: OnNews<'_>,
     ) -> anyhow::Result<Calibration> {
         let n_threads = backend.n_threads();
-        let bar = token_bar("calibrating", runs.iter().map(Vec::len).sum());
+        let n_tokens: usize = runs.iter().map(Vec::len).sum();
+        let meter = Meter::new("calibrating", Unit::Tokens, n_tokens as u64, on_news);
         let rows = step_rows(config);
         let blocks = Blocks::new(&tandem_model::weight_specs(config), MAX_COVARIANCE_BYTES);
         let capture = Capture { inner: backend, rows, seen: Rc::new(RefCell::new(Seen { blocks, ..Seen::default() })) };
@@ -70,11 +74,11 @@ impl Calibration {
             let mut sequence = Sequence::default();
             for tokens in tokens.chunks(rows) {
                 engine.run(&mut sequence, tokens, rows, Logits::All)?;
-                bar.inc(tokens.len() as u64);
+                meter.add(tokens.len() as u64);
             }
             engine.release(&mut sequence);
         }
-        bar.finish_and_clear();
+        meter.finish();
         drop(engine);
         let Seen { sums, shared, .. } = seen.take();
         Ok(Calibration { inputs: factor(sums, n_threads), shared })
@@ -413,7 +417,7 @@ mod tests {
     #[test]
     fn covariances_have_a_bounded_size() {
         let specs = |name: &str| {
-            let (_, text) = crate::presets::config_text(name).expect("a preset");
+            let (_, text) = tandem_runtime::presets::config_text(name).expect("a preset");
             tandem_model::weight_specs(&ModelConfig::parse(&text).expect("valid"))
         };
         let whole = Blocks { experts: MAX_BLOCK, others: MAX_BLOCK };
