@@ -88,7 +88,7 @@ impl Calibration {
 /// How wide the blocks of covariances are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Blocks {
-    /// Of the last projections of experts, one for each.
+    /// Covariances of the last projections of experts, one for each.
     experts: usize,
     others: usize,
 }
@@ -205,7 +205,7 @@ struct Named {
 
 struct Capture {
     inner: CpuBackend,
-    /// Of the largest step.
+    /// Rows of the largest step.
     rows: usize,
     seen: Rc<RefCell<Seen>>,
 }
