@@ -457,7 +457,8 @@ mod tests {
                 }
             };
             assert_eq!(read(again), (5, None));
-            assert_eq!(worker.status().restarts, 1);
+            // The two requests may fail in one step or in two.
+            assert!((1..=2).contains(&worker.status().restarts), "{}", worker.status().restarts);
         }
     }
 

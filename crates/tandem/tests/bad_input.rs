@@ -125,7 +125,10 @@ fn nan_scales() {
 #[test]
 fn nan_weights_are_found_at_load() {
     let copy = Copy::of(TINY).patch("model.norm.weight", &[0xc0, 0x7f]);
-    check(&["run", "hi", "--raw", "--json", "--model", &copy.path()], &["model.norm.weight[0] is NaN", "download or convert it again"]);
+    check(
+        &["run", "hi", "--raw", "--json", "--model", &copy.path()],
+        &["model.norm.weight[0] is NaN", "download or convert it again"],
+    );
 }
 
 #[test]
