@@ -145,26 +145,31 @@ formats! {
     AffineBf16 = "AFFINE_BF16",
 }
 
-/// The formats that tensor cores read, which are kept in tiles. Every kernel that takes tiles takes all of them: in Rust by
-/// a `match`, in CUDA by `FOR_TILED_FORMAT`, whose cases are these.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Tiled {
-    /// With scales that the kernels' arithmetic holds.
-    Mxfp4,
-    /// 8 bits in groups of 64 with bf16 scales and biases.
-    Affine8,
+macro_rules! tiled_formats {
+    ($($(#[$doc:meta])* $name:ident = $format:ident,)*) => {
+        /// The formats that tensor cores read, which are kept in tiles. Every kernel that takes tiles takes all of them: in
+        /// Rust by a `match`, in CUDA by `FOR_TILED_FORMAT`, whose cases are these.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Tiled { $($(#[$doc])* $name,)* }
+
+        impl Tiled {
+            const ALL: &[Tiled] = &[$(Tiled::$name),*];
+
+            /// As kernels know it.
+            pub(crate) const fn format(self) -> Format {
+                match self {
+                    $(Tiled::$name => Format::$format,)*
+                }
+            }
+        }
+    };
 }
 
-impl Tiled {
-    const ALL: [Tiled; 2] = [Tiled::Mxfp4, Tiled::Affine8];
-
-    /// As kernels know it.
-    pub(crate) const fn format(self) -> Format {
-        match self {
-            Tiled::Mxfp4 => Format::Mxfp4,
-            Tiled::Affine8 => Format::AffineBf16,
-        }
-    }
+tiled_formats! {
+    /// With scales that the kernels' arithmetic holds.
+    Mxfp4 = Mxfp4,
+    /// 8 bits in groups of 64 with bf16 scales and biases.
+    Affine8 = AffineBf16,
 }
 
 /// The constants and formats as CUDA C++; what launches ask of shared memory is for scripts/check-cuda-kernels.
