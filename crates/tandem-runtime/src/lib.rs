@@ -16,12 +16,8 @@ pub mod presets;
 pub mod ranks;
 pub mod units;
 
-<<<<<<< HEAD
-pub use load::{Loaded, LogitsRows, Shape, load, settle_tie};
-=======
 pub use chat::Chat;
-pub use load::{Loaded, LogitsRows, Shape, load};
->>>>>>> main
+pub use load::{Loaded, LogitsRows, Shape, load, settle_tie};
 pub use model_dir::{hugging_face_cache, hugging_face_token, model_dir};
 pub use news::{Meter, News, OnNews, Progress, Unit, ignore_news};
 pub use options::{DeviceOptions, LoadOptions, ModelOptions, ParallelOptions};
