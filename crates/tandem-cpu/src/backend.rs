@@ -21,7 +21,6 @@ use crate::matrix::CpuMatrix;
 use crate::pool::Pool;
 use crate::scratch::{with_activations, with_scratch};
 use crate::shared_mut::SharedMut;
-#[cfg(target_arch = "x86_64")]
 use crate::tiles::Tiles;
 
 /// Packed bytes of one task of a matrix product, at most: long runs stream better (64 KB: 42 to 55 ms for two GLM-5.1
@@ -129,9 +128,14 @@ impl CpuBackend {
         self
     }
 
-    /// The numerics that are fastest without quantising activations.
+    /// The numerics that this processor computes fastest among those as good as bf16.
     pub fn default_numerics() -> Numerics {
-        if Isa::detect().has_bf16() { Numerics::Bf16 } else { Numerics::F32 }
+        CpuBackend::default_numerics_for(Isa::detect())
+    }
+
+    /// The same for given kernels.
+    pub fn default_numerics_for(isa: Isa) -> Numerics {
+        if isa.has_bf16() || isa == Isa::Avx2 { Numerics::Bf16 } else { Numerics::F32 }
     }
 
     /// Numerics in use.
@@ -474,11 +478,8 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&self, data: MatrixData) -> CpuMatrix {
-        #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512
-            && self.repack
-            && Tiles::supports(data.dtype, data.cols)
-            && let Some(tiles) = Tiles::new(&data, &self.pool)
+        if self.repack
+            && let Some(tiles) = Tiles::new(&data, self.isa, &self.pool)
         {
             return CpuMatrix::Tiled(tiles);
         }

@@ -1,6 +1,7 @@
 //! Which vector instructions this processor has, found at run time.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// Instruction sets that kernels are written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +30,15 @@ impl Isa {
         false
     }
 
-    /// The processor has 512-bit integer dot products and byte permutations (AVX512-VNNI and VBMI).
+    /// The processor has integer dot products for the registers of these instructions: AVX512-VNNI (with the byte
+    /// permutations of VBMI), AVX-VNNI.
     pub fn has_vnni(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi");
+        return match self {
+            Isa::Avx512 => is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi"),
+            Isa::Avx2 => is_x86_feature_detected!("avxvnni"),
+            _ => false,
+        };
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
@@ -70,6 +76,23 @@ impl Isa {
             isas.push(Isa::Neon);
         }
         isas
+    }
+}
+
+impl FromStr for Isa {
+    type Err = String;
+
+    /// The instruction set of that name, if this processor has it.
+    fn from_str(name: &str) -> Result<Isa, String> {
+        let available = Isa::available();
+        available.iter().copied().find(|isa| isa.to_string() == name).ok_or_else(|| {
+            let names: Vec<String> = available.iter().map(Isa::to_string).collect();
+            if [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon].iter().any(|isa| isa.to_string() == name) {
+                format!("this processor has no {name}; it has {}", names.join(", "))
+            } else {
+                format!("there are no kernels for {name:?}; this processor has those for {}", names.join(", "))
+            }
+        })
     }
 }
 

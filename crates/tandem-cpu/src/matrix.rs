@@ -3,15 +3,13 @@
 use tandem_core::DType;
 use tandem_core::weights::MatrixData;
 
-#[cfg(target_arch = "x86_64")]
 use crate::tiles::Tiles;
 
 /// A matrix or stack of equal matrices.
 pub enum CpuMatrix {
     /// As it is in the checkpoint, usually mapped from its file.
     Mapped(MatrixData),
-    /// Repacked in memory for AVX-512.
-    #[cfg(target_arch = "x86_64")]
+    /// Repacked in memory, see the module `tiles`.
     Tiled(Tiles),
 }
 
@@ -20,7 +18,6 @@ impl CpuMatrix {
     pub fn dtype(&self) -> DType {
         match self {
             CpuMatrix::Mapped(data) => data.dtype,
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.dtype,
         }
     }
@@ -29,7 +26,6 @@ impl CpuMatrix {
     pub fn rows(&self) -> usize {
         match self {
             CpuMatrix::Mapped(data) => data.rows,
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.rows,
         }
     }
@@ -38,7 +34,6 @@ impl CpuMatrix {
     pub fn cols(&self) -> usize {
         match self {
             CpuMatrix::Mapped(data) => data.cols,
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.cols,
         }
     }
@@ -47,8 +42,7 @@ impl CpuMatrix {
     pub fn n_parts(&self) -> usize {
         match self {
             CpuMatrix::Mapped(data) => data.parts.len(),
-            #[cfg(target_arch = "x86_64")]
-            CpuMatrix::Tiled(tiles) => tiles.n_parts,
+            CpuMatrix::Tiled(tiles) => tiles.n_parts(),
         }
     }
 
@@ -61,7 +55,6 @@ impl CpuMatrix {
     pub(crate) fn dequantize_row(&self, part: usize, row: usize, out: &mut [f32]) {
         match self {
             CpuMatrix::Mapped(data) => data.view(part).dequantize_row(row, out),
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.dequantize_row(part, row, out),
         }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+use tandem_cpu::Isa;
 use tandem_model::Recipe;
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
@@ -450,6 +451,9 @@ pub(crate) struct BenchModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// Kernels of the processor: scalar, avx2, avx512 or neon; the best that it has if not given.
+    #[arg(long, value_name = "ISA")]
+    pub(crate) isa: Option<Isa>,
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long)]
     pub(crate) lock: bool,

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tandem_core::Backend;
 use tandem_core::weights::ModuleKind;
 use tandem_core::{Checkpoint, ModelConfig};
-use tandem_cpu::{CpuBackend, Numerics, system};
+use tandem_cpu::{CpuBackend, Isa, Numerics, system};
 use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
@@ -210,11 +210,21 @@ pub(crate) fn cpu_backend(
     activations: ActivationsArg,
     weight_bytes: u64,
 ) -> (CpuBackend, &'static str) {
+    cpu_backend_for(Isa::detect(), threads, activations, weight_bytes)
+}
+
+/// The same with given kernels.
+pub(crate) fn cpu_backend_for(
+    isa: Isa,
+    threads: Option<usize>,
+    activations: ActivationsArg,
+    weight_bytes: u64,
+) -> (CpuBackend, &'static str) {
     let numerics = match activations {
         ActivationsArg::F32 => Numerics::F32,
         ActivationsArg::Bf16 => Numerics::Bf16,
         ActivationsArg::Int8 => Numerics::Int8,
-        ActivationsArg::Auto => CpuBackend::default_numerics(),
+        ActivationsArg::Auto => CpuBackend::default_numerics_for(isa),
     };
     // Repacked weights take memory of their own; mapped ones can be read again from their files.
     let repack = fits_in_memory(weight_bytes);
@@ -225,7 +235,8 @@ pub(crate) fn cpu_backend(
             bytes(system::available_memory_bytes().unwrap_or(0))
         );
     }
-    let backend = CpuBackend::new(threads.unwrap_or_else(system::default_threads).max(1), numerics);
+    let threads = threads.unwrap_or_else(system::default_threads).max(1);
+    let backend = CpuBackend::with_isa(threads, numerics, isa);
     (backend.with_repacking(repack), numerics.name())
 }
 

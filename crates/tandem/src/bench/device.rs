@@ -11,14 +11,14 @@ use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::{major_page_faults, peak_memory_bytes};
-use tandem_cpu::{CpuBackend, CpuIndices, Numerics, Pool};
+use tandem_cpu::{CpuBackend, CpuIndices, Isa, Numerics, Pool};
 use tandem_engine::{Chooser, EngineError, ModelRunner, Profiled, RankTimes, Runner};
 use tandem_model::WeightSource;
 
 use super::model::n_threads;
 use super::ranks::RankReport;
 use crate::cli::BenchModelArgs;
-use crate::load::{Device, Shape, choose, cpu_backend, no_host_experts, runner};
+use crate::load::{Device, Shape, choose, cpu_backend_for, no_host_experts, runner};
 
 /// Read for the bandwidth.
 const BANDWIDTH_BYTES: usize = 1 << 30;
@@ -155,7 +155,8 @@ pub(super) fn load(
         Device::Cpu => {
             let _ = weights;
             no_host_experts(args.n_cpu_moe)?;
-            let (backend, numerics) = cpu_backend(args.threads, args.activations, resident);
+            let isa = args.isa.unwrap_or_else(Isa::detect);
+            let (backend, numerics) = cpu_backend_for(isa, args.threads, args.activations, resident);
             let runner = runner(backend.profiled(), source, shape, resident)?;
             Ok((Box::new(Alone { runner, faults_before: 0 }), numerics))
         }

@@ -17,7 +17,7 @@ use tandem_core::DType;
 use tandem_core::quant::PackedView;
 use tandem_core::quant::minifloat::E2M1;
 
-use super::activations::{Activations, NIBBLE_BLOCK};
+use super::activations::{Activations, NIBBLE_BLOCK, SumsOf};
 use super::rows::{ROWS, Rows};
 use crate::isa::Isa;
 
@@ -42,7 +42,7 @@ pub(crate) fn f32_rows(
         Isa::Neon => unsafe { neon::f32_kernel(&rows, values, out) },
         _ => unreachable!("no row kernels for {isa}"),
     }
-    rows.add_biases(isa, |group| x.sums(token, group, false), out);
+    rows.add_biases(isa, |group| x.sums(token, group, SumsOf::Plain), out);
 }
 
 /// Integer products per group of 32.
@@ -62,10 +62,10 @@ pub(crate) fn int8_rows(
         Isa::Avx2 | Isa::Avx512 => unsafe { avx2::int8_kernel(&rows, x.nibble_q8(token), out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => unsafe { neon::int8_kernel(&rows, (x.nibble_q8(token).0, x.q8_groups(token).0), out) },
+        Isa::Neon => unsafe { neon::int8_kernel(&rows, (x.nibble_q8(token).0, x.q8(token).scales), out) },
         _ => unreachable!("no row kernels for {isa}"),
     }
-    rows.add_biases(isa, |group| x.sums(token, group, true), out);
+    rows.add_biases(isa, |group| x.sums(token, group, SumsOf::Int8), out);
 }
 
 impl Rows<'_> {
