@@ -38,6 +38,19 @@ pub enum EngineError {
         /// Ids below this exist.
         vocab_size: usize,
     },
+    /// The model computed something that is not a number.
+    #[error(
+        "after position {position} the logit of token {token_id} is {value}: the forward pass is broken (overflow, or a \
+         damaged checkpoint)"
+    )]
+    NotFinite {
+        /// Of the token whose successor the logits are for, from 0.
+        position: usize,
+        /// The first such token.
+        token_id: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
     /// Nothing to run.
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,
@@ -459,7 +472,8 @@ impl Engine {
     /// `[1 or tokens.len(), vocab_size]`.
     ///
     /// # Errors
-    /// The tokens do not fit, are not in the vocabulary, or the device failed. The sequence is as before.
+    /// The tokens do not fit, are not in the vocabulary, the device failed, or a logit is NaN or infinite. The sequence is
+    /// as before.
     ///
     /// A step of requests that is under way is run again after this, with other random numbers.
     pub fn run(
@@ -501,6 +515,11 @@ impl Engine {
         }
         let mut logits = vec![];
         self.runner.steps(batches, &mut logits)?;
+        let vocab_size = self.runner.vocab_size();
+        let first = total - logits.len() / vocab_size;
+        for (position, row) in (first..).zip(logits.chunks_exact(vocab_size)) {
+            check_finite(row, position)?;
+        }
         sequence.tokens.extend_from_slice(tokens);
         Ok(logits)
     }
@@ -517,9 +536,7 @@ impl Engine {
         if tokens.is_empty() {
             return Err(EngineError::EmptyPrompt);
         }
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
-            return Err(EngineError::UnknownToken { token: *token, vocab_size });
-        }
+        check_vocabulary(tokens, vocab_size)?;
         if total > self.context { Err(self.too_long(total)) } else { Ok(()) }
     }
 
@@ -599,7 +616,9 @@ impl Engine {
                 _ if !member.is_last => continue,
                 // Nothing was to be generated.
                 _ if active.n_generated() >= active.request.max_tokens => Ok((None, Some(FinishReason::Length))),
-                (Some(token), _) => token.clone().map(|token| accept(active, token, None, self.context)),
+                (Some(token), _) => {
+                    token.clone().map(|token| accept(active, token, None, self.context)).map_err(EngineError::from)
+                }
                 (None, Some(row)) => choose(active, row, self.context),
                 (None, None) => break,
             };
@@ -609,7 +628,7 @@ impl Engine {
                     outputs.extend(token.map(|event| Output { request: active.id, event }));
                     end.map(Event::Finished)
                 }
-                Err(error) => Some(Event::Failed(error.into())),
+                Err(error) => Some(Event::Failed(error)),
             };
             if let Some(event) = end {
                 outputs.push(Output { request: active.id, event });
@@ -655,6 +674,32 @@ impl Engine {
     }
 }
 
+/// Checks that every token is below `vocab_size`.
+///
+/// # Errors
+/// The first one that is not.
+pub fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), EngineError> {
+    match tokens.iter().find(|token| **token as usize >= vocab_size) {
+        Some(token) => Err(EngineError::UnknownToken { token: *token, vocab_size }),
+        None => Ok(()),
+    }
+}
+
+/// Checks the logits that a model gave after `position`, before anything masks them.
+fn check_finite(logits: &[f32], position: usize) -> Result<(), EngineError> {
+    // Summed in lanes, a product that is NaN for every number that is not finite; only a bad row is searched.
+    let (lanes, rest) = logits.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for lane in lanes {
+        sums.iter_mut().zip(lane).for_each(|(sum, logit)| *sum += logit * 0.0);
+    }
+    if sums.iter().chain(rest).all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    let bad = logits.iter().enumerate().find(|(_, logit)| !logit.is_finite());
+    bad.map_or(Ok(()), |(token_id, value)| Err(EngineError::NotFinite { position, token_id, value: *value }))
+}
+
 /// Writes a sequence's full pages from `first` on to the disk, unless they are there or it does not keep up.
 fn save_pages(store: Option<&mut PageStore>, runner: &mut dyn Runner, sequence: &Sequence, first: usize) {
     let Some(store) = store else { return };
@@ -697,8 +742,9 @@ fn choose(
     active: &mut Active,
     logits: &mut [f32],
     context: usize,
-) -> Result<(Option<Event>, Option<FinishReason>), SampleError> {
+) -> Result<(Option<Event>, Option<FinishReason>), EngineError> {
     let Active { request, sampler, tokens, .. } = &mut *active;
+    check_finite(logits, tokens.len() - 1)?;
     let n_generated = tokens.len() - request.prompt.len();
     // Before anything changes them.
     let original = request.top_logprobs.map(|_| logits.to_vec());

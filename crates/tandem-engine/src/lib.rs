@@ -13,7 +13,7 @@ mod scheduler;
 
 pub use block_manager::{BlockManager, PageHash};
 pub use distributed::{Answer, CHECK_STEPS, Check, DistributedRunner, HostReduce, Pipeline, RankRunner, RankTimes};
-pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence};
+pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence, check_vocabulary};
 pub use generation_config::*;
 pub use page_store::PageStore;
 pub use profiled::{Operation, Profile, Profiled};
