@@ -135,7 +135,7 @@ impl CpuBackend {
 
     /// The same for given kernels.
     pub fn default_numerics_for(isa: Isa) -> Numerics {
-        if isa.has_bf16() || isa == Isa::Avx2 { Numerics::Bf16 } else { Numerics::F32 }
+        if matches!(isa, Isa::Avx2 | Isa::Avx512 | Isa::Amx) { Numerics::Bf16 } else { Numerics::F32 }
     }
 
     /// Numerics in use.

@@ -165,9 +165,9 @@ impl Tile<'_> {
 /// Rows of a tile for these instructions; 0 where there are no kernels for tiles.
 pub(crate) fn height_for(isa: Isa) -> usize {
     match isa {
-        Isa::Avx512 => 32,
-        Isa::Avx2 => 16,
-        Isa::Scalar | Isa::Neon => 0,
+        Isa::Avx512 | Isa::Amx => 32,
+        Isa::Avx2 | Isa::Neon => 16,
+        Isa::Scalar => 0,
     }
 }
 
@@ -318,23 +318,114 @@ fn interleaved_nibbles(word: u32) -> u32 {
 /// Words of a row that are taken before the next row's: one cache line of a tile's lane.
 const RUN: usize = 16;
 
+/// Rows that are turned at once.
+const LANES: usize = 8;
+
 /// Words `[rows, words]` to `[words, height]`, each through what the format wants of it.
 fn pack_codes(dtype: DType, source: &[u8], cols: usize, rows: std::ops::Range<usize>, height: usize, out: &mut [u8]) {
-    let row_bytes = dtype.weight_bytes(1, cols);
     let (out, _) = out.as_chunks_mut::<4>();
     if rows.len() < height {
         out.fill([0; 4]);
     }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2.
+        return unsafe { pack_codes_avx2(dtype, source, cols, rows, height, out) };
+    }
+    pack_codes_with(dtype, source, cols, rows, height, out, turn);
+}
+
+/// [`pack_codes`] compiled for AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn pack_codes_avx2(
+    dtype: DType,
+    source: &[u8],
+    cols: usize,
+    rows: std::ops::Range<usize>,
+    height: usize,
+    out: &mut [[u8; 4]],
+) {
+    pack_codes_with(dtype, source, cols, rows, height, out, |words, out, height| turn_avx2(words, out, height));
+}
+
+/// `turn(words, out, height)` stores word `i` of row `r` at `i * height + r`.
+#[inline(always)]
+fn pack_codes_with(
+    dtype: DType,
+    source: &[u8],
+    cols: usize,
+    rows: std::ops::Range<usize>,
+    height: usize,
+    out: &mut [[u8; 4]],
+    turn: impl Fn(&[[u32; RUN]; LANES], &mut [[u8; 4]], usize),
+) {
+    let row_bytes = dtype.weight_bytes(1, cols);
     let n_words = out.len() / height;
     for first in (0..n_words).step_by(RUN) {
         let n = RUN.min(n_words - first);
-        for (lane, row) in rows.clone().enumerate() {
-            let row = &source[row * row_bytes..][..row_bytes];
-            let mut words = [0u32; RUN];
-            row_words(dtype, row, first, n, &mut words);
+        for lane in (0..rows.len()).step_by(LANES) {
+            let n_lanes = LANES.min(rows.len() - lane);
+            let mut words = [[0u32; RUN]; LANES];
+            for (i, words) in words[..n_lanes].iter_mut().enumerate() {
+                let row = &source[(rows.start + lane + i) * row_bytes..][..row_bytes];
+                row_words(dtype, row, first, n, words);
+            }
             let to = &mut out[first * height + lane..];
-            for (word, to) in words[..n].iter().zip(to.iter_mut().step_by(height)) {
-                *to = word.to_le_bytes();
+            if n == RUN && n_lanes == LANES {
+                turn(&words, to, height);
+            } else {
+                for (i, words) in words[..n_lanes].iter().enumerate() {
+                    for (word, to) in words[..n].iter().zip(to[i..].iter_mut().step_by(height)) {
+                        *to = word.to_le_bytes();
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn turn(words: &[[u32; RUN]; LANES], out: &mut [[u8; 4]], height: usize) {
+    for i in 0..RUN {
+        for (to, words) in out[i * height..][..LANES].iter_mut().zip(words) {
+            *to = words[i].to_le_bytes();
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn turn_avx2(words: &[[u32; RUN]; LANES], out: &mut [[u8; 4]], height: usize) {
+    use std::arch::x86_64::*;
+    assert!(out.len() >= (RUN - 1) * height + LANES);
+    for half in 0..RUN / LANES {
+        let mut rows = [_mm256_setzero_si256(); LANES];
+        for (register, words) in rows.iter_mut().zip(words) {
+            // SAFETY: 8 words from `LANES * half` on.
+            *register = unsafe { _mm256_loadu_si256(words.as_ptr().add(LANES * half).cast()) };
+        }
+        let mut pairs = rows;
+        for i in 0..4 {
+            pairs[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+            pairs[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+        }
+        let mut quads = pairs;
+        for i in 0..2 {
+            for j in 0..2 {
+                let (a, b) = (pairs[4 * i + j], pairs[4 * i + j + 2]);
+                quads[4 * i + 2 * j] = _mm256_unpacklo_epi64(a, b);
+                quads[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(a, b);
+            }
+        }
+        for i in 0..4 {
+            let low = _mm256_permute2x128_si256::<0x20>(quads[i], quads[4 + i]);
+            let high = _mm256_permute2x128_si256::<0x31>(quads[i], quads[4 + i]);
+            for (word, register) in [(i, low), (4 + i, high)] {
+                let at = (LANES * half + word) * height;
+                // SAFETY: 8 words, as asserted above.
+                unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(at).cast(), register) };
             }
         }
     }

@@ -458,7 +458,7 @@ pub(crate) struct BenchModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Kernels of the processor: scalar, avx2, avx512 or neon; the best that it has if not given.
+    /// Kernels of the processor: scalar, avx2, avx512, amx or neon; the best that it has if not given.
     #[arg(long, value_name = "ISA")]
     pub(crate) isa: Option<Isa>,
     /// Pin the weights in memory, so that the system cannot take it back.

@@ -397,7 +397,7 @@ impl Shared<'_> {
         match isa {
             // SAFETY: the ISA is only available on processors that have it.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { self.fill_avx512(forms, row, n_rows, x) },
+            Isa::Avx512 | Isa::Amx => unsafe { self.fill_avx512(forms, row, n_rows, x) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { self.fill_avx2(forms, row, n_rows, x) },

@@ -192,17 +192,19 @@ unsafe fn weighted_sum<'a, const H: usize, E: Element>(
     out.fill(0.0);
     let ahead = AHEAD_BYTES.div_ceil(value_width * size_of::<E>());
     for first in (0..n_positions).step_by(POSITION_BLOCK) {
-        let block = first..n_positions.min(first + POSITION_BLOCK);
+        let n = POSITION_BLOCK.min(n_positions - first);
+        let mut values = [&[] as &[E]; POSITION_BLOCK];
+        for (p, slot) in values[..n].iter_mut().enumerate() {
+            *slot = &value(first + p)[..value_width];
+            prefetch(value((first + p + ahead).min(n_positions - 1)));
+        }
         for d in (0..value_width).step_by(16) {
             for head in (0..n_heads).step_by(VALUE_HEADS) {
                 let mut sums = [[_mm256_setzero_ps(); 2]; VALUE_HEADS];
-                for p in block.clone() {
-                    let v = value(p);
-                    if d == 0 && head == 0 {
-                        prefetch(value((p + ahead).min(n_positions - 1)));
-                    }
-                    let (v0, v1) = (load(v, d), load(&v[..value_width], d + 8));
-                    let weights = &weights[p * H + head..][..VALUE_HEADS];
+                let weights = weights[first * H..].chunks_exact(H);
+                for (v, weights) in values[..n].iter().zip(weights) {
+                    let (v0, v1) = (load(v, d), load(v, d + 8));
+                    let weights = &weights[head..][..VALUE_HEADS];
                     for h in 0..VALUE_HEADS {
                         let weight = _mm256_set1_ps(weights[h]);
                         sums[h][0] = _mm256_fmadd_ps(weight, v0, sums[h][0]);

@@ -58,7 +58,7 @@ impl Int8Query {
 /// [`scores`] with 8-bit keys: `key(p)` gives codes plus [`KEY_OFFSET`], and their scale.
 #[allow(unsafe_code)]
 pub fn scores_int8<'a>(isa: Isa, query: &Int8Query, key: impl Fn(usize) -> (&'a [u8], f32), out: &mut [f32]) {
-    if isa == Isa::Avx512 && isa.has_vnni() {
+    if matches!(isa, Isa::Avx512 | Isa::Amx) {
         // SAFETY: the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
         return unsafe { scores_vnni(query, key, out) };

@@ -12,7 +12,7 @@ pub fn silu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
     match isa {
         // SAFETY: the ISA is only available on processors that have it; lengths are equal.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { silu_mul_avx512(gate, up) },
+        Isa::Avx512 | Isa::Amx => unsafe { silu_mul_avx512(gate, up) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { silu_mul_avx2(gate, up) },

@@ -35,7 +35,7 @@ pub(crate) fn f32_rows(
         // SAFETY: an `Isa` other than Scalar only exists on processors that have it; `Rows` checked the lengths. A
         // processor with AVX-512 has AVX2 too.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::f32_kernel(&rows, values, out) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe { avx2::f32_kernel(&rows, values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::f32_kernel(&rows, values, out) },
@@ -58,7 +58,9 @@ pub(crate) fn int8_rows(
     match isa {
         // SAFETY: as in `f32_rows`; the kernel was chosen because `Isa::has_int8_dot`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::int8_kernel(&rows, x.byte_q8(token).0, x.q8(token).scales, out) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe {
+            avx2::int8_kernel(&rows, x.byte_q8(token).0, x.q8(token).scales, out)
+        },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe {

@@ -12,8 +12,8 @@ use std::arch::x86_64::*;
 use tandem_core::Float;
 
 use super::{
-    Codes, FloatToken, GROUP, IntegerToken, Isa, Operand, Scales, Sums, Tile, ahead, code_bytes, code_values,
-    prefetch_group, share_log2,
+    Codes, FloatToken, GROUP, IntegerToken, Isa, Scales, Sums, Tile, code_bytes, code_values, prefetch_group,
+    share_log2,
 };
 
 /// Rows of a tile.
@@ -280,7 +280,7 @@ unsafe fn int8_sums<const T: usize, const E2M1: bool, const HALVES: bool>(
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
-        prefetch_group::<5>(tile, group, group_bytes, ahead(Operand::Int8, Codes::U4));
+        prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
             let mut dots = [[_mm256_setzero_si256(); 2]; T];
@@ -344,9 +344,9 @@ unsafe fn vnni_sums<const T: usize, const BITS: usize, const HALVES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if BITS == 8 {
-            prefetch_group::<9>(tile, group, group_bytes, ahead(Operand::Int8, Codes::U8));
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
         } else {
-            prefetch_group::<5>(tile, group, group_bytes, ahead(Operand::Int8, Codes::U4));
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
         }
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
@@ -407,9 +407,9 @@ unsafe fn int16_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if CODES == U8_CODES {
-            prefetch_group::<9>(tile, group, group_bytes, ahead(Operand::Int16, Codes::U8));
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
         } else {
-            prefetch_group::<5>(tile, group, group_bytes, ahead(Operand::Int16, Codes::U4));
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
         }
         // Products of a register's even columns, and of its odd ones, with pair `$pair` and the one after the next.
         macro_rules! step {
@@ -482,9 +482,9 @@ unsafe fn f32_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            BF16_CODES => prefetch_group::<16>(tile, group, group_bytes, ahead(Operand::F32, Codes::Bf16)),
-            U8_CODES | E4M3_CODES => prefetch_group::<9>(tile, group, group_bytes, ahead(Operand::F32, Codes::U8)),
-            _ => prefetch_group::<5>(tile, group, group_bytes, ahead(Operand::F32, Codes::U4)),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
+            U8_CODES | E4M3_CODES => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
+            _ => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
         }
         // Two sums for each register, of alternating columns: one alone would wait for its own last addition.
         let mut partial = [[[_mm256_setzero_ps(); 2]; 2]; T];

@@ -10,12 +10,11 @@ use tandem_core::quant::minifloat::E4M3;
 
 use super::super::affine::load_params;
 use super::{
-    Codes, FloatToken, GROUP, IntegerToken, Operand, Scales, Sums, Tile, ahead, code_bytes, code_values,
-    prefetch_group, share_log2,
+    Codes, FloatToken, GROUP, IntegerToken, Scales, Sums, Tile, code_bytes, code_values, prefetch_group, share_log2,
 };
 
 /// Rows of a tile.
-const HEIGHT: usize = 32;
+pub(super) const HEIGHT: usize = 32;
 
 /// An expression of each of two registers. (`map` would call its closure: a function without the caller's instructions
 /// cannot inline one that has them.)
@@ -44,6 +43,19 @@ pub(super) unsafe fn int8_tile<const T: usize>(tile: &Tile<'_>, x: &[IntegerToke
             Codes::U8 => int8_sums::<T, true, false>(tile, x, out),
             _ if tile.layout.group < GROUP => int8_sums::<T, false, true>(tile, x, out),
             _ => int8_sums::<T, false, false>(tile, x, out),
+        }
+    }
+}
+
+/// # Safety
+/// As [`int8_tile`].
+pub(super) unsafe fn int16_tile<const T: usize>(tile: &Tile<'_>, x: &[IntegerToken<'_, i16>; T], out: &mut Sums) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match tile.layout.codes {
+            Codes::U8 => int16_sums::<T, true, false>(tile, x, out),
+            _ if tile.layout.group < GROUP => int16_sums::<T, false, true>(tile, x, out),
+            _ => int16_sums::<T, false, false>(tile, x, out),
         }
     }
 }
@@ -85,14 +97,14 @@ const E4M3_CODES: u8 = 2;
 const BF16_CODES: u8 = 3;
 
 /// Scales and biases of the groups of a tile.
-struct Params<'a> {
+pub(super) struct Params<'a> {
     tile: &'a Tile<'a>,
     scales: Scales,
     share_log2: u32,
 }
 
 impl<'a> Params<'a> {
-    fn new(tile: &'a Tile<'a>) -> Params<'a> {
+    pub(super) fn new(tile: &'a Tile<'a>) -> Params<'a> {
         Params { tile, scales: tile.layout.scales, share_log2: share_log2(&tile.layout) }
     }
 
@@ -102,7 +114,7 @@ impl<'a> Params<'a> {
     /// `group` must be one of the tile's.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn scales(&self, group: usize) -> [__m512; 2] {
+    pub(super) unsafe fn scales(&self, group: usize) -> [__m512; 2] {
         // SAFETY: the scales of the group's 32 rows are there.
         unsafe {
             match self.scales {
@@ -154,8 +166,15 @@ unsafe fn words(tile: &Tile<'_>, word: usize) -> [__m512i; 2] {
 }
 
 /// Adds what affine biases contribute: the bias of each group times the sum of its activations.
+///
+/// # Safety
+/// The processor must have AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn add_biases<const T: usize>(params: &Params<'_>, x_sums: &[&[f32]; T], sums: &mut [[__m512; 2]; T]) {
+pub(super) unsafe fn add_biases<const T: usize>(
+    params: &Params<'_>,
+    x_sums: &[&[f32]; T],
+    sums: &mut [[__m512; 2]; T],
+) {
     let Scales::Float(float) = params.scales else { return };
     if !params.tile.layout.biased {
         return;
@@ -185,6 +204,53 @@ fn store<const T: usize>(sums: &[[__m512; 2]; T], unit: f32, out: &mut Sums) {
     }
 }
 
+/// `sums += dots * scales of the rows * scale of the activations`, for dots of integers.
+///
+/// # Safety
+/// `group` must be one of the tile's and `x_group` one of the activations'.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn scale_dots<const T: usize, E>(
+    params: &Params<'_>,
+    group: usize,
+    x: &[IntegerToken<'_, E>; T],
+    x_group: usize,
+    dots: &[[__m512i; 2]; T],
+    sums: &mut [[__m512; 2]; T],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scales = params.scales(group);
+        for t in 0..T {
+            let x_scale = _mm512_set1_ps(*x[t].scales.get_unchecked(x_group));
+            for h in 0..2 {
+                let scale = _mm512_mul_ps(scales[h], x_scale);
+                sums[t][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t][h]), scale, sums[t][h]);
+            }
+        }
+    }
+}
+
+/// What takes the offset of the codes away: `-offset * sum of the activations`.
+///
+/// # Safety
+/// `part` must be one of the activations' groups of 32, or of 16 if `HALVES`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn start_dots<const T: usize, const HALVES: bool, E>(
+    x: &[IntegerToken<'_, E>; T],
+    part: usize,
+    offset: i32,
+) -> [[__m512i; 2]; T] {
+    let mut dots = [[_mm512_setzero_si512(); 2]; T];
+    for t in 0..T {
+        let of = if HALVES { x[t].half_sums } else { x[t].group_sums };
+        // SAFETY: the caller's promise.
+        dots[t] = [_mm512_set1_epi32(-offset * unsafe { *of.get_unchecked(part) }); 2];
+    }
+    dots
+}
+
 /// Integer products. Codes are unsigned bytes: affine ones as they are, e2m1 as twice the value plus 12.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")]
 unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
@@ -201,31 +267,11 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if BYTES {
-            prefetch_group::<18>(tile, group, group_bytes, ahead(Operand::Int8, Codes::U8));
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
         } else {
-            prefetch_group::<10>(tile, group, group_bytes, ahead(Operand::Int8, Codes::U4));
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
         }
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
-        macro_rules! scale {
-            ($group:expr) => {{
-                let scales = params.scales($group);
-                for t in 0..T {
-                    let x_scale = _mm512_set1_ps(*x[t].scales.get_unchecked(group));
-                    for h in 0..2 {
-                        let scale = _mm512_mul_ps(scales[h], x_scale);
-                        sums[t][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t][h]), scale, sums[t][h]);
-                    }
-                }
-            }};
-        }
-        // Takes the offset of the codes away.
-        macro_rules! start {
-            ($sums:ident, $group:expr) => {
-                for t in 0..T {
-                    dots[t] = [_mm512_set1_epi32(-offset * *x[t].$sums.get_unchecked($group)); 2];
-                }
-            };
-        }
         macro_rules! step {
             ($values:expr, $column:expr) => {{
                 let values = $values;
@@ -246,14 +292,14 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
                 }
             } else {
                 if HALVES {
-                    start!(half_sums, 2 * group);
+                    dots = start_dots::<T, true, _>(x, 2 * group, offset);
                 } else if offset != 0 {
-                    start!(group_sums, group);
+                    dots = start_dots::<T, false, _>(x, group, offset);
                 }
                 for word in 0..4 {
                     if HALVES && word == 2 {
-                        scale!(2 * group);
-                        start!(half_sums, 2 * group + 1);
+                        scale_dots(&params, 2 * group, x, group, &dots, &mut sums);
+                        dots = start_dots::<T, true, _>(x, 2 * group + 1, offset);
                     }
                     let codes = words(tile, group * 4 + word);
                     step!(both!(codes, c => _mm512_permutexvar_epi8(c, table)), 8 * word);
@@ -261,10 +307,83 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
                     step!(highs, 8 * word + 4);
                 }
             }
-            scale!(if HALVES { 2 * group + 1 } else { group });
+            scale_dots(&params, if HALVES { 2 * group + 1 } else { group }, x, group, &dots, &mut sums);
         }
     }
-    add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums);
+    // SAFETY: the lengths were checked.
+    unsafe { add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums) };
+    store(&sums, unit * tile.unit, out);
+}
+
+/// Integer products of codes and 16-bit activations.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")]
+unsafe fn int16_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
+    tile: &Tile<'_>,
+    x: &[IntegerToken<'_, i16>; T],
+    out: &mut Sums,
+) {
+    let (table, offset, unit) = code_bytes(tile.layout.codes);
+    // Four times the 16 values, as above. SAFETY: 16 bytes.
+    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
+    let low = _mm512_set1_epi16(0xff);
+    let params = Params::new(tile);
+    let mut sums = [[_mm512_setzero_ps(); 2]; T];
+    let group_bytes = tile.group_bytes();
+    for group in 0..tile.cols / GROUP {
+        if BYTES {
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+        } else {
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+        }
+        let mut dots = [[_mm512_setzero_si512(); 2]; T];
+        macro_rules! products {
+            ($values:expr, $pair:expr) => {{
+                let values = $values;
+                for t in 0..T {
+                    let x = x[t].values.as_ptr().add(group * GROUP + 2 * $pair).cast::<i32>().read_unaligned();
+                    let x = _mm512_set1_epi32(x);
+                    for h in 0..2 {
+                        dots[t][h] = _mm512_dpwssd_epi32(dots[t][h], values[h], x);
+                    }
+                }
+            }};
+        }
+        // A register's even columns meet pair `$pair`, its odd ones the pair after the next.
+        macro_rules! step {
+            ($bytes:expr, $pair:expr) => {{
+                let bytes = $bytes;
+                products!(both!(bytes, b => _mm512_and_si512(b, low)), $pair);
+                products!(both!(bytes, b => _mm512_srli_epi16::<8>(b)), $pair + 2);
+            }};
+        }
+        // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
+        unsafe {
+            if BYTES {
+                for word in 0..8 {
+                    step!(words(tile, group * 8 + word), word / 2 * 4 + word % 2);
+                }
+            } else {
+                if HALVES {
+                    dots = start_dots::<T, true, _>(x, 2 * group, offset);
+                } else if offset != 0 {
+                    dots = start_dots::<T, false, _>(x, group, offset);
+                }
+                for word in 0..4 {
+                    if HALVES && word == 2 {
+                        scale_dots(&params, 2 * group, x, group, &dots, &mut sums);
+                        dots = start_dots::<T, true, _>(x, 2 * group + 1, offset);
+                    }
+                    let codes = words(tile, group * 4 + word);
+                    step!(both!(codes, c => _mm512_permutexvar_epi8(c, table)), 4 * word);
+                    let highs = both!(codes, c => _mm512_permutexvar_epi8(_mm512_srli_epi16::<4>(c), table));
+                    step!(highs, 4 * word + 1);
+                }
+            }
+            scale_dots(&params, if HALVES { 2 * group + 1 } else { group }, x, group, &dots, &mut sums);
+        }
+    }
+    // SAFETY: the lengths were checked.
+    unsafe { add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums) };
     store(&sums, unit * tile.unit, out);
 }
 
@@ -293,9 +412,9 @@ unsafe fn bf16_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            NIBBLES => prefetch_group::<10>(tile, group, group_bytes, ahead(Operand::Bf16, Codes::U4)),
-            BF16_CODES => prefetch_group::<34>(tile, group, group_bytes, ahead(Operand::Bf16, Codes::Bf16)),
-            _ => prefetch_group::<18>(tile, group, group_bytes, ahead(Operand::Bf16, Codes::U8)),
+            NIBBLES => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
+            _ => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
         }
         let mut partial = [[_mm512_setzero_ps(); 2]; T];
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
@@ -374,7 +493,8 @@ unsafe fn bf16_sums<const T: usize, const CODES: u8, const HALVES: bool>(
             scale_partial(&params, if HALVES { 2 * group + 1 } else { group }, &partial, &mut sums);
         }
     }
-    add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums);
+    // SAFETY: the lengths were checked.
+    unsafe { add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums) };
     store(&sums, tile.unit, out);
 }
 
@@ -392,9 +512,9 @@ unsafe fn f32_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            NIBBLES => prefetch_group::<10>(tile, group, group_bytes, ahead(Operand::F32, Codes::U4)),
-            BF16_CODES => prefetch_group::<34>(tile, group, group_bytes, ahead(Operand::F32, Codes::Bf16)),
-            _ => prefetch_group::<18>(tile, group, group_bytes, ahead(Operand::F32, Codes::U8)),
+            NIBBLES => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
+            _ => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
         }
         let mut partial = [[_mm512_setzero_ps(); 2]; T];
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
@@ -467,7 +587,8 @@ unsafe fn f32_sums<const T: usize, const CODES: u8, const HALVES: bool>(
             scale_partial(&params, if HALVES { 2 * group + 1 } else { group }, &partial, &mut sums);
         }
     }
-    add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums);
+    // SAFETY: the lengths were checked.
+    unsafe { add_biases(&params, &std::array::from_fn(|t| x[t].sums), &mut sums) };
     store(&sums, tile.unit, out);
 }
 
