@@ -153,6 +153,11 @@ pub(crate) struct Tile<'a> {
     pub(crate) scales: &'a [u8],
     /// `[groups, height]`, or empty.
     pub(crate) biases: &'a [u8],
+    /// What a kernel asks the memory for while it reads this tile: bytes from here on, so many a group of 32 columns.
+    pub(crate) ahead: *const u8,
+    pub(crate) ahead_step: usize,
+    /// Other passes over this tile ask for the rest.
+    pub(crate) is_shared: bool,
 }
 
 impl Tile<'_> {
@@ -247,6 +252,9 @@ impl Tiles {
             codes: &bytes[..codes],
             scales: &bytes[codes..to_scales],
             biases: &bytes[to_scales..to_biases],
+            ahead: bytes.as_ptr(),
+            ahead_step: 0,
+            is_shared: false,
         }
     }
 

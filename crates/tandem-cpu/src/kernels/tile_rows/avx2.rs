@@ -97,6 +97,13 @@ const U8_CODES: u8 = 2;
 const E4M3_CODES: u8 = 3;
 const BF16_CODES: u8 = 4;
 
+/// Keeps loads on their side: the compiler would move them up, and with them more values than there are registers.
+#[inline(always)]
+fn in_order() {
+    // SAFETY: does nothing.
+    unsafe { std::arch::asm!("", options(nostack, preserves_flags)) };
+}
+
 /// Scales and biases of the groups of a tile.
 struct Params<'a> {
     tile: &'a Tile<'a>,
@@ -278,9 +285,8 @@ unsafe fn int8_sums<const T: usize, const E2M1: bool, const HALVES: bool>(
     let (low, ones) = (_mm256_set1_epi8(0x0f), _mm256_set1_epi16(1));
     let params = Params::new(tile);
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
-        prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+        prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
             let mut dots = [[_mm256_setzero_si256(); 2]; T];
@@ -341,12 +347,11 @@ unsafe fn vnni_sums<const T: usize, const BITS: usize, const HALVES: bool>(
     let is_mx = tile.layout.codes == Codes::E2m1;
     let params = Params::new(tile);
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if BITS == 8 {
-            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group);
         } else {
-            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         }
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
@@ -404,20 +409,23 @@ unsafe fn int16_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let low = _mm256_set1_epi8(0x0f);
     let params = Params::new(tile);
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if CODES == U8_CODES {
-            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group);
         } else {
-            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         }
         // Products of a register's even columns, and of its odd ones, with pair `$pair` and the one after the next.
         macro_rules! step {
             ($dots:ident, $bytes:expr, $pair:expr) => {{
-                let bytes = $bytes;
-                let even = both!(bytes, b => _mm256_and_si256(b, _mm256_set1_epi16(0xff)));
-                let odd = both!(bytes, b => _mm256_srli_epi16::<8>(b));
-                for (values, pair) in [(even, $pair), (odd, $pair + 2)] {
+                for odd in 0..2 {
+                    if T > 2 {
+                        in_order();
+                    }
+                    let values = both!($bytes, b => {
+                        if odd == 0 { _mm256_and_si256(b, _mm256_set1_epi16(0xff)) } else { _mm256_srli_epi16::<8>(b) }
+                    });
+                    let pair = $pair + 2 * odd;
                     for t in 0..T {
                         let x = x[t].values.as_ptr().add(group * GROUP + 2 * pair).cast::<i32>().read_unaligned();
                         let x = _mm256_set1_epi32(x);
@@ -479,12 +487,11 @@ unsafe fn f32_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let magnitudes = unsafe { _mm256_loadu_ps(code_values(tile.layout.codes).as_ptr()) };
     let params = Params::new(tile);
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
-            U8_CODES | E4M3_CODES => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
-            _ => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group),
+            U8_CODES | E4M3_CODES => prefetch_group::<{ 32 * HEIGHT }>(tile, group),
+            _ => prefetch_group::<{ 16 * HEIGHT }>(tile, group),
         }
         // Two sums for each register, of alternating columns: one alone would wait for its own last addition.
         let mut partial = [[[_mm256_setzero_ps(); 2]; 2]; T];

@@ -15,6 +15,8 @@ use super::{
 
 /// Rows of a tile.
 pub(super) const HEIGHT: usize = 32;
+/// Tokens of a pass whose products do not keep the processor busy while one waits for the other.
+const FEW: usize = 2;
 
 /// An expression of each of two registers. (`map` would call its closure: a function without the caller's instructions
 /// cannot inline one that has them.)
@@ -231,6 +233,19 @@ unsafe fn scale_dots<const T: usize, E>(
     }
 }
 
+/// `dots += others`, where these were used.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn add_dots<const T: usize>(dots: &mut [[__m512i; 2]; T], others: &[[__m512i; 2]; T]) {
+    if T <= FEW {
+        for t in 0..T {
+            for h in 0..2 {
+                dots[t][h] = _mm512_add_epi32(dots[t][h], others[t][h]);
+            }
+        }
+    }
+}
+
 /// What takes the offset of the codes away: `-offset * sum of the activations`.
 ///
 /// # Safety
@@ -264,22 +279,23 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
     let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
     let params = Params::new(tile);
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if BYTES {
-            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group);
         } else {
-            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         }
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
+        // With few tokens, products would wait for each other: every other one goes to sums of its own.
+        let mut others = [[_mm512_setzero_si512(); 2]; T];
         macro_rules! step {
-            ($values:expr, $column:expr) => {{
+            ($dots:ident, $values:expr, $column:expr) => {{
                 let values = $values;
                 for t in 0..T {
                     let x = x[t].values.as_ptr().add(group * GROUP + $column).cast::<i32>().read_unaligned();
                     let x = _mm512_set1_epi32(x);
                     for h in 0..2 {
-                        dots[t][h] = _mm512_dpbusd_epi32(dots[t][h], values[h], x);
+                        $dots[t][h] = _mm512_dpbusd_epi32($dots[t][h], values[h], x);
                     }
                 }
             }};
@@ -288,7 +304,11 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
         unsafe {
             if BYTES {
                 for word in 0..8 {
-                    step!(words(tile, group * 8 + word), 4 * word);
+                    if T <= FEW && word % 2 == 1 {
+                        step!(others, words(tile, group * 8 + word), 4 * word);
+                    } else {
+                        step!(dots, words(tile, group * 8 + word), 4 * word);
+                    }
                 }
             } else {
                 if HALVES {
@@ -298,15 +318,22 @@ unsafe fn int8_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
                 }
                 for word in 0..4 {
                     if HALVES && word == 2 {
+                        add_dots::<T>(&mut dots, &others);
+                        others = [[_mm512_setzero_si512(); 2]; T];
                         scale_dots(&params, 2 * group, x, group, &dots, &mut sums);
                         dots = start_dots::<T, true, _>(x, 2 * group + 1, offset);
                     }
                     let codes = words(tile, group * 4 + word);
-                    step!(both!(codes, c => _mm512_permutexvar_epi8(c, table)), 8 * word);
+                    step!(dots, both!(codes, c => _mm512_permutexvar_epi8(c, table)), 8 * word);
                     let highs = both!(codes, c => _mm512_permutexvar_epi8(_mm512_srli_epi16::<4>(c), table));
-                    step!(highs, 8 * word + 4);
+                    if T <= FEW {
+                        step!(others, highs, 8 * word + 4);
+                    } else {
+                        step!(dots, highs, 8 * word + 4);
+                    }
                 }
             }
+            add_dots::<T>(&mut dots, &others);
             scale_dots(&params, if HALVES { 2 * group + 1 } else { group }, x, group, &dots, &mut sums);
         }
     }
@@ -328,22 +355,23 @@ unsafe fn int16_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
     let low = _mm512_set1_epi16(0xff);
     let params = Params::new(tile);
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if BYTES {
-            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group);
         } else {
-            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         }
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
+        // As above.
+        let mut others = [[_mm512_setzero_si512(); 2]; T];
         macro_rules! products {
-            ($values:expr, $pair:expr) => {{
+            ($dots:ident, $values:expr, $pair:expr) => {{
                 let values = $values;
                 for t in 0..T {
                     let x = x[t].values.as_ptr().add(group * GROUP + 2 * $pair).cast::<i32>().read_unaligned();
                     let x = _mm512_set1_epi32(x);
                     for h in 0..2 {
-                        dots[t][h] = _mm512_dpwssd_epi32(dots[t][h], values[h], x);
+                        $dots[t][h] = _mm512_dpwssd_epi32($dots[t][h], values[h], x);
                     }
                 }
             }};
@@ -352,8 +380,13 @@ unsafe fn int16_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
         macro_rules! step {
             ($bytes:expr, $pair:expr) => {{
                 let bytes = $bytes;
-                products!(both!(bytes, b => _mm512_and_si512(b, low)), $pair);
-                products!(both!(bytes, b => _mm512_srli_epi16::<8>(b)), $pair + 2);
+                products!(dots, both!(bytes, b => _mm512_and_si512(b, low)), $pair);
+                let odd = both!(bytes, b => _mm512_srli_epi16::<8>(b));
+                if T <= FEW {
+                    products!(others, odd, $pair + 2);
+                } else {
+                    products!(dots, odd, $pair + 2);
+                }
             }};
         }
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
@@ -370,6 +403,8 @@ unsafe fn int16_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
                 }
                 for word in 0..4 {
                     if HALVES && word == 2 {
+                        add_dots::<T>(&mut dots, &others);
+                        others = [[_mm512_setzero_si512(); 2]; T];
                         scale_dots(&params, 2 * group, x, group, &dots, &mut sums);
                         dots = start_dots::<T, true, _>(x, 2 * group + 1, offset);
                     }
@@ -379,6 +414,7 @@ unsafe fn int16_sums<const T: usize, const BYTES: bool, const HALVES: bool>(
                     step!(highs, 4 * word + 1);
                 }
             }
+            add_dots::<T>(&mut dots, &others);
             scale_dots(&params, if HALVES { 2 * group + 1 } else { group }, x, group, &dots, &mut sums);
         }
     }
@@ -409,12 +445,11 @@ unsafe fn bf16_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     };
     let params = Params::new(tile);
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            NIBBLES => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
-            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
-            _ => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
+            NIBBLES => prefetch_group::<{ 16 * HEIGHT }>(tile, group),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group),
+            _ => prefetch_group::<{ 32 * HEIGHT }>(tile, group),
         }
         let mut partial = [[_mm512_setzero_ps(); 2]; T];
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
@@ -509,12 +544,11 @@ unsafe fn f32_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let table = unsafe { _mm512_loadu_ps(code_values(tile.layout.codes).as_ptr()) };
     let params = Params::new(tile);
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            NIBBLES => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
-            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
-            _ => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
+            NIBBLES => prefetch_group::<{ 16 * HEIGHT }>(tile, group),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group),
+            _ => prefetch_group::<{ 32 * HEIGHT }>(tile, group),
         }
         let mut partial = [[_mm512_setzero_ps(); 2]; T];
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.

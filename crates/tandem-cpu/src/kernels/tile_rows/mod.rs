@@ -118,10 +118,22 @@ pub(crate) fn tile_rows(
     let mut sums = [[0.0; MAX_HEIGHT]; MAX_TOKENS];
     // What comes before the tiles' own prefetches, at once.
     prefetch_stretch(matrix.tile(part, first_row / height).codes.as_ptr(), AHEAD);
+    let n_passes = tokens.len().div_ceil(share);
     for start in (0..n_rows).step_by(height) {
-        let tile = matrix.tile(part, (first_row + start) / height);
+        let mut tile = matrix.tile(part, (first_row + start) / height);
         let n = height.min(n_rows - start);
+        let group_bytes = tile.group_bytes();
         for (pass, tokens) in tokens.chunks(share).enumerate() {
+            if n_passes > 1 {
+                // Each pass asks for its share of the next tile.
+                tile.ahead_step = group_bytes / n_passes;
+                let start = tile.codes.len() + tile.scales.len() + tile.biases.len();
+                tile.ahead = tile.codes.as_ptr().wrapping_add(start + pass * (start / n_passes));
+                tile.is_shared = true;
+            } else {
+                tile.ahead_step = group_bytes;
+                tile.ahead = tile.codes.as_ptr().wrapping_add(AHEAD);
+            }
             // SAFETY: tiles exist only on processors with the instructions of `isa`, and the operand was chosen for it
             // (`Operand::choose`).
             unsafe {
@@ -268,10 +280,16 @@ fn share_log2(layout: &Layout) -> u32 {
     (layout.group / GROUP).max(1).trailing_zeros()
 }
 
-/// Asks for what lies ahead of the tile's group `group`, `BYTES` long and more (scales and biases).
+/// Asks for what will be read later than the tile's group `group`, which is `BYTES` long and more (scales and biases).
 #[inline(always)]
-fn prefetch_group<const BYTES: usize>(tile: &Tile<'_>, group: usize, group_bytes: usize) {
-    prefetch_stretch(tile.codes.as_ptr().wrapping_add(AHEAD + group * group_bytes), BYTES);
+fn prefetch_group<const BYTES: usize>(tile: &Tile<'_>, group: usize) {
+    let first = tile.ahead.wrapping_add(group * tile.ahead_step);
+    if tile.is_shared {
+        prefetch_stretch(first, 1);
+        prefetch_stretch(first.wrapping_add(tile.ahead_step / 2), 1);
+    } else {
+        prefetch_stretch(first, BYTES);
+    }
 }
 
 /// Asks for one line of each stride of `bytes` from `first` on.

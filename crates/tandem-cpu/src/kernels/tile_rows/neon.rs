@@ -257,12 +257,11 @@ unsafe fn dot_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let table = unsafe { vld1q_s8(table.as_ptr()) };
     let params = Params::new(tile);
     let mut sums = [[vdupq_n_f32(0.0); REGISTERS]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if CODES == U8_CODES {
-            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group);
         } else {
-            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         }
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
@@ -341,12 +340,11 @@ unsafe fn mm_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let table = unsafe { vld1q_s8(table.as_ptr()) };
     let params = Params::new(tile);
     let mut sums = [[vdupq_n_f32(0.0); REGISTERS]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         if CODES == U8_CODES {
-            prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 32 * HEIGHT }>(tile, group);
         } else {
-            prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes);
+            prefetch_group::<{ 16 * HEIGHT }>(tile, group);
         }
         // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
         unsafe {
@@ -430,9 +428,8 @@ fn bfmmla(sum: float32x4_t, a: uint16x8_t, b: uint16x8_t) -> float32x4_t {
 #[target_feature(enable = "neon,bf16")]
 unsafe fn bf16_sums<const T: usize>(tile: &Tile<'_>, x: &[FloatToken<'_, u16>; T], out: &mut Sums) {
     let mut squares = [[[vdupq_n_f32(0.0); 2]; REGISTERS]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
-        prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes);
+        prefetch_group::<{ 64 * HEIGHT }>(tile, group);
         for eight in 0..4 {
             // SAFETY: group, words and columns are within the tile and the activations, whose lengths were checked.
             unsafe {
@@ -489,12 +486,11 @@ unsafe fn f32_sums<const T: usize, const CODES: u8, const HALVES: bool>(
     let table = unsafe { vld1q_s8(table.as_ptr()) };
     let params = Params::new(tile);
     let mut sums = [[vdupq_n_f32(0.0); REGISTERS]; T];
-    let group_bytes = tile.group_bytes();
     for group in 0..tile.cols / GROUP {
         match CODES {
-            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group, group_bytes),
-            U8_CODES | E4M3_CODES => prefetch_group::<{ 32 * HEIGHT }>(tile, group, group_bytes),
-            _ => prefetch_group::<{ 16 * HEIGHT }>(tile, group, group_bytes),
+            BF16_CODES => prefetch_group::<{ 64 * HEIGHT }>(tile, group),
+            U8_CODES | E4M3_CODES => prefetch_group::<{ 32 * HEIGHT }>(tile, group),
+            _ => prefetch_group::<{ 16 * HEIGHT }>(tile, group),
         }
         let mut partial = [[vdupq_n_f32(0.0); REGISTERS]; T];
         macro_rules! step {
