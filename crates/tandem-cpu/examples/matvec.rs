@@ -6,7 +6,8 @@
 
 use std::time::Instant;
 
-use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::backend::Linear;
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind};
 use tandem_core::{Backend, DType, Float, quant};
 use tandem_cpu::{CpuBackend, CpuBuffer, Isa, Numerics};
 
@@ -54,7 +55,8 @@ fn main() {
     let mut best = f64::INFINITY;
     for _ in 0..repeats {
         let start = Instant::now();
-        backend.linear(&x, n_tokens, &mut [(&matrix, &mut out)]);
+        let outputs = &mut [(&matrix, &mut out)];
+        backend.linear(Linear { x: &x, n_rows: n_tokens, outputs, label: ModuleKind::Attention });
         best = best.min(start.elapsed().as_secs_f64());
     }
     let operations = 2.0 * (ROWS * COLS * n_tokens) as f64;

@@ -5,7 +5,8 @@
 
 use std::time::Instant;
 
-use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::backend::Linear;
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind};
 use tandem_core::{Backend, DType, Float, quant};
 use tandem_cpu::bandwidth::ReadMeter;
 use tandem_cpu::{CpuBackend, CpuBuffer, Isa, Numerics, system};
@@ -66,7 +67,7 @@ fn main() {
         let start = Instant::now();
         let mut outputs: Vec<_> =
             matrices[first..first + quarter].iter().zip(&mut outs[first..first + quarter]).collect();
-        backend.linear(&x, 1, &mut outputs);
+        backend.linear(Linear { x: &x, n_rows: 1, outputs: &mut outputs, label: ModuleKind::RoutedExperts });
         let rate = (quarter * one) as f64 / start.elapsed().as_secs_f64();
         let after = meter.pass();
         rates.push((rate, (before + after) / 2.0));

@@ -1,14 +1,18 @@
 //! [`Backend`] on the CPU: splits each operation over the pool and calls the kernels.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
-use tandem_core::Backend;
-use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::backend::{
+    Batch, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, RmsNorm, Rotate,
+    RouterTopk, WriteIndexKey, WriteLatent,
+};
 use tandem_core::weights::MatrixData;
+use tandem_core::{Backend, CheckpointError, DType, Numerics};
 
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
-use crate::kernels::activations::{Activations, Kernel, Numerics};
+use crate::kernels::activations::{Activations, Kernel};
 use crate::kernels::attention::{HEAD_BLOCK, attend};
 use crate::kernels::index_select::{Int8Query, scores, scores_int8, select};
 use crate::kernels::matrix::matrix_rows;
@@ -17,7 +21,7 @@ use crate::kernels::rope::{angles, rotate};
 use crate::kernels::router_topk::router_topk;
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::vector::Element;
-use crate::matrix::CpuMatrix;
+use crate::matrix::{CpuMatrix, Mapped};
 use crate::pool::Pool;
 use crate::scratch::{with_activations, with_scratch};
 use crate::shared_mut::SharedMut;
@@ -37,9 +41,13 @@ const SCORE_SPAN: usize = 512;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 4 << 20;
 
-/// The CPU has no device errors.
-#[derive(Debug, thiserror::Error)]
-pub enum CpuError {}
+/// What only shows while weights are used.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CpuError {
+    /// A matrix is damaged.
+    #[error(transparent)]
+    Weights(Arc<CheckpointError>),
+}
 
 /// `[rows, width] f32`
 #[derive(Debug, Default)]
@@ -82,6 +90,11 @@ impl CpuIndices {
         &self.data[i * self.width..(i + 1) * self.width]
     }
 
+    /// Copies the first rows, as many as `out` holds.
+    pub fn read(&self, out: &mut [i32]) {
+        out.copy_from_slice(&self.data[..out.len()]);
+    }
+
     fn row_mut(&mut self, i: usize) -> &mut [i32] {
         &mut self.data[i * self.width..(i + 1) * self.width]
     }
@@ -95,6 +108,10 @@ pub struct CpuBackend {
     repack: bool,
     pool: Arc<Pool>,
     work: Mutex<Work>,
+    /// The first error; it stays, and every [`Backend::sync`] tells it.
+    failed: Mutex<Option<CpuError>>,
+    /// Formats that [`CpuBackend::say_if_slow`] has spoken of.
+    slow: Mutex<HashSet<DType>>,
 }
 
 /// Memory that operations reuse.
@@ -118,7 +135,15 @@ impl CpuBackend {
 
     /// A backend with given kernels; `Isa::Scalar` is the oracle.
     pub fn with_isa(n_threads: usize, numerics: Numerics, isa: Isa) -> CpuBackend {
-        CpuBackend { isa, numerics, repack: true, pool: Arc::new(Pool::new(n_threads)), work: Mutex::default() }
+        CpuBackend {
+            isa,
+            numerics,
+            repack: true,
+            pool: Arc::new(Pool::new(n_threads)),
+            work: Mutex::default(),
+            failed: Mutex::default(),
+            slow: Mutex::default(),
+        }
     }
 
     /// The same backend, leaving weights where they are mapped if `repack` is false: half the speed, but no memory of
@@ -128,14 +153,19 @@ impl CpuBackend {
         self
     }
 
-    /// The numerics that this processor computes fastest among those as good as bf16.
+    /// The numerics that this processor computes fast and well, see [`CpuBackend::default_numerics_for`].
     pub fn default_numerics() -> Numerics {
         CpuBackend::default_numerics_for(Isa::detect())
     }
 
-    /// The same for given kernels.
+    /// The numerics that `isa` computes fast and well: with 16-bit activations where it multiplies these fast enough for
+    /// its memory, with 8-bit ones on Arm, where only bytes have such products, else in f32.
     pub fn default_numerics_for(isa: Isa) -> Numerics {
-        if matches!(isa, Isa::Avx2 | Isa::Avx512 | Isa::Amx) { Numerics::Bf16 } else { Numerics::F32 }
+        match isa {
+            Isa::Avx2 | Isa::Avx512 | Isa::Amx => Numerics::Bf16,
+            Isa::Neon if isa.has_int8_dot() => Numerics::Int8,
+            Isa::Neon | Isa::Scalar => Numerics::F32,
+        }
     }
 
     /// Numerics in use.
@@ -156,6 +186,31 @@ impl CpuBackend {
     /// Threads in use.
     pub fn n_threads(&self) -> usize {
         self.pool.n_threads()
+    }
+
+    /// Says once for each format that a matrix has no kernel that reads it as it is.
+    fn say_if_slow(&self, name: &str, matrix: &CpuMatrix) {
+        let dtype = matrix.dtype();
+        // Plain f32 is read as it is, and the scalar kernels are there to be slow.
+        let is_slow = self.isa != Isa::Scalar
+            && dtype != DType::F32
+            && Kernel::choose(matrix, self.numerics, self.isa) == Kernel::Generic;
+        if is_slow && self.slow.lock().unwrap_or_else(|e| e.into_inner()).insert(dtype) {
+            tracing::warn!(
+                "{name} ({dtype}, {} columns) is not repacked and has no kernel of its own on {}: each row of such \
+                 matrices is decoded at every use, which is slow",
+                matrix.cols(),
+                self.isa
+            );
+        }
+    }
+
+    /// Keeps the first error for [`Backend::sync`].
+    fn note(&self, result: Result<(), CheckpointError>) {
+        if let Err(error) = result {
+            let mut failed = self.failed.lock().unwrap_or_else(|e| e.into_inner());
+            failed.get_or_insert(CpuError::Weights(Arc::new(error)));
+        }
     }
 
     fn work(&self) -> std::sync::MutexGuard<'_, Work> {
@@ -214,6 +269,7 @@ impl CpuBackend {
 
     /// `out [n_tokens, n_rows]`: rows of a matrix for each token.
     fn matrix_rows(&self, p: &Product<'_>, x: &Activations, first_row: usize, n_rows: usize, out: &mut [f32]) {
+        self.note(p.matrix.check(p.part, first_row, n_rows));
         matrix_rows(self.isa, self.numerics, p.matrix, p.part, first_row, n_rows, x, p.tokens, out);
     }
 
@@ -318,40 +374,31 @@ impl CpuBackend {
         });
     }
 
-    fn mla<E: Element>(&self, q: &CpuBuffer, a: &MlaArgs<'_>, cache: &Rows<E>, out: &mut CpuBuffer) {
-        let (q_width, out_width) = (q.width / a.n_heads, out.width / a.n_heads);
+    fn mla<E: Element>(&self, op: MlaAttention<'_, CpuBuffer, CpuIndices, Batch, CpuCache>, cache: &Rows<E>) {
+        let MlaAttention { q, n_heads, latent, scale, batch, selected, out, .. } = op;
+        let (q_width, out_width) = (q.width / n_heads, out.width / n_heads);
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         // Enough tasks to keep every thread busy when few rows have few heads.
-        let block = HEAD_BLOCK.min(a.n_heads.div_ceil(self.n_threads()));
-        self.head_blocks(a.batch.n_rows(), a.n_heads, block, |row, first, n| {
-            let sequence = a.batch.sequences[row] as usize;
-            let visible = a.batch.positions[row] as usize + 1;
-            let chosen = a.selected.map(|s| s.row(row)).filter(|s| visible > s.len());
+        let block = HEAD_BLOCK.min(n_heads.div_ceil(self.n_threads()));
+        self.head_blocks(batch.n_rows(), n_heads, block, |row, first, n| {
+            let sequence = batch.sequences[row] as usize;
+            let visible = batch.positions[row] as usize + 1;
+            let chosen = selected.map(|s| s.row(row)).filter(|s| visible > s.len());
             let n_positions = chosen.map_or(visible, <[i32]>::len);
-            let slot = |i: usize| a.batch.slot(sequence, chosen.map_or(i, |c| c[i] as usize));
+            let slot = |i: usize| batch.slot(sequence, chosen.map_or(i, |c| c[i] as usize));
             // SAFETY: one task per (row, block of heads).
             #[allow(unsafe_code)]
             let out = unsafe { target.slice(row * width + first * out_width, n * out_width) };
             let q = &q.row(row)[first * q_width..(first + n) * q_width];
             let key = |i| cache.row(slot(i));
-            let value = |i| &cache.row(slot(i))[..a.latent];
-            attend(self.isa, q, n, a.scale, n_positions, key, value, out);
+            let value = |i| &cache.row(slot(i))[..latent];
+            attend(self.isa, q, n, scale, n_positions, key, value, out);
         });
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn gqa<E: Element>(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &Batch,
-        keys: &Rows<E>,
-        values: &Rows<E>,
-        out: &mut CpuBuffer,
-    ) {
+    fn gqa<E: Element>(&self, op: GqaAttention<'_, CpuBuffer, Batch, CpuCache>, keys: &Rows<E>, values: &Rows<E>) {
+        let GqaAttention { q, n_heads, n_kv_heads, scale, batch, out, .. } = op;
         let (group, dim, width) = (n_heads / n_kv_heads, out.width / n_heads, out.width);
         let target = SharedMut::new(&mut out.data);
         self.head_blocks(batch.n_rows(), n_kv_heads, 1, |row, kv_head, _| {
@@ -437,14 +484,6 @@ impl<'a> Expert<'a> {
     }
 }
 
-struct MlaArgs<'a> {
-    n_heads: usize,
-    latent: usize,
-    scale: f32,
-    batch: &'a Batch,
-    selected: Option<&'a CpuIndices>,
-}
-
 impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
     type Indices = CpuIndices;
@@ -479,11 +518,15 @@ impl Backend for CpuBackend {
 
     fn load_matrix(&self, data: MatrixData) -> CpuMatrix {
         if self.repack
-            && let Some(tiles) = Tiles::new(&data, self.isa, &self.pool)
+            && let Some((tiles, checked)) = Tiles::new(&data, self.isa, &self.pool)
         {
+            self.note(checked);
             return CpuMatrix::Tiled(tiles);
         }
-        CpuMatrix::Mapped(data)
+        let name = data.name.clone();
+        let matrix = CpuMatrix::Mapped(Mapped::new(data));
+        self.say_if_slow(&name, &matrix);
+        matrix
     }
 
     fn load_vector(&self, values: &[f32]) -> CpuBuffer {
@@ -512,11 +555,12 @@ impl Backend for CpuBackend {
     }
 
     fn sync(&self) -> Result<(), CpuError> {
-        Ok(())
+        self.failed.lock().unwrap_or_else(|e| e.into_inner()).clone().map_or(Ok(()), Err)
     }
 
     fn embed(&self, table: &CpuMatrix, batch: &Batch, out: &mut CpuBuffer) {
         for (r, token) in batch.tokens.iter().enumerate() {
+            self.note(table.check(0, *token as usize, 1));
             table.dequantize_row(0, *token as usize, out.row_mut(r));
         }
     }
@@ -527,7 +571,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn rms_norm(&self, x: &CpuBuffer, weight: &CpuBuffer, eps: f32, n_rows: usize, out: &mut CpuBuffer) {
+    fn rms_norm(&self, op: RmsNorm<'_, CpuBuffer>) {
+        let RmsNorm { x, weight, eps, n_rows, out } = op;
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.rows(n_rows, |r| {
@@ -538,7 +583,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&CpuMatrix, &mut CpuBuffer)]) {
+    fn linear(&self, op: Linear<'_, CpuBuffer, CpuMatrix>) {
+        let Linear { x, n_rows, outputs, .. } = op;
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let products: Vec<Product<'_>> =
             outputs.iter().map(|(matrix, _)| Product { matrix, part: 0, tokens: &tokens }).collect();
@@ -565,7 +611,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &CpuMatrix, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
+    fn head_linear(&self, op: HeadLinear<'_, CpuBuffer, CpuMatrix>) {
+        let HeadLinear { x, from, w, n_rows, out, to } = op;
         let (width, rows) = (out.width, w.rows());
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let kernel = Kernel::choose(w, self.numerics, self.isa);
@@ -593,7 +640,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn rope(&self, x: &CpuBuffer, from: Heads, rope: &Rope, batch: &Batch, out: &mut CpuBuffer, to: Heads) {
+    fn rope(&self, op: Rotate<'_, CpuBuffer, Batch>) {
+        let Rotate { x, from, rope, batch, out, to, .. } = op;
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.rows(batch.n_rows(), |r| {
@@ -630,30 +678,15 @@ impl Backend for CpuBackend {
         self.experts(x, &[Expert::for_all(mlp, n_rows)], n_rows, out);
     }
 
-    fn router_topk(
-        &self,
-        logits: &CpuBuffer,
-        bias: &CpuBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut CpuIndices,
-        weights: &mut CpuBuffer,
-    ) {
+    fn router_topk(&self, op: RouterTopk<'_, CpuBuffer, CpuIndices>) {
+        let RouterTopk { logits, bias, routing, n_rows, ids, weights } = op;
         for r in 0..n_rows {
             router_topk(logits.row(r), &bias.data, routing, ids.row_mut(r), weights.row_mut(r));
         }
     }
 
-    fn moe(
-        &self,
-        x: &CpuBuffer,
-        experts: &Mlp<CpuMatrix>,
-        shared: Option<&Mlp<CpuMatrix>>,
-        ids: &CpuIndices,
-        weights: &CpuBuffer,
-        n_rows: usize,
-        out: &mut CpuBuffer,
-    ) {
+    fn moe(&self, op: Moe<'_, CpuBuffer, CpuIndices, CpuMatrix>) {
+        let Moe { x, experts, shared, ids, weights, n_rows, out } = op;
         let n_experts = experts.gate.n_parts();
         let mut chosen: Vec<Expert<'_>> =
             (0..n_experts).map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] }).collect();
@@ -673,15 +706,8 @@ impl Backend for CpuBackend {
         self.experts(x, &chosen, n_rows, out);
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &CpuBuffer,
-        norm: &CpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &Batch,
-        cache: &mut CpuCache,
-    ) {
+    fn write_latent(&self, op: WriteLatent<'_, CpuBuffer, Batch, CpuCache>) {
+        let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let latent = norm.width;
         let mut row = vec![0.0; kv_a.width];
         let mut table = vec![0.0; rope.dim()];
@@ -694,16 +720,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn write_index_key(
-        &self,
-        k: &CpuBuffer,
-        norm: &CpuBuffer,
-        norm_bias: &CpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &Batch,
-        cache: &mut CpuCache,
-    ) {
+    fn write_index_key(&self, op: WriteIndexKey<'_, CpuBuffer, Batch, CpuCache>) {
+        let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
         let mut normed = vec![0.0; k.width];
         let mut row = vec![0.0; k.width];
         let mut table = vec![0.0; rope.dim()];
@@ -722,15 +740,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn index_select(
-        &self,
-        q: &CpuBuffer,
-        weights: &CpuBuffer,
-        n_heads: usize,
-        batch: &Batch,
-        cache: &CpuCache,
-        selected: &mut CpuIndices,
-    ) {
+    fn index_select(&self, op: IndexSelect<'_, CpuBuffer, CpuIndices, Batch, CpuCache>) {
+        let IndexSelect { q, weights, n_heads, batch, cache, selected } = op;
         let slot = |row: usize, position: usize| batch.slot(batch.sequences[row] as usize, position);
         let heads = |row: usize| &weights.row(row)[..n_heads];
         match cache {
@@ -752,39 +763,18 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn mla_attention(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &Batch,
-        cache: &CpuCache,
-        selected: Option<&CpuIndices>,
-        out: &mut CpuBuffer,
-    ) {
-        let args = MlaArgs { n_heads, latent, scale, batch, selected };
-        match cache {
-            CpuCache::F32(rows) => self.mla(q, &args, rows, out),
-            CpuCache::Bf16(rows) => self.mla(q, &args, rows, out),
+    fn mla_attention(&self, op: MlaAttention<'_, CpuBuffer, CpuIndices, Batch, CpuCache>) {
+        match op.cache {
+            CpuCache::F32(rows) => self.mla(op, rows),
+            CpuCache::Bf16(rows) => self.mla(op, rows),
             CpuCache::Int8(_) => unreachable!("latents are not kept in 8 bits"),
         }
     }
 
-    fn gqa_attention(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &Batch,
-        keys: &CpuCache,
-        values: &CpuCache,
-        out: &mut CpuBuffer,
-    ) {
-        match (keys, values) {
-            (CpuCache::F32(k), CpuCache::F32(v)) => self.gqa(q, n_heads, n_kv_heads, scale, batch, k, v, out),
-            (CpuCache::Bf16(k), CpuCache::Bf16(v)) => self.gqa(q, n_heads, n_kv_heads, scale, batch, k, v, out),
+    fn gqa_attention(&self, op: GqaAttention<'_, CpuBuffer, Batch, CpuCache>) {
+        match (op.keys, op.values) {
+            (CpuCache::F32(k), CpuCache::F32(v)) => self.gqa(op, k, v),
+            (CpuCache::Bf16(k), CpuCache::Bf16(v)) => self.gqa(op, k, v),
             _ => unreachable!("keys and values are allocated alike"),
         }
     }

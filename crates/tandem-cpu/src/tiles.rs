@@ -15,10 +15,12 @@
 
 #![allow(unsafe_code)]
 
+use std::sync::Mutex;
+
 use memmap2::{Advice, MmapMut};
 use tandem_core::quant::minifloat::{E2M1, E4M3, e8m0};
 use tandem_core::weights::{MatrixData, MatrixPart};
-use tandem_core::{DType, Float};
+use tandem_core::{CheckpointError, DType, Float};
 
 use crate::isa::Isa;
 use crate::pool::Pool;
@@ -184,8 +186,9 @@ impl Tiles {
         (height > 0).then(|| data.parts.len() * data.rows.div_ceil(height) * tile_bytes(&layout, height, data.cols))
     }
 
-    /// Repacks `data` over the pool; `None` where there are no tiles for it, or no memory.
-    pub(crate) fn new(data: &MatrixData, isa: Isa, pool: &Pool) -> Option<Tiles> {
+    /// Repacks `data` over the pool, and checks on the way that its elements are finite; `None` where there are no tiles
+    /// for it, or no memory.
+    pub(crate) fn new(data: &MatrixData, isa: Isa, pool: &Pool) -> Option<(Tiles, Result<(), CheckpointError>)> {
         let bytes = Tiles::bytes_for(data, isa)?;
         let layout = Layout::new(data.dtype, data.cols)?;
         let unit = |part: &MatrixPart| part.global_scale.map_or(1.0, |scale| scale / NVFP4_UNIT);
@@ -204,6 +207,7 @@ impl Tiles {
         let (tile_bytes, n_tiles, height) = (tiles.tile_bytes(), tiles.n_tiles(), tiles.height);
         let (codes, scales, biases) = layout.lengths(height, data.cols);
         let target = SharedMut::new(&mut tiles.memory[..]);
+        let failed = Mutex::new(Ok(()));
         pool.chunks(data.parts.len() * n_tiles, TASK_BYTES.div_ceil(tile_bytes), |range| {
             for i in range {
                 let first_row = i % n_tiles * height;
@@ -213,12 +217,17 @@ impl Tiles {
                 let (to_scales, to_biases) = rest.split_at_mut(scales);
                 let part = &data.parts[i / n_tiles];
                 let rows = first_row..data.rows.min(first_row + height);
+                // While the rows are in the cache.
+                let checked = data.check_finite(i / n_tiles, first_row, rows.len());
+                if let (Err(error), Ok(mut failed)) = (checked, failed.lock()) {
+                    *failed = Err(error);
+                }
                 pack_codes(data.dtype, &part.weight, data.cols, rows.clone(), height, to_codes);
                 pack_scales(data, &part.scales, rows.clone(), height, to_scales);
                 pack_params(&part.biases, data.cols / data.dtype.group_size(), rows, height, to_biases);
             }
         });
-        Some(tiles)
+        Some((tiles, failed.into_inner().unwrap_or(Ok(()))))
     }
 
     fn tile_bytes(&self) -> usize {
@@ -579,7 +588,8 @@ mod tests {
                         global_scale: (dtype == DType::Nvfp4).then_some(31.0),
                     };
                     let data = MatrixData { name: String::new(), dtype, rows, cols, parts: vec![part.clone(), part] };
-                    let tiles = Tiles::new(&data, isa, &Pool::new(2)).expect("memory");
+                    let (tiles, checked) = Tiles::new(&data, isa, &Pool::new(2)).expect("memory");
+                    assert!(checked.is_ok());
                     let (mut found, mut expected) = (vec![0.0; cols], vec![0.0; cols]);
                     for row in 0..rows {
                         tiles.dequantize_row(1, row, &mut found);

@@ -6,19 +6,22 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytemuck::Zeroable;
-use tandem_core::Batch;
 use tandem_core::backend::{
-    Backend, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, Rotation, Routing, composed,
+    AddRmsNorm, Backend, CacheKind, GqaAttention, HeadLinear, Heads, IndexSelect, Linear, MlaAttention, Mlp, Moe,
+    PrepareAttention, RmsNorm, Rope, RopeIndexSelect, RopeMlaAttention, Rotate, Route, RouterTopk, Routing,
+    WriteIndexKey, WriteLatent, composed,
 };
 use tandem_core::weights::MatrixData;
+use tandem_core::{Batch, Numerics};
 
 use crate::CudaError;
-use crate::args::{self, MAX_JOBS};
-use crate::batch::{BatchMemory, Chosen, CudaBatch, DECODE_ROWS};
+use crate::args;
+use crate::batch::{BatchMemory, CudaBatch, DECODE_ROWS, Sampled};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
 use crate::host_experts::{HostExperts, HostMoe, OnHost};
-use crate::matrix::{BF16, CudaMatrix, MXFP4, TILE_BYTES};
+use crate::matrix::CudaMatrix;
+use crate::preamble::*;
 use crate::stager::Stager;
 
 /// Bytes that are copied to measure the memory's bandwidth.
@@ -27,74 +30,38 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 const DECODE_SPAN: usize = 64;
 /// As many positions are faster without a second kernel that merges spans.
 const ONE_SPAN: usize = 128;
-/// Spans of one row, at most; their shares are merged.
-const MAX_SPANS: usize = 64;
-/// Tokens in shared memory at once (MLA_TILE), and the largest shapes of the tensor-core attention.
-const MLA_TILE: usize = 64;
-const MLA_MAX_WIDTH: usize = 576;
-const MLA_MAX_LATENT: usize = 512;
-/// Widest vector of the reference attention (ATTENTION_ELEMENTS * 32).
-const ATTENTION_MAX_WIDTH: usize = 640;
-/// Shared memory of the row kernels: RING rounds of 2688 bytes for each of 8 warps.
-const ROWS_SHARED: usize = 8 * 3 * 2688;
-/// Rows and tokens of a block of gemm_mma_128; gemm_mma_32 has as many rows and 32 tokens.
-const GEMM_TILE: usize = 128;
-const GEMM_FEW: usize = 32;
-/// Shared memory of gemm_wgmma: three stages of tokens, 64 columns each, a ring of 3 tiles for two groups of rows of each of 8
-/// warps, and what aligns it.
-const WGMMA_SHARED: usize = 3 * GEMM_TILE * 128 + 8 * 3 * 2 * TILE_BYTES + 1024;
-/// Shared memory of mla_prefill: queries and two tiles of 64 positions, shares of a tile, and what aligns it; and heads
-/// from which on it is faster than mla_attention.
-const PREFILL_SHARED: usize = 3 * 64 * MLA_MAX_WIDTH * 2 + 64 * 128 + 1024;
+/// Widest vector of the reference attention.
+const ATTENTION_MAX_WIDTH: usize = 32 * ATTENTION_ELEMENTS;
+/// Shared memory of the row kernels: a ring for each warp.
+const ROWS_SHARED: usize = ROW_WARPS * RING * ROUND_BYTES;
+/// Shared memory of gemm_wgmma: stages of bf16 tokens, a ring of tiles for two groups of rows of each of 8 warps, and what
+/// aligns it.
+const WGMMA_SHARED: usize = WGMMA_STAGES * GEMM_TILE * GEMM_K * 2 + 8 * WGMMA_RING * 2 * TILE_BYTES + WGMMA_ALIGNMENT;
+/// Shared memory of mla_prefill: bf16 queries and two tiles of positions, shares of a tile, and what aligns it.
+const PREFILL_SHARED: usize =
+    (MLA_PREFILL_HEADS + 2 * MLA_TILE) * MLA_MAX_WIDTH * 2 + MLA_PREFILL_HEADS * MLA_TILE * 2 + WGMMA_ALIGNMENT;
+/// Heads from which on it is faster than mla_attention.
 const PREFILL_HEADS: usize = 24;
 /// Tokens of an expert, on average, that are worth the larger tile.
 const GEMM_TOKENS: usize = 48;
 /// Blocks of gemm_mma_128 that are worth a launch; fewer leave most of the device idle.
 const GEMM_BLOCKS: usize = 128;
-/// Warps that share the columns of a shared expert's down projection; those of a routed one have a warp to themselves, so
-/// that one block can add up all experts of a single token.
-const SHARED_DOWN_SPLIT: usize = 8;
-/// Widest index keys and most heads of the tensor-core indexer.
-const INDEX_MAX_DIM: usize = 128;
-const INDEX_MAX_HEADS: usize = 64;
 /// Blocks of its scoring kernel that fill the device.
 const INDEX_BLOCKS: usize = 528;
 /// Contexts from which on a cluster of 8 blocks selects for a row, and rows up to which that is faster.
 const TOPK_CLUSTER_CONTEXT: usize = 8192;
 const TOPK_CLUSTER_ROWS: usize = 16;
-/// Widest row that prepare_attention normalises.
-const PREPARE_MAX_WIDTH: usize = 2048;
+/// Widest row that prepare_attention's 256 threads normalise.
+const PREPARE_MAX_WIDTH: usize = 256 * NORM_KEPT;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 64 << 20;
-/// Experts and choices that router_topk and moe_plan hold.
-const MAX_EXPERTS: usize = 512;
-const MAX_TOP_K: usize = 32;
-
-/// How activations meet weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numerics {
-    /// Single precision everywhere, caches too.
-    F32,
-    /// Activations and caches rounded to bf16 where tensor cores take them; sums in f32.
-    Bf16,
-}
-
-impl Numerics {
-    /// Name in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Numerics::F32 => "f32",
-            Numerics::Bf16 => "bf16",
-        }
-    }
-}
 
 /// How the backend launches work; the defaults are the fastest, the others are for comparison in tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Which device.
     pub ordinal: i32,
-    /// Numerics.
+    /// F32 or Bf16; caches are kept alike.
     pub numerics: Numerics,
     /// Decode steps are recorded once per shape and replayed.
     pub graphs: bool,
@@ -138,7 +105,7 @@ pub struct CudaBackend {
     // Dropped first: graphs refer to the memory below.
     recorded: RefCell<HashMap<CudaBatch, Recorded>>,
     batch_memory: RefCell<BatchMemory>,
-    chosen: RefCell<Chosen>,
+    sampled: RefCell<Sampled>,
     scratch: RefCell<HashMap<&'static str, Memory>>,
     /// While weights are being loaded.
     stager: RefCell<Option<Stager>>,
@@ -155,15 +122,18 @@ impl CudaBackend {
     /// Opens the device and compiles the kernels for it, unless they are in the cache.
     ///
     /// # Errors
-    /// No driver or device, a driver or device that is too old, or no compiler.
+    /// No driver or device, a driver or device that is too old, no compiler, or numerics that it does not have.
     pub fn new(options: Options) -> Result<CudaBackend, CudaError> {
+        if options.numerics == Numerics::Int8 {
+            return Err(CudaError::Numerics(options.numerics));
+        }
         let start = Instant::now();
         let device = Arc::new(Device::open(options.ordinal, options.programmatic)?);
         tracing::info!("opened {} in {:.2} s", device.info.name, start.elapsed().as_secs_f64());
         Ok(CudaBackend {
             recorded: RefCell::default(),
             batch_memory: RefCell::default(),
-            chosen: RefCell::default(),
+            sampled: RefCell::default(),
             scratch: RefCell::default(),
             stager: RefCell::default(),
             on_host: None,
@@ -332,12 +302,17 @@ impl CudaBackend {
         }
     }
 
-    fn fast_numerics(&self) -> bool {
+    fn in_bf16(&self) -> bool {
         self.options.numerics == Numerics::Bf16
     }
 
-    fn fast(&self, matrices: &[&CudaMatrix]) -> bool {
-        self.fast_numerics() && matrices.iter().all(|m| m.fast())
+    fn tiled(&self, matrices: &[&CudaMatrix]) -> bool {
+        self.in_bf16() && matrices.iter().all(|m| m.tiled.is_some())
+    }
+
+    /// True if the tensor-core kernels take this gate, up and down; gate and up pass through one kernel together.
+    fn tiled_mlp(&self, mlp: &Mlp<CudaMatrix>) -> bool {
+        self.tiled(&[&mlp.gate, &mlp.up, &mlp.down]) && mlp.gate.tiled == mlp.up.tiled
     }
 
     /// Scratch memory under a name; it keeps its place until a longer one is asked for.
@@ -372,7 +347,13 @@ impl CudaBackend {
         let (rows, args) = linear_f32_args(m, parts, args);
         let n = args.n as usize;
         let vectors = m.cols().is_multiple_of(8) && args.x_pitch.is_multiple_of(4);
-        if n > DECODE_ROWS && parts == 1 && args.ids == 0 && m.view.format == BF16 && vectors && self.fast_numerics() {
+        if n > DECODE_ROWS
+            && parts == 1
+            && args.ids == 0
+            && m.view.format == Format::Bf16 as u32
+            && vectors
+            && self.in_bf16()
+        {
             return self.launch("linear_split", (m.rows().div_ceil(32), n.div_ceil(32), 1), 256, &mut args![args]);
         }
         if args.ids != 0 || n == 1 {
@@ -395,13 +376,13 @@ impl CudaBackend {
                 (gemm.out, gemm.out_pitch) = (job.out, job.out_pitch);
                 (gemm.packed, gemm.packed_pitch) = (job.packed, job.packed_pitch);
                 (gemm.out_offset, gemm.out_stride) = (args.out_offset, args.out_stride);
-                self.gemm(GEMM_TILE, (n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
+                self.gemm(m, GEMM_TILE, (n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
             }
             return;
         }
         args.n_jobs = matrices.len() as u32;
         args.split = split(matrices[0].view) as u32;
-        let rows_per_block = 16 * (8 / args.split as usize);
+        let rows_per_block = 16 * (ROW_WARPS / args.split as usize);
         let mut blocks = 0;
         for (m, job) in matrices.iter().zip(&mut args.jobs) {
             job.m = m.view;
@@ -414,18 +395,22 @@ impl CudaBackend {
         self.device.launch(name, grid, 256, ROWS_SHARED, &mut args![args]);
     }
 
-    /// `tokens` of a block: GEMM_TILE or GEMM_FEW.
-    fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
+    /// A product with `m`, and with a second matrix of the same format if `args` says so; `tokens` of a block: GEMM_TILE or
+    /// GEMM_FEW.
+    fn gemm(&self, m: &CudaMatrix, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
         // Its places in the input are of 32 bits.
         let small = u64::from(args.n) * u64::from(args.x_pitch) <= u64::from(u32::MAX);
-        if self.on_hopper() && tokens == GEMM_TILE && small {
-            let name = if args.m0.format == MXFP4 { "gemm_wgmma_mxfp4" } else { "gemm_wgmma_affine" };
+        if let Some(tiled) = m.tiled.filter(|_| self.on_hopper() && tokens == GEMM_TILE && small) {
+            let name = match tiled {
+                Tiled::Mxfp4 => "gemm_wgmma_mxfp4",
+                Tiled::Affine8 => "gemm_wgmma_affine",
+            };
             return self.device.launch(name, grid, 256, WGMMA_SHARED, &mut args![args]);
         }
-        let name = if tokens == GEMM_TILE { "gemm_mma_128" } else { "gemm_mma_32" };
-        // Two stages of rows and two or four of tokens, 64 columns and padding each.
-        let stages = if tokens == GEMM_TILE { 2 } else { 4 };
-        let shared = (2 * GEMM_TILE + stages * tokens) * 72 * 2;
+        let (name, stages) =
+            if tokens == GEMM_TILE { ("gemm_mma_128", GEMM_STAGES) } else { ("gemm_mma_32", GEMM_FEW_STAGES) };
+        // Two stages of decoded rows, and those of tokens.
+        let shared = (2 * GEMM_TILE + stages * tokens) * GEMM_PITCH * 2;
         self.device.launch(name, grid, 256, shared, &mut args![args]);
     }
 
@@ -458,12 +443,12 @@ impl CudaBackend {
                     tokens = if each < GEMM_TOKENS && !self.on_hopper() { GEMM_FEW } else { GEMM_TILE };
                     (tiles, slots) = (each.div_ceil(tokens).max(1), n_slots);
                 }
-                self.gemm(tokens, (tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
+                self.gemm(&mlp.gate, tokens, (tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
                 (args.m0, args.m1, args.gated) = (mlp.down.view, mlp.down.view, 0);
                 (args.x, args.x_pitch, args.x_divisor) = (h, pitch, 1);
                 (args.packed, args.packed_pitch) = (0, 0);
                 (args.out, args.out_pitch) = (out, hidden as u32);
-                self.gemm(tokens, (tiles, hidden.div_ceil(GEMM_TILE), slots), args);
+                self.gemm(&mlp.down, tokens, (tiles, hidden.div_ceil(GEMM_TILE), slots), args);
             };
         let h_bytes = |mlp: &Mlp<CudaMatrix>, rows: usize| rows * mlp.gate.rows().next_multiple_of(64) * 2;
         if let Some((experts, plan, top_k, slots)) = routed {
@@ -513,7 +498,7 @@ impl CudaBackend {
         (down.out, down.shared_out) = (parts, shared_out);
         if let Some((experts, ..)) = routed {
             // A warp has 16 rows.
-            down.slot_blocks = experts.down.rows().div_ceil(16 * 8) as u32;
+            down.slot_blocks = experts.down.rows().div_ceil(16 * ROW_WARPS) as u32;
         }
         let slots = routed.map_or(0, |r| r.3);
         let columns = routed.map_or(n, |(experts, _, k, _)| expert_columns(n, k, experts));
@@ -552,7 +537,7 @@ impl CudaBackend {
         (gate_up.top_k, gate_up.slot_blocks, gate_up.split, gate_up.shared_split) = (1, 1, 1, 1);
         (down.n, down.slot_blocks, down.split, down.shared_split) = (n as u32, 1, 1, SHARED_DOWN_SPLIT as u32);
         // A warp has 8 rows of gate and of up.
-        let gate_blocks = |m: &CudaMatrix, split: usize| m.rows().div_ceil(8 * (8 / split)) as u32;
+        let gate_blocks = |m: &CudaMatrix, split: usize| m.rows().div_ceil(8 * (ROW_WARPS / split)) as u32;
         let (mut slots, mut columns) = (0, n);
         if let Some((experts, plan, k, n_slots)) = routed {
             (gate_up.gate, gate_up.up, down.down) = (experts.gate.view, experts.up.view, experts.down.view);
@@ -574,7 +559,7 @@ impl CudaBackend {
             let split = split(shared.gate.view);
             (gate_up.shared_split, gate_up.shared_blocks) = (split as u32, gate_blocks(&shared.gate, split));
             down.hidden = shared.down.rows() as u32;
-            down.shared_blocks = shared.down.rows().div_ceil(16 * 8 / SHARED_DOWN_SPLIT) as u32;
+            down.shared_blocks = shared.down.rows().div_ceil(16 * ROW_WARPS / SHARED_DOWN_SPLIT) as u32;
         }
         (down.h, down.h_pitch) = (gate_up.h, gate_up.h_pitch);
         (down.shared_h, down.shared_h_pitch) = (gate_up.shared_h, gate_up.shared_h_pitch);
@@ -592,7 +577,10 @@ impl CudaBackend {
     }
 
     fn attention_f32(&self, batch: &CudaBatch, cache: &CudaCache, out: &CudaBuffer, mut args: args::AttentionArgs) {
-        assert!(args.key_width.max(args.value_width) as usize <= ATTENTION_MAX_WIDTH, "heads of at most 640 elements");
+        assert!(
+            args.key_width.max(args.value_width) as usize <= ATTENTION_MAX_WIDTH,
+            "heads of at most {ATTENTION_MAX_WIDTH} elements"
+        );
         let packed = out.packed_output(batch.n_rows);
         (args.out, args.packed, args.packed_pitch) = (out.pointer(), packed.pointer, packed.pitch as u32);
         args.pages = batch.pages();
@@ -641,11 +629,11 @@ impl Backend for CudaBackend {
 
     fn alloc_cache(&self, kind: CacheKind, n_slots: usize, width: usize) -> CudaCache {
         let bytes = self.cache_bytes(kind, width);
-        CudaCache { memory: self.device.alloc(n_slots * bytes), width, bf16: self.fast_numerics() }
+        CudaCache { memory: self.device.alloc(n_slots * bytes), width, bf16: self.in_bf16() }
     }
 
     fn cache_bytes(&self, _kind: CacheKind, width: usize) -> usize {
-        width * if self.fast_numerics() { 2 } else { 4 }
+        width * if self.in_bf16() { 2 } else { 4 }
     }
 
     fn load_matrix(&self, data: MatrixData) -> CudaMatrix {
@@ -660,8 +648,8 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, batch: Batch) -> CudaBatch {
-        let chosen = &mut self.chosen.borrow_mut();
-        let (batch, moved) = self.batch_memory.borrow_mut().upload(&self.device, &batch, chosen);
+        let sampled = &mut self.sampled.borrow_mut();
+        let (batch, moved) = self.batch_memory.borrow_mut().upload(&self.device, &batch, sampled);
         if moved {
             self.recorded.borrow_mut().clear();
         }
@@ -681,38 +669,38 @@ impl Backend for CudaBackend {
         self.device.upload(out.pointer(), bytemuck::cast_slice(values));
     }
 
-    fn step(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
+    fn record_or_replay(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
         // Everything has been loaded.
         if let Some(stager) = self.stager.borrow_mut().take() {
             stager.report();
         }
         self.run_or_replay(batch, operations);
-        if batch.n_choices > 0 {
-            self.chosen.borrow().end(&self.device);
+        if batch.n_sampled > 0 {
+            self.sampled.borrow().end(&self.device);
         }
     }
 
-    fn chooses(&self) -> bool {
+    fn samples(&self) -> bool {
         true
     }
 
-    fn choose(&self, logits: &CudaBuffer, batch: &CudaBatch) {
-        let chosen = self.chosen.borrow_mut().pointer(&self.device);
+    fn sample(&self, logits: &CudaBuffer, batch: &CudaBatch) {
+        let sampled = self.sampled.borrow_mut().pointer(&self.device);
         let (logits, vocab) = (logits.pointer(), logits.width() as u32);
-        let args = args::ChooseArgs { logits, header: batch.choices(), chosen, vocab, unused: 0 };
-        self.launch("choose", (batch.n_choices, 1, 1), 1024, &mut args![args]);
+        let args = args::SampleArgs { logits, header: batch.sampling(), sampled, vocab, unused: 0 };
+        self.launch("sample", (batch.n_sampled, 1, 1), 1024, &mut args![args]);
     }
 
     fn collect(&self, tokens: &mut Vec<u32>) -> Result<(), CudaError> {
-        self.chosen.borrow_mut().take(&self.device, tokens);
+        self.sampled.borrow_mut().take(&self.device, tokens);
         self.device.take_error()
     }
 
     fn embed(&self, table: &CudaMatrix, batch: &CudaBatch, out: &mut CudaBuffer) {
         out.written();
-        let (tokens, chosen) = (batch.tokens(), self.chosen.borrow_mut().pointer(&self.device));
+        let (tokens, sampled) = (batch.tokens(), self.sampled.borrow_mut().pointer(&self.device));
         let to = out.pointer();
-        self.launch("embed", (batch.n_rows, 1, 1), 256, &mut args![table.view, tokens, chosen, to]);
+        self.launch("embed", (batch.n_rows, 1, 1), 256, &mut args![table.view, tokens, sampled, to]);
     }
 
     fn gather_logits_rows(&self, x: &CudaBuffer, batch: &CudaBatch, out: &mut CudaBuffer) {
@@ -721,19 +709,13 @@ impl Backend for CudaBackend {
         self.launch("gather_rows", (batch.n_logits, 1, 1), 256, &mut args![from, rows, to, width]);
     }
 
-    fn rms_norm(&self, x: &CudaBuffer, weight: &CudaBuffer, eps: f32, n_rows: usize, out: &mut CudaBuffer) {
+    fn rms_norm(&self, op: RmsNorm<'_, CudaBuffer>) {
+        let RmsNorm { x, weight, eps, n_rows, out } = op;
         self.norm(x, None, weight, eps, n_rows, out);
     }
 
-    fn add_rms_norm(
-        &self,
-        x: &mut CudaBuffer,
-        y: &CudaBuffer,
-        weight: &CudaBuffer,
-        eps: f32,
-        n_rows: usize,
-        out: &mut CudaBuffer,
-    ) {
+    fn add_rms_norm(&self, op: AddRmsNorm<'_, CudaBuffer>) {
+        let AddRmsNorm { x, y, weight, eps, n_rows, out } = op;
         x.written();
         if let Some(sum) = y.pending.take() {
             let args = norm_args(x, Some(y), weight, eps, n_rows, out);
@@ -743,11 +725,12 @@ impl Backend for CudaBackend {
         self.norm(x, Some(y), weight, eps, n_rows, out);
     }
 
-    fn linear(&self, x: &CudaBuffer, n_rows: usize, outputs: &mut [(&CudaMatrix, &mut CudaBuffer)]) {
-        let mut fast: Vec<&mut (&CudaMatrix, &mut CudaBuffer)> = vec![];
+    fn linear(&self, op: Linear<'_, CudaBuffer, CudaMatrix>) {
+        let Linear { x, n_rows, outputs, .. } = op;
+        let mut tiled: Vec<&mut (&CudaMatrix, &mut CudaBuffer)> = vec![];
         for output in outputs.iter_mut() {
-            if self.fast(&[output.0]) {
-                fast.push(output);
+            if self.tiled(&[output.0]) {
+                tiled.push(output);
                 continue;
             }
             let (m, out) = output;
@@ -759,13 +742,13 @@ impl Backend for CudaBackend {
             self.linear_f32(m, 1, args);
         }
         // Matrices of one format and width share a launch.
-        while let Some(first) = fast.first() {
+        while let Some(first) = tiled.first() {
             let (format, cols) = (first.0.view.format, first.0.cols());
             let mut matrices = vec![];
             let mut args = args::LinearArgs::zeroed();
             let packed = x.packed(&self.device, n_rows);
             (args.x, args.x_pitch, args.n) = (packed.pointer, packed.pitch as u32, n_rows as u32);
-            fast.retain_mut(|(m, out)| {
+            tiled.retain_mut(|(m, out)| {
                 if matrices.len() == MAX_JOBS || m.view.format != format || m.cols() != cols {
                     return true;
                 }
@@ -780,8 +763,9 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn head_linear(&self, x: &CudaBuffer, from: Heads, w: &CudaMatrix, n_rows: usize, out: &mut CudaBuffer, to: Heads) {
-        if self.fast(&[w]) && from.offset.is_multiple_of(8) && from.stride.is_multiple_of(8) {
+    fn head_linear(&self, op: HeadLinear<'_, CudaBuffer, CudaMatrix>) {
+        let HeadLinear { x, from, w, n_rows, out, to } = op;
+        if self.tiled(&[w]) && from.offset.is_multiple_of(8) && from.stride.is_multiple_of(8) {
             let input = x.packed(&self.device, n_rows);
             let packed = out.packed_output(n_rows);
             let mut args = args::LinearArgs::zeroed();
@@ -802,7 +786,8 @@ impl Backend for CudaBackend {
         self.linear_f32(w, from.n, args);
     }
 
-    fn rope(&self, x: &CudaBuffer, from: Heads, rope: &Rope, batch: &CudaBatch, out: &mut CudaBuffer, to: Heads) {
+    fn rope(&self, op: Rotate<'_, CudaBuffer, CudaBatch>) {
+        let Rotate { x, from, rope, batch, out, to, .. } = op;
         out.written();
         let args = args::RopeArgs {
             rope: args::Rope::new(rope),
@@ -833,7 +818,7 @@ impl Backend for CudaBackend {
 
     fn mlp(&self, x: &CudaBuffer, mlp: &Mlp<CudaMatrix>, n_rows: usize, out: &mut CudaBuffer) {
         out.written();
-        if self.fast(&[&mlp.gate, &mlp.up, &mlp.down]) {
+        if self.tiled_mlp(mlp) {
             return match n_rows {
                 1 => self.mlp_token(x, None, 0, Some(mlp), out.pointer()),
                 _ => self.mlp_mma(x, n_rows, None, Some(mlp), 0, out.pointer()),
@@ -842,53 +827,43 @@ impl Backend for CudaBackend {
         self.mlp_f32(x, mlp, None, n_rows, out.pointer());
     }
 
-    fn router_topk(
-        &self,
-        logits: &CudaBuffer,
-        bias: &CudaBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut CudaIndices,
-        weights: &mut CudaBuffer,
-    ) {
+    fn router_topk(&self, op: RouterTopk<'_, CudaBuffer, CudaIndices>) {
+        let RouterTopk { logits, bias, routing, n_rows, ids, weights } = op;
         let args = router_args(logits, bias, routing, ids, weights);
         self.launch("router_topk", (n_rows, 1, 1), 32, &mut args![args]);
     }
 
-    fn moe(
-        &self,
-        x: &CudaBuffer,
-        experts: &Mlp<CudaMatrix>,
-        shared: Option<&Mlp<CudaMatrix>>,
-        ids: &CudaIndices,
-        weights: &CudaBuffer,
-        n_rows: usize,
-        out: &mut CudaBuffer,
-    ) {
+    fn moe(&self, op: Moe<'_, CudaBuffer, CudaIndices, CudaMatrix>) {
+        let Moe { x, experts, shared, ids, weights, n_rows, out } = op;
         out.written();
         if let [Some(gate), Some(up), Some(down)] = [&experts.gate, &experts.up, &experts.down].map(|m| m.on_host) {
             return self.moe_on_host([gate, up, down], x, shared, ids, weights, n_rows, out);
         }
         let (top_k, hidden, n_experts) = (ids.width(), experts.down.rows(), experts.gate.parts);
         let pairs = n_rows * top_k;
-        let mut matrices = vec![&experts.gate, &experts.up, &experts.down];
-        matrices.extend(shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down]));
-        let fast = self.fast(&matrices);
-        if fast && n_rows == 1 {
+        let tiled = self.tiled_mlp(experts) && shared.is_none_or(|shared| self.tiled_mlp(shared));
+        if tiled && n_rows == 1 {
             // One token's experts are a plan already.
             let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
             return self.mlp_token(x, Some((experts, &plan, top_k, top_k)), weights.pointer(), shared, out.pointer());
         }
         let parts = self.scratch("parts", (pairs + n_rows) * hidden * 4);
         let shared_out = parts + (pairs * hidden * 4) as u64;
-        if fast {
+        if tiled {
             let slots = n_experts.min(pairs);
             let memory = self.scratch("plan", (1 + slots + slots + 1 + pairs) * 4);
             let at = |index: usize| memory + (index * 4) as u64;
             let plan =
                 args::MoePlan { n_active: at(0), active: at(1), first: at(1 + slots), sorted: at(2 + 2 * slots) };
-            let args =
-                args::MoePlanArgs { ids: ids.pointer(), plan, n_pairs: pairs as u32, n_experts: n_experts as u32 };
+            let args = args::MoePlanArgs {
+                ids: ids.pointer(),
+                n_active: plan.n_active,
+                active: plan.active,
+                first: plan.first,
+                sorted: plan.sorted,
+                n_pairs: pairs as u32,
+                n_experts: n_experts as u32,
+            };
             self.launch("moe_plan", (1, 1, 1), 1024, &mut args![args]);
             self.mlp_mma(x, n_rows, Some((experts, &plan, top_k, slots)), shared, parts, shared_out);
         } else {
@@ -900,29 +875,14 @@ impl Backend for CudaBackend {
         self.combine(parts, shared.map(|_| shared_out), ids, weights, n_rows, out);
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &CudaBuffer,
-        norm: &CudaBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &CudaBatch,
-        cache: &mut CudaCache,
-    ) {
+    fn write_latent(&self, op: WriteLatent<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let args = latent_args(kv_a, norm, eps, rope, batch);
         self.write(["write_latent_f32", "write_latent_bf16"], batch.n_rows, 256, cache, args);
     }
 
-    fn write_index_key(
-        &self,
-        k: &CudaBuffer,
-        norm: &CudaBuffer,
-        norm_bias: &CudaBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &CudaBatch,
-        cache: &mut CudaCache,
-    ) {
+    fn write_index_key(&self, op: WriteIndexKey<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
         let args = index_key_args(k, norm, norm_bias, eps, rope, batch);
         self.write(["write_index_key_f32", "write_index_key_bf16"], batch.n_rows, 128, cache, args);
     }
@@ -944,43 +904,16 @@ impl Backend for CudaBackend {
         self.write(["write_rows_f32", "write_rows_bf16"], batch.n_rows, 256, cache, args);
     }
 
-    fn index_select(
-        &self,
-        q: &CudaBuffer,
-        weights: &CudaBuffer,
-        n_heads: usize,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: &mut CudaIndices,
-    ) {
-        self.index(q, weights, n_heads, batch, cache, selected, args::Rope::none());
+    fn index_select(&self, op: IndexSelect<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        self.index(op, args::Rope::none());
     }
 
-    fn mla_attention(
-        &self,
-        q: &CudaBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: Option<&CudaIndices>,
-        out: &mut CudaBuffer,
-    ) {
-        self.mla(q, n_heads, latent, scale, batch, cache, selected, out, None);
+    fn mla_attention(&self, op: MlaAttention<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        self.mla(op, None);
     }
 
-    fn gqa_attention(
-        &self,
-        q: &CudaBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        keys: &CudaCache,
-        values: &CudaCache,
-        out: &mut CudaBuffer,
-    ) {
+    fn gqa_attention(&self, op: GqaAttention<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let GqaAttention { q, n_heads, n_kv_heads, scale, batch, keys, values, out } = op;
         let head = keys.width / n_kv_heads;
         let mut args = args::AttentionArgs::zeroed();
         (args.q, args.keys, args.values) = (q.pointer(), keys.memory.pointer(), values.memory.pointer());
@@ -990,88 +923,58 @@ impl Backend for CudaBackend {
         self.attention_f32(batch, keys, out, args);
     }
 
-    fn prepare_attention(
-        &self,
-        query: Option<NormJob<'_, CudaBuffer>>,
-        latent: LatentJob<'_, CudaBuffer, CudaCache>,
-        key: Option<IndexKeyJob<'_, CudaBuffer, CudaCache>>,
-        eps: f32,
-        batch: &CudaBatch,
-        n_rows: usize,
-    ) {
-        let wide = query.as_ref().is_some_and(|q| q.weight.width() > PREPARE_MAX_WIDTH);
+    fn prepare_attention(&self, op: PrepareAttention<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let n_rows = op.latent.batch.n_rows;
+        let wide = op.query.as_ref().is_some_and(|q| q.weight.width() > PREPARE_MAX_WIDTH);
         if n_rows > DECODE_ROWS || wide {
-            return composed::prepare_attention(self, query, latent, key, eps, batch, n_rows);
+            return composed::prepare_attention(self, op);
         }
         let to = |mut args: args::WriteArgs, cache: &CudaCache| {
             (args.cache, args.width) = (cache.memory.pointer(), cache.width as u32);
             args
         };
+        let PrepareAttention { query, latent, key } = op;
         let name = ["prepare_attention_f32", "prepare_attention_bf16"][usize::from(latent.cache.bf16)];
-        let latent = to(latent_args(latent.kv_a, latent.norm, eps, latent.rope, batch), latent.cache);
+        let latent = to(latent_args(latent.kv_a, latent.norm, latent.eps, latent.rope, latent.batch), latent.cache);
         let mut args = args::PrepareArgs { query: args::NormArgs::zeroed(), latent, key: latent };
         let mut jobs = 1;
-        if let Some(NormJob { x, weight, out }) = query {
+        if let Some(RmsNorm { x, weight, eps, n_rows, out }) = query {
             args.query = norm_args(x, None, weight, eps, n_rows, out);
             jobs = 2;
         }
-        if let Some(job) = key {
-            args.key = to(index_key_args(job.k, job.norm, job.norm_bias, eps, job.rope, batch), job.cache);
+        if let Some(WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache }) = key {
+            args.key = to(index_key_args(k, norm, norm_bias, eps, rope, batch), cache);
             jobs = 3;
         }
         self.launch(name, (n_rows, jobs, 1), 256, &mut args![args]);
     }
 
-    fn rope_index_select(
-        &self,
-        q: Rotation<'_, CudaBuffer>,
-        rotated: &mut CudaBuffer,
-        weights: &CudaBuffer,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: &mut CudaIndices,
-    ) {
-        let whole = q.from == Heads::packed(q.from.n, cache.width);
-        let alone = whole && self.scores_on_tensor_cores(q.from.n, cache) && q.rope.inv_freq.len().is_multiple_of(8);
-        if batch.n_rows > DECODE_ROWS || !alone {
-            return composed::rope_index_select(self, q, rotated, weights, batch, cache, selected);
+    fn rope_index_select(&self, op: RopeIndexSelect<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        let whole = op.heads == Heads::packed(op.heads.n, op.cache.width);
+        let alone =
+            whole && self.scores_on_tensor_cores(op.heads.n, op.cache) && op.rope.inv_freq.len().is_multiple_of(8);
+        if op.batch.n_rows > DECODE_ROWS || !alone {
+            return composed::rope_index_select(self, op);
         }
-        self.index(q.x, weights, q.from.n, batch, cache, selected, args::Rope::new(q.rope));
+        let RopeIndexSelect { q, heads, rope, weights, batch, cache, selected, .. } = op;
+        self.index(IndexSelect { q, weights, n_heads: heads.n, batch, cache, selected }, args::Rope::new(rope));
     }
 
-    fn rope_mla_attention(
-        &self,
-        rope: Rotation<'_, CudaBuffer>,
-        q: &mut CudaBuffer,
-        latent: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: Option<&CudaIndices>,
-        out: &mut CudaBuffer,
-    ) {
-        let from = rope.from;
-        let vectors = [from.offset, from.stride, rope.rope.inv_freq.len()].iter().all(|v| v.is_multiple_of(8));
-        if batch.n_rows > DECODE_ROWS || !vectors || !attends_on_tensor_cores(cache, latent) {
-            return composed::rope_mla_attention(self, rope, q, latent, scale, batch, cache, selected, out);
+    fn rope_mla_attention(&self, op: RopeMlaAttention<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        let vectors = [op.from.offset, op.from.stride, op.rope.inv_freq.len()].iter().all(|v| v.is_multiple_of(8));
+        if op.batch.n_rows > DECODE_ROWS || !vectors || !attends_on_tensor_cores(op.cache, op.latent) {
+            return composed::rope_mla_attention(self, op);
         }
-        self.mla(q, from.n, latent, scale, batch, cache, selected, out, Some(rope));
+        let RopeMlaAttention { x, from, rope, q, latent, scale, batch, cache, selected, out } = op;
+        let attention = MlaAttention { q, n_heads: from.n, latent, scale, batch, cache, selected, out };
+        self.mla(attention, Some((x, from, rope)));
     }
 
-    fn route(
-        &self,
-        x: &CudaBuffer,
-        gate: &CudaMatrix,
-        bias: &CudaBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        logits: &mut CudaBuffer,
-        ids: &mut CudaIndices,
-        weights: &mut CudaBuffer,
-    ) {
-        if n_rows > DECODE_ROWS || self.fast(&[gate]) {
-            return composed::route(self, x, gate, bias, routing, n_rows, logits, ids, weights);
+    fn route(&self, op: Route<'_, CudaBuffer, CudaIndices, CudaMatrix>) {
+        if op.n_rows > DECODE_ROWS || self.tiled(&[op.gate]) {
+            return composed::route(self, op);
         }
+        let Route { x, gate, bias, routing, n_rows, logits, ids, weights } = op;
         logits.written();
         let ticket = self.scratch("ticket", 4);
         let mut linear = args::LinearF32Args::zeroed();
@@ -1100,7 +1003,10 @@ fn router_args(
     ids: &CudaIndices,
     weights: &CudaBuffer,
 ) -> args::RouterArgs {
-    assert!(logits.width() <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K && routing.n_group <= 32, "{routing:?}");
+    assert!(
+        logits.width() <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K && routing.n_group <= MAX_GROUPS,
+        "{routing:?}"
+    );
     weights.written();
     args::RouterArgs {
         logits: logits.pointer(),
@@ -1155,7 +1061,7 @@ fn index_key_args(
     rope: &Rope,
     batch: &CudaBatch,
 ) -> args::WriteArgs {
-    assert!(k.width() <= 1024, "index keys of at most 1024 elements");
+    assert!(k.width() <= MAX_INDEX_KEY, "index keys of at most {MAX_INDEX_KEY} elements");
     args::WriteArgs { norm_bias: norm_bias.pointer(), latent: 0, ..latent_args(k, norm, eps, rope, batch) }
 }
 
@@ -1184,20 +1090,13 @@ fn norm_args(
 }
 
 impl CudaBackend {
-    /// Attention over latents; with `rope`, the heads' last elements are rotated on their way in.
-    #[allow(clippy::too_many_arguments)]
+    /// Attention over latents; with `rotated`, the heads' last elements are read from there and rotated on their way in.
     fn mla(
         &self,
-        q: &CudaBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: Option<&CudaIndices>,
-        out: &CudaBuffer,
-        rope: Option<Rotation<'_, CudaBuffer>>,
+        op: MlaAttention<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>,
+        rotated: Option<(&CudaBuffer, Heads, &Rope)>,
     ) {
+        let MlaAttention { q, n_heads, latent, scale, batch, cache, selected, out } = op;
         let (n, width) = (batch.n_rows, cache.width);
         let (chosen, n_selected) = selected.map_or((0, 0), |s| (s.pointer(), s.width()));
         if !attends_on_tensor_cores(cache, latent) {
@@ -1214,7 +1113,7 @@ impl CudaBackend {
         } else if attended <= ONE_SPAN {
             ONE_SPAN
         } else {
-            DECODE_SPAN.max(attended.div_ceil(MAX_SPANS).next_multiple_of(MLA_TILE))
+            DECODE_SPAN.max(attended.div_ceil(MLA_MAX_SPANS).next_multiple_of(MLA_TILE))
         };
         let n_spans = attended.div_ceil(span);
         let packed = out.packed_output(n);
@@ -1238,23 +1137,23 @@ impl CudaBackend {
             rotated_pitch: 0,
             rotated_stride: 0,
             rotated: 0,
-            rope: rope.as_ref().map_or(args::Rope::none(), |r| args::Rope::new(r.rope)),
+            rope: rotated.map_or(args::Rope::none(), |(_, _, rope)| args::Rope::new(rope)),
         };
-        if let Some(rope) = rope {
-            (args.rotated_pitch, args.rotated_stride) = (rope.x.width() as u32, rope.from.stride as u32);
-            args.rotated = rope.x.pointer() + (rope.from.offset * 4) as u64;
+        if let Some((x, from, _)) = rotated {
+            (args.rotated_pitch, args.rotated_stride) = (x.width() as u32, from.stride as u32);
+            args.rotated = x.pointer() + (from.offset * 4) as u64;
         }
         let whole = (width, latent) == (MLA_MAX_WIDTH, MLA_MAX_LATENT) && n_spans == 1 && args.rotated == 0;
         if n > DECODE_ROWS && whole && n_heads >= PREFILL_HEADS && self.on_hopper() {
-            let grid = (1, n_heads.div_ceil(64), n);
+            let grid = (1, n_heads.div_ceil(MLA_PREFILL_HEADS), n);
             return self.device.launch("mla_prefill", grid, 256, PREFILL_SHARED, &mut args![args]);
         }
         if n_spans > 1 {
             args.shares = self.scratch("shares", n * n_spans * n_heads * latent * 4);
             args.stats = self.scratch("stats", n * n_spans * n_heads * 8);
         }
-        let shared = (16 + MLA_TILE) * (width + 8) * 2;
-        let grid = (n_spans, n_heads.div_ceil(16), n);
+        let shared = (MLA_HEADS + MLA_TILE) * (width + 8) * 2;
+        let grid = (n_spans, n_heads.div_ceil(MLA_HEADS), n);
         self.device.launch("mla_attention", grid, 256, shared, &mut args![args]);
         if n_spans > 1 {
             self.launch("mla_merge", (n_heads, n, 1), 512, &mut args![args]);
@@ -1266,17 +1165,8 @@ impl CudaBackend {
     }
 
     /// Scores and selection; queries are rotated by `rope` first, which only the tensor-core kernel does.
-    #[allow(clippy::too_many_arguments)]
-    fn index(
-        &self,
-        q: &CudaBuffer,
-        weights: &CudaBuffer,
-        n_heads: usize,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: &CudaIndices,
-        rope: args::Rope,
-    ) {
+    fn index(&self, op: IndexSelect<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>, rope: args::Rope) {
+        let IndexSelect { q, weights, n_heads, batch, cache, selected } = op;
         let context = batch.max_context;
         let block = (SCORE_FLOATS / context).clamp(1, batch.n_rows);
         let scores = self.scratch("scores", block * context * 4);
@@ -1301,14 +1191,14 @@ impl CudaBackend {
             args.row0 = first as u32;
             if mma {
                 // Blocks keep the queries for all their positions.
-                let blocks = context.div_ceil(128).min((INDEX_BLOCKS / n).max(1));
+                let blocks = context.div_ceil(INDEX_TILE).min((INDEX_BLOCKS / n).max(1));
                 self.launch("index_scores_mma", (blocks, n, 1), 256, &mut args![args]);
             } else {
                 let name = ["index_scores_f32_f32", "index_scores_f32_bf16"][usize::from(cache.bf16)];
-                self.launch(name, (context.div_ceil(64), n, 1), 256, &mut args![args]);
+                self.launch(name, (context.div_ceil(INDEX_F32_TILE), n, 1), 256, &mut args![args]);
             }
             if context > TOPK_CLUSTER_CONTEXT && n <= TOPK_CLUSTER_ROWS {
-                self.launch("index_topk_8", (8 * n, 1, 1), 1024, &mut args![args]);
+                self.launch("index_topk_8", (TOPK_CLUSTER * n, 1, 1), 1024, &mut args![args]);
             } else {
                 self.launch("index_topk_1", (n, 1, 1), 1024, &mut args![args]);
             }

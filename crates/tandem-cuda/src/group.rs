@@ -3,11 +3,13 @@
 
 use std::sync::Arc;
 
+use tandem_core::EXACT_ROWS;
 use tandem_core::backend::TensorGroup;
 
-use crate::args::{MAX_RANKS, ReduceArgs};
+use crate::args::ReduceArgs;
 use crate::driver::{Device, Memory, PeerMemory, Pinned};
 use crate::nccl::{Communicator, UniqueId};
+use crate::preamble::MAX_RANKS;
 use crate::{CudaBackend, CudaBuffer, CudaError};
 
 /// Elements of one sum by the kernel; longer ones are made in pieces. 64 rows of 6144.
@@ -17,8 +19,6 @@ const LONG: usize = 1 << 16;
 /// 8 bytes of data are sent in 16.
 const PACKET_ELEMENTS: usize = 2;
 const PACKET_BYTES: usize = 16;
-/// Rows of a step whose results do not depend on each other, bit for bit; their sums wait for the norm that follows.
-const EXACT_ROWS: usize = 64;
 /// The widest row that the norm adds up.
 const NORM_WIDTH: usize = 8192;
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tandem_comm::{Channel, CommError, Doing, Failure, Group, Wire};
+use tandem_core::EXACT_ROWS;
 use tandem_core::backend::{Backend, Batch, TensorGroup};
 use tandem_model::{KvCache, Limits, Model, Plan, RankPlan, StepShape};
 
@@ -19,8 +20,6 @@ use crate::runner::{RankStatus, Runner};
 
 /// Tensor-parallel ranks compare their residual streams once in this many steps.
 pub const CHECK_STEPS: u64 = 16;
-/// Batches of at most this many rows give the same bits however they are cut into smaller ones.
-const DECODE_ROWS: usize = 64;
 /// Rows that a rank may compute in one patience.
 const ROWS_PER_PATIENCE: usize = 8;
 /// First word of a command: a batch to run, in lists of u32.
@@ -327,7 +326,7 @@ impl<B: Backend> RankRunner<B> {
             // The host takes part between the operations, which therefore cannot be recorded.
             model.forward(backend, &batch, shape, cache);
         } else {
-            backend.step(&batch, shape.max_context, &mut |max_context| {
+            backend.record_or_replay(&batch, shape.max_context, &mut |max_context| {
                 model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
             });
         }
@@ -596,7 +595,7 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
     let mut seen = vec![false; batch.block_tables.len()];
     let own_sequences = batch.sequences.iter().all(|s| !std::mem::replace(&mut seen[*s as usize], true));
     let every_row_once = batch.logits_rows.iter().copied().eq(0..n as u32);
-    if n_parts == 1 || !(2..=DECODE_ROWS).contains(&n) || !own_sequences || !every_row_once {
+    if n_parts == 1 || !(2..=EXACT_ROWS).contains(&n) || !own_sequences || !every_row_once {
         return vec![batch];
     }
     (0..n_parts)
@@ -611,15 +610,15 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
                 .map(|s| batch.block_tables[*s as usize].clone())
                 .collect(),
             logits_rows: (0..rows.len() as u32).collect(),
-            choices: vec![],
+            sampling: vec![],
         })
         .collect()
 }
 
 /// [`STEP`], then lists of u32, each with its length in front.
 fn encode(batch: &Batch) -> Vec<u8> {
-    // Choices are for runners that choose, which ranks do not.
-    let Batch { tokens, positions, sequences, block_tables, logits_rows, choices: _ } = batch;
+    // Ranks do not sample.
+    let Batch { tokens, positions, sequences, block_tables, logits_rows, sampling: _ } = batch;
     let mut words: Vec<u32> = vec![STEP];
     let mut push = |list: &[u32]| {
         words.push(list.len() as u32);
@@ -652,7 +651,7 @@ fn decode(bytes: &[u8]) -> Option<Batch> {
             let page = *p as usize / tandem_core::backend::PAGE_SIZE;
             block_tables.get(*s as usize).is_some_and(|table| page < table.len())
         });
-    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows, choices: vec![] })
+    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows, sampling: vec![] })
 }
 
 #[cfg(test)]
@@ -667,7 +666,7 @@ mod tests {
             sequences: (0..n as u32).rev().collect(),
             block_tables: (0..n as u32).map(|i| vec![2 * i, 2 * i + 1]).collect(),
             logits_rows: (0..n as u32).collect(),
-            choices: vec![],
+            sampling: vec![],
         }
     }
 

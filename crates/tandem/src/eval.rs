@@ -3,34 +3,38 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
+use serde_json::json;
 use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
-use crate::load::{Loaded, LogitsRows, load};
+use crate::news::on_terminal;
 use crate::report::print_json;
+use tandem_runtime::judge::{documents, load_checked};
+use tandem_runtime::ranks::Joined;
+use tandem_runtime::{Loaded, LogitsRows};
 use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
 const DEFAULT_WINDOW: usize = 512;
 
 /// Runs the command.
-pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+pub(crate) fn eval(args: &EvalArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     match &args.command {
-        EvalCommand::Logits(args) => logits(args),
-        EvalCommand::Perplexity(args) => perplexity(args),
+        EvalCommand::Logits(args) => logits(args, joined),
+        EvalCommand::Perplexity(args) => perplexity(args, joined),
         EvalCommand::Compare(args) => crate::compare::compare(args),
-        EvalCommand::Tasks(args) => crate::tasks::tasks(args),
+        EvalCommand::Tasks(args) => crate::tasks::tasks(args, joined),
     }
 }
 
-fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
+fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.tokens)?;
     let tokens: Vec<u32> = serde_json::from_str(&text)
         .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
-    let Loaded { mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::Chunk)?;
+    let Loaded { mut engine, prefill_chunk, .. } =
+        load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
     let start = Instant::now();
     let mut sequence = Sequence::default();
@@ -58,9 +62,10 @@ fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
+fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.text)?;
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::Chunk)?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } =
+        load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let start = Instant::now();
     let mut score = Score::default();
@@ -92,6 +97,11 @@ fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         }
     };
     let (seconds, perplexity) = (start.elapsed().as_secs_f64(), score.perplexity());
+    ensure!(
+        perplexity.is_finite(),
+        "the mean of {} nats per token is too much for a perplexity: this is no model of this text, or a damaged one",
+        score.nll / score.n as f64
+    );
     if args.json {
         return print_json(&json!({
             "perplexity": perplexity,
@@ -103,28 +113,6 @@ fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     }
     println!("perplexity {perplexity:.4} over {} tokens", score.n);
     Ok(())
-}
-
-/// Strings of a JSON file, each a document; `None` when the file is plain text.
-pub(crate) fn documents(path: &Path, text: &str) -> anyhow::Result<Option<Vec<String>>> {
-    if path.extension().is_none_or(|e| e != "json") {
-        return Ok(None);
-    }
-    fn collect(value: Value, out: &mut Vec<String>) {
-        match value {
-            Value::String(s) => out.push(s),
-            Value::Array(values) => values.into_iter().for_each(|v| collect(v, out)),
-            Value::Object(map) => map.into_iter().for_each(|(_, v)| collect(v, out)),
-            _ => {}
-        }
-    }
-    let value = serde_json::from_str(text).with_context(|| format!("{} is not JSON", path.display()))?;
-    let mut out = vec![];
-    collect(value, &mut out);
-    if out.is_empty() {
-        bail!("{} has no strings in it; expected an array or object of texts", path.display());
-    }
-    Ok(Some(out))
 }
 
 /// Negative log likelihood in nats, in f64.

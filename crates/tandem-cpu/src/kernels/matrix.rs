@@ -1,9 +1,9 @@
 //! Rows of a packed matrix times activations: the work that decides the speed of decoding.
 
-use tandem_core::DType;
 use tandem_core::quant::PackedView;
+use tandem_core::{DType, Numerics};
 
-use super::activations::{Activations, Kernel, Numerics};
+use super::activations::{Activations, Kernel};
 use super::rows::ROWS;
 use super::tile_rows::tile_rows;
 use super::vector::dot;
@@ -30,7 +30,7 @@ pub(crate) fn matrix_rows(
 ) {
     let kernel = Kernel::choose(matrix, numerics, isa);
     let view = match matrix {
-        CpuMatrix::Mapped(data) => data.view(part),
+        CpuMatrix::Mapped(mapped) => mapped.data.view(part),
         CpuMatrix::Tiled(tiles) => {
             let Kernel::Tiles(operand) = kernel else { unreachable!("tiles have their own kernels") };
             return tile_rows(isa, operand, tiles, part, first_row, n_rows, x, tokens, out);

@@ -340,11 +340,11 @@ unsafe fn tile_sums<E: Engine, const TWO: bool, const WIDE: bool>(
 #[cfg(test)]
 mod tests {
     use tandem_core::weights::{MatrixData, MatrixPart};
-    use tandem_core::{DType, Float, quant};
+    use tandem_core::{DType, Float, Numerics, quant};
 
     use super::*;
     use crate::isa::Isa;
-    use crate::kernels::activations::{Kernel, Numerics};
+    use crate::kernels::activations::Kernel;
     use crate::matrix::CpuMatrix;
     use crate::pool::Pool;
 
@@ -394,7 +394,7 @@ mod tests {
                 global_scale: None,
             };
             let data = MatrixData { name: String::new(), dtype, rows, cols, parts: vec![part] };
-            let tiles = Tiles::new(&data, Isa::Avx512, &Pool::new(1)).expect("memory");
+            let (tiles, _) = Tiles::new(&data, Isa::Avx512, &Pool::new(1)).expect("memory");
             let matrix = CpuMatrix::Tiled(tiles);
             let CpuMatrix::Tiled(tiles) = &matrix else { unreachable!("just made") };
             let x: Vec<f32> = (0..50 * cols).map(|i| ((i * 31337) % 2000) as f32 / 700.0 - 1.3).collect();

@@ -16,9 +16,10 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
+use tandem_core::Numerics;
 use tandem_core::quant::minifloat::E2M1;
 
-use super::activations::{Activations, IntegerRow, Numerics, SumsOf};
+use super::activations::{Activations, IntegerRow, SumsOf};
 use crate::isa::Isa;
 use crate::tiles::{Codes, Layout, MAX_HEIGHT, Scales, Tile, Tiles};
 
