@@ -320,8 +320,8 @@ unsafe fn tile_sums<E: Engine, const TWO: bool, const WIDE: bool>(
                     } else {
                         load(t / BLOCK * 2 + h)
                     };
-                    let dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dots, start));
-                    sums[t][h] = _mm512_fmadd_ps(dots, _mm512_mul_ps(scales[h], x_scale), sums[t][h]);
+                    let dots = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dots, start)), x_scale);
+                    sums[t][h] = _mm512_fmadd_ps(dots, scales[h], sums[t][h]);
                 }
             }
         }

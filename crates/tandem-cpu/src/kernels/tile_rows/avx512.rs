@@ -226,8 +226,9 @@ unsafe fn scale_dots<const T: usize, E>(
         for t in 0..T {
             let x_scale = _mm512_set1_ps(*x[t].scales.get_unchecked(x_group));
             for h in 0..2 {
-                let scale = _mm512_mul_ps(scales[h], x_scale);
-                sums[t][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t][h]), scale, sums[t][h]);
+                // Not the product of the scales: it may be too small for f32.
+                let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t][h]), x_scale);
+                sums[t][h] = _mm512_fmadd_ps(dot, scales[h], sums[t][h]);
             }
         }
     }

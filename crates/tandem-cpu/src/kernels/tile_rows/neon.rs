@@ -205,8 +205,9 @@ unsafe fn scale_dots<const T: usize>(
         for t in 0..T {
             let x_scale = *x[t].scales.get_unchecked(x_group);
             for r in 0..REGISTERS {
-                let scale = vmulq_n_f32(scales[r], x_scale);
-                sums[t][r] = vfmaq_f32(sums[t][r], vcvtq_f32_s32(dots[t][r]), scale);
+                // Not the product of the scales: it may be too small for f32.
+                let dot = vmulq_n_f32(vcvtq_f32_s32(dots[t][r]), x_scale);
+                sums[t][r] = vfmaq_f32(sums[t][r], dot, scales[r]);
             }
         }
     }
