@@ -174,7 +174,7 @@ pub(crate) enum ActivationsArg {
 pub(crate) enum BackendArg {
     /// This machine's processor.
     Cpu,
-    /// An NVIDIA GPU (Hopper or later).
+    /// An NVIDIA GPU (Ampere or later).
     Cuda,
     /// The best device found.
     Auto,
