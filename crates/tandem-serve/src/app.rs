@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tandem_engine::GenerationConfig;
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_text::{ChatTemplate, Dialect, Tokenizer, ends_of_turn};
 use thiserror::Error;
 
 use crate::browser::Access;
@@ -134,7 +134,8 @@ impl App {
     /// # Errors
     /// An option is not usable, or the vocabulary is not.
     pub fn new(worker: Worker, model: Model, options: &Options) -> Result<Arc<App>, ServeError> {
-        let Model { names, model_type, tokenizer, template, dialect, defaults, vocab_size, context, .. } = model;
+        let Model { names, model_type, tokenizer, template, dialect, mut defaults, vocab_size, context, .. } = model;
+        defaults.eos_token_ids = ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size);
         let sampling = defaults.apply(&tandem_engine::SamplingOverrides::default());
         let grammars = Grammars::new(&tokenizer, dialect, vocab_size, &defaults.eos_token_ids)
             .map_err(|error| ServeError::Vocabulary(error.to_string()))?;
