@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_convert::ConvertOptions;
+use tandem_cpu::Isa;
 use tandem_model::Recipe;
 use tandem_runtime::measured::MeasuredOptions;
 use tandem_runtime::options::{Activations, BackendChoice, ShapeOptions, TransportKind};
@@ -162,7 +163,7 @@ pub(crate) struct ModelArgs {
 pub(crate) enum ActivationsArg {
     /// Single precision: the reference.
     F32,
-    /// Rounded to bfloat16.
+    /// At least as precise as bfloat16; 16-bit integers per group of 32 where these are faster.
     Bf16,
     /// 8-bit integers per group of 32.
     Int8,
@@ -459,6 +460,9 @@ pub(crate) struct BenchModelArgs {
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
     pub(crate) threads: Option<usize>,
+    /// Kernels of the processor: scalar, avx2, avx512, amx or neon; the best that it has if not given.
+    #[arg(long, value_name = "ISA")]
+    pub(crate) isa: Option<Isa>,
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long)]
     pub(crate) lock: bool,
@@ -764,6 +768,7 @@ impl From<&ModelArgs> for ModelOptions {
                 backend: args.backend.into(),
                 activations: args.activations.into(),
                 threads: args.threads,
+                isa: None,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
@@ -782,6 +787,7 @@ impl From<&BenchModelArgs> for MeasuredOptions {
                 backend: args.backend.into(),
                 activations: args.activations.into(),
                 threads: args.threads,
+                isa: args.isa,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
