@@ -42,6 +42,8 @@ pub struct ConvertOptions {
     pub search: bool,
     /// A text that the source reads for the search, instead of one of its own.
     pub calibrate: Option<PathBuf>,
+    /// A model directory whose tokenizer is taken in place of a GGUF file's own.
+    pub tokenizer: Option<PathBuf>,
     /// Bytes of one output file, at most, unless a single weight is larger.
     pub max_shard_size: u64,
     /// Threads; one per core if `None`.
@@ -57,6 +59,7 @@ impl ConvertOptions {
             quant: quant.to_string(),
             search: false,
             calibrate: None,
+            tokenizer: None,
             max_shard_size: 5_000_000_000,
             threads: None,
         }
@@ -221,7 +224,10 @@ fn open(options: &ConvertOptions, recipe: &Recipe) -> anyhow::Result<Box<dyn Sou
          model"
     );
     match gguf_file(Path::new(name)) {
-        Some(file) => Ok(Box::new(GgufSource::open(&file)?)),
+        Some(file) => Ok(Box::new(GgufSource::open(&file, options.tokenizer.as_deref())?)),
+        None if options.tokenizer.is_some() => {
+            bail!("--tokenizer is for GGUF files; {name} has a tokenizer of its own")
+        }
         None => Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?)),
     }
 }
@@ -252,6 +258,8 @@ fn usage(message: String) -> anyhow::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use tandem_core::CheckpointError;
     use tandem_core::weights::{Form, MatrixData, MatrixPart};
     use tandem_model::{CheckpointWeights, WeightSource};
@@ -263,13 +271,14 @@ mod tests {
     /// Every matrix but router gates in mxfp4.
     struct Mxfp4<'a> {
         source: CheckpointWeights<'a>,
+        kept: &'a HashSet<String>,
         calibration: Option<&'a Calibration>,
     }
 
     impl WeightSource for Mxfp4<'_> {
         fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
             let mut data = self.source.matrix(module)?;
-            if module.ends_with(".mlp.gate") {
+            if self.kept.contains(module) {
                 return Ok(data);
             }
             for part in 0..data.parts.len() {
@@ -313,8 +322,10 @@ mod tests {
         let run =
             |source: &dyn WeightSource| engine(&side.config, source, 0, windows.longest(), &device).expect("loads");
         let mut original = run(&weights());
+        let specs = tandem_model::weight_specs(&side.config);
+        let kept = specs.into_iter().filter(|spec| spec.keeps_format).map(|spec| spec.module).collect();
         let mut kl = |calibration| {
-            let mut model = run(&Mxfp4 { source: weights(), calibration });
+            let mut model = run(&Mxfp4 { source: weights(), kept: &kept, calibration });
             windows.compare(&mut original, &mut model).expect("finite").mean_kl()
         };
         let (plain, searched) = (kl(None), kl(Some(&calibration)));

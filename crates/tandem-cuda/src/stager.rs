@@ -36,10 +36,13 @@ impl Piece<'_> {
 }
 
 struct Buffer {
-    pinned: Pinned,
-    /// On the device, for what does not stay as it comes.
+    /// On the device, for what does not stay as it comes. Dropped first: that waits for the copies.
     staging: Memory,
-    fetched: Event,
+    pinned: Pinned,
+    /// Its copy has arrived.
+    arrived: Event,
+    /// The device is done with it.
+    free: Event,
 }
 
 /// The buffers of one thread, the next one first.
@@ -51,22 +54,61 @@ struct Worker {
 /// Threads' buffers, and where the time of loading went.
 pub(crate) struct Stager {
     workers: Vec<Worker>,
+    /// Orders what does not belong to one buffer.
+    order: Option<Event>,
     capacity: usize,
     threads: usize,
     start: Instant,
     bytes: usize,
     copying: Duration,
+    /// Making buffers, and memory on the device.
+    allocating: Duration,
+    /// Deciding how matrices are kept.
+    checking: Duration,
 }
 
 impl Stager {
     pub(crate) fn new() -> Stager {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
-        Stager { workers: vec![], capacity: 0, threads, start: Instant::now(), bytes: 0, copying: Duration::ZERO }
+        Stager {
+            workers: vec![],
+            order: None,
+            capacity: 0,
+            threads,
+            start: Instant::now(),
+            bytes: 0,
+            copying: Duration::ZERO,
+            allocating: Duration::ZERO,
+            checking: Duration::ZERO,
+        }
     }
 
     /// Makes buffers for a matrix of `bytes`, of which `least` must fit at once; false if the device is out of memory, which
     /// its next `sync` says.
     pub(crate) fn prepare(&mut self, device: &Arc<Device>, bytes: usize, least: usize) -> bool {
+        let start = Instant::now();
+        let prepared = self.make_buffers(device, bytes, least);
+        self.allocating += start.elapsed();
+        prepared
+    }
+
+    /// Memory on the device, zeroed unless all of it will be written.
+    pub(crate) fn alloc(&mut self, device: &Arc<Device>, bytes: usize, cleared: bool) -> Memory {
+        let start = Instant::now();
+        let memory = if cleared { device.alloc(bytes) } else { device.alloc_for_all_bytes(bytes) };
+        self.allocating += start.elapsed();
+        memory
+    }
+
+    /// Times what decides how a matrix is kept.
+    pub(crate) fn check<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        self.checking += start.elapsed();
+        result
+    }
+
+    fn make_buffers(&mut self, device: &Arc<Device>, bytes: usize, least: usize) -> bool {
         let wanted = BUFFER.max(least + SOURCES * ALIGNMENT);
         if self.capacity < wanted {
             self.workers.clear();
@@ -74,9 +116,12 @@ impl Stager {
         }
         let capacity = self.capacity;
         let buffer = || {
-            let (pinned, staging) = (device.pinned(capacity)?, device.alloc(capacity));
-            Some(Buffer { pinned, staging, fetched: device.event()? })
+            let (pinned, staging) = (device.pinned(capacity)?, device.alloc_for_all_bytes(capacity));
+            Some(Buffer { staging, pinned, arrived: device.event()?, free: device.event()? })
         };
+        if self.order.is_none() {
+            self.order = device.event();
+        }
         while self.workers.len() < bytes.div_ceil(BYTES_PER_THREAD).clamp(1, self.threads) {
             let (Some(next), Some(busy)) = (buffer(), buffer()) else { return false };
             self.workers.push(Worker { next, busy });
@@ -94,6 +139,11 @@ impl Stager {
         let start = Instant::now();
         let total: usize = pieces.iter().map(Piece::bytes).sum();
         let n_workers = total.div_ceil(BYTES_PER_THREAD).clamp(1, self.workers.len().max(1));
+        let stays = pieces.iter().any(|piece| matches!(piece, Piece::Copy { .. }));
+        if let Some(order) = self.order.as_ref().filter(|_| stays) {
+            // The memory that such pieces go to has just been cleared.
+            device.copies_after_stream(order);
+        }
         let taken = AtomicUsize::new(0);
         let work = |worker: &mut Worker| {
             while let Some(piece) = pieces.get(taken.fetch_add(1, Ordering::Relaxed)) {
@@ -109,6 +159,9 @@ impl Stager {
                 }
             }),
         }
+        if let Some(order) = self.order.as_ref().filter(|_| stays) {
+            device.after_copies(order);
+        }
         self.bytes += total;
         self.copying += start.elapsed();
     }
@@ -116,39 +169,45 @@ impl Stager {
     /// Tells the log where the time went.
     pub(crate) fn report(&self) {
         tracing::info!(
-            "{:.2} GB of weights went through pinned memory in {:.2} s by {} threads, and {:.2} s were spent between",
+            "{:.2} GB of weights went through pinned memory in {:.2} s by {} threads, and {:.2} s were spent between: {:.2} s \
+             on memory, {:.2} s on ranges of scales, the rest on reading and checking the files",
             self.bytes as f64 / 1e9,
             self.copying.as_secs_f64(),
             self.threads,
             self.start.elapsed().saturating_sub(self.copying).as_secs_f64(),
+            self.allocating.as_secs_f64(),
+            self.checking.as_secs_f64(),
         );
     }
 }
 
 impl Worker {
     fn send(&mut self, device: &Device, piece: &Piece<'_>) {
-        let Buffer { pinned, staging, fetched } = &mut self.next;
-        // The device is done with what this buffer held before.
-        device.wait(fetched);
+        let Buffer { staging, pinned, arrived, free } = &mut self.next;
+        device.wait(free);
         match piece {
             Piece::Copy { bytes, to } => {
                 pinned.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
-                device.fetch(*to, pinned, 0, bytes.len());
+                device.fetch_aside(*to, pinned, bytes.len());
+                device.record_copies(free);
             }
             Piece::Repack { sources, args } => {
-                let (mut offset, mut places) = (0, [0; SOURCES]);
+                // One copy for all: each costs as much time as many bytes.
+                let (mut end, mut places) = (0usize, [0; SOURCES]);
                 for (source, place) in sources.iter().zip(&mut places).filter(|(source, _)| !source.is_empty()) {
+                    let offset = end.next_multiple_of(ALIGNMENT);
+                    end = offset + source.len();
                     *place = staging.pointer() + offset as u64;
-                    pinned.bytes_mut()[offset..offset + source.len()].copy_from_slice(source);
-                    device.fetch(*place, pinned, offset, source.len());
-                    offset += source.len().next_multiple_of(ALIGNMENT);
+                    pinned.bytes_mut()[offset..end].copy_from_slice(source);
                 }
+                device.fetch_aside(staging.pointer(), pinned, end);
+                device.after_copies(arrived);
                 let [weight, scales, biases] = places;
                 let args = RepackArgs { weight, scales, biases, ..*args };
                 device.launch("repack", (args.blocks(), 1, 1), 128, 0, &mut args![args]);
+                device.record(free);
             }
         }
-        device.record(fetched);
         std::mem::swap(&mut self.next, &mut self.busy);
     }
 }

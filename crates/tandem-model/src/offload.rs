@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use tandem_core::ModelConfig;
-use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::weights::{ModuleKind, Read, Weight};
 
 use crate::Accounting;
 
@@ -21,7 +21,7 @@ pub struct Offload {
     pub host_bytes: u64,
     /// Bytes on the device.
     pub device_bytes: u64,
-    /// Of the host's bytes, those that one decoded token reads.
+    /// The part of the host's bytes that one decoded token reads.
     pub host_read_bytes: u64,
     /// The same of the device's.
     pub device_read_bytes: u64,
@@ -32,8 +32,7 @@ impl Offload {
     /// the rest fit into `room` bytes. It may not fit for all that.
     pub fn new(weights: &[Weight], config: &ModelConfig, room: u64, n_layers: Option<usize>) -> Offload {
         let of = |kept: &dyn Fn(&Weight) -> bool| {
-            let kept: Vec<Weight> =
-                weights.iter().filter(|w| w.spec.kind != ModuleKind::Mtp && kept(w)).cloned().collect();
+            let kept: Vec<Weight> = weights.iter().filter(|w| w.spec.read != Read::Never && kept(w)).cloned().collect();
             let accounting = Accounting::new(&kept, config);
             (accounting.total(|k| k.resident_bytes), accounting.total(|k| k.read_bytes))
         };
@@ -58,7 +57,7 @@ impl Offload {
         Offload { layers, modules, host_bytes, device_bytes, host_read_bytes, device_read_bytes }
     }
 
-    /// Tokens per second of one sequence at most, if the device reads so many bytes per second and the host so many.
+    /// Tokens per second of one sequence at most, at these bytes per second of the device and of the host.
     pub fn tokens_per_second(&self, device: f64, host: f64) -> f64 {
         1.0 / (self.device_read_bytes as f64 / device + self.host_read_bytes as f64 / host)
     }

@@ -20,7 +20,7 @@ pub(crate) struct ApiError {
     param: Option<String>,
     code: Option<&'static str>,
     /// Seconds after which to try again.
-    pub(crate) retry_after: Option<u32>,
+    retry_after: Option<u32>,
 }
 
 impl ApiError {
@@ -83,6 +83,11 @@ impl ApiError {
             retry_after: Some(2),
             ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message)
         }
+    }
+
+    /// 503: the model is being loaded, for about as many seconds more.
+    pub(crate) fn loading(message: impl Into<String>, seconds: u32) -> ApiError {
+        ApiError { retry_after: Some(seconds), ..ApiError::unavailable(message) }
     }
 
     /// 504: the deadline passed.

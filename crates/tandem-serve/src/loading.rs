@@ -67,7 +67,7 @@ async fn answer(State(loading): State<Arc<Loading>>, request: Request) -> Respon
     }
     let percent = 100.0 * state["progress"]["fraction"].as_f64().unwrap_or_default();
     let message = format!("the model is being loaded ({percent:.0} %); try again");
-    ApiError { retry_after: Some(seconds), ..ApiError::unavailable(message) }.into_response()
+    ApiError::loading(message, seconds).into_response()
 }
 
 #[cfg(test)]

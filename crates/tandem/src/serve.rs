@@ -177,7 +177,8 @@ fn start(
             show(news);
         };
         let loaded = load(&load_options, what, joined, &mut on_news)?;
-        let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, load_time, device, .. } = loaded;
+        let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, load_time, device, .. } =
+            loaded;
         let mut engine = engine.with_scheduling(Scheduling {
             max_batch: args.max_batch,
             prefill_chunk,
@@ -287,7 +288,7 @@ fn model(args: &ServeArgs, files: Files, facts: Facts) -> Model {
     }
 }
 
-/// Weight bytes that a step of so many rows reads: each row picks experts of its own, evenly spread.
+/// Weight bytes that a step of a given number of rows reads: each row picks experts of its own, evenly spread.
 fn step_bytes(accounting: &Accounting, config: &ModelConfig) -> StepBytes {
     let routed = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { k.resident_bytes } else { 0 });
     let others = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { 0 } else { k.read_bytes });

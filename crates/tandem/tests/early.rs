@@ -84,7 +84,7 @@ fn mistakes_show_within_a_second() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = taken.local_addr().expect("an address").port().to_string();
     let long = "word ".repeat(1000);
-    let cases: [(&[&str], &str); 25] = [
+    let cases: [(&[&str], &str); 24] = [
         (&["run", "hi", "--chat-template", "/no/such"], "cannot read the chat template /no/such"),
         (&["run", "hi", "--chat-template", &bad_template], "syntax error"),
         (&["run", "hi", "--chat-template", &refusing], "refused the conversation"),
@@ -101,7 +101,6 @@ fn mistakes_show_within_a_second() {
         (&["serve", "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (&["serve", "--chat-template", &bad_template], "syntax error"),
         (&["serve", "--api-key-file", "/no/such"], "cannot read --api-key-file /no/such"),
-        (&["serve", "--max-batch", "0"], "--max-batch is 0, expected 1 to 64"),
         (&["serve", "--context", "1m"], "exceeds the 2048 positions"),
         (&["serve", "--cache-dir", &cache], "cannot use --cache-dir"),
         (&["serve", "--cors-origin", "nonsense"], "the origin \"nonsense\" is not one"),
@@ -131,7 +130,11 @@ fn mistakes_show_within_a_second() {
     let broken = tokenizer.write();
     for args in [&["run", "hi", "--raw"][..], &["serve"], &["eval", "perplexity", "--text", &short]] {
         let done = broken.run(args, &[]);
-        assert!(done.code == Some(1) && done.stderr.contains("tokenizer.json is not a valid"), "{args:?}: {}", done.stderr);
+        assert!(
+            done.code == Some(1) && done.stderr.contains("tokenizer.json is not a valid"),
+            "{args:?}: {}",
+            done.stderr
+        );
     }
 }
 
@@ -197,7 +200,8 @@ fn models_that_are_not_here() {
     // Outside a clone the first command says what to do. A copy of the program has no clone above it.
     let copy = dir.path().join("tandem");
     std::fs::copy(env!("CARGO_BIN_EXE_tandem"), &copy).expect("copies");
-    let done = finish(std::process::Command::new(&copy).args(["run", "hi"]).current_dir(dir.path()).stdin(Stdio::null()));
+    let done =
+        finish(std::process::Command::new(&copy).args(["run", "hi"]).current_dir(dir.path()).stdin(Stdio::null()));
     assert!(done.code == Some(1) && done.stderr.contains("--model OWNER/NAME"), "{}", done.stderr);
 }
 
@@ -209,7 +213,9 @@ fn help_completions_and_man_pages() {
         assert!(help.lines().count() <= 60, "{args:?}: {} lines", help.lines().count());
     }
     let help = tandem(&["run", "--help"]).ok();
-    for heading in ["Model:", "Prompt:", "Sampling:", "Output:", "Hardware:", "Several ranks:", "Examples:", "Exit codes:"] {
+    for heading in
+        ["Model:", "Prompt:", "Sampling:", "Output:", "Hardware:", "Several ranks:", "Examples:", "Exit codes:"]
+    {
         assert!(help.contains(heading), "{heading}\n{help}");
     }
     for shell in ["bash", "zsh", "fish"] {

@@ -226,7 +226,10 @@ fn answers_for_programs() {
     let sum = tandem(&[&["run", "What is 47 + 38?", "--thinking", "on"], &flags[..]].concat()).json();
     assert_eq!(sum["text"], "47 + 38 = 85.");
     assert_eq!(sum["reasoning"], "47 + 38: ones 7 + 8 = 15, carry 1; tens 4 + 3 + 1 = 8. So 85.");
-    assert_eq!((&sum["tool_calls"], &sum["cached_tokens"], &sum["finish_reason"]), (&json!([]), &json!(0), &json!("stop")));
+    assert_eq!(
+        (&sum["tool_calls"], &sum["cached_tokens"], &sum["finish_reason"]),
+        (&json!([]), &json!(0), &json!("stop"))
+    );
     assert!(sum["device"].as_str().is_some_and(|device| !device.is_empty()) && sum["numerics"].is_string());
     assert!(sum["reasoning_tokens"].as_u64() > Some(10));
 
@@ -255,7 +258,16 @@ fn answers_for_programs() {
 fn peak_memory_is_this_process_own() {
     let mut large = vec![0u8; 600 << 20];
     large.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
-    let done = finish(&mut command(&["run", "hi", "--raw", "--json", "--max-tokens", "2", "--model", &golden("models/glm51_tiny")]));
+    let done = finish(&mut command(&[
+        "run",
+        "hi",
+        "--raw",
+        "--json",
+        "--max-tokens",
+        "2",
+        "--model",
+        &golden("models/glm51_tiny"),
+    ]));
     drop(large);
     let peak = done.json()["peak_memory_bytes"].as_u64().expect("a number");
     assert!((1 << 20..500 << 20).contains(&peak), "{peak} bytes");

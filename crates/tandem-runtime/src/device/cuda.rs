@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
-use tandem_core::backend::{CacheKind, Mlp, Moe};
+use tandem_core::backend::{Mlp, Moe};
 use tandem_core::weights::MatrixData;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix};
@@ -19,7 +19,6 @@ use tandem_engine::Profiled;
 use tandem_model::{Offload, Stacks};
 
 use super::{Device, Place, SumTimes, Sums, ToHold, cpu_backend, fits_in_memory};
-use crate::load::Shape;
 use crate::news::{News, OnNews, ignore_news};
 use crate::options::{Activations, DeviceOptions};
 use crate::units::bytes;
@@ -40,7 +39,12 @@ fn place_experts(
     on_news: OnNews<'_>,
 ) -> anyhow::Result<CudaBackend> {
     let (shape, weights) = (load.shape, load.weights);
-    let cache = (shape.n_slots * cache_bytes_per_token(&backend, shape)) as u64;
+    let cached = |layer| tandem_model::cache_specs(shape.config, layer);
+    let per_token: usize = (0..shape.config.num_hidden_layers)
+        .flat_map(cached)
+        .map(|spec| backend.cache_bytes(spec.kind, spec.width))
+        .sum();
+    let cache = (shape.n_slots * per_token) as u64;
     let free = backend.free_memory();
     let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), options.n_cpu_moe);
     let wanted = offload.device_bytes + cache + RESERVE;
@@ -115,19 +119,12 @@ impl HostExperts for CpuExperts {
         let (x, ids, weights) = (&x, &ids, &weights);
         self.backend.moe(Moe { x, experts, shared: None, ids, weights, n_rows, out: &mut sum });
         self.backend.download(&sum, out);
+        // A damaged expert: no number may come of it, so that the step fails.
+        if let Err(error) = self.backend.sync() {
+            tracing::error!("{error}");
+            out.fill(f32::NAN);
+        }
     }
-}
-
-/// Bytes that one token takes in the cache.
-fn cache_bytes_per_token(backend: &CudaBackend, shape: Shape<'_>) -> usize {
-    let config = shape.config;
-    let layers = config.num_hidden_layers;
-    let Some(mla) = &config.mla else {
-        return layers * 2 * backend.cache_bytes(CacheKind::KeyValue, config.num_key_value_heads * config.head_dim);
-    };
-    let latent = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
-    let key = config.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
-    layers * latent + (0..layers).filter(|l| config.has_indexer(*l)).count() * key
 }
 
 /// The numerics that `--activations` asks for.

@@ -18,13 +18,18 @@ use super::Interrupt;
 use super::screen::Screen;
 use super::session::{Session, Step};
 use crate::cli::OnOff;
+use crate::report::plain;
 
 /// Name, arguments and use of each command.
 const COMMANDS: [(&str, &str, &str); 14] = [
     ("/help", "", "this list"),
     ("/clear", "", "forget the conversation, keep the system message"),
     ("/system", "TEXT", "start again with this system message; without TEXT, show it"),
-    ("/set", "NAME VALUE", "temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens; VALUE default resets"),
+    (
+        "/set",
+        "NAME VALUE",
+        "temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens; VALUE default resets",
+    ),
     ("/regen", "", "answer the last message again"),
     ("/undo", "", "forget the last message and its answer"),
     ("/drop", "", "forget the oldest turns until a quarter of the context is free"),
@@ -126,7 +131,9 @@ impl Chat {
                 for (name, arguments, what) in COMMANDS {
                     println!("  {:<26} {what}", format!("{name} {arguments}"));
                 }
-                println!("{QUOTES} begins and ends a message of several lines; so does a \\ at the end of a line, or Alt-Enter.");
+                println!(
+                    "{QUOTES} begins and ends a message of several lines; so does a \\ at the end of a line, or Alt-Enter."
+                );
                 println!("Ctrl-C ends an answer, and twice the program. Tab completes commands and names of files.");
             }
             "/clear" => conversation.restart(conversation.system().as_deref()),
@@ -173,7 +180,7 @@ impl Chat {
             "/think" => match (rest, OnOff::from_str(rest, false)) {
                 (_, Ok(thinking)) => conversation.thinking = Some(thinking == OnOff::On),
                 ("show", _) if self.reasoning.is_empty() => println!("the last answer has no reasoning"),
-                ("show", _) => println!("{}", style(self.reasoning.trim()).dim()),
+                ("show", _) => println!("{}", style(plain(self.reasoning.trim())).dim()),
                 ("full", _) => self.unfolded = !self.unfolded,
                 _ => bail!("/think takes on, off, show or full"),
             },

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
-use tandem_engine::{GenerationConfig, SamplingOverrides, SamplingParams};
-use tandem_text::{AnswerStream, ChatTemplate, Dialect, Function, Prompt, Tokenizer, prompt, template_call};
+use tandem_engine::{GenerationConfig, SamplingOverrides, SamplingParams, check_vocabulary};
+use tandem_text::{
+    AnswerStream, ChatTemplate, Dialect, Function, Prompt, Tokenizer, ends_of_turn, prompt, stop_tokens, template_call,
+};
 
 use crate::cli::{OnOff, RunArgs, SamplingArgs};
 
@@ -21,7 +23,8 @@ pub(crate) struct Conversation {
     pub(crate) thinking: Option<bool>,
     stops: Vec<String>,
     raw: bool,
-    ignore_eos: bool,
+    /// Tokens that end an answer.
+    pub(crate) eos: Vec<u32>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     dialect: Dialect,
@@ -35,9 +38,16 @@ impl Conversation {
     ///
     /// # Errors
     /// A file is missing or malformed, or a flag is outside its range.
-    pub(crate) fn new(args: &RunArgs, dir: &Path) -> anyhow::Result<Conversation> {
+    pub(crate) fn new(args: &RunArgs, dir: &Path, vocab_size: usize) -> anyhow::Result<Conversation> {
         let defaults = GenerationConfig::load(dir)?;
+        let tokenizer = Tokenizer::from_dir(dir)?;
         let template = ChatTemplate::from_dir(dir, args.chat_template.as_deref())?;
+        check_vocabulary(&defaults.eos_token_ids, vocab_size).context("eos_token_id")?;
+        let mut eos = match args.ignore_eos {
+            true => vec![],
+            false => ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size),
+        };
+        eos.extend(stop_tokens(&args.stop, &tokenizer));
         let conversation = Conversation {
             messages: system_message(args.system.as_deref()),
             tools: args.tools.as_deref().map(read_tools).transpose()?.unwrap_or_default(),
@@ -46,8 +56,8 @@ impl Conversation {
             thinking: args.thinking.map(|thinking| thinking == OnOff::On),
             stops: args.stop.clone(),
             raw: args.raw,
-            ignore_eos: args.ignore_eos,
-            tokenizer: Tokenizer::from_dir(dir)?,
+            eos,
+            tokenizer,
             dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
             template,
             defaults,
@@ -71,11 +81,6 @@ impl Conversation {
         });
         params.validate()?;
         Ok(params)
-    }
-
-    /// Tokens that end an answer.
-    pub(crate) fn eos(&self) -> Vec<u32> {
-        if self.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() }
     }
 
     /// Adds what the user says.
@@ -190,7 +195,8 @@ impl Conversation {
     /// The file is not a conversation.
     pub(crate) fn load(&mut self, path: &Path) -> anyhow::Result<()> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let form = || format!("{} is not a conversation, {{\"messages\": [{{\"role\", \"content\"}}, ..]}}", path.display());
+        let form =
+            || format!("{} is not a conversation, {{\"messages\": [{{\"role\", \"content\"}}, ..]}}", path.display());
         let value: Value = serde_json::from_str(&text).with_context(form)?;
         let messages = value.get("messages").unwrap_or(&value).as_array().with_context(form)?;
         let roles = ["system", "user", "assistant", "tool"];

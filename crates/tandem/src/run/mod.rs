@@ -42,7 +42,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
     let dir = model_dir(options.model.as_deref())?;
     let config = ModelConfig::load(&dir)?;
     let context = options.context(&config)?;
-    let mut conversation = Conversation::new(args, &dir)?;
+    let mut conversation = Conversation::new(args, &dir, config.vocab_size)?;
     if let Some(text) = &prompt {
         conversation.say(text);
     }

@@ -1,5 +1,6 @@
 //! An answer at the terminal: text to stdout, reasoning folded into one line of stderr.
 
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use console::{Term, style};
@@ -8,6 +9,7 @@ use tandem_text::Delta;
 
 use super::session::Step;
 use crate::news::on_terminal;
+use crate::report::plain;
 
 /// A prompt that takes longer than this gets a bar.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -17,6 +19,8 @@ const FRAME: Duration = Duration::from_millis(100);
 /// Shows the parts of one answer after the other.
 pub(crate) struct Screen {
     stderr: Term,
+    /// stdout is one.
+    is_terminal: bool,
     /// Lines can be written over.
     is_live: bool,
     /// Reasoning is shown whole.
@@ -36,6 +40,7 @@ impl Screen {
         Screen {
             is_live: stderr.is_term() && !is_dumb,
             stderr,
+            is_terminal: std::io::stdout().is_terminal(),
             unfolded: false,
             start: Instant::now(),
             bar: None,
@@ -64,14 +69,14 @@ impl Screen {
                 self.fold();
                 match delta {
                     Delta::Content(text) => {
-                        print!("{text}");
+                        self.print(text);
                         self.in_line = !text.ends_with('\n') && (self.in_line || !text.is_empty());
                     }
                     Delta::Call { name } => {
-                        print!("{}{name}(", if self.in_line { "\n" } else { "" });
+                        self.print(&format!("{}{name}(", if self.in_line { "\n" } else { "" }));
                         self.in_line = true;
                     }
-                    Delta::Arguments(text) => print!("{text}"),
+                    Delta::Arguments(text) => self.print(text),
                     Delta::EndCall => {
                         println!(")");
                         self.in_line = false;
@@ -89,6 +94,11 @@ impl Screen {
         }
     }
 
+    /// What a model writes must not steer a terminal; files and pipes get it as it is.
+    fn print(&self, text: &str) {
+        print!("{}", if self.is_terminal { plain(text) } else { text.into() });
+    }
+
     fn end_bar(&mut self) {
         if let Some(mut bar) = self.bar.take() {
             bar(News::Progress(Progress { doing: "reading the prompt", unit: Unit::Tokens, done: 1, total: 1 }));
@@ -101,12 +111,12 @@ impl Screen {
             return;
         }
         if self.unfolded {
-            eprint!("{}", style(text).dim().for_stderr());
+            eprint!("{}", style(plain(text)).dim().for_stderr());
             tail.clear();
             tail.push_str(text);
             return;
         }
-        tail.extend(text.chars().map(|c| if c.is_control() { ' ' } else { c }));
+        tail.extend(plain(text).chars().map(|c| if c.is_control() { ' ' } else { c }));
         if !self.is_live || self.last_frame.is_some_and(|last| last.elapsed() < FRAME) {
             return;
         }

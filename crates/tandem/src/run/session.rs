@@ -109,18 +109,14 @@ impl Session {
     ///
     /// # Errors
     /// The prompt cannot be made or does not fit, or the device failed: the conversation is as before.
-    pub(crate) fn answer(
-        &mut self,
-        interrupt: &Interrupt,
-        on: &mut dyn FnMut(Step<'_>),
-    ) -> anyhow::Result<Answer> {
+    pub(crate) fn answer(&mut self, interrupt: &Interrupt, on: &mut dyn FnMut(Step<'_>)) -> anyhow::Result<Answer> {
         let prompt = self.conversation.prompt()?;
         let mut stream = self.conversation.stream(&prompt);
         let request = Request {
             prompt: prompt.ids,
             sampling: self.conversation.sampling()?,
             max_tokens: self.conversation.max_tokens.unwrap_or(usize::MAX),
-            eos: self.conversation.eos(),
+            eos: self.conversation.eos.clone(),
             ..Request::default()
         };
         let answer = self.generate(request, &mut stream, interrupt, on)?;
