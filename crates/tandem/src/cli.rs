@@ -6,7 +6,9 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_convert::ConvertOptions;
 use tandem_cpu::Isa;
+use tandem_engine::SamplingOverrides;
 use tandem_model::Recipe;
+use tandem_runtime::conversation::ConversationOptions;
 use tandem_runtime::measured::MeasuredOptions;
 use tandem_runtime::options::{Activations, BackendChoice, ShapeOptions, TransportKind};
 use tandem_runtime::{DeviceOptions, ModelOptions, ParallelOptions};
@@ -873,6 +875,31 @@ impl From<&ConvertArgs> for ConvertOptions {
             tokenizer: args.tokenizer.clone(),
             max_shard_size: args.max_shard_size,
             threads: args.threads,
+        }
+    }
+}
+
+impl From<&RunArgs> for ConversationOptions {
+    fn from(args: &RunArgs) -> ConversationOptions {
+        let flags = &args.sampling;
+        ConversationOptions {
+            system: args.system.clone(),
+            raw: args.raw,
+            chat_template: args.chat_template.clone(),
+            thinking: args.thinking.map(|thinking| thinking == OnOff::On),
+            tools: args.tools.clone(),
+            max_tokens: args.max_tokens,
+            sampling: SamplingOverrides {
+                temperature: flags.temperature,
+                top_k: flags.top_k,
+                top_p: flags.top_p,
+                min_p: flags.min_p,
+                repetition_penalty: flags.repetition_penalty,
+                seed: flags.seed,
+                ..SamplingOverrides::default()
+            },
+            stop: args.stop.clone(),
+            ignore_eos: args.ignore_eos,
         }
     }
 }

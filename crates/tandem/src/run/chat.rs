@@ -14,9 +14,10 @@ use rustyline::history::FileHistory;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{Cmd, CompletionType, Config, Context, Editor, Helper, KeyEvent};
 
+use tandem_runtime::session::{Session, Step};
+
 use super::Interrupt;
 use super::screen::Screen;
-use super::session::{Session, Step};
 use crate::cli::OnOff;
 use crate::report::plain;
 
@@ -201,7 +202,7 @@ impl Chat {
         }
         let mut screen = Screen::new();
         screen.unfolded = self.unfolded;
-        let answer = self.session.answer(&self.interrupt, &mut |step| screen.show(step));
+        let answer = self.session.answer(&self.interrupt.0, &mut |step| screen.show(step));
         screen.show(Step::End);
         let answer = answer?;
         eprintln!("{}", style(self.session.summary(&answer)).dim().for_stderr());

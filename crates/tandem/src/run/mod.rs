@@ -1,9 +1,7 @@
 //! `tandem run`: one answer, or a chat.
 
 mod chat;
-mod conversation;
 mod screen;
-mod session;
 
 use std::io::{IsTerminal, Read};
 use std::process::ExitCode;
@@ -16,15 +14,15 @@ use signal_hook::consts::SIGINT;
 use signal_hook::flag;
 use tandem_core::ModelConfig;
 use tandem_engine::EngineError;
+use tandem_runtime::conversation::Conversation;
 use tandem_runtime::ranks::Joined;
+use tandem_runtime::session::{Session, Step};
 use tandem_runtime::{LoadOptions, LogitsRows, ModelOptions, load, model_dir};
 
 use crate::cli::RunArgs;
 use crate::news::on_terminal;
 use crate::report::print_json;
-use conversation::Conversation;
 use screen::Screen;
-use session::{Session, Step};
 
 /// Exit code of an answer that Ctrl-C ended, as shells have it: 128 and the signal.
 const INTERRUPTED: u8 = 130;
@@ -42,7 +40,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
     let dir = model_dir(options.model.as_deref())?;
     let config = ModelConfig::load(&dir)?;
     let context = options.context(&config)?;
-    let mut conversation = Conversation::new(args, &dir, config.vocab_size)?;
+    let mut conversation = Conversation::new(&args.into(), &dir, config.vocab_size)?;
     if let Some(text) = &prompt {
         conversation.say(text);
     }
@@ -59,7 +57,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
         return chat::chat(session, interrupt).map(|()| ExitCode::SUCCESS);
     }
     let mut screen = Screen::new();
-    let answer = session.answer(&interrupt, &mut |step| {
+    let answer = session.answer(&interrupt.0, &mut |step| {
         if !args.json {
             screen.show(step);
         }
@@ -102,10 +100,6 @@ impl Interrupt {
             .and_then(|_| flag::register(SIGINT, Arc::clone(&pressed)))
             .context("cannot wait for Ctrl-C")?;
         Ok(Interrupt(pressed))
-    }
-
-    fn is_pressed(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
     }
 
     fn clear(&self) {

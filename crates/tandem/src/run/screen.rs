@@ -4,10 +4,10 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use console::{Term, style};
+use tandem_runtime::session::Step;
 use tandem_runtime::{News, Progress, Unit};
 use tandem_text::Delta;
 
-use super::session::Step;
 use crate::news::on_terminal;
 use crate::report::plain;
 

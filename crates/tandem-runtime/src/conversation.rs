@@ -1,6 +1,6 @@
 //! What was said, and how it becomes a prompt. Needs a model's small files only.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -9,28 +9,51 @@ use tandem_text::{
     AnswerStream, ChatTemplate, Dialect, Function, Prompt, Tokenizer, ends_of_turn, prompt, stop_tokens, template_call,
 };
 
-use crate::cli::{OnOff, RunArgs, SamplingArgs};
+/// What a chat begins with.
+#[derive(Clone, Debug, Default)]
+pub struct ConversationOptions {
+    /// System message.
+    pub system: Option<String>,
+    /// The prompt is the last message as it stands, without the chat template.
+    pub raw: bool,
+    /// Chat template to use instead of the model's.
+    pub chat_template: Option<PathBuf>,
+    /// The template's `enable_thinking`; its own default if `None`.
+    pub thinking: Option<bool>,
+    /// JSON file with an array of tools in OpenAI's form.
+    pub tools: Option<PathBuf>,
+    /// Tokens of an answer at most; the model's own limit if `None`.
+    pub max_tokens: Option<usize>,
+    /// What differs from the model's defaults.
+    pub sampling: SamplingOverrides,
+    /// Texts that end an answer.
+    pub stop: Vec<String>,
+    /// Go on after an end-of-text token.
+    pub ignore_eos: bool,
+}
 
 /// The messages of a chat, and everything that their prompt depends on.
-pub(crate) struct Conversation {
+pub struct Conversation {
     /// In the form of chat templates.
-    pub(crate) messages: Vec<Value>,
+    pub messages: Vec<Value>,
     /// OpenAI's form.
-    pub(crate) tools: Vec<Value>,
-    pub(crate) sampling: SamplingArgs,
-    pub(crate) max_tokens: Option<usize>,
+    pub tools: Vec<Value>,
+    /// What differs from the model's defaults.
+    pub sampling: SamplingOverrides,
+    /// Tokens of an answer at most; the rest of the context if `None`.
+    pub max_tokens: Option<usize>,
     /// The template's `enable_thinking`; its own default if `None`.
-    pub(crate) thinking: Option<bool>,
+    pub thinking: Option<bool>,
     stops: Vec<String>,
     raw: bool,
     /// Tokens that end an answer.
-    pub(crate) eos: Vec<u32>,
+    pub eos: Vec<u32>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     dialect: Dialect,
     defaults: GenerationConfig,
     /// Directory of the model, for messages.
-    pub(crate) model: String,
+    pub model: String,
 }
 
 impl Conversation {
@@ -38,24 +61,24 @@ impl Conversation {
     ///
     /// # Errors
     /// A file is missing or malformed, or a flag is outside its range.
-    pub(crate) fn new(args: &RunArgs, dir: &Path, vocab_size: usize) -> anyhow::Result<Conversation> {
+    pub fn new(options: &ConversationOptions, dir: &Path, vocab_size: usize) -> anyhow::Result<Conversation> {
         let defaults = GenerationConfig::load(dir)?;
         let tokenizer = Tokenizer::from_dir(dir)?;
-        let template = ChatTemplate::from_dir(dir, args.chat_template.as_deref())?;
+        let template = ChatTemplate::from_dir(dir, options.chat_template.as_deref())?;
         check_vocabulary(&defaults.eos_token_ids, vocab_size).context("eos_token_id")?;
-        let mut eos = match args.ignore_eos {
+        let mut eos = match options.ignore_eos {
             true => vec![],
             false => ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size),
         };
-        eos.extend(stop_tokens(&args.stop, &tokenizer));
+        eos.extend(stop_tokens(&options.stop, &tokenizer));
         let conversation = Conversation {
-            messages: system_message(args.system.as_deref()),
-            tools: args.tools.as_deref().map(read_tools).transpose()?.unwrap_or_default(),
-            sampling: args.sampling.clone(),
-            max_tokens: args.max_tokens.or(defaults.max_new_tokens.map(|n| n as usize)),
-            thinking: args.thinking.map(|thinking| thinking == OnOff::On),
-            stops: args.stop.clone(),
-            raw: args.raw,
+            messages: system_message(options.system.as_deref()),
+            tools: options.tools.as_deref().map(read_tools).transpose()?.unwrap_or_default(),
+            sampling: options.sampling.clone(),
+            max_tokens: options.max_tokens.or(defaults.max_new_tokens.map(|n| n as usize)),
+            thinking: options.thinking,
+            stops: options.stop.clone(),
+            raw: options.raw,
             eos,
             tokenizer,
             dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
@@ -67,24 +90,18 @@ impl Conversation {
         Ok(conversation)
     }
 
-    /// The model's defaults with the flags on top.
-    pub(crate) fn sampling(&self) -> anyhow::Result<SamplingParams> {
-        let flags = &self.sampling;
-        let params = self.defaults.apply(&SamplingOverrides {
-            temperature: flags.temperature,
-            top_k: flags.top_k,
-            top_p: flags.top_p,
-            min_p: flags.min_p,
-            repetition_penalty: flags.repetition_penalty,
-            seed: flags.seed,
-            ..SamplingOverrides::default()
-        });
+    /// The model's defaults with [`Conversation::sampling`] on top.
+    ///
+    /// # Errors
+    /// A value is outside its range.
+    pub fn sampling(&self) -> anyhow::Result<SamplingParams> {
+        let params = self.defaults.apply(&self.sampling);
         params.validate()?;
         Ok(params)
     }
 
     /// Adds what the user says.
-    pub(crate) fn say(&mut self, text: &str) {
+    pub fn say(&mut self, text: &str) {
         self.messages.push(json!({"role": "user", "content": text}));
     }
 
@@ -92,7 +109,7 @@ impl Conversation {
     ///
     /// # Errors
     /// There is no template, or it refuses the messages.
-    pub(crate) fn prompt(&self) -> anyhow::Result<Prompt> {
+    pub fn prompt(&self) -> anyhow::Result<Prompt> {
         if self.raw {
             let text = self.messages.last().and_then(|m| m["content"].as_str()).unwrap_or_default().to_owned();
             return Ok(Prompt { ids: self.tokenizer.encode(&text, true)?, text, in_reasoning: false });
@@ -114,7 +131,7 @@ impl Conversation {
     }
 
     /// Takes the answer to a prompt apart.
-    pub(crate) fn stream(&self, prompt: &Prompt) -> AnswerStream {
+    pub fn stream(&self, prompt: &Prompt) -> AnswerStream {
         if self.raw {
             return AnswerStream::plain(&self.tokenizer, self.stops.clone());
         }
@@ -123,24 +140,24 @@ impl Conversation {
     }
 
     /// Forgets everything, and begins with a system message if there is one.
-    pub(crate) fn restart(&mut self, system: Option<&str>) {
+    pub fn restart(&mut self, system: Option<&str>) {
         self.messages = system_message(system);
     }
 
     /// The system message.
-    pub(crate) fn system(&self) -> Option<String> {
+    pub fn system(&self) -> Option<String> {
         self.messages.first().filter(|m| m["role"] == "system").and_then(|m| m["content"].as_str()).map(str::to_owned)
     }
 
     /// Takes the answer to the last message of the user away, so that it can be answered again; false if there is none.
-    pub(crate) fn forget_answer(&mut self) -> bool {
+    pub fn forget_answer(&mut self) -> bool {
         let last = self.messages.iter().rposition(|m| m["role"] == "user");
         self.messages.truncate(last.map_or(self.messages.len(), |i| i + 1));
         last.is_some()
     }
 
     /// Takes the last message of the user and its answer away; false if there is none.
-    pub(crate) fn undo(&mut self) -> bool {
+    pub fn undo(&mut self) -> bool {
         let found = self.forget_answer();
         if found {
             self.messages.pop();
@@ -149,7 +166,7 @@ impl Conversation {
     }
 
     /// Forgets the oldest turn, but not the last one; false if there is only one.
-    pub(crate) fn drop_oldest(&mut self) -> bool {
+    pub fn drop_oldest(&mut self) -> bool {
         let mut turns = self.messages.iter().enumerate().filter(|(_, m)| m["role"] == "user").map(|(i, _)| i);
         let (Some(first), Some(second)) = (turns.next(), turns.next()) else { return false };
         self.messages.drain(first..second);
@@ -160,7 +177,7 @@ impl Conversation {
     ///
     /// # Errors
     /// No call waits for a result.
-    pub(crate) fn add_result(&mut self, text: &str) -> anyhow::Result<usize> {
+    pub fn add_result(&mut self, text: &str) -> anyhow::Result<usize> {
         let last = self.messages.iter().rposition(|m| m["role"] != "tool");
         let calls = last.and_then(|i| Some((i, self.messages[i]["tool_calls"].as_array()?)));
         let (n_results, calls) = calls.map_or((0, &[][..]), |(i, calls)| (self.messages.len() - 1 - i, &calls[..]));
@@ -174,7 +191,7 @@ impl Conversation {
     ///
     /// # Errors
     /// The file is not an array of tools.
-    pub(crate) fn load_tools(&mut self, path: &Path) -> anyhow::Result<()> {
+    pub fn load_tools(&mut self, path: &Path) -> anyhow::Result<()> {
         self.tools = read_tools(path)?;
         Ok(())
     }
@@ -183,7 +200,7 @@ impl Conversation {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub(crate) fn save(&self, path: &Path) -> anyhow::Result<()> {
+    pub fn save(&self, path: &Path) -> anyhow::Result<()> {
         let messages: Vec<Value> = self.messages.iter().map(openai_message).collect();
         let text = serde_json::to_string_pretty(&json!({"messages": messages, "tools": self.tools}))?;
         std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
@@ -193,7 +210,7 @@ impl Conversation {
     ///
     /// # Errors
     /// The file is not a conversation.
-    pub(crate) fn load(&mut self, path: &Path) -> anyhow::Result<()> {
+    pub fn load(&mut self, path: &Path) -> anyhow::Result<()> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let form =
             || format!("{} is not a conversation, {{\"messages\": [{{\"role\", \"content\"}}, ..]}}", path.display());
@@ -226,7 +243,7 @@ fn read_tools(path: &Path) -> anyhow::Result<Vec<Value>> {
 }
 
 /// A call in OpenAI's form, with arguments as text.
-pub(crate) fn openai_call(call: &Value) -> Value {
+pub fn openai_call(call: &Value) -> Value {
     let mut call = call.clone();
     if !call["function"]["arguments"].is_string() {
         call["function"]["arguments"] = json!(call["function"]["arguments"].to_string());

@@ -1,46 +1,56 @@
 //! A model, a conversation, and answers.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_cpu::system::peak_memory_bytes;
 use tandem_engine::{Event, FinishReason, Request};
-use tandem_runtime::Loaded;
-use tandem_runtime::units::bytes;
 use tandem_text::{AnswerStream, Delta, FinishedBy, template_call};
 
-use super::Interrupt;
-use super::conversation::{Conversation, openai_call};
+use crate::conversation::{Conversation, openai_call};
+use crate::load::Loaded;
+use crate::units::bytes;
 
 /// A model and one conversation with it.
-pub(crate) struct Session {
+pub struct Session {
     loaded: Loaded,
-    pub(crate) conversation: Conversation,
+    /// What was said.
+    pub conversation: Conversation,
 }
 
 /// What happens while an answer is made.
-pub(crate) enum Step<'a> {
+pub enum Step<'a> {
     /// Tokens of the prompt that have run, and all of them.
     Prompt {
+        /// So far.
         done: usize,
+        /// In all.
         total: usize,
     },
+    /// The next piece of the answer.
     Delta(&'a Delta),
+    /// Nothing follows.
     End,
 }
 
 /// One answer and what it took.
 #[derive(Default)]
-pub(crate) struct Answer {
-    pub(crate) text: String,
-    pub(crate) reasoning: String,
+pub struct Answer {
+    /// For the reader.
+    pub text: String,
+    /// What came before it.
+    pub reasoning: String,
     /// In the form of chat templates.
-    pub(crate) calls: Vec<Value>,
-    pub(crate) tokens: Vec<u32>,
-    pub(crate) finish_reason: &'static str,
-    pub(crate) prompt_tokens: usize,
+    pub calls: Vec<Value>,
+    /// Every token.
+    pub tokens: Vec<u32>,
+    /// `stop`, `length`, `tool_calls` or `interrupted`.
+    pub finish_reason: &'static str,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
     /// Prompt tokens that an earlier turn had left in the cache.
-    pub(crate) cached_tokens: usize,
+    pub cached_tokens: usize,
     reasoning_tokens: usize,
     reasoning_time: Duration,
     prefill: Duration,
@@ -51,7 +61,7 @@ pub(crate) struct Answer {
 
 impl Answer {
     /// Ctrl-C ended it.
-    pub(crate) fn is_interrupted(&self) -> bool {
+    pub fn is_interrupted(&self) -> bool {
         self.finish_reason == "interrupted"
     }
 
@@ -87,17 +97,18 @@ impl Answer {
 }
 
 impl Session {
-    pub(crate) fn new(loaded: Loaded, conversation: Conversation) -> Session {
+    /// A model and what was said so far.
+    pub fn new(loaded: Loaded, conversation: Conversation) -> Session {
         Session { loaded, conversation }
     }
 
     /// Tokens of context.
-    pub(crate) fn context(&self) -> usize {
+    pub fn context(&self) -> usize {
         self.loaded.engine.context()
     }
 
     /// The name of the model's directory.
-    pub(crate) fn name(&self) -> String {
+    pub fn name(&self) -> String {
         let dir = self.loaded.dir.canonicalize().unwrap_or_else(|_| self.loaded.dir.clone());
         // A snapshot in Hugging Face's cache is named by its commit.
         let id = dir.ancestors().filter_map(|dir| dir.file_name()?.to_str()?.strip_prefix("models--"));
@@ -109,7 +120,7 @@ impl Session {
     ///
     /// # Errors
     /// The prompt cannot be made or does not fit, or the device failed: the conversation is as before.
-    pub(crate) fn answer(&mut self, interrupt: &Interrupt, on: &mut dyn FnMut(Step<'_>)) -> anyhow::Result<Answer> {
+    pub fn answer(&mut self, interrupt: &AtomicBool, on: &mut dyn FnMut(Step<'_>)) -> anyhow::Result<Answer> {
         let prompt = self.conversation.prompt()?;
         let mut stream = self.conversation.stream(&prompt);
         let request = Request {
@@ -128,7 +139,7 @@ impl Session {
         &mut self,
         request: Request,
         stream: &mut AnswerStream,
-        interrupt: &Interrupt,
+        interrupt: &AtomicBool,
         on: &mut dyn FnMut(Step<'_>),
     ) -> anyhow::Result<Answer> {
         let start = Instant::now();
@@ -141,7 +152,7 @@ impl Session {
         let mut outputs = vec![];
         // None: the caller ended it, by a stop string or Ctrl-C.
         let reason = 'steps: loop {
-            if interrupt.is_pressed() {
+            if interrupt.load(Ordering::Relaxed) {
                 answer.finish_reason = "interrupted";
                 break None;
             }
@@ -200,7 +211,7 @@ impl Session {
     }
 
     /// One line about an answer.
-    pub(crate) fn summary(&self, a: &Answer) -> String {
+    pub fn summary(&self, a: &Answer) -> String {
         let cached = if a.cached_tokens > 0 { format!(" ({} from cache)", a.cached_tokens) } else { String::new() };
         let thought = match a.reasoning_tokens {
             0 => String::new(),
@@ -227,7 +238,10 @@ impl Session {
     }
 
     /// Facts about the model and the conversation, a line each.
-    pub(crate) fn facts(&self) -> anyhow::Result<String> {
+    ///
+    /// # Errors
+    /// The conversation has no prompt.
+    pub fn facts(&self) -> anyhow::Result<String> {
         let Loaded { dir, engine, device, numerics, load_time, .. } = &self.loaded;
         let (counters, used) = (engine.counters(), self.conversation.prompt()?.ids.len());
         Ok(format!(
@@ -244,7 +258,7 @@ impl Session {
     }
 
     /// The answer for programs.
-    pub(crate) fn as_json(&self, a: &Answer) -> Value {
+    pub fn as_json(&self, a: &Answer) -> Value {
         json!({
             "text": a.text,
             "reasoning": a.reasoning,
