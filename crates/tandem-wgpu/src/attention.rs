@@ -1,0 +1,145 @@
+//! Attention and the indexer: [`tandem_core::Backend`]'s mla_attention, gqa_attention and index_select.
+
+use crate::args::{AttentionArgs, IndexArgs, MergeArgs};
+use crate::backend::WgpuBackend;
+use crate::batch::WgpuBatch;
+use crate::buffer::{WgpuBuffer, WgpuCache, WgpuIndices};
+use crate::device::WORKGROUP;
+use crate::recorder::Cost;
+
+/// Positions of a tile of attention.wgsl.
+const TILE: usize = 32;
+/// Workgroups from which on rows and heads keep the device busy without spans.
+const ENOUGH_GROUPS: usize = 512;
+/// Positions of a span, at least, and spans of a row, at most.
+const LEAST_SPAN: usize = 64;
+const MAX_SPANS: usize = 64;
+/// Bytes of queries that a workgroup keeps.
+const QUERY_BYTES: usize = 20 << 10;
+/// Bytes of scores kept at once; longer prefills are scored in blocks of rows.
+const SCORE_BYTES: usize = 112 << 20;
+
+/// The shape of softmax attention.
+#[derive(Clone, Copy)]
+pub(crate) struct Attention {
+    pub(crate) n_heads: usize,
+    pub(crate) n_kv_heads: usize,
+    pub(crate) key_width: usize,
+    pub(crate) value_width: usize,
+    pub(crate) scale: f32,
+}
+
+impl WgpuBackend {
+    /// `out[row, head] = sum_p softmax_p(scale * q . key(p)) * value(p)`
+    pub(crate) fn attend(
+        &self,
+        shape: Attention,
+        q: &WgpuBuffer,
+        batch: &WgpuBatch,
+        keys: &WgpuCache,
+        values: &WgpuCache,
+        selected: Option<&WgpuIndices>,
+        out: &WgpuBuffer,
+    ) {
+        let Attention { n_heads, n_kv_heads, key_width, value_width, scale } = shape;
+        let top_k = selected.map_or(0, |s| s.width);
+        let context = if selected.is_some() { batch.max_context.min(top_k) } else { batch.max_context };
+        let per_kv = n_heads / n_kv_heads.max(1);
+        // As many heads as share keys, their queries fit, and the accumulators stay in registers.
+        let wide = value_width.div_ceil(WORKGROUP as usize);
+        let most = (8 / wide).max(1).min(QUERY_BYTES / 4 / key_width.max(1));
+        let heads = (1..=most.max(1)).rev().find(|h| per_kv.is_multiple_of(*h)).unwrap_or(1);
+        let groups = batch.n_rows * (n_heads / heads);
+        let n_spans = if groups >= ENOUGH_GROUPS {
+            1
+        } else {
+            context.div_ceil(LEAST_SPAN).min(MAX_SPANS).min((2 * ENOUGH_GROUPS).div_ceil(groups.max(1))).max(1)
+        };
+        let span = context.div_ceil(n_spans).next_multiple_of(TILE);
+        let n_spans = context.div_ceil(span).max(1);
+        let lanes = self.pipelines.lanes.n as usize;
+        let positions = TILE / (WORKGROUP as usize / lanes);
+        let variant = (key_width as u64)
+            | (value_width as u64) << 16
+            | (heads as u64) << 32
+            | u64::from(selected.is_some()) << 40
+            | u64::from(n_spans > 1) << 41;
+        let pipeline = self.pipelines.get::<AttentionArgs>("attention", variant, |d| {
+            let numbers = [
+                ("KEY_WIDTH", key_width),
+                ("VALUE_WIDTH", value_width),
+                ("HEADS", heads),
+                ("VALUES", wide),
+                ("POSITIONS", positions),
+                ("ROUNDS", (heads * TILE).div_ceil(WORKGROUP as usize)),
+                ("SELECTED", usize::from(selected.is_some())),
+                ("SPANS", usize::from(n_spans > 1)),
+            ];
+            d.extend(numbers.iter().map(|(name, n)| ((*name).to_string(), n.to_string())));
+        });
+        let args = AttentionArgs {
+            base: 0,
+            n_heads: n_heads as u32,
+            heads_per_kv: per_kv as u32,
+            key_pitch: keys.width as u32,
+            value_pitch: values.width as u32,
+            top_k: top_k as u32,
+            span: span as u32,
+            n_spans: n_spans as u32,
+            scale,
+        };
+        let n = batch.n_rows * n_heads;
+        let cost = Cost {
+            bytes: (groups * context * (key_width + value_width) * 4) as u64,
+            products: (n * context * (key_width + value_width)) as u64,
+        };
+        let spans = (n_spans > 1).then(|| self.scratch("spans", n * n_spans * (value_width + 2) * 4));
+        let to = spans.as_deref().unwrap_or(&out.memory);
+        let mut buffers = vec![&q.memory, &keys.memory, &values.memory, batch.memory(), to];
+        buffers.extend(selected.map(|s| &s.memory));
+        self.run(&pipeline, &buffers, &args, [batch.n_rows, n_heads / heads, n_spans], cost);
+        if let Some(spans) = &spans {
+            let pipeline = self.pipelines.get::<MergeArgs>("attention_merge", 0, |_| {});
+            let args = MergeArgs { base: 0, width: value_width as u32, n_spans: n_spans as u32 };
+            let cost = Cost { bytes: (n * n_spans * value_width * 4) as u64, products: 0 };
+            self.run(&pipeline, &[spans, &out.memory], &args, [n, 1, 1], cost);
+        }
+    }
+
+    /// The positions with the highest indexer scores.
+    pub(crate) fn select(
+        &self,
+        q: &WgpuBuffer,
+        weights: &WgpuBuffer,
+        n_heads: usize,
+        batch: &WgpuBatch,
+        cache: &WgpuCache,
+        selected: &WgpuIndices,
+    ) {
+        let context = batch.max_context;
+        let rows_at_once = (SCORE_BYTES / 4 / context.max(1)).clamp(1, batch.n_rows.max(1));
+        let scores_kernel = self.pipelines.get::<IndexArgs>("index_scores", cache.width as u64, |d| {
+            d.insert("DIM".into(), cache.width.to_string());
+        });
+        let topk_kernel = self.pipelines.get::<IndexArgs>("index_topk", 0, |_| {});
+        for first in (0..batch.n_rows).step_by(rows_at_once) {
+            let n = rows_at_once.min(batch.n_rows - first);
+            let scores = self.scratch("scores", n * context * 4);
+            let args = IndexArgs {
+                base: 0,
+                first_row: first as u32,
+                n_heads: n_heads as u32,
+                pitch: context as u32,
+                top_k: selected.width as u32,
+            };
+            let buffers = [&q.memory, &weights.memory, &cache.memory, batch.memory(), &*scores];
+            let cost = Cost {
+                bytes: (n * context * (cache.width + 1) * 4) as u64,
+                products: (n * context * cache.width * n_heads) as u64,
+            };
+            self.run(&scores_kernel, &buffers, &args, [self.blocks(context), n, 1], cost);
+            let cost = Cost { bytes: (n * context * 6 * 4) as u64, products: 0 };
+            self.run(&topk_kernel, &[&*scores, batch.memory(), &selected.memory], &args, [n, 1, 1], cost);
+        }
+    }
+}
