@@ -4,7 +4,8 @@
 
 use divan::Bencher;
 use divan::counter::BytesCount;
-use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::backend::Linear;
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind};
 use tandem_core::{Backend, DType, Float, quant};
 use tandem_cpu::{CpuBackend, CpuBuffer, Numerics};
 
@@ -44,7 +45,10 @@ fn run(bencher: Bencher<'_, '_>, case: &str, n_rows: usize) {
     let matrix = backend.load_matrix(data);
     let x = CpuBuffer::new(values[..n_rows * COLS].to_vec(), COLS);
     let mut out = backend.alloc(n_rows, ROWS);
-    bencher.counter(BytesCount::new(bytes)).bench_local(|| backend.linear(&x, n_rows, &mut [(&matrix, &mut out)]));
+    bencher.counter(BytesCount::new(bytes)).bench_local(|| {
+        let outputs = &mut [(&matrix, &mut out)];
+        backend.linear(Linear { x: &x, n_rows, outputs, label: ModuleKind::Attention });
+    });
 }
 
 /// One token: bounded by memory when faster than it.

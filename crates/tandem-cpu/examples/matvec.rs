@@ -2,7 +2,8 @@
 //!
 //! `matvec FORMAT NUMERICS REPEATS`: mxfp4 or affine8, and f32, bf16 or int8; 256 rows of 2048 columns, one thread.
 
-use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::backend::Linear;
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind};
 use tandem_core::{Backend, DType, Float, quant};
 use tandem_cpu::{CpuBackend, CpuBuffer, Numerics};
 
@@ -38,7 +39,8 @@ fn main() {
     let x = CpuBuffer::new(values[..COLS].to_vec(), COLS);
     let mut out = backend.alloc(1, ROWS);
     for _ in 0..repeats.parse().unwrap_or(1) {
-        backend.linear(&x, 1, &mut [(&matrix, &mut out)]);
+        let outputs = &mut [(&matrix, &mut out)];
+        backend.linear(Linear { x: &x, n_rows: 1, outputs, label: ModuleKind::Attention });
     }
     println!("{} {format} {ROWS}x{COLS}: {}", backend.isa(), out.row(0)[0]);
 }

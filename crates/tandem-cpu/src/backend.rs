@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use tandem_core::Backend;
-use tandem_core::backend::{Batch, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::backend::{
+    Batch, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, RmsNorm, Rotate,
+    RouterTopk, WriteIndexKey, WriteLatent,
+};
 use tandem_core::weights::MatrixData;
 
 use crate::cache::{CpuCache, Rows};
@@ -314,40 +317,31 @@ impl CpuBackend {
         });
     }
 
-    fn mla<E: Element>(&self, q: &CpuBuffer, a: &MlaArgs<'_>, cache: &Rows<E>, out: &mut CpuBuffer) {
-        let (q_width, out_width) = (q.width / a.n_heads, out.width / a.n_heads);
+    fn mla<E: Element>(&self, op: MlaAttention<'_, CpuBuffer, CpuIndices, Batch, CpuCache>, cache: &Rows<E>) {
+        let MlaAttention { q, n_heads, latent, scale, batch, selected, out, .. } = op;
+        let (q_width, out_width) = (q.width / n_heads, out.width / n_heads);
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         // Enough tasks to keep every thread busy when few rows have few heads.
-        let block = HEAD_BLOCK.min(a.n_heads.div_ceil(self.n_threads()));
-        self.head_blocks(a.batch.n_rows(), a.n_heads, block, |row, first, n| {
-            let sequence = a.batch.sequences[row] as usize;
-            let visible = a.batch.positions[row] as usize + 1;
-            let chosen = a.selected.map(|s| s.row(row)).filter(|s| visible > s.len());
+        let block = HEAD_BLOCK.min(n_heads.div_ceil(self.n_threads()));
+        self.head_blocks(batch.n_rows(), n_heads, block, |row, first, n| {
+            let sequence = batch.sequences[row] as usize;
+            let visible = batch.positions[row] as usize + 1;
+            let chosen = selected.map(|s| s.row(row)).filter(|s| visible > s.len());
             let n_positions = chosen.map_or(visible, <[i32]>::len);
-            let slot = |i: usize| a.batch.slot(sequence, chosen.map_or(i, |c| c[i] as usize));
+            let slot = |i: usize| batch.slot(sequence, chosen.map_or(i, |c| c[i] as usize));
             // SAFETY: one task per (row, block of heads).
             #[allow(unsafe_code)]
             let out = unsafe { target.slice(row * width + first * out_width, n * out_width) };
             let q = &q.row(row)[first * q_width..(first + n) * q_width];
             let key = |i| cache.row(slot(i));
-            let value = |i| &cache.row(slot(i))[..a.latent];
-            attend(self.isa, q, n, a.scale, n_positions, key, value, out);
+            let value = |i| &cache.row(slot(i))[..latent];
+            attend(self.isa, q, n, scale, n_positions, key, value, out);
         });
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn gqa<E: Element>(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &Batch,
-        keys: &Rows<E>,
-        values: &Rows<E>,
-        out: &mut CpuBuffer,
-    ) {
+    fn gqa<E: Element>(&self, op: GqaAttention<'_, CpuBuffer, Batch, CpuCache>, keys: &Rows<E>, values: &Rows<E>) {
+        let GqaAttention { q, n_heads, n_kv_heads, scale, batch, out, .. } = op;
         let (group, dim, width) = (n_heads / n_kv_heads, out.width / n_heads, out.width);
         let target = SharedMut::new(&mut out.data);
         self.head_blocks(batch.n_rows(), n_kv_heads, 1, |row, kv_head, _| {
@@ -431,14 +425,6 @@ impl<'a> Expert<'a> {
     fn for_all(mlp: &'a Mlp<CpuMatrix>, n_rows: usize) -> Expert<'a> {
         Expert { mlp, part: 0, tokens: (0..n_rows as u32).collect(), weights: vec![1.0; n_rows] }
     }
-}
-
-struct MlaArgs<'a> {
-    n_heads: usize,
-    latent: usize,
-    scale: f32,
-    batch: &'a Batch,
-    selected: Option<&'a CpuIndices>,
 }
 
 impl Backend for CpuBackend {
@@ -526,7 +512,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn rms_norm(&self, x: &CpuBuffer, weight: &CpuBuffer, eps: f32, n_rows: usize, out: &mut CpuBuffer) {
+    fn rms_norm(&self, op: RmsNorm<'_, CpuBuffer>) {
+        let RmsNorm { x, weight, eps, n_rows, out } = op;
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.rows(n_rows, |r| {
@@ -537,7 +524,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&CpuMatrix, &mut CpuBuffer)]) {
+    fn linear(&self, op: Linear<'_, CpuBuffer, CpuMatrix>) {
+        let Linear { x, n_rows, outputs, .. } = op;
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let products: Vec<Product<'_>> =
             outputs.iter().map(|(matrix, _)| Product { matrix, part: 0, tokens: &tokens }).collect();
@@ -564,7 +552,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &CpuMatrix, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
+    fn head_linear(&self, op: HeadLinear<'_, CpuBuffer, CpuMatrix>) {
+        let HeadLinear { x, from, w, n_rows, out, to } = op;
         let (width, rows) = (out.width, w.rows());
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let kernel = Kernel::choose(w, self.numerics, self.isa);
@@ -592,7 +581,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn rope(&self, x: &CpuBuffer, from: Heads, rope: &Rope, batch: &Batch, out: &mut CpuBuffer, to: Heads) {
+    fn rope(&self, op: Rotate<'_, CpuBuffer, Batch>) {
+        let Rotate { x, from, rope, batch, out, to, .. } = op;
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.rows(batch.n_rows(), |r| {
@@ -629,30 +619,15 @@ impl Backend for CpuBackend {
         self.experts(x, &[Expert::for_all(mlp, n_rows)], n_rows, out);
     }
 
-    fn router_topk(
-        &self,
-        logits: &CpuBuffer,
-        bias: &CpuBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut CpuIndices,
-        weights: &mut CpuBuffer,
-    ) {
+    fn router_topk(&self, op: RouterTopk<'_, CpuBuffer, CpuIndices>) {
+        let RouterTopk { logits, bias, routing, n_rows, ids, weights } = op;
         for r in 0..n_rows {
             router_topk(logits.row(r), &bias.data, routing, ids.row_mut(r), weights.row_mut(r));
         }
     }
 
-    fn moe(
-        &self,
-        x: &CpuBuffer,
-        experts: &Mlp<CpuMatrix>,
-        shared: Option<&Mlp<CpuMatrix>>,
-        ids: &CpuIndices,
-        weights: &CpuBuffer,
-        n_rows: usize,
-        out: &mut CpuBuffer,
-    ) {
+    fn moe(&self, op: Moe<'_, CpuBuffer, CpuIndices, CpuMatrix>) {
+        let Moe { x, experts, shared, ids, weights, n_rows, out } = op;
         let n_experts = experts.gate.n_parts();
         let mut chosen: Vec<Expert<'_>> =
             (0..n_experts).map(|part| Expert { mlp: experts, part, tokens: vec![], weights: vec![] }).collect();
@@ -672,15 +647,8 @@ impl Backend for CpuBackend {
         self.experts(x, &chosen, n_rows, out);
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &CpuBuffer,
-        norm: &CpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &Batch,
-        cache: &mut CpuCache,
-    ) {
+    fn write_latent(&self, op: WriteLatent<'_, CpuBuffer, Batch, CpuCache>) {
+        let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let latent = norm.width;
         let mut row = vec![0.0; kv_a.width];
         let mut table = vec![0.0; rope.dim()];
@@ -693,16 +661,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn write_index_key(
-        &self,
-        k: &CpuBuffer,
-        norm: &CpuBuffer,
-        norm_bias: &CpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &Batch,
-        cache: &mut CpuCache,
-    ) {
+    fn write_index_key(&self, op: WriteIndexKey<'_, CpuBuffer, Batch, CpuCache>) {
+        let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
         let mut normed = vec![0.0; k.width];
         let mut row = vec![0.0; k.width];
         let mut table = vec![0.0; rope.dim()];
@@ -721,15 +681,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn index_select(
-        &self,
-        q: &CpuBuffer,
-        weights: &CpuBuffer,
-        n_heads: usize,
-        batch: &Batch,
-        cache: &CpuCache,
-        selected: &mut CpuIndices,
-    ) {
+    fn index_select(&self, op: IndexSelect<'_, CpuBuffer, CpuIndices, Batch, CpuCache>) {
+        let IndexSelect { q, weights, n_heads, batch, cache, selected } = op;
         let slot = |row: usize, position: usize| batch.slot(batch.sequences[row] as usize, position);
         let heads = |row: usize| &weights.row(row)[..n_heads];
         match cache {
@@ -751,39 +704,18 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn mla_attention(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &Batch,
-        cache: &CpuCache,
-        selected: Option<&CpuIndices>,
-        out: &mut CpuBuffer,
-    ) {
-        let args = MlaArgs { n_heads, latent, scale, batch, selected };
-        match cache {
-            CpuCache::F32(rows) => self.mla(q, &args, rows, out),
-            CpuCache::Bf16(rows) => self.mla(q, &args, rows, out),
+    fn mla_attention(&self, op: MlaAttention<'_, CpuBuffer, CpuIndices, Batch, CpuCache>) {
+        match op.cache {
+            CpuCache::F32(rows) => self.mla(op, rows),
+            CpuCache::Bf16(rows) => self.mla(op, rows),
             CpuCache::Int8(_) => unreachable!("latents are not kept in 8 bits"),
         }
     }
 
-    fn gqa_attention(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &Batch,
-        keys: &CpuCache,
-        values: &CpuCache,
-        out: &mut CpuBuffer,
-    ) {
-        match (keys, values) {
-            (CpuCache::F32(k), CpuCache::F32(v)) => self.gqa(q, n_heads, n_kv_heads, scale, batch, k, v, out),
-            (CpuCache::Bf16(k), CpuCache::Bf16(v)) => self.gqa(q, n_heads, n_kv_heads, scale, batch, k, v, out),
+    fn gqa_attention(&self, op: GqaAttention<'_, CpuBuffer, Batch, CpuCache>) {
+        match (op.keys, op.values) {
+            (CpuCache::F32(k), CpuCache::F32(v)) => self.gqa(op, k, v),
+            (CpuCache::Bf16(k), CpuCache::Bf16(v)) => self.gqa(op, k, v),
             _ => unreachable!("keys and values are allocated alike"),
         }
     }

@@ -1,8 +1,8 @@
 //! Every matrix kernel of this processor against the scalar oracle, over ragged shapes.
 
-use tandem_core::backend::{Mlp, Routing};
+use tandem_core::backend::{Linear, Mlp, Moe, RouterTopk, Routing};
 use tandem_core::quant;
-use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind};
 use tandem_core::{Backend, DType, Float};
 use tandem_cpu::{CpuBackend, CpuBuffer, Isa, Numerics};
 
@@ -59,7 +59,7 @@ fn linear(backend: &CpuBackend, x: &CpuBuffer, n: usize, w: MatrixData) -> Vec<f
     let rows = w.rows;
     let w = backend.load_matrix(w);
     let mut out = backend.alloc(n, rows);
-    backend.linear(x, n, &mut [(&w, &mut out)]);
+    backend.linear(Linear { x, n_rows: n, outputs: &mut [(&w, &mut out)], label: ModuleKind::Attention });
     let mut values = vec![0.0; n * rows];
     backend.download(&out, &mut values);
     values
@@ -156,8 +156,9 @@ fn moe(backend: &CpuBackend, x: &CpuBuffer, n: usize, experts: &[MatrixData; 3],
     };
     let mut ids = backend.alloc_indices(n, 3);
     let (mut weights, mut out) = (backend.alloc(n, 3), backend.alloc(n, hidden));
-    backend.router_topk(&logits, &bias, &routing, n, &mut ids, &mut weights);
-    backend.moe(x, &experts, Some(&shared), &ids, &weights, n, &mut out);
+    let (ids, weights) = (&mut ids, &mut weights);
+    backend.router_topk(RouterTopk { logits: &logits, bias: &bias, routing: &routing, n_rows: n, ids, weights });
+    backend.moe(Moe { x, experts: &experts, shared: Some(&shared), ids, weights, n_rows: n, out: &mut out });
     let mut values = vec![0.0; n * hidden];
     backend.download(&out, &mut values);
     values

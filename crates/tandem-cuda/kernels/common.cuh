@@ -18,7 +18,7 @@ DI void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory");
 // Storage formats; the same numbers as in matrix.rs.
 enum : u32 { F32 = 0, F16 = 1, BF16 = 2, MXFP4 = 3, MXFP8 = 4, NVFP4 = 5, FP8_BLOCK = 6, AFFINE_F32 = 7, AFFINE_BF16 = 8 };
 
-// A matrix [rows, cols] or a stack of equal ones. A `fast` one is kept in tiles (repack.cu) of 8 rows and 128 bytes of
+// A matrix [rows, cols] or a stack of equal ones. A `tiled` one is kept in tiles (repack.cu) of 8 rows and 128 bytes of
 // elements of each, in the order in which the row kernels read them: `weight` is [parts, row groups, row_bytes] then.
 struct Matrix {
     const u8* weight;       // [parts, rows, row_bytes]
@@ -28,7 +28,7 @@ struct Matrix {
     u64 scale_part;         // bytes of one part's scales
     u32 rows, cols;
     u32 row_bytes, scale_pitch;
-    u32 format, bits, group, fast;
+    u32 format, bits, group, tiled;
 };
 
 // A tile: elements 0 .. 64 of its 8 rows, elements 64 .. 128, and 8 bytes of scales of each row. Zeros fill it up where
@@ -168,7 +168,7 @@ DI float e4m3(u32 byte) {
 
 // Elements k .. k + 7 of a row (k a multiple of 8); those past `cols` are 0.
 DI void decode8(const Matrix& m, u32 part, u32 row, u32 k, float (&out)[8]) {
-    if (m.fast) {
+    if (m.tiled) {
         u32 byte = m.format == MXFP4 ? k / 2 : k;
         const u8* tile = tile_of(m, part, row, byte / 128);
         const u8* codes = tile + tile_place(row, byte & 127);

@@ -23,13 +23,13 @@ extern "C" __global__ void __launch_bounds__(256) pack_rows(const float* x, u32 
         packed[u64(blockIdx.x) * pitch + packed_place(c)] = c < width ? to_bf16(x[u64(blockIdx.x) * width + c]) : 0;
 }
 
-// out[r] = table[tokens[r]]; a token with the highest bit set stands for one that the step before chose.
-extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ Matrix table, const u32* tokens, const u32* chosen, float* out) {
+// out[r] = table[tokens[r]]; a token with the highest bit set stands for one that the step before sampled.
+extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ Matrix table, const u32* tokens, const u32* sampled, float* out) {
     let_next_start();
     wait_for_previous();
     u32 token = tokens[blockIdx.x];
-    if (token >> 31) token = chosen[token & 0x7fffffffu];
-    // None was chosen: the host will say so.
+    if (token >> 31) token = sampled[token & 0x7fffffffu];
+    // None was sampled: the host will say so.
     if (token >= table.rows) token = 0;
     for (u32 k = threadIdx.x * 8; k < table.cols; k += 2048) {
         float v[8];

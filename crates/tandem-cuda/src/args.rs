@@ -19,7 +19,7 @@ pub(crate) struct Matrix {
     pub(crate) format: u32,
     pub(crate) bits: u32,
     pub(crate) group: u32,
-    pub(crate) fast: u32,
+    pub(crate) tiled: u32,
 }
 
 #[repr(C)]
@@ -220,10 +220,10 @@ pub(crate) struct RepackArgs {
     pub(crate) rounds: u32,
 }
 
-/// `struct Choice` of choose.cu.
+/// `struct Sampling` of sample.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct Choice {
+pub(crate) struct Sampling {
     pub(crate) inverse_temperature: f32,
     pub(crate) top_k: u32,
     pub(crate) top_p: f32,
@@ -232,33 +232,33 @@ pub(crate) struct Choice {
     pub(crate) unused: u64,
 }
 
-impl Choice {
-    pub(crate) fn new(choice: &backend::Choice) -> Choice {
-        Choice {
-            inverse_temperature: if choice.temperature == 0.0 { 0.0 } else { 1.0 / choice.temperature },
-            top_k: choice.top_k,
-            top_p: choice.top_p,
-            least: if choice.min_p > 0.0 { choice.min_p.ln() } else { f32::NEG_INFINITY },
-            unit: choice.unit,
+impl Sampling {
+    pub(crate) fn new(sampling: &backend::Sampling) -> Sampling {
+        Sampling {
+            inverse_temperature: if sampling.temperature == 0.0 { 0.0 } else { 1.0 / sampling.temperature },
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            least: if sampling.min_p > 0.0 { sampling.min_p.ln() } else { f32::NEG_INFINITY },
+            unit: sampling.unit,
             unused: 0,
         }
     }
 }
 
-/// `struct ChoiceHeader` of choose.cu, without the choices.
+/// `struct SamplingHeader` of sample.cu, without the parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct ChoiceHeader {
+pub(crate) struct SamplingHeader {
     pub(crate) to: u64,
     pub(crate) unused: [u64; 3],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct ChooseArgs {
+pub(crate) struct SampleArgs {
     pub(crate) logits: u64,
     pub(crate) header: u64,
-    pub(crate) chosen: u64,
+    pub(crate) sampled: u64,
     pub(crate) vocab: u32,
     pub(crate) unused: u32,
 }

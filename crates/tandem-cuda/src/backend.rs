@@ -8,13 +8,15 @@ use std::time::Instant;
 use bytemuck::Zeroable;
 use tandem_core::Batch;
 use tandem_core::backend::{
-    Backend, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, Rotation, Routing, composed,
+    AddRmsNorm, Backend, CacheKind, GqaAttention, HeadLinear, Heads, IndexSelect, Linear, MlaAttention, Mlp, Moe,
+    PrepareAttention, RmsNorm, Rope, RopeIndexSelect, RopeMlaAttention, Rotate, Route, RouterTopk, Routing,
+    WriteIndexKey, WriteLatent, composed,
 };
 use tandem_core::weights::MatrixData;
 
 use crate::CudaError;
 use crate::args::{self, MAX_JOBS};
-use crate::batch::{BatchMemory, Chosen, CudaBatch, DECODE_ROWS};
+use crate::batch::{BatchMemory, CudaBatch, DECODE_ROWS, Sampled};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
 use crate::host_experts::{HostExperts, HostMoe, OnHost};
@@ -138,7 +140,7 @@ pub struct CudaBackend {
     // Dropped first: graphs refer to the memory below.
     recorded: RefCell<HashMap<CudaBatch, Recorded>>,
     batch_memory: RefCell<BatchMemory>,
-    chosen: RefCell<Chosen>,
+    sampled: RefCell<Sampled>,
     scratch: RefCell<HashMap<&'static str, Memory>>,
     /// While weights are being loaded.
     stager: RefCell<Option<Stager>>,
@@ -163,7 +165,7 @@ impl CudaBackend {
         Ok(CudaBackend {
             recorded: RefCell::default(),
             batch_memory: RefCell::default(),
-            chosen: RefCell::default(),
+            sampled: RefCell::default(),
             scratch: RefCell::default(),
             stager: RefCell::default(),
             on_host: None,
@@ -332,12 +334,12 @@ impl CudaBackend {
         }
     }
 
-    fn fast_numerics(&self) -> bool {
+    fn in_bf16(&self) -> bool {
         self.options.numerics == Numerics::Bf16
     }
 
-    fn fast(&self, matrices: &[&CudaMatrix]) -> bool {
-        self.fast_numerics() && matrices.iter().all(|m| m.fast())
+    fn tiled(&self, matrices: &[&CudaMatrix]) -> bool {
+        self.in_bf16() && matrices.iter().all(|m| m.tiled())
     }
 
     /// Scratch memory under a name; it keeps its place until a longer one is asked for.
@@ -372,7 +374,7 @@ impl CudaBackend {
         let (rows, args) = linear_f32_args(m, parts, args);
         let n = args.n as usize;
         let vectors = m.cols().is_multiple_of(8) && args.x_pitch.is_multiple_of(4);
-        if n > DECODE_ROWS && parts == 1 && args.ids == 0 && m.view.format == BF16 && vectors && self.fast_numerics() {
+        if n > DECODE_ROWS && parts == 1 && args.ids == 0 && m.view.format == BF16 && vectors && self.in_bf16() {
             return self.launch("linear_split", (m.rows().div_ceil(32), n.div_ceil(32), 1), 256, &mut args![args]);
         }
         if args.ids != 0 || n == 1 {
@@ -641,11 +643,11 @@ impl Backend for CudaBackend {
 
     fn alloc_cache(&self, kind: CacheKind, n_slots: usize, width: usize) -> CudaCache {
         let bytes = self.cache_bytes(kind, width);
-        CudaCache { memory: self.device.alloc(n_slots * bytes), width, bf16: self.fast_numerics() }
+        CudaCache { memory: self.device.alloc(n_slots * bytes), width, bf16: self.in_bf16() }
     }
 
     fn cache_bytes(&self, _kind: CacheKind, width: usize) -> usize {
-        width * if self.fast_numerics() { 2 } else { 4 }
+        width * if self.in_bf16() { 2 } else { 4 }
     }
 
     fn load_matrix(&self, data: MatrixData) -> CudaMatrix {
@@ -660,8 +662,8 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, batch: Batch) -> CudaBatch {
-        let chosen = &mut self.chosen.borrow_mut();
-        let (batch, moved) = self.batch_memory.borrow_mut().upload(&self.device, &batch, chosen);
+        let sampled = &mut self.sampled.borrow_mut();
+        let (batch, moved) = self.batch_memory.borrow_mut().upload(&self.device, &batch, sampled);
         if moved {
             self.recorded.borrow_mut().clear();
         }
@@ -681,38 +683,38 @@ impl Backend for CudaBackend {
         self.device.upload(out.pointer(), bytemuck::cast_slice(values));
     }
 
-    fn step(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
+    fn record_or_replay(&self, batch: &CudaBatch, _max_context: usize, operations: &mut dyn FnMut(usize)) {
         // Everything has been loaded.
         if let Some(stager) = self.stager.borrow_mut().take() {
             stager.report();
         }
         self.run_or_replay(batch, operations);
-        if batch.n_choices > 0 {
-            self.chosen.borrow().end(&self.device);
+        if batch.n_sampled > 0 {
+            self.sampled.borrow().end(&self.device);
         }
     }
 
-    fn chooses(&self) -> bool {
+    fn samples(&self) -> bool {
         true
     }
 
-    fn choose(&self, logits: &CudaBuffer, batch: &CudaBatch) {
-        let chosen = self.chosen.borrow_mut().pointer(&self.device);
+    fn sample(&self, logits: &CudaBuffer, batch: &CudaBatch) {
+        let sampled = self.sampled.borrow_mut().pointer(&self.device);
         let (logits, vocab) = (logits.pointer(), logits.width() as u32);
-        let args = args::ChooseArgs { logits, header: batch.choices(), chosen, vocab, unused: 0 };
-        self.launch("choose", (batch.n_choices, 1, 1), 1024, &mut args![args]);
+        let args = args::SampleArgs { logits, header: batch.sampling(), sampled, vocab, unused: 0 };
+        self.launch("sample", (batch.n_sampled, 1, 1), 1024, &mut args![args]);
     }
 
     fn collect(&self, tokens: &mut Vec<u32>) -> Result<(), CudaError> {
-        self.chosen.borrow_mut().take(&self.device, tokens);
+        self.sampled.borrow_mut().take(&self.device, tokens);
         self.device.take_error()
     }
 
     fn embed(&self, table: &CudaMatrix, batch: &CudaBatch, out: &mut CudaBuffer) {
         out.written();
-        let (tokens, chosen) = (batch.tokens(), self.chosen.borrow_mut().pointer(&self.device));
+        let (tokens, sampled) = (batch.tokens(), self.sampled.borrow_mut().pointer(&self.device));
         let to = out.pointer();
-        self.launch("embed", (batch.n_rows, 1, 1), 256, &mut args![table.view, tokens, chosen, to]);
+        self.launch("embed", (batch.n_rows, 1, 1), 256, &mut args![table.view, tokens, sampled, to]);
     }
 
     fn gather_logits_rows(&self, x: &CudaBuffer, batch: &CudaBatch, out: &mut CudaBuffer) {
@@ -721,19 +723,13 @@ impl Backend for CudaBackend {
         self.launch("gather_rows", (batch.n_logits, 1, 1), 256, &mut args![from, rows, to, width]);
     }
 
-    fn rms_norm(&self, x: &CudaBuffer, weight: &CudaBuffer, eps: f32, n_rows: usize, out: &mut CudaBuffer) {
+    fn rms_norm(&self, op: RmsNorm<'_, CudaBuffer>) {
+        let RmsNorm { x, weight, eps, n_rows, out } = op;
         self.norm(x, None, weight, eps, n_rows, out);
     }
 
-    fn add_rms_norm(
-        &self,
-        x: &mut CudaBuffer,
-        y: &CudaBuffer,
-        weight: &CudaBuffer,
-        eps: f32,
-        n_rows: usize,
-        out: &mut CudaBuffer,
-    ) {
+    fn add_rms_norm(&self, op: AddRmsNorm<'_, CudaBuffer>) {
+        let AddRmsNorm { x, y, weight, eps, n_rows, out } = op;
         x.written();
         if let Some(sum) = y.pending.take() {
             let args = norm_args(x, Some(y), weight, eps, n_rows, out);
@@ -743,11 +739,12 @@ impl Backend for CudaBackend {
         self.norm(x, Some(y), weight, eps, n_rows, out);
     }
 
-    fn linear(&self, x: &CudaBuffer, n_rows: usize, outputs: &mut [(&CudaMatrix, &mut CudaBuffer)]) {
-        let mut fast: Vec<&mut (&CudaMatrix, &mut CudaBuffer)> = vec![];
+    fn linear(&self, op: Linear<'_, CudaBuffer, CudaMatrix>) {
+        let Linear { x, n_rows, outputs, .. } = op;
+        let mut tiled: Vec<&mut (&CudaMatrix, &mut CudaBuffer)> = vec![];
         for output in outputs.iter_mut() {
-            if self.fast(&[output.0]) {
-                fast.push(output);
+            if self.tiled(&[output.0]) {
+                tiled.push(output);
                 continue;
             }
             let (m, out) = output;
@@ -759,13 +756,13 @@ impl Backend for CudaBackend {
             self.linear_f32(m, 1, args);
         }
         // Matrices of one format and width share a launch.
-        while let Some(first) = fast.first() {
+        while let Some(first) = tiled.first() {
             let (format, cols) = (first.0.view.format, first.0.cols());
             let mut matrices = vec![];
             let mut args = args::LinearArgs::zeroed();
             let packed = x.packed(&self.device, n_rows);
             (args.x, args.x_pitch, args.n) = (packed.pointer, packed.pitch as u32, n_rows as u32);
-            fast.retain_mut(|(m, out)| {
+            tiled.retain_mut(|(m, out)| {
                 if matrices.len() == MAX_JOBS || m.view.format != format || m.cols() != cols {
                     return true;
                 }
@@ -780,8 +777,9 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn head_linear(&self, x: &CudaBuffer, from: Heads, w: &CudaMatrix, n_rows: usize, out: &mut CudaBuffer, to: Heads) {
-        if self.fast(&[w]) && from.offset.is_multiple_of(8) && from.stride.is_multiple_of(8) {
+    fn head_linear(&self, op: HeadLinear<'_, CudaBuffer, CudaMatrix>) {
+        let HeadLinear { x, from, w, n_rows, out, to } = op;
+        if self.tiled(&[w]) && from.offset.is_multiple_of(8) && from.stride.is_multiple_of(8) {
             let input = x.packed(&self.device, n_rows);
             let packed = out.packed_output(n_rows);
             let mut args = args::LinearArgs::zeroed();
@@ -802,7 +800,8 @@ impl Backend for CudaBackend {
         self.linear_f32(w, from.n, args);
     }
 
-    fn rope(&self, x: &CudaBuffer, from: Heads, rope: &Rope, batch: &CudaBatch, out: &mut CudaBuffer, to: Heads) {
+    fn rope(&self, op: Rotate<'_, CudaBuffer, CudaBatch>) {
+        let Rotate { x, from, rope, batch, out, to, .. } = op;
         out.written();
         let args = args::RopeArgs {
             rope: args::Rope::new(rope),
@@ -833,7 +832,7 @@ impl Backend for CudaBackend {
 
     fn mlp(&self, x: &CudaBuffer, mlp: &Mlp<CudaMatrix>, n_rows: usize, out: &mut CudaBuffer) {
         out.written();
-        if self.fast(&[&mlp.gate, &mlp.up, &mlp.down]) {
+        if self.tiled(&[&mlp.gate, &mlp.up, &mlp.down]) {
             return match n_rows {
                 1 => self.mlp_token(x, None, 0, Some(mlp), out.pointer()),
                 _ => self.mlp_mma(x, n_rows, None, Some(mlp), 0, out.pointer()),
@@ -842,29 +841,14 @@ impl Backend for CudaBackend {
         self.mlp_f32(x, mlp, None, n_rows, out.pointer());
     }
 
-    fn router_topk(
-        &self,
-        logits: &CudaBuffer,
-        bias: &CudaBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut CudaIndices,
-        weights: &mut CudaBuffer,
-    ) {
+    fn router_topk(&self, op: RouterTopk<'_, CudaBuffer, CudaIndices>) {
+        let RouterTopk { logits, bias, routing, n_rows, ids, weights } = op;
         let args = router_args(logits, bias, routing, ids, weights);
         self.launch("router_topk", (n_rows, 1, 1), 32, &mut args![args]);
     }
 
-    fn moe(
-        &self,
-        x: &CudaBuffer,
-        experts: &Mlp<CudaMatrix>,
-        shared: Option<&Mlp<CudaMatrix>>,
-        ids: &CudaIndices,
-        weights: &CudaBuffer,
-        n_rows: usize,
-        out: &mut CudaBuffer,
-    ) {
+    fn moe(&self, op: Moe<'_, CudaBuffer, CudaIndices, CudaMatrix>) {
+        let Moe { x, experts, shared, ids, weights, n_rows, out } = op;
         out.written();
         if let [Some(gate), Some(up), Some(down)] = [&experts.gate, &experts.up, &experts.down].map(|m| m.on_host) {
             return self.moe_on_host([gate, up, down], x, shared, ids, weights, n_rows, out);
@@ -873,15 +857,15 @@ impl Backend for CudaBackend {
         let pairs = n_rows * top_k;
         let mut matrices = vec![&experts.gate, &experts.up, &experts.down];
         matrices.extend(shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down]));
-        let fast = self.fast(&matrices);
-        if fast && n_rows == 1 {
+        let tiled = self.tiled(&matrices);
+        if tiled && n_rows == 1 {
             // One token's experts are a plan already.
             let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
             return self.mlp_token(x, Some((experts, &plan, top_k, top_k)), weights.pointer(), shared, out.pointer());
         }
         let parts = self.scratch("parts", (pairs + n_rows) * hidden * 4);
         let shared_out = parts + (pairs * hidden * 4) as u64;
-        if fast {
+        if tiled {
             let slots = n_experts.min(pairs);
             let memory = self.scratch("plan", (1 + slots + slots + 1 + pairs) * 4);
             let at = |index: usize| memory + (index * 4) as u64;
@@ -900,29 +884,14 @@ impl Backend for CudaBackend {
         self.combine(parts, shared.map(|_| shared_out), ids, weights, n_rows, out);
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &CudaBuffer,
-        norm: &CudaBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &CudaBatch,
-        cache: &mut CudaCache,
-    ) {
+    fn write_latent(&self, op: WriteLatent<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let args = latent_args(kv_a, norm, eps, rope, batch);
         self.write(["write_latent_f32", "write_latent_bf16"], batch.n_rows, 256, cache, args);
     }
 
-    fn write_index_key(
-        &self,
-        k: &CudaBuffer,
-        norm: &CudaBuffer,
-        norm_bias: &CudaBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &CudaBatch,
-        cache: &mut CudaCache,
-    ) {
+    fn write_index_key(&self, op: WriteIndexKey<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
         let args = index_key_args(k, norm, norm_bias, eps, rope, batch);
         self.write(["write_index_key_f32", "write_index_key_bf16"], batch.n_rows, 128, cache, args);
     }
@@ -944,43 +913,16 @@ impl Backend for CudaBackend {
         self.write(["write_rows_f32", "write_rows_bf16"], batch.n_rows, 256, cache, args);
     }
 
-    fn index_select(
-        &self,
-        q: &CudaBuffer,
-        weights: &CudaBuffer,
-        n_heads: usize,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: &mut CudaIndices,
-    ) {
-        self.index(q, weights, n_heads, batch, cache, selected, args::Rope::none());
+    fn index_select(&self, op: IndexSelect<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        self.index(op, args::Rope::none());
     }
 
-    fn mla_attention(
-        &self,
-        q: &CudaBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: Option<&CudaIndices>,
-        out: &mut CudaBuffer,
-    ) {
-        self.mla(q, n_heads, latent, scale, batch, cache, selected, out, None);
+    fn mla_attention(&self, op: MlaAttention<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        self.mla(op, None);
     }
 
-    fn gqa_attention(
-        &self,
-        q: &CudaBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        keys: &CudaCache,
-        values: &CudaCache,
-        out: &mut CudaBuffer,
-    ) {
+    fn gqa_attention(&self, op: GqaAttention<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let GqaAttention { q, n_heads, n_kv_heads, scale, batch, keys, values, out } = op;
         let head = keys.width / n_kv_heads;
         let mut args = args::AttentionArgs::zeroed();
         (args.q, args.keys, args.values) = (q.pointer(), keys.memory.pointer(), values.memory.pointer());
@@ -990,88 +932,58 @@ impl Backend for CudaBackend {
         self.attention_f32(batch, keys, out, args);
     }
 
-    fn prepare_attention(
-        &self,
-        query: Option<NormJob<'_, CudaBuffer>>,
-        latent: LatentJob<'_, CudaBuffer, CudaCache>,
-        key: Option<IndexKeyJob<'_, CudaBuffer, CudaCache>>,
-        eps: f32,
-        batch: &CudaBatch,
-        n_rows: usize,
-    ) {
-        let wide = query.as_ref().is_some_and(|q| q.weight.width() > PREPARE_MAX_WIDTH);
+    fn prepare_attention(&self, op: PrepareAttention<'_, CudaBuffer, CudaBatch, CudaCache>) {
+        let n_rows = op.latent.batch.n_rows;
+        let wide = op.query.as_ref().is_some_and(|q| q.weight.width() > PREPARE_MAX_WIDTH);
         if n_rows > DECODE_ROWS || wide {
-            return composed::prepare_attention(self, query, latent, key, eps, batch, n_rows);
+            return composed::prepare_attention(self, op);
         }
         let to = |mut args: args::WriteArgs, cache: &CudaCache| {
             (args.cache, args.width) = (cache.memory.pointer(), cache.width as u32);
             args
         };
+        let PrepareAttention { query, latent, key } = op;
         let name = ["prepare_attention_f32", "prepare_attention_bf16"][usize::from(latent.cache.bf16)];
-        let latent = to(latent_args(latent.kv_a, latent.norm, eps, latent.rope, batch), latent.cache);
+        let latent = to(latent_args(latent.kv_a, latent.norm, latent.eps, latent.rope, latent.batch), latent.cache);
         let mut args = args::PrepareArgs { query: args::NormArgs::zeroed(), latent, key: latent };
         let mut jobs = 1;
-        if let Some(NormJob { x, weight, out }) = query {
+        if let Some(RmsNorm { x, weight, eps, n_rows, out }) = query {
             args.query = norm_args(x, None, weight, eps, n_rows, out);
             jobs = 2;
         }
-        if let Some(job) = key {
-            args.key = to(index_key_args(job.k, job.norm, job.norm_bias, eps, job.rope, batch), job.cache);
+        if let Some(WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache }) = key {
+            args.key = to(index_key_args(k, norm, norm_bias, eps, rope, batch), cache);
             jobs = 3;
         }
         self.launch(name, (n_rows, jobs, 1), 256, &mut args![args]);
     }
 
-    fn rope_index_select(
-        &self,
-        q: Rotation<'_, CudaBuffer>,
-        rotated: &mut CudaBuffer,
-        weights: &CudaBuffer,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: &mut CudaIndices,
-    ) {
-        let whole = q.from == Heads::packed(q.from.n, cache.width);
-        let alone = whole && self.scores_on_tensor_cores(q.from.n, cache) && q.rope.inv_freq.len().is_multiple_of(8);
-        if batch.n_rows > DECODE_ROWS || !alone {
-            return composed::rope_index_select(self, q, rotated, weights, batch, cache, selected);
+    fn rope_index_select(&self, op: RopeIndexSelect<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        let whole = op.heads == Heads::packed(op.heads.n, op.cache.width);
+        let alone =
+            whole && self.scores_on_tensor_cores(op.heads.n, op.cache) && op.rope.inv_freq.len().is_multiple_of(8);
+        if op.batch.n_rows > DECODE_ROWS || !alone {
+            return composed::rope_index_select(self, op);
         }
-        self.index(q.x, weights, q.from.n, batch, cache, selected, args::Rope::new(q.rope));
+        let RopeIndexSelect { q, heads, rope, weights, batch, cache, selected, .. } = op;
+        self.index(IndexSelect { q, weights, n_heads: heads.n, batch, cache, selected }, args::Rope::new(rope));
     }
 
-    fn rope_mla_attention(
-        &self,
-        rope: Rotation<'_, CudaBuffer>,
-        q: &mut CudaBuffer,
-        latent: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: Option<&CudaIndices>,
-        out: &mut CudaBuffer,
-    ) {
-        let from = rope.from;
-        let vectors = [from.offset, from.stride, rope.rope.inv_freq.len()].iter().all(|v| v.is_multiple_of(8));
-        if batch.n_rows > DECODE_ROWS || !vectors || !attends_on_tensor_cores(cache, latent) {
-            return composed::rope_mla_attention(self, rope, q, latent, scale, batch, cache, selected, out);
+    fn rope_mla_attention(&self, op: RopeMlaAttention<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>) {
+        let vectors = [op.from.offset, op.from.stride, op.rope.inv_freq.len()].iter().all(|v| v.is_multiple_of(8));
+        if op.batch.n_rows > DECODE_ROWS || !vectors || !attends_on_tensor_cores(op.cache, op.latent) {
+            return composed::rope_mla_attention(self, op);
         }
-        self.mla(q, from.n, latent, scale, batch, cache, selected, out, Some(rope));
+        let RopeMlaAttention { x, from, rope, q, latent, scale, batch, cache, selected, out } = op;
+        let attention = MlaAttention { q, n_heads: from.n, latent, scale, batch, cache, selected, out };
+        self.mla(attention, Some((x, from, rope)));
     }
 
-    fn route(
-        &self,
-        x: &CudaBuffer,
-        gate: &CudaMatrix,
-        bias: &CudaBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        logits: &mut CudaBuffer,
-        ids: &mut CudaIndices,
-        weights: &mut CudaBuffer,
-    ) {
-        if n_rows > DECODE_ROWS || self.fast(&[gate]) {
-            return composed::route(self, x, gate, bias, routing, n_rows, logits, ids, weights);
+    fn route(&self, op: Route<'_, CudaBuffer, CudaIndices, CudaMatrix>) {
+        if op.n_rows > DECODE_ROWS || self.tiled(&[op.gate]) {
+            return composed::route(self, op);
         }
+        let Route { x, gate, bias, routing, n_rows, logits, ids, weights } = op;
         logits.written();
         let ticket = self.scratch("ticket", 4);
         let mut linear = args::LinearF32Args::zeroed();
@@ -1184,20 +1096,13 @@ fn norm_args(
 }
 
 impl CudaBackend {
-    /// Attention over latents; with `rope`, the heads' last elements are rotated on their way in.
-    #[allow(clippy::too_many_arguments)]
+    /// Attention over latents; with `rotated`, the heads' last elements are read from there and rotated on their way in.
     fn mla(
         &self,
-        q: &CudaBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: Option<&CudaIndices>,
-        out: &CudaBuffer,
-        rope: Option<Rotation<'_, CudaBuffer>>,
+        op: MlaAttention<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>,
+        rotated: Option<(&CudaBuffer, Heads, &Rope)>,
     ) {
+        let MlaAttention { q, n_heads, latent, scale, batch, cache, selected, out } = op;
         let (n, width) = (batch.n_rows, cache.width);
         let (chosen, n_selected) = selected.map_or((0, 0), |s| (s.pointer(), s.width()));
         if !attends_on_tensor_cores(cache, latent) {
@@ -1238,11 +1143,11 @@ impl CudaBackend {
             rotated_pitch: 0,
             rotated_stride: 0,
             rotated: 0,
-            rope: rope.as_ref().map_or(args::Rope::none(), |r| args::Rope::new(r.rope)),
+            rope: rotated.map_or(args::Rope::none(), |(_, _, rope)| args::Rope::new(rope)),
         };
-        if let Some(rope) = rope {
-            (args.rotated_pitch, args.rotated_stride) = (rope.x.width() as u32, rope.from.stride as u32);
-            args.rotated = rope.x.pointer() + (rope.from.offset * 4) as u64;
+        if let Some((x, from, _)) = rotated {
+            (args.rotated_pitch, args.rotated_stride) = (x.width() as u32, from.stride as u32);
+            args.rotated = x.pointer() + (from.offset * 4) as u64;
         }
         let whole = (width, latent) == (MLA_MAX_WIDTH, MLA_MAX_LATENT) && n_spans == 1 && args.rotated == 0;
         if n > DECODE_ROWS && whole && n_heads >= PREFILL_HEADS && self.on_hopper() {
@@ -1266,17 +1171,8 @@ impl CudaBackend {
     }
 
     /// Scores and selection; queries are rotated by `rope` first, which only the tensor-core kernel does.
-    #[allow(clippy::too_many_arguments)]
-    fn index(
-        &self,
-        q: &CudaBuffer,
-        weights: &CudaBuffer,
-        n_heads: usize,
-        batch: &CudaBatch,
-        cache: &CudaCache,
-        selected: &CudaIndices,
-        rope: args::Rope,
-    ) {
+    fn index(&self, op: IndexSelect<'_, CudaBuffer, CudaIndices, CudaBatch, CudaCache>, rope: args::Rope) {
+        let IndexSelect { q, weights, n_heads, batch, cache, selected } = op;
         let context = batch.max_context;
         let block = (SCORE_FLOATS / context).clamp(1, batch.n_rows);
         let scores = self.scratch("scores", block * context * 4);

@@ -1,25 +1,25 @@
-//! A batch on the device, in memory that stays where it is, so that graphs can refer to it; the tokens that a step chose.
+//! A batch on the device, in memory that stays where it is, so that graphs can refer to it; the tokens that a step sampled.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tandem_core::Batch;
 
-use crate::args::{Choice, ChoiceHeader, Pages};
+use crate::args::{Pages, Sampling, SamplingHeader};
 use crate::driver::{Device, Event, Memory, Pinned};
 
 /// Rows of a decode batch, at most; more are prefill.
 pub(crate) const DECODE_ROWS: usize = 64;
-/// Choices of one batch, at most.
-const MAX_CHOICES: usize = 1024;
+/// Sampled tokens of one batch, at most.
+const MAX_SAMPLED: usize = 1024;
 
 /// What the operations of one step need to know of its batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CudaBatch {
     pub(crate) n_rows: usize,
     pub(crate) n_logits: usize,
-    /// `n_logits` if the device chooses tokens, else 0.
-    pub(crate) n_choices: usize,
+    /// `n_logits` if the device samples tokens, else 0.
+    pub(crate) n_sampled: usize,
     /// At least the longest context; of a decode batch rounded up to a power of two, so that few graphs serve all.
     pub(crate) max_context: usize,
     /// Pages per row of the block tables, a power of two.
@@ -29,11 +29,11 @@ pub struct CudaBatch {
 
 impl CudaBatch {
     fn row_array(&self, index: usize) -> u64 {
-        self.base + (choice_bytes(self.n_choices) + index * self.n_rows * 4) as u64
+        self.base + (sampling_bytes(self.n_sampled) + index * self.n_rows * 4) as u64
     }
 
-    /// The header of the choices.
-    pub(crate) fn choices(&self) -> u64 {
+    /// The header of the sampling parameters.
+    pub(crate) fn sampling(&self) -> u64 {
         self.base
     }
 
@@ -65,8 +65,8 @@ impl CudaBatch {
     }
 }
 
-fn choice_bytes(n_choices: usize) -> usize {
-    if n_choices == 0 { 0 } else { size_of::<ChoiceHeader>() + n_choices * size_of::<Choice>() }
+fn sampling_bytes(n_sampled: usize) -> usize {
+    if n_sampled == 0 { 0 } else { size_of::<SamplingHeader>() + n_sampled * size_of::<Sampling>() }
 }
 
 /// The memory that batches are copied to.
@@ -79,20 +79,20 @@ pub(crate) struct BatchMemory {
 
 impl BatchMemory {
     /// Copies a batch to the device, behind what is enqueued. The second value is true if the memory moved, so that no
-    /// graph is valid any more. Tokens that the device chooses go to `chosen`.
+    /// graph is valid any more. Tokens that the device samples go to `sampled`.
     ///
-    /// Layout: header and choices, if there are any (choose.cu); as i32, tokens, positions, sequences, slots, rows of logits
-    /// (`[n_rows]` each), block tables `[n_sequences, table_pitch]`.
-    pub(crate) fn upload(&mut self, device: &Arc<Device>, batch: &Batch, chosen: &mut Chosen) -> (CudaBatch, bool) {
-        let (n, n_choices) = (batch.n_rows(), batch.choices.len());
+    /// Layout: header and parameters, if tokens are sampled (sample.cu); as i32, tokens, positions, sequences, slots, rows of
+    /// logits (`[n_rows]` each), block tables `[n_sequences, table_pitch]`.
+    pub(crate) fn upload(&mut self, device: &Arc<Device>, batch: &Batch, sampled: &mut Sampled) -> (CudaBatch, bool) {
+        let (n, n_sampled) = (batch.n_rows(), batch.sampling.len());
         let longest = batch.block_tables.iter().map(Vec::len).max().unwrap_or(0);
         let table_pitch = longest.next_power_of_two().max(4);
-        let mut bytes: Vec<u8> = Vec::with_capacity(choice_bytes(n_choices));
-        if n_choices > 0 {
-            let choices: Vec<Choice> = batch.choices.iter().map(Choice::new).collect();
-            let header = ChoiceHeader { to: chosen.begin(device, n_choices), unused: [0; 3] };
+        let mut bytes: Vec<u8> = Vec::with_capacity(sampling_bytes(n_sampled));
+        if n_sampled > 0 {
+            let sampling: Vec<Sampling> = batch.sampling.iter().map(Sampling::new).collect();
+            let header = SamplingHeader { to: sampled.begin(device, n_sampled), unused: [0; 3] };
             bytes.extend(bytemuck::bytes_of(&header));
-            bytes.extend(bytemuck::cast_slice::<Choice, u8>(&choices));
+            bytes.extend(bytemuck::cast_slice::<Sampling, u8>(&sampling));
         }
         let mut words = vec![0u32; 5 * n + batch.block_tables.len() * table_pitch];
         let (rows, tables) = words.split_at_mut(5 * n);
@@ -116,7 +116,7 @@ impl BatchMemory {
         self.send(device, &bytes, base);
         let context = batch.max_context();
         let max_context = if n <= DECODE_ROWS { context.next_power_of_two().max(64) } else { context };
-        (CudaBatch { n_rows: n, n_logits: batch.logits_rows.len(), n_choices, max_context, table_pitch, base }, moved)
+        (CudaBatch { n_rows: n, n_logits: batch.logits_rows.len(), n_sampled, max_context, table_pitch, base }, moved)
     }
 
     fn send(&mut self, device: &Device, bytes: &[u8], to: u64) {
@@ -138,9 +138,9 @@ impl BatchMemory {
     }
 }
 
-/// The tokens that steps chose.
+/// The tokens that steps sampled.
 #[derive(Default)]
-pub(crate) struct Chosen {
+pub(crate) struct Sampled {
     places: Option<Places>,
     /// Which half of the host's memory each step under way writes, and how many tokens.
     under_way: VecDeque<(usize, usize)>,
@@ -151,16 +151,16 @@ pub(crate) struct Chosen {
 struct Places {
     /// For the next step's embedding.
     device: Memory,
-    /// For the host: two halves of [`MAX_CHOICES`] words, and the end of each half's step.
+    /// For the host: two halves of [`MAX_SAMPLED`] words, and the end of each half's step.
     host: Pinned,
     ends: [Event; 2],
 }
 
-impl Chosen {
+impl Sampled {
     /// Makes the memory, if it is not there.
     fn places(&mut self, device: &Arc<Device>) -> Option<&Places> {
         if self.places.is_none() {
-            let (memory, host) = (device.alloc(MAX_CHOICES * 4), device.pinned(2 * MAX_CHOICES * 4)?);
+            let (memory, host) = (device.alloc(MAX_SAMPLED * 4), device.pinned(2 * MAX_SAMPLED * 4)?);
             self.places = Some(Places { device: memory, host, ends: [device.event()?, device.event()?] });
         }
         self.places.as_ref()
@@ -174,14 +174,14 @@ impl Chosen {
     /// Where the next step's `n` tokens go on the host.
     fn begin(&mut self, device: &Arc<Device>, n: usize) -> u64 {
         assert!(
-            n <= MAX_CHOICES && self.under_way.len() < 2,
-            "{n} choices with {} steps under way",
+            n <= MAX_SAMPLED && self.under_way.len() < 2,
+            "{n} tokens to sample with {} steps under way",
             self.under_way.len()
         );
         let half = self.half;
         self.half ^= 1;
         self.under_way.push_back((half, n));
-        self.places(device).map_or(0, |p| p.host.address() + (half * MAX_CHOICES * 4) as u64)
+        self.places(device).map_or(0, |p| p.host.address() + (half * MAX_SAMPLED * 4) as u64)
     }
 
     /// Everything of the newest step has been enqueued.
@@ -195,6 +195,6 @@ impl Chosen {
     pub(crate) fn take(&mut self, device: &Device, tokens: &mut Vec<u32>) {
         let (Some((half, n)), Some(places)) = (self.under_way.pop_front(), &self.places) else { return };
         device.wait(&places.ends[half]);
-        tokens.extend((0..n).map(|i| places.host.word(half * MAX_CHOICES + i)));
+        tokens.extend((0..n).map(|i| places.host.word(half * MAX_SAMPLED + i)));
     }
 }

@@ -37,7 +37,7 @@ kernel_files!(
     "gemm_wgmma.cu",
     "mla_prefill.cu",
     "repack.cu",
-    "choose.cu",
+    "sample.cu",
 );
 
 /// The kernels as one program.

@@ -59,8 +59,8 @@ impl CudaMatrix {
     }
 
     /// True if the tensor-core kernels read this format.
-    pub(crate) fn fast(&self) -> bool {
-        self.view.fast != 0
+    pub(crate) fn tiled(&self) -> bool {
+        self.view.tiled != 0
     }
 
     /// Without its weights on the device.
@@ -93,8 +93,8 @@ impl CudaMatrix {
             DType::Affine { bits, group_size, params: Float::BF16 } => (AFFINE_BF16, bits.into(), group_size.into()),
             DType::Affine { bits, group_size, .. } => (AFFINE_F32, bits.into(), group_size.into()),
         };
-        let fast = match dtype {
-            DType::Mxfp4 => has_fast_scales(data),
+        let tiled = match dtype {
+            DType::Mxfp4 => has_tile_scales(data),
             DType::Affine { bits: 8, group_size: 64, params: Float::BF16 } => true,
             _ => false,
         };
@@ -104,17 +104,20 @@ impl CudaMatrix {
             format,
             bits,
             group,
-            fast: fast.into(),
+            tiled: tiled.into(),
             ..args::Matrix::zeroed()
         };
-        let memory =
-            if fast { load_tiles(device, stager, data, &mut view) } else { load_rows(device, stager, data, &mut view) };
+        let memory = if tiled {
+            load_tiles(device, stager, data, &mut view)
+        } else {
+            load_rows(device, stager, data, &mut view)
+        };
         CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: memory }
     }
 }
 
 /// True if the row kernels' arithmetic holds every scale of an MXFP4 matrix.
-fn has_fast_scales(data: &MatrixData) -> bool {
+fn has_tile_scales(data: &MatrixData) -> bool {
     let fits = |part: &MatrixPart| {
         // Zero is as good as a usual one. Extremes of blocks, so that this takes vector instructions.
         part.scales.chunks(4096).all(|block| {

@@ -4,10 +4,12 @@
 //! order of f32 sums and tolerances can be tight. Without a device these tests say so and pass.
 
 use tandem_core::backend::{
-    Batch, CHOSEN, CacheKind, Choice, Heads, Mlp, NO_TOKEN, PAGE_SIZE, Rope, RopeLayout, Routing,
+    AddRmsNorm, Batch, CacheKind, GqaAttention, HeadLinear, Heads, IndexSelect, Linear, MlaAttention, Mlp, Moe,
+    NO_TOKEN, PAGE_SIZE, RmsNorm, Rope, RopeLayout, Rotate, RouterTopk, Routing, SAMPLED, Sampling, WriteIndexKey,
+    WriteLatent,
 };
 use tandem_core::quant;
-use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind};
 use tandem_core::{Backend, DType, Float};
 use tandem_cpu::{CpuBackend, CpuBuffer, Isa, Numerics as CpuNumerics};
 use tandem_cuda::{CudaBackend, CudaBuffer, Numerics, Options, device_present};
@@ -102,7 +104,7 @@ fn rows<B: Backend>(b: &B, values: &[f32], width: usize) -> B::Buffer {
         sequences: vec![0; n],
         block_tables: vec![vec![0]],
         logits_rows: vec![],
-        choices: vec![],
+        sampling: vec![],
     });
     let mut out = b.alloc(n, width);
     b.embed(&table, &batch, &mut out);
@@ -142,7 +144,7 @@ fn linear<B: Backend>(b: &B, x: &[f32], n: usize, w: &MatrixData) -> Vec<f32> {
     let m = b.load_matrix(w.clone());
     let x = rows(b, x, w.cols);
     let mut out = b.alloc(n, w.rows);
-    b.linear(&x, n, &mut [(&m, &mut out)]);
+    b.linear(Linear { x: &x, n_rows: n, outputs: &mut [(&m, &mut out)], label: ModuleKind::Attention });
     values(b, &out, n * w.rows)
 }
 
@@ -223,7 +225,7 @@ fn several_matrices_share_an_input() {
         let mut outs: Vec<_> = data.iter().map(|d| b.alloc(n, d.rows)).collect();
         let input = rows(b, &x, cols);
         let mut outputs: Vec<_> = matrices.iter().zip(&mut outs).collect();
-        b.linear(&input, n, &mut outputs);
+        b.linear(Linear { x: &input, n_rows: n, outputs: &mut outputs, label: ModuleKind::Attention });
         for (d, out) in data.iter().zip(&outs) {
             let what = format!("{:?} {} of {}", b.numerics(), d.name, d.rows);
             check(&what, &values(b, out, n * d.rows), &linear(&oracle(), &x, n, d), 3e-5);
@@ -282,7 +284,7 @@ fn products_by_head_match_the_oracle() {
         let m = b.load_matrix(w.clone());
         let x = rows(b, x, heads * from.stride);
         let mut out = b.alloc(n, heads * to.stride);
-        b.head_linear(&x, from, &m, n, &mut out, to);
+        b.head_linear(HeadLinear { x: &x, from, w: &m, n_rows: n, out: &mut out, to });
         values(b, &out, n * heads * to.stride)
     }
     let devices = devices();
@@ -332,9 +334,11 @@ fn moe<B: Backend>(
     let bias = b.load_vector(&vec![0.0; n_experts]);
     let mut ids = b.alloc_indices(n, 3);
     let (mut weights, mut out) = (b.alloc(n, 3), b.alloc(n, hidden));
-    b.router_topk(&logits, &bias, &ROUTING, n, &mut ids, &mut weights);
-    b.moe(&rows(b, x, hidden), &experts, shared.as_ref(), &ids, &weights, n, &mut out);
-    values(b, &out, n * hidden)
+    let (ids, weights) = (&mut ids, &mut weights);
+    b.router_topk(RouterTopk { logits: &logits, bias: &bias, routing: &ROUTING, n_rows: n, ids, weights });
+    let (x, out) = (&rows(b, x, hidden), &mut out);
+    b.moe(Moe { x, experts: &experts, shared: shared.as_ref(), ids, weights, n_rows: n, out });
+    values(b, out, n * hidden)
 }
 
 #[test]
@@ -422,10 +426,11 @@ fn norms_additions_and_rotations_match_the_oracle() {
         let weight = b.load_vector(&noise(3, width));
         let (mut a, c) = (rows(b, &x, width), rows(b, &y, width));
         let (mut normed, mut sum_normed) = (b.alloc(n, width), b.alloc(n, width));
-        b.rms_norm(&a, &weight, 1e-6, n, &mut normed);
-        b.add_rms_norm(&mut a, &c, &weight, 1e-6, n, &mut sum_normed);
+        b.rms_norm(RmsNorm { x: &a, weight: &weight, eps: 1e-6, n_rows: n, out: &mut normed });
+        let (x, y, weight, out) = (&mut a, &c, &weight, &mut sum_normed);
+        b.add_rms_norm(AddRmsNorm { x, y, weight, eps: 1e-6, n_rows: n, out });
         b.add(&mut a, &c, n);
-        b.add_bias(&mut a, &weight, n);
+        b.add_bias(&mut a, weight, n);
         let rope = Rope { inv_freq: (0..8).map(|i| 10000f32.powf(-i as f32 / 8.0)).collect(), scaling: 1.1, layout };
         let batch = b.upload(Batch {
             tokens: vec![0; n],
@@ -433,12 +438,13 @@ fn norms_additions_and_rotations_match_the_oracle() {
             sequences: vec![0; n],
             block_tables: vec![(0..10_000).collect()],
             logits_rows: vec![n as u32 - 1, 0],
-            choices: vec![],
+            sampling: vec![],
         });
         let from = Heads { n: width / 40, stride: 40, offset: 8, width: 24 };
         let to = Heads { n: width / 40, stride: 32, offset: 4, width: 24 };
         let mut rotated = b.alloc(n, width);
-        b.rope(&c, from, &rope, &batch, &mut rotated, to);
+        let (rope, out, label) = (&rope, &mut rotated, ModuleKind::Attention);
+        b.rope(Rotate { x: &c, from, rope, batch: &batch, out, to, label });
         let mut gathered = b.alloc(2, width);
         b.gather_logits_rows(&c, &batch, &mut gathered);
         let mut out: Vec<_> = [&normed, &sum_normed, &a, &rotated].map(|v| values(b, v, n * width)).to_vec();
@@ -474,24 +480,24 @@ fn the_router_chooses_as_the_oracle_does() {
         let bias = noise(22, n_experts);
         let o = oracle();
         let (mut ids, mut weights) = (o.alloc_indices(n, top_k), o.alloc(n, top_k));
-        o.router_topk(
-            &CpuBuffer::new(logits.clone(), n_experts),
-            &o.load_vector(&bias),
-            &routing,
-            n,
-            &mut ids,
-            &mut weights,
-        );
+        o.router_topk(RouterTopk {
+            logits: &CpuBuffer::new(logits.clone(), n_experts),
+            bias: &o.load_vector(&bias),
+            routing: &routing,
+            n_rows: n,
+            ids: &mut ids,
+            weights: &mut weights,
+        });
         for b in &devices() {
             let (mut found, mut found_weights) = (b.alloc_indices(n, top_k), b.alloc(n, top_k));
-            b.router_topk(
-                &rows(b, &logits, n_experts),
-                &b.load_vector(&bias),
-                &routing,
-                n,
-                &mut found,
-                &mut found_weights,
-            );
+            b.router_topk(RouterTopk {
+                logits: &rows(b, &logits, n_experts),
+                bias: &b.load_vector(&bias),
+                routing: &routing,
+                n_rows: n,
+                ids: &mut found,
+                weights: &mut found_weights,
+            });
             let mut out = vec![-9; n * top_k];
             b.download_indices(&found, &mut out);
             let expected: Vec<i32> = (0..n).flat_map(|r| ids.row(r).to_vec()).collect();
@@ -517,7 +523,7 @@ fn last_rows(n: usize, context: usize) -> Batch {
         sequences: (0..n as u32).map(|r| r % 2).collect(),
         block_tables: tables(context),
         logits_rows: vec![],
-        choices: vec![],
+        sampling: vec![],
     }
 }
 
@@ -533,7 +539,7 @@ fn all_positions(context: usize) -> Vec<Batch> {
             sequences: chunk.iter().map(|c| c.0).collect(),
             block_tables: tables(context),
             logits_rows: vec![],
-            choices: vec![],
+            sampling: vec![],
         })
         .collect()
 }
@@ -561,7 +567,8 @@ fn latent_attention_matches_the_oracle() {
         let norm = b.load_vector(&noise(4, latent));
         for (i, batch) in all_positions(context).into_iter().enumerate() {
             let kv = rows(b, &noise(50 + i as u64, batch.n_rows() * width), width);
-            b.write_latent(&kv, &norm, 1e-6, &rope_of(rope_dim), &b.upload(batch), &mut cache);
+            let (rope, batch) = (&rope_of(rope_dim), &b.upload(batch));
+            b.write_latent(WriteLatent { kv_a: &kv, norm: &norm, eps: 1e-6, rope, batch, cache: &mut cache });
         }
         let batch = last_rows(n, context);
         let q = rows(b, &noise(6, n * heads * width), heads * width);
@@ -576,15 +583,27 @@ fn latent_attention_matches_the_oracle() {
             }
             let (q, w) = (rows(b, &coarse(8, n * 4 * 32), 4 * 32), rows(b, &coarse(9, n * 4), 4));
             let mut selected = b.alloc_indices(n, k);
-            b.index_select(&q, &w, 4, &b.upload(batch.clone()), &keys, &mut selected);
+            let batch = &b.upload(batch.clone());
+            let (weights, cache, selected_rows) = (&w, &keys, &mut selected);
+            b.index_select(IndexSelect { q: &q, weights, n_heads: 4, batch, cache, selected: selected_rows });
             selected
         });
         let device = b.upload(batch);
-        b.mla_attention(&q, heads, latent, 0.1, &device, &cache, selected.as_ref(), &mut out);
-        let first = values(b, &out, n * heads * latent);
-        // The same again: scratch of the first run is dirty.
-        b.mla_attention(&q, heads, latent, 0.1, &device, &cache, selected.as_ref(), &mut out);
-        (first, values(b, &out, n * heads * latent))
+        let mut run = || {
+            b.mla_attention(MlaAttention {
+                q: &q,
+                n_heads: heads,
+                latent,
+                scale: 0.1,
+                batch: &device,
+                cache: &cache,
+                selected: selected.as_ref(),
+                out: &mut out,
+            });
+            values(b, &out, n * heads * latent)
+        };
+        // Scratch of the first run is dirty in the second.
+        (run(), run())
     }
     for (shape, context) in
         [((4, 64, 32), 5), ((6, 128, 32), 300), ((16, 512, 64), 130), ((64, 512, 64), 1000), ((5, 48, 16), 90)]
@@ -619,7 +638,8 @@ fn the_indexer_selects_as_the_oracle_does() {
         let (norm, bias) = (b.load_vector(&noise(4, dim)), b.load_vector(&noise(5, dim)));
         for (i, batch) in all_positions(context).into_iter().enumerate() {
             let k = rows(b, &noise(50 + i as u64, batch.n_rows() * dim), dim);
-            b.write_index_key(&k, &norm, &bias, 1e-6, &rope_of(32), &b.upload(batch), &mut cache);
+            let (rope, batch, cache) = (&rope_of(32), &b.upload(batch), &mut cache);
+            b.write_index_key(WriteIndexKey { k: &k, norm: &norm, norm_bias: &bias, eps: 1e-6, rope, batch, cache });
         }
         cache
     }
@@ -638,25 +658,25 @@ fn the_indexer_selects_as_the_oracle_does() {
             let o = oracle();
             let mut expected = o.alloc_indices(n, k);
             let keys = cache(&o, dim, context);
-            o.index_select(
-                &CpuBuffer::new(q.clone(), heads * dim),
-                &CpuBuffer::new(w.clone(), heads),
-                heads,
-                &batch,
-                &keys,
-                &mut expected,
-            );
+            o.index_select(IndexSelect {
+                q: &CpuBuffer::new(q.clone(), heads * dim),
+                weights: &CpuBuffer::new(w.clone(), heads),
+                n_heads: heads,
+                batch: &batch,
+                cache: &keys,
+                selected: &mut expected,
+            });
             for b in &devices() {
                 let mut selected = b.alloc_indices(n, k);
                 let keys = cache(b, dim, context);
-                b.index_select(
-                    &rows(b, &q, heads * dim),
-                    &rows(b, &w, heads),
-                    heads,
-                    &b.upload(batch.clone()),
-                    &keys,
-                    &mut selected,
-                );
+                b.index_select(IndexSelect {
+                    q: &rows(b, &q, heads * dim),
+                    weights: &rows(b, &w, heads),
+                    n_heads: heads,
+                    batch: &b.upload(batch.clone()),
+                    cache: &keys,
+                    selected: &mut selected,
+                });
                 let mut found = vec![-9; n * k];
                 b.download_indices(&selected, &mut found);
                 for r in 0..n {
@@ -696,7 +716,16 @@ fn grouped_query_attention_matches_the_oracle() {
         }
         let q = rows(b, &noise(6, n * heads * dim), heads * dim);
         let mut out = b.alloc(n, heads * dim);
-        b.gqa_attention(&q, heads, kv, 0.125, &b.upload(last_rows(n, context)), &keys, &vals, &mut out);
+        b.gqa_attention(GqaAttention {
+            q: &q,
+            n_heads: heads,
+            n_kv_heads: kv,
+            scale: 0.125,
+            batch: &b.upload(last_rows(n, context)),
+            keys: &keys,
+            values: &vals,
+            out: &mut out,
+        });
         values(b, &out, n * heads * dim)
     }
     for (shape, context) in [((8, 2, 64), 3), ((8, 8, 32), 200), ((6, 2, 128), 333)] {
@@ -709,23 +738,23 @@ fn grouped_query_attention_matches_the_oracle() {
     }
 }
 
-/// The device's choices from rows of logits, the second and third time as a recorded step. Steps of one size must come with
+/// The device's tokens from rows of logits, the second and third time as a recorded step. Steps of one size must come with
 /// one buffer, as they do in a model.
-fn chosen(b: &CudaBackend, buffer: &mut CudaBuffer, logits: &[f32], choices: &[Choice]) -> Vec<u32> {
-    let n = choices.len();
+fn sampled(b: &CudaBackend, buffer: &mut CudaBuffer, logits: &[f32], sampling: &[Sampling]) -> Vec<u32> {
+    let n = sampling.len();
     let batch = Batch {
         tokens: vec![0; n],
         positions: vec![0; n],
         sequences: vec![0; n],
         block_tables: vec![vec![0]],
         logits_rows: (0..n as u32).collect(),
-        choices: choices.to_vec(),
+        sampling: sampling.to_vec(),
     };
     b.write_rows(logits, buffer);
     let mut found = vec![];
     let submit = || {
         let batch = b.upload(batch.clone());
-        b.step(&batch, 1, &mut |_| b.choose(buffer, &batch));
+        b.record_or_replay(&batch, 1, &mut |_| b.sample(buffer, &batch));
     };
     submit();
     submit();
@@ -733,13 +762,13 @@ fn chosen(b: &CudaBackend, buffer: &mut CudaBuffer, logits: &[f32], choices: &[C
     submit();
     b.collect(&mut found).expect("runs");
     b.collect(&mut found).expect("runs");
-    assert!(found[..n] == found[n..2 * n] && found[..n] == found[2 * n..], "two steps under way choose alike");
+    assert!(found[..n] == found[n..2 * n] && found[..n] == found[2 * n..], "two steps under way sample alike");
     found.truncate(n);
     found
 }
 
 #[test]
-fn tokens_are_chosen_as_the_host_chooses_them() {
+fn tokens_are_sampled_as_the_host_samples_them() {
     if skipped() {
         return;
     }
@@ -782,9 +811,9 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
                 logits[..masked].iter_mut().step_by(7).for_each(|v| *v = f32::NEG_INFINITY);
                 let seeded = |i: usize| SamplingParams { seed: Some(100 * step + i as u64), ..params[i].clone() };
                 let mut samplers: Vec<Sampler> = (0..n).map(|i| Sampler::new(seeded(i)).expect("valid")).collect();
-                let mut choosers = samplers.clone();
-                let choices: Vec<Choice> = choosers.iter_mut().map(Sampler::choice).collect();
-                let found = chosen(b, &mut buffer, &logits, &choices);
+                let mut device_samplers = samplers.clone();
+                let sampling: Vec<Sampling> = device_samplers.iter_mut().map(Sampler::sampling).collect();
+                let found = sampled(b, &mut buffer, &logits, &sampling);
                 for (i, sampler) in samplers.iter_mut().enumerate() {
                     let row = &mut logits[i * vocab..(i + 1) * vocab];
                     let expected = sampler.sample(row, &[]).expect("tokens");
@@ -792,7 +821,7 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
                     if found[i] != expected {
                         different.push((vocab, step, i, found[i], expected));
                     }
-                    assert_eq!(sampler.choice(), choosers[i].choice(), "the next random number");
+                    assert_eq!(sampler.sampling(), device_samplers[i].sampling(), "the next random number");
                 }
             }
         }
@@ -810,8 +839,8 @@ fn tokens_are_chosen_as_the_host_chooses_them() {
         logits[4 * vocab..].fill(-3.0);
         let mut buffer = b.alloc(5, vocab);
         for temperature in [0.0, 1.0] {
-            let choice = Choice { temperature, top_k: 1, top_p: 1.0, min_p: 0.0, unit: 0.999 };
-            assert_eq!(chosen(b, &mut buffer, &logits, &[choice; 5]), [0, CHOSEN | 20, NO_TOKEN, 77, 0]);
+            let sampling = Sampling { temperature, top_k: 1, top_p: 1.0, min_p: 0.0, unit: 0.999 };
+            assert_eq!(sampled(b, &mut buffer, &logits, &[sampling; 5]), [0, SAMPLED | 20, NO_TOKEN, 77, 0]);
         }
     }
 }

@@ -327,7 +327,7 @@ impl<B: Backend> RankRunner<B> {
             // The host takes part between the operations, which therefore cannot be recorded.
             model.forward(backend, &batch, shape, cache);
         } else {
-            backend.step(&batch, shape.max_context, &mut |max_context| {
+            backend.record_or_replay(&batch, shape.max_context, &mut |max_context| {
                 model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
             });
         }
@@ -611,15 +611,15 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
                 .map(|s| batch.block_tables[*s as usize].clone())
                 .collect(),
             logits_rows: (0..rows.len() as u32).collect(),
-            choices: vec![],
+            sampling: vec![],
         })
         .collect()
 }
 
 /// [`STEP`], then lists of u32, each with its length in front.
 fn encode(batch: &Batch) -> Vec<u8> {
-    // Choices are for runners that choose, which ranks do not.
-    let Batch { tokens, positions, sequences, block_tables, logits_rows, choices: _ } = batch;
+    // Ranks do not sample.
+    let Batch { tokens, positions, sequences, block_tables, logits_rows, sampling: _ } = batch;
     let mut words: Vec<u32> = vec![STEP];
     let mut push = |list: &[u32]| {
         words.push(list.len() as u32);
@@ -652,7 +652,7 @@ fn decode(bytes: &[u8]) -> Option<Batch> {
             let page = *p as usize / tandem_core::backend::PAGE_SIZE;
             block_tables.get(*s as usize).is_some_and(|table| page < table.len())
         });
-    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows, choices: vec![] })
+    fits.then_some(Batch { tokens, positions, sequences, block_tables, logits_rows, sampling: vec![] })
 }
 
 #[cfg(test)]
@@ -667,7 +667,7 @@ mod tests {
             sequences: (0..n as u32).rev().collect(),
             block_tables: (0..n as u32).map(|i| vec![2 * i, 2 * i + 1]).collect(),
             logits_rows: (0..n as u32).collect(),
-            choices: vec![],
+            sampling: vec![],
         }
     }
 

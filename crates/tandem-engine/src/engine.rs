@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use tandem_core::Batch;
-use tandem_core::backend::{CHOSEN, Choice, PAGE_SIZE};
+use tandem_core::backend::{PAGE_SIZE, SAMPLED, Sampling};
 
 use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
 use crate::page_store::PageStore;
@@ -37,6 +37,19 @@ pub enum EngineError {
         token: u32,
         /// Ids below this exist.
         vocab_size: usize,
+    },
+    /// The model computed something that is not a number.
+    #[error(
+        "after position {position} the logit of token {token_id} is {value}: the forward pass is broken (overflow, or a \
+         damaged checkpoint)"
+    )]
+    NotFinite {
+        /// Of the token whose successor the logits are for, from 0.
+        position: usize,
+        /// The first such token.
+        token_id: usize,
+        /// NaN or an infinity.
+        value: f32,
     },
     /// Nothing to run.
     #[error("the prompt is empty; give at least one token")]
@@ -117,8 +130,8 @@ impl Active {
         self.tokens.len() - self.sequence.tokens.len()
     }
 
-    /// True if the token after `n_generated` follows from its logits and a [`Choice`] alone.
-    fn can_be_chosen_for(&self, n_generated: usize) -> bool {
+    /// True if the token after `n_generated` follows from its logits and a [`Sampling`] alone.
+    fn device_can_sample(&self, n_generated: usize) -> bool {
         let Request { sampling, min_tokens, eos, top_logprobs, constraint, .. } = &self.request;
         let any_token = n_generated >= *min_tokens || eos.is_empty();
         sampling.is_plain() && any_token && top_logprobs.is_none() && constraint.is_none()
@@ -128,7 +141,7 @@ impl Active {
 /// A step that the runner works on, or will.
 struct UnderWay {
     members: Vec<Member>,
-    /// What will run when its logits are wanted here; none if the runner has it and chooses tokens.
+    /// What will run when its logits are wanted here; none if the runner has it and samples tokens.
     batch: Option<Batch>,
     start: Instant,
 }
@@ -163,7 +176,7 @@ pub struct Engine {
     waiting: VecDeque<Active>,
     /// In order of admission.
     running: Vec<Active>,
-    /// What a runner that chooses tokens works on between two calls.
+    /// What a runner that samples tokens works on between two calls.
     under_way: Option<UnderWay>,
     costs: StepCosts,
     counters: Counters,
@@ -301,7 +314,7 @@ impl Engine {
         }
     }
 
-    /// Runs one step for the requests that have one to run, and appends what happened to `outputs`. A runner that chooses
+    /// Runs one step for the requests that have one to run, and appends what happened to `outputs`. A runner that samples
     /// tokens itself already works on the next step when this returns, unless it may bring somebody else.
     ///
     /// # Errors
@@ -326,7 +339,7 @@ impl Engine {
         self.finish(step, outputs)
     }
 
-    /// Plans a step; one whose tokens the runner can choose is under way then.
+    /// Plans a step; one whose tokens the runner can sample is under way then.
     fn begin(&mut self) -> Result<Option<UnderWay>, EngineError> {
         let start = Instant::now();
         let rows = self.plan();
@@ -350,25 +363,25 @@ impl Engine {
             let first = active.sequence.tokens.len();
             add_rows(&mut batch, member, active, &active.tokens[first..first + member.n_rows], first);
         }
-        let chosen = each_member(&members, &mut self.running)
-            .all(|(member, active)| !member.is_last || active.can_be_chosen_for(active.n_generated()));
-        let Some(chooser) = self.runner.chooser().filter(|_| chosen && !batch.logits_rows.is_empty()) else {
+        let can_sample = each_member(&members, &mut self.running)
+            .all(|(member, active)| !member.is_last || active.device_can_sample(active.n_generated()));
+        let Some(sampler) = self.runner.device_sampler().filter(|_| can_sample && !batch.logits_rows.is_empty()) else {
             return Ok(Some(UnderWay { members, batch: Some(batch), start }));
         };
-        batch.choices = choices(&members, &mut self.running);
-        chooser.submit(batch)?;
+        batch.sampling = sampling(&members, &mut self.running);
+        sampler.submit(batch)?;
         Ok(Some(UnderWay { members, batch: None, start }))
     }
 
     /// Puts the step that follows `step` behind it, while its tokens are not known here yet; none if it is not certain
-    /// that exactly the same sequences go on, each with one token that the runner can choose.
+    /// that exactly the same sequences go on, each with one token that the runner can sample.
     fn begin_next(&mut self, step: &UnderWay) -> Result<Option<UnderWay>, EngineError> {
         let is_full = self.running.len() >= self.costs.max_running(&self.scheduling);
         let same = step.members.len() == self.running.len() && (self.waiting.is_empty() || is_full);
         let goes_on = |(member, active): (&Member, &Active)| {
             let (n_generated, n_tokens) = (active.n_generated() + 1, active.tokens.len() + 1);
             let goes_on = n_generated < active.request.max_tokens && n_tokens <= self.context;
-            active.id == member.id && member.is_last && goes_on && active.can_be_chosen_for(n_generated)
+            active.id == member.id && member.is_last && goes_on && active.device_can_sample(n_generated)
         };
         if step.batch.is_some() || !same || !step.members.iter().zip(&self.running).all(goes_on) {
             return Ok(None);
@@ -378,14 +391,14 @@ impl Engine {
                 return Ok(None);
             }
         }
-        let Some(chooser) = self.runner.chooser() else { return Ok(None) };
+        let Some(sampler) = self.runner.device_sampler() else { return Ok(None) };
         let members: Vec<Member> = step.members.iter().map(|m| Member { n_rows: 1, decodes: true, ..*m }).collect();
         let mut batch = Batch::default();
         for (i, (member, active)) in members.iter().zip(&self.running).enumerate() {
-            add_rows(&mut batch, member, active, &[CHOSEN | i as u32], active.tokens.len());
+            add_rows(&mut batch, member, active, &[SAMPLED | i as u32], active.tokens.len());
         }
-        batch.choices = choices(&members, &mut self.running);
-        chooser.submit(batch)?;
+        batch.sampling = sampling(&members, &mut self.running);
+        sampler.submit(batch)?;
         Ok(Some(UnderWay { members, batch: None, start: Instant::now() }))
     }
 
@@ -394,19 +407,19 @@ impl Engine {
         let UnderWay { members, batch, start } = step;
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
-        let chosen = match batch {
+        let sampled = match batch {
             Some(batch) => {
                 self.runner.step(batch, &mut logits)?;
                 vec![]
             }
-            None => self.runner.chooser().map_or(Ok(vec![]), |chooser| chooser.collect())?,
+            None => self.runner.device_sampler().map_or(Ok(vec![]), |sampler| sampler.collect())?,
         };
         let (decoding, prefilling): (Vec<_>, Vec<_>) = members.iter().partition::<Vec<&Member>, _>(|m| m.decodes);
         let n_prefill = prefilling.iter().map(|m| m.n_rows).sum();
         self.counters.steps += 1;
         self.counters.prompt_tokens += n_prefill as u64;
         self.last_step_rows = decoding.len() + n_prefill;
-        self.commit(&members, &chosen, &mut logits, outputs);
+        self.commit(&members, &sampled, &mut logits, outputs);
         self.logits = logits;
         // A step that was put behind another began when that one ended.
         let start = start.max(self.last_step_end);
@@ -418,9 +431,9 @@ impl Engine {
     /// Waits for a step that nobody wants any more.
     fn abandon(&mut self) -> Result<(), EngineError> {
         if self.under_way.take().is_some()
-            && let Some(chooser) = self.runner.chooser()
+            && let Some(sampler) = self.runner.device_sampler()
         {
-            chooser.collect()?;
+            sampler.collect()?;
         }
         Ok(())
     }
@@ -459,7 +472,8 @@ impl Engine {
     /// `[1 or tokens.len(), vocab_size]`.
     ///
     /// # Errors
-    /// The tokens do not fit, are not in the vocabulary, or the device failed. The sequence is as before.
+    /// The tokens do not fit, are not in the vocabulary, the device failed, or a logit is NaN or infinite. The sequence is
+    /// as before.
     ///
     /// A step of requests that is under way is run again after this, with other random numbers.
     pub fn run(
@@ -495,12 +509,17 @@ impl Engine {
                 sequences: vec![0; part.len()],
                 block_tables: vec![sequence.pages.clone()],
                 logits_rows,
-                choices: vec![],
+                sampling: vec![],
             });
             position = end;
         }
         let mut logits = vec![];
         self.runner.steps(batches, &mut logits)?;
+        let vocab_size = self.runner.vocab_size();
+        let first = total - logits.len() / vocab_size;
+        for (position, row) in (first..).zip(logits.chunks_exact(vocab_size)) {
+            check_finite(row, position)?;
+        }
         sequence.tokens.extend_from_slice(tokens);
         Ok(logits)
     }
@@ -517,9 +536,7 @@ impl Engine {
         if tokens.is_empty() {
             return Err(EngineError::EmptyPrompt);
         }
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
-            return Err(EngineError::UnknownToken { token: *token, vocab_size });
-        }
+        check_vocabulary(tokens, vocab_size)?;
         if total > self.context { Err(self.too_long(total)) } else { Ok(()) }
     }
 
@@ -572,20 +589,20 @@ impl Engine {
         rows
     }
 
-    /// Notes what a step ran, and takes its tokens: `chosen` by the runner, or sampled from `logits`.
+    /// Notes what a step ran, and takes its tokens: `sampled` by the runner, or here from `logits`.
     fn commit(
         &mut self,
         members: &[Member],
-        chosen: &[Result<u32, SampleError>],
+        sampled: &[Result<u32, SampleError>],
         logits: &mut [f32],
         outputs: &mut Vec<Output>,
     ) {
         let mut logits = logits.chunks_exact_mut(self.runner.vocab_size());
-        let mut chosen = chosen.iter();
+        let mut sampled = sampled.iter();
         let mut ended = vec![];
         for member in members {
             // Those of sequences that have ended since the step began are passed over.
-            let (token, row) = if member.is_last { (chosen.next(), logits.next()) } else { (None, None) };
+            let (token, row) = if member.is_last { (sampled.next(), logits.next()) } else { (None, None) };
             let Some(i) = self.running.iter().position(|a| a.id == member.id) else { continue };
             let active = &mut self.running[i];
             let Active { tokens, sequence, .. } = &mut *active;
@@ -599,8 +616,10 @@ impl Engine {
                 _ if !member.is_last => continue,
                 // Nothing was to be generated.
                 _ if active.n_generated() >= active.request.max_tokens => Ok((None, Some(FinishReason::Length))),
-                (Some(token), _) => token.clone().map(|token| accept(active, token, None, self.context)),
-                (None, Some(row)) => choose(active, row, self.context),
+                (Some(token), _) => {
+                    token.clone().map(|token| accept(active, token, None, self.context)).map_err(EngineError::from)
+                }
+                (None, Some(row)) => sample(active, row, self.context),
                 (None, None) => break,
             };
             let end = match result {
@@ -609,7 +628,7 @@ impl Engine {
                     outputs.extend(token.map(|event| Output { request: active.id, event }));
                     end.map(Event::Finished)
                 }
-                Err(error) => Some(Event::Failed(error.into())),
+                Err(error) => Some(Event::Failed(error)),
             };
             if let Some(event) = end {
                 outputs.push(Output { request: active.id, event });
@@ -655,6 +674,32 @@ impl Engine {
     }
 }
 
+/// Checks that every token is below `vocab_size`.
+///
+/// # Errors
+/// The first one that is not.
+pub fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), EngineError> {
+    match tokens.iter().find(|token| **token as usize >= vocab_size) {
+        Some(token) => Err(EngineError::UnknownToken { token: *token, vocab_size }),
+        None => Ok(()),
+    }
+}
+
+/// Checks the logits that a model gave after `position`, before anything masks them.
+fn check_finite(logits: &[f32], position: usize) -> Result<(), EngineError> {
+    // Summed in lanes, a product that is NaN for every number that is not finite; only a bad row is searched.
+    let (lanes, rest) = logits.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for lane in lanes {
+        sums.iter_mut().zip(lane).for_each(|(sum, logit)| *sum += logit * 0.0);
+    }
+    if sums.iter().chain(rest).all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    let bad = logits.iter().enumerate().find(|(_, logit)| !logit.is_finite());
+    bad.map_or(Ok(()), |(token_id, value)| Err(EngineError::NotFinite { position, token_id, value: *value }))
+}
+
 /// Writes a sequence's full pages from `first` on to the disk, unless they are there or it does not keep up.
 fn save_pages(store: Option<&mut PageStore>, runner: &mut dyn Runner, sequence: &Sequence, first: usize) {
     let Some(store) = store else { return };
@@ -687,18 +732,19 @@ fn add_rows(batch: &mut Batch, member: &Member, active: &Active, tokens: &[u32],
     }
 }
 
-/// How the runner chooses the next tokens of a step, in the order of their logits.
-fn choices(members: &[Member], running: &mut [Active]) -> Vec<Choice> {
-    each_member(members, running).filter(|(m, _)| m.is_last).map(|(_, active)| active.sampler.choice()).collect()
+/// How the runner samples the next tokens of a step, in the order of their logits.
+fn sampling(members: &[Member], running: &mut [Active]) -> Vec<Sampling> {
+    each_member(members, running).filter(|(m, _)| m.is_last).map(|(_, active)| active.sampler.sampling()).collect()
 }
 
 /// Samples the next token of a sequence from its logits; says what to report, and whether the text ends.
-fn choose(
+fn sample(
     active: &mut Active,
     logits: &mut [f32],
     context: usize,
-) -> Result<(Option<Event>, Option<FinishReason>), SampleError> {
+) -> Result<(Option<Event>, Option<FinishReason>), EngineError> {
     let Active { request, sampler, tokens, .. } = &mut *active;
+    check_finite(logits, tokens.len() - 1)?;
     let n_generated = tokens.len() - request.prompt.len();
     // Before anything changes them.
     let original = request.top_logprobs.map(|_| logits.to_vec());

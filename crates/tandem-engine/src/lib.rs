@@ -13,11 +13,11 @@ mod scheduler;
 
 pub use block_manager::{BlockManager, PageHash};
 pub use distributed::{Answer, CHECK_STEPS, Check, DistributedRunner, HostReduce, Pipeline, RankRunner, RankTimes};
-pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence};
+pub use engine::{Counters, Engine, EngineError, Generated, Logits, Sequence, check_vocabulary};
 pub use generation_config::*;
 pub use page_store::PageStore;
 pub use profiled::{Operation, Profile, Profiled};
 pub use request::{Constraint, Event, FinishReason, Logprobs, Output, Request, RequestId};
-pub use runner::{Chooser, ModelRunner, RankStatus, Runner};
+pub use runner::{DeviceSampler, ModelRunner, RankStatus, Runner};
 pub use sampler::*;
 pub use scheduler::{EXACT_ROWS, Scheduling};

@@ -1,17 +1,19 @@
 //! A backend that times every operation of another.
 //!
-//! While it is on, every operation is waited for, and nothing is recorded or replayed. Labels follow from the order in which a
-//! forward pass calls operations, not from the weights, so that matrices pass through as they are and a profiled model
-//! is the very model that the unprofiled figures come from.
+//! While it is on, every operation is waited for, and nothing is recorded or replayed. Labels come with the operations, not
+//! with the weights, so that matrices pass through as they are and a profiled model is the very model that the unprofiled
+//! figures come from.
 
 use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use tandem_core::Backend;
 use tandem_core::backend::{
-    Batch, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, Rotation, Routing, composed,
+    AddRmsNorm, Batch, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe,
+    PrepareAttention, RmsNorm, RopeIndexSelect, RopeMlaAttention, Rotate, Route, RouterTopk, WriteIndexKey,
+    WriteLatent, composed,
 };
-use tandem_core::weights::MatrixData;
+use tandem_core::weights::{MatrixData, ModuleKind};
 
 /// What time is spent on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +24,7 @@ pub enum Operation {
     Indexer,
     /// Rotation, caching and attention proper, sparse or not.
     SparseAttention,
-    /// Router gate and choice.
+    /// Router gate and the pick of experts.
     Router,
     /// Routed and shared experts, which run fused.
     Experts,
@@ -64,14 +66,33 @@ impl Operation {
             Operation::Other => "other",
         }
     }
+
+    /// Whose time a product of matrices is.
+    const fn of_product(label: ModuleKind) -> Operation {
+        match label {
+            ModuleKind::Attention | ModuleKind::Indexer => Operation::AttentionProjections,
+            ModuleKind::Router => Operation::Router,
+            ModuleKind::RoutedExperts | ModuleKind::SharedExpert => Operation::Experts,
+            ModuleKind::DenseMlp => Operation::DenseMlp,
+            ModuleKind::LmHead => Operation::LmHead,
+            ModuleKind::Norms => Operation::Norms,
+            ModuleKind::Embed | ModuleKind::Mtp => Operation::Other,
+        }
+    }
+
+    /// Whose time a rotation is.
+    const fn of_rotation(label: ModuleKind) -> Operation {
+        match label {
+            ModuleKind::Indexer => Operation::Indexer,
+            _ => Operation::SparseAttention,
+        }
+    }
 }
 
 /// What one or more profiled steps did.
 #[derive(Clone, Debug, Default)]
 pub struct Profile {
     calls: Vec<(Operation, Duration)>,
-    /// Between the gathering of logits rows and the next embedding.
-    in_head: bool,
     experts_touched: u64,
     moe_calls: u64,
 }
@@ -90,12 +111,6 @@ impl Profile {
     /// Different routed experts of all runs of MoE layers, and the number of these runs.
     pub fn experts(&self) -> (u64, u64) {
         (self.experts_touched, self.moe_calls)
-    }
-
-    fn relabel_last(&mut self, operation: Operation) {
-        if let Some(last) = self.calls.last_mut() {
-            last.0 = operation;
-        }
     }
 }
 
@@ -213,16 +228,20 @@ impl<B: Backend> Backend for Profiled<B> {
         self.error.borrow_mut().take().map_or(result, Err)
     }
 
-    fn step(&self, batch: &B::Batch, max_context: usize, operations: &mut dyn FnMut(usize)) {
-        if self.on.get() { operations(max_context) } else { self.inner.step(batch, max_context, operations) }
+    fn record_or_replay(&self, batch: &B::Batch, max_context: usize, operations: &mut dyn FnMut(usize)) {
+        if self.on.get() {
+            operations(max_context)
+        } else {
+            self.inner.record_or_replay(batch, max_context, operations)
+        }
     }
 
-    fn chooses(&self) -> bool {
-        self.inner.chooses()
+    fn samples(&self) -> bool {
+        self.inner.samples()
     }
 
-    fn choose(&self, logits: &B::Buffer, batch: &B::Batch) {
-        self.timed(Operation::Other, |b| b.choose(logits, batch));
+    fn sample(&self, logits: &B::Buffer, batch: &B::Batch) {
+        self.timed(Operation::Other, |b| b.sample(logits, batch));
     }
 
     fn collect(&self, tokens: &mut Vec<u32>) -> Result<(), B::Error> {
@@ -230,43 +249,31 @@ impl<B: Backend> Backend for Profiled<B> {
     }
 
     fn embed(&self, table: &B::Matrix, batch: &B::Batch, out: &mut B::Buffer) {
-        self.note(|p| p.in_head = false);
         self.timed(Operation::Other, |b| b.embed(table, batch, out));
     }
 
     fn gather_logits_rows(&self, x: &B::Buffer, batch: &B::Batch, out: &mut B::Buffer) {
-        self.note(|p| p.in_head = true);
         self.timed(Operation::Other, |b| b.gather_logits_rows(x, batch, out));
     }
 
-    fn rms_norm(&self, x: &B::Buffer, weight: &B::Buffer, eps: f32, n_rows: usize, out: &mut B::Buffer) {
-        self.timed(Operation::Norms, |b| b.rms_norm(x, weight, eps, n_rows, out));
+    fn rms_norm(&self, op: RmsNorm<'_, B::Buffer>) {
+        self.timed(Operation::Norms, |b| b.rms_norm(op));
     }
 
-    fn add_rms_norm(
-        &self,
-        x: &mut B::Buffer,
-        y: &B::Buffer,
-        weight: &B::Buffer,
-        eps: f32,
-        n_rows: usize,
-        out: &mut B::Buffer,
-    ) {
-        self.timed(Operation::Norms, |b| b.add_rms_norm(x, y, weight, eps, n_rows, out));
+    fn add_rms_norm(&self, op: AddRmsNorm<'_, B::Buffer>) {
+        self.timed(Operation::Norms, |b| b.add_rms_norm(op));
     }
 
-    fn linear(&self, x: &B::Buffer, n_rows: usize, outputs: &mut [(&B::Matrix, &mut B::Buffer)]) {
-        let in_head = self.profile.borrow().in_head;
-        let operation = if in_head { Operation::LmHead } else { Operation::AttentionProjections };
-        self.timed(operation, |b| b.linear(x, n_rows, outputs));
+    fn linear(&self, op: Linear<'_, B::Buffer, B::Matrix>) {
+        self.timed(Operation::of_product(op.label), |b| b.linear(op));
     }
 
-    fn head_linear(&self, x: &B::Buffer, from: Heads, w: &B::Matrix, n_rows: usize, out: &mut B::Buffer, to: Heads) {
-        self.timed(Operation::AttentionProjections, |b| b.head_linear(x, from, w, n_rows, out, to));
+    fn head_linear(&self, op: HeadLinear<'_, B::Buffer, B::Matrix>) {
+        self.timed(Operation::AttentionProjections, |b| b.head_linear(op));
     }
 
-    fn rope(&self, x: &B::Buffer, from: Heads, rope: &Rope, batch: &B::Batch, out: &mut B::Buffer, to: Heads) {
-        self.timed(Operation::SparseAttention, |b| b.rope(x, from, rope, batch, out, to));
+    fn rope(&self, op: Rotate<'_, B::Buffer, B::Batch>) {
+        self.timed(Operation::of_rotation(op.label), |b| b.rope(op));
     }
 
     fn add(&self, x: &mut B::Buffer, y: &B::Buffer, n_rows: usize) {
@@ -281,175 +288,58 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Operation::DenseMlp, |b| b.mlp(x, mlp, n_rows, out));
     }
 
-    fn router_topk(
-        &self,
-        logits: &B::Buffer,
-        bias: &B::Buffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut B::Indices,
-        weights: &mut B::Buffer,
-    ) {
-        // The product before it was the gate.
-        self.note(|p| p.relabel_last(Operation::Router));
-        self.timed(Operation::Router, |b| b.router_topk(logits, bias, routing, n_rows, ids, weights));
+    fn router_topk(&self, op: RouterTopk<'_, B::Buffer, B::Indices>) {
+        self.timed(Operation::Router, |b| b.router_topk(op));
     }
 
-    fn moe(
-        &self,
-        x: &B::Buffer,
-        experts: &Mlp<B::Matrix>,
-        shared: Option<&Mlp<B::Matrix>>,
-        ids: &B::Indices,
-        weights: &B::Buffer,
-        n_rows: usize,
-        out: &mut B::Buffer,
-    ) {
-        self.timed(Operation::Experts, |b| b.moe(x, experts, shared, ids, weights, n_rows, out));
+    fn moe(&self, op: Moe<'_, B::Buffer, B::Indices, B::Matrix>) {
+        let (ids, n_rows) = (op.ids, op.n_rows);
+        self.timed(Operation::Experts, |b| b.moe(op));
         self.note(|p| {
             p.experts_touched += (self.count_distinct)(&self.inner, ids, n_rows) as u64;
             p.moe_calls += 1;
         });
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &B::Buffer,
-        norm: &B::Buffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &B::Batch,
-        cache: &mut B::Cache,
-    ) {
-        self.timed(Operation::SparseAttention, |b| b.write_latent(kv_a, norm, eps, rope, batch, cache));
+    fn write_latent(&self, op: WriteLatent<'_, B::Buffer, B::Batch, B::Cache>) {
+        self.timed(Operation::SparseAttention, |b| b.write_latent(op));
     }
 
-    fn write_index_key(
-        &self,
-        k: &B::Buffer,
-        norm: &B::Buffer,
-        norm_bias: &B::Buffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &B::Batch,
-        cache: &mut B::Cache,
-    ) {
-        self.timed(Operation::Indexer, |b| b.write_index_key(k, norm, norm_bias, eps, rope, batch, cache));
+    fn write_index_key(&self, op: WriteIndexKey<'_, B::Buffer, B::Batch, B::Cache>) {
+        self.timed(Operation::Indexer, |b| b.write_index_key(op));
     }
 
     fn write_cache(&self, x: &B::Buffer, batch: &B::Batch, cache: &mut B::Cache) {
         self.timed(Operation::SparseAttention, |b| b.write_cache(x, batch, cache));
     }
 
-    fn index_select(
-        &self,
-        q: &B::Buffer,
-        weights: &B::Buffer,
-        n_heads: usize,
-        batch: &B::Batch,
-        cache: &B::Cache,
-        selected: &mut B::Indices,
-    ) {
-        // The rotation before it was of the index queries.
-        self.note(|p| p.relabel_last(Operation::Indexer));
-        self.timed(Operation::Indexer, |b| b.index_select(q, weights, n_heads, batch, cache, selected));
+    fn index_select(&self, op: IndexSelect<'_, B::Buffer, B::Indices, B::Batch, B::Cache>) {
+        self.timed(Operation::Indexer, |b| b.index_select(op));
     }
 
-    fn mla_attention(
-        &self,
-        q: &B::Buffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &B::Batch,
-        cache: &B::Cache,
-        selected: Option<&B::Indices>,
-        out: &mut B::Buffer,
-    ) {
-        self.timed(Operation::SparseAttention, |b| {
-            b.mla_attention(q, n_heads, latent, scale, batch, cache, selected, out);
-        });
+    fn mla_attention(&self, op: MlaAttention<'_, B::Buffer, B::Indices, B::Batch, B::Cache>) {
+        self.timed(Operation::SparseAttention, |b| b.mla_attention(op));
     }
 
-    fn gqa_attention(
-        &self,
-        q: &B::Buffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &B::Batch,
-        keys: &B::Cache,
-        values: &B::Cache,
-        out: &mut B::Buffer,
-    ) {
-        self.timed(Operation::SparseAttention, |b| {
-            b.gqa_attention(q, n_heads, n_kv_heads, scale, batch, keys, values, out);
-        });
+    fn gqa_attention(&self, op: GqaAttention<'_, B::Buffer, B::Batch, B::Cache>) {
+        self.timed(Operation::SparseAttention, |b| b.gqa_attention(op));
     }
 
     // While it is on, fused blocks are run as the primitives that they stand for.
 
-    fn prepare_attention(
-        &self,
-        query: Option<NormJob<'_, B::Buffer>>,
-        latent: LatentJob<'_, B::Buffer, B::Cache>,
-        key: Option<IndexKeyJob<'_, B::Buffer, B::Cache>>,
-        eps: f32,
-        batch: &B::Batch,
-        n_rows: usize,
-    ) {
-        if self.on.get() {
-            return composed::prepare_attention(self, query, latent, key, eps, batch, n_rows);
-        }
-        self.inner.prepare_attention(query, latent, key, eps, batch, n_rows);
+    fn prepare_attention(&self, op: PrepareAttention<'_, B::Buffer, B::Batch, B::Cache>) {
+        if self.on.get() { composed::prepare_attention(self, op) } else { self.inner.prepare_attention(op) }
     }
 
-    fn rope_index_select(
-        &self,
-        q: Rotation<'_, B::Buffer>,
-        rotated: &mut B::Buffer,
-        weights: &B::Buffer,
-        batch: &B::Batch,
-        cache: &B::Cache,
-        selected: &mut B::Indices,
-    ) {
-        if self.on.get() {
-            return composed::rope_index_select(self, q, rotated, weights, batch, cache, selected);
-        }
-        self.inner.rope_index_select(q, rotated, weights, batch, cache, selected);
+    fn rope_index_select(&self, op: RopeIndexSelect<'_, B::Buffer, B::Indices, B::Batch, B::Cache>) {
+        if self.on.get() { composed::rope_index_select(self, op) } else { self.inner.rope_index_select(op) }
     }
 
-    fn rope_mla_attention(
-        &self,
-        rope: Rotation<'_, B::Buffer>,
-        q: &mut B::Buffer,
-        latent: usize,
-        scale: f32,
-        batch: &B::Batch,
-        cache: &B::Cache,
-        selected: Option<&B::Indices>,
-        out: &mut B::Buffer,
-    ) {
-        if self.on.get() {
-            return composed::rope_mla_attention(self, rope, q, latent, scale, batch, cache, selected, out);
-        }
-        self.inner.rope_mla_attention(rope, q, latent, scale, batch, cache, selected, out);
+    fn rope_mla_attention(&self, op: RopeMlaAttention<'_, B::Buffer, B::Indices, B::Batch, B::Cache>) {
+        if self.on.get() { composed::rope_mla_attention(self, op) } else { self.inner.rope_mla_attention(op) }
     }
 
-    fn route(
-        &self,
-        x: &B::Buffer,
-        gate: &B::Matrix,
-        bias: &B::Buffer,
-        routing: &Routing,
-        n_rows: usize,
-        logits: &mut B::Buffer,
-        ids: &mut B::Indices,
-        weights: &mut B::Buffer,
-    ) {
-        if self.on.get() {
-            return composed::route(self, x, gate, bias, routing, n_rows, logits, ids, weights);
-        }
-        self.inner.route(x, gate, bias, routing, n_rows, logits, ids, weights);
+    fn route(&self, op: Route<'_, B::Buffer, B::Indices, B::Matrix>) {
+        if self.on.get() { composed::route(self, op) } else { self.inner.route(op) }
     }
 }

@@ -12,7 +12,7 @@ pub struct RequestId(pub(crate) u64);
 pub struct Request {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
-    /// How tokens are chosen.
+    /// How tokens are sampled.
     pub sampling: SamplingParams,
     /// Tokens to generate at most; the end of the context ends the text too.
     pub max_tokens: usize,
@@ -30,7 +30,7 @@ pub struct Request {
 pub trait Constraint: Send {
     /// Sets the logits `[vocab_size]` of tokens that may not come next to `-inf`.
     fn mask(&mut self, logits: &mut [f32]);
-    /// Takes the chosen token; false when the text is complete with it and nothing may follow.
+    /// Takes the sampled token; false when the text is complete with it and nothing may follow.
     fn accept(&mut self, token: u32) -> bool;
 }
 
@@ -56,7 +56,7 @@ impl FinishReason {
 /// Natural log-probabilities at one position, before penalties and grammars.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Logprobs {
-    /// Of the chosen token.
+    /// Log probability of the sampled token.
     pub chosen: f32,
     /// Of the likeliest tokens, likeliest first.
     pub top: Vec<(u32, f32)>,
@@ -70,7 +70,7 @@ pub enum Event {
         /// Prompt tokens that need not run.
         cached_tokens: usize,
     },
-    /// A token was chosen.
+    /// A token was sampled.
     Token {
         /// The token.
         id: u32,

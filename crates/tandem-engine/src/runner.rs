@@ -7,7 +7,7 @@ use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, Limits, Model, StepShape};
 
 use crate::EngineError;
-use crate::sampler::{SampleError, chosen};
+use crate::sampler::{SampleError, sampled};
 
 /// What one rank holds, and what it has done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -40,8 +40,8 @@ pub trait Runner {
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         batches.into_iter().try_for_each(|batch| self.step(batch, logits))
     }
-    /// The runner's own way of choosing tokens, if it has one.
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+    /// The device's sampling of tokens, if it samples.
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
         None
     }
     /// Rows of the largest batch.
@@ -66,15 +66,15 @@ pub trait Runner {
     }
 }
 
-/// A runner that chooses tokens where it computes logits. A step may be submitted behind another, and name tokens that are
-/// not known yet ([`tandem_core::backend::CHOSEN`]); at most two are under way.
-pub trait Chooser {
-    /// Starts a step with choices.
+/// A runner that samples tokens where it computes logits. A step may be submitted behind another, and name tokens that are
+/// not known yet ([`tandem_core::backend::SAMPLED`]); at most two are under way.
+pub trait DeviceSampler {
+    /// Starts a step whose tokens are sampled.
     ///
     /// # Errors
     /// The device failed.
     fn submit(&mut self, batch: Batch) -> Result<(), EngineError>;
-    /// Waits for the oldest step under way and returns a token for each of its choices.
+    /// Waits for the oldest step under way and returns its tokens.
     ///
     /// # Errors
     /// The device failed.
@@ -128,7 +128,7 @@ impl<B: Backend> ModelRunner<B> {
 
     /// Enqueues a step.
     fn enqueue(&mut self, batch: Batch) {
-        let (shape, chooses) = (StepShape::of(&batch), !batch.choices.is_empty());
+        let (shape, samples) = (StepShape::of(&batch), !batch.sampling.is_empty());
         if self.n_under_way == 0 {
             self.busy_since = Instant::now();
         }
@@ -136,10 +136,10 @@ impl<B: Backend> ModelRunner<B> {
         self.status.rows += shape.n_rows as u64;
         let batch = self.backend.upload(batch);
         let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
-        backend.step(&batch, shape.max_context, &mut |max_context| {
+        backend.record_or_replay(&batch, shape.max_context, &mut |max_context| {
             model.forward(backend, &batch, StepShape { max_context, ..shape }, cache);
-            if chooses {
-                backend.choose(model.logits(), &batch);
+            if samples {
+                backend.sample(model.logits(), &batch);
             }
         });
     }
@@ -178,8 +178,8 @@ impl<B: Backend> Runner for ModelRunner<B> {
         Ok(vec![self.status.clone()])
     }
 
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
-        if self.backend.chooses() { Some(self) } else { None }
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        if self.backend.samples() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -199,7 +199,7 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 }
 
-impl<B: Backend> Chooser for ModelRunner<B> {
+impl<B: Backend> DeviceSampler for ModelRunner<B> {
     fn submit(&mut self, batch: Batch) -> Result<(), EngineError> {
         self.enqueue(batch);
         Ok(())
@@ -209,6 +209,6 @@ impl<B: Backend> Chooser for ModelRunner<B> {
         let mut words = vec![];
         self.backend.collect(&mut words).map_err(|e| EngineError::Device(Box::new(e)))?;
         self.note_end();
-        Ok(words.into_iter().map(|word| chosen(word, self.vocab_size)).collect())
+        Ok(words.into_iter().map(|word| sampled(word, self.vocab_size)).collect())
     }
 }

@@ -6,10 +6,10 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use tandem_core::backend::{CHOSEN, Choice, NO_TOKEN};
+use tandem_core::backend::{NO_TOKEN, SAMPLED, Sampling};
 use thiserror::Error;
 
-/// How to choose a token. The default is greedy and changes nothing else.
+/// How to sample a token. The default is greedy and changes nothing else.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 is greedy.
@@ -91,7 +91,7 @@ impl SamplingParams {
         self.temperature == 0.0
     }
 
-    /// Whether a [`Choice`] says all of it: a token depends on the logits alone.
+    /// Whether a [`Sampling`] says all of it: a token depends on the logits alone.
     pub fn is_plain(&self) -> bool {
         self.logit_bias.is_empty() && !self.has_penalties()
     }
@@ -101,7 +101,7 @@ impl SamplingParams {
     }
 }
 
-/// Why no token could be chosen.
+/// Why no token could be sampled.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SampleError {
     /// The model produced garbage.
@@ -120,7 +120,7 @@ pub enum SampleError {
     },
 }
 
-/// A token that may be chosen: its logit over the temperature, and its id.
+/// A token that may be sampled: its logit over the temperature, and its id.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     logit: f32,
@@ -132,7 +132,7 @@ fn by_likelihood(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.logit.total_cmp(&a.logit).then(a.token_id.cmp(&b.token_id))
 }
 
-/// Chooses the tokens of one sequence.
+/// Samples the tokens of one sequence.
 ///
 /// The same parameters, seed, logits and history give the same tokens on every machine with IEEE arithmetic and the
 /// same `exp`.
@@ -189,11 +189,11 @@ impl Sampler {
         self.seed
     }
 
-    /// Chooses a token id from `logits` `[vocab_size] f32`; `history` is prompt, then output so far.
+    /// Samples a token id from `logits` `[vocab_size] f32`; `history` is prompt, then output so far.
     ///
     /// Order: logit bias, repetition, presence and frequency penalty (these change `logits`), temperature, top-k,
     /// top-p, min-p, draw. Top-p is relative to what top-k left, as in Hugging Face and vLLM. Among equal logits lower
-    /// ids come first, and exactly `top_k` tokens stay. Greedy choice draws no random number, any other one.
+    /// ids come first, and exactly `top_k` tokens stay. Greedy sampling draws no random number, any other one.
     ///
     /// # Errors
     /// When a logit is NaN, or none is above `-inf`.
@@ -212,11 +212,11 @@ impl Sampler {
         Ok(self.pick(unit * total))
     }
 
-    /// How a device chooses the next token in place of [`Self::sample`]; takes its random number. For parameters that
+    /// How a device samples the next token in place of [`Self::sample`]; takes its random number. For parameters that
     /// are [plain](SamplingParams::is_plain).
-    pub fn choice(&mut self) -> Choice {
+    pub fn sampling(&mut self) -> Sampling {
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
-        Choice { temperature, top_k, top_p, min_p, unit: self.draw() }
+        Sampling { temperature, top_k, top_p, min_p, unit: self.draw() }
     }
 
     fn draw(&mut self) -> f64 {
@@ -286,7 +286,7 @@ impl Sampler {
         let mut mass = 0.0;
         let mut last = 0;
         for (candidate, &weight) in self.candidates.iter().zip(&self.weights) {
-            // A weight that underflowed to zero is never chosen, nor is it the remainder's heir.
+            // A weight that underflowed to zero is never sampled, nor is it the remainder's heir.
             if weight > 0.0 {
                 mass += weight;
                 last = candidate.token_id;
@@ -303,10 +303,10 @@ impl Sampler {
 ///
 /// # Errors
 /// As [`argmax`].
-pub(crate) fn chosen(word: u32, n_logits: usize) -> Result<u32, SampleError> {
+pub(crate) fn sampled(word: u32, n_logits: usize) -> Result<u32, SampleError> {
     match word {
         NO_TOKEN => Err(SampleError::NoCandidates { n_logits }),
-        word if word & CHOSEN != 0 => Err(SampleError::NanLogits { token_id: word & !CHOSEN }),
+        word if word & SAMPLED != 0 => Err(SampleError::NanLogits { token_id: word & !SAMPLED }),
         token_id => Ok(token_id),
     }
 }

@@ -329,7 +329,7 @@ fn batches_of_sequences_are_cut_without_a_trace() {
                 sequences: vec![0, 1, 2],
                 block_tables: tables.clone(),
                 logits_rows: vec![0, 1, 2],
-                choices: vec![],
+                sampling: vec![],
             };
             runner.step(batch, &mut logits).expect("runs");
         }

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use tandem_core::backend::{CHOSEN, PAGE_SIZE};
+use tandem_core::backend::{PAGE_SIZE, SAMPLED};
 use tandem_core::{Batch, Checkpoint, ModelConfig};
 use tandem_cpu::CpuBackend;
 use tandem_engine::{
-    BlockManager, Chooser, Constraint, Engine, EngineError, Event, FinishReason, Logits, ModelRunner, Output,
+    BlockManager, Constraint, DeviceSampler, Engine, EngineError, Event, FinishReason, Logits, ModelRunner, Output,
     PageStore, Request, RequestId, Runner, SampleError, SamplingParams, Scheduling, Sequence,
 };
 use tandem_model::Limits;
@@ -23,9 +23,9 @@ struct SlotRunner {
     slots: Vec<u32>,
     limits: Limits,
     largest_decode: std::sync::Arc<std::sync::Mutex<Vec<usize>>>,
-    /// It chooses tokens itself; those of the steps under way.
-    chooses: bool,
-    chosen: VecDeque<Vec<u32>>,
+    /// It samples tokens itself; those of the steps under way.
+    samples: bool,
+    sampled: VecDeque<Vec<u32>>,
 }
 
 /// The token after `tokens`.
@@ -35,9 +35,9 @@ fn next(tokens: impl Iterator<Item = u32>) -> u32 {
 }
 
 impl SlotRunner {
-    fn new(blocks: &BlockManager, limits: Limits, chooses: bool) -> SlotRunner {
+    fn new(blocks: &BlockManager, limits: Limits, samples: bool) -> SlotRunner {
         let (slots, largest_decode) = (vec![0; blocks.n_slots()], Default::default());
-        SlotRunner { slots, limits, largest_decode, chooses, chosen: VecDeque::new() }
+        SlotRunner { slots, limits, largest_decode, samples, sampled: VecDeque::new() }
     }
 
     /// Runs a batch; the tokens that follow.
@@ -45,8 +45,8 @@ impl SlotRunner {
         for row in 0..batch.n_rows() {
             let slot = batch.slot(batch.sequences[row] as usize, batch.positions[row] as usize);
             let token = batch.tokens[row];
-            let before = || self.chosen.back().expect("a step before")[(token & !CHOSEN) as usize];
-            self.slots[slot] = if token & CHOSEN == 0 { token } else { before() };
+            let before = || self.sampled.back().expect("a step before")[(token & !SAMPLED) as usize];
+            self.slots[slot] = if token & SAMPLED == 0 { token } else { before() };
         }
         self.largest_decode.lock().unwrap().push(batch.n_rows());
         let last = batch.logits_rows.iter().map(|row| *row as usize);
@@ -58,31 +58,31 @@ impl SlotRunner {
     }
 }
 
-impl Chooser for SlotRunner {
+impl DeviceSampler for SlotRunner {
     fn submit(&mut self, batch: Batch) -> Result<(), EngineError> {
-        assert_eq!(batch.choices.len(), batch.logits_rows.len());
+        assert_eq!(batch.sampling.len(), batch.logits_rows.len());
         let tokens = self.run(&batch);
-        self.chosen.push_back(tokens);
-        assert!(self.chosen.len() <= 2, "two steps under way");
+        self.sampled.push_back(tokens);
+        assert!(self.sampled.len() <= 2, "two steps under way");
         Ok(())
     }
 
     fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError> {
-        Ok(self.chosen.pop_front().expect("a step under way").into_iter().map(Ok).collect())
+        Ok(self.sampled.pop_front().expect("a step under way").into_iter().map(Ok).collect())
     }
 }
 
 impl Runner for SlotRunner {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        assert!(self.chosen.is_empty() && batch.choices.is_empty());
+        assert!(self.sampled.is_empty() && batch.sampling.is_empty());
         for token in self.run(&batch) {
             logits.extend((0..VOCAB as u32).map(|id| if id == token { 1.0 } else { 0.0 }));
         }
         Ok(())
     }
 
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
-        if self.chooses { Some(self) } else { None }
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        if self.samples { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -122,10 +122,10 @@ fn engine(n_pages: usize, max_batch: usize) -> Engine {
     engine_of(n_pages, max_batch, false)
 }
 
-fn engine_of(n_pages: usize, max_batch: usize, chooses: bool) -> Engine {
+fn engine_of(n_pages: usize, max_batch: usize, samples: bool) -> Engine {
     let blocks = BlockManager::for_tokens(n_pages * PAGE_SIZE);
     let limits = Limits { max_rows: 128, max_logits_rows: 64 };
-    let runner = SlotRunner::new(&blocks, limits, chooses);
+    let runner = SlotRunner::new(&blocks, limits, samples);
     let context = n_pages * PAGE_SIZE;
     Engine::new(Box::new(runner), blocks, context, context).with_scheduling(scheduling(max_batch))
 }
@@ -172,11 +172,11 @@ proptest! {
         n_pages in 5usize..12,
         max_batch in 1usize..8,
         inter_token_us in prop::option::of(0u64..50),
-        chooses: bool,
+        samples: bool,
     ) {
         let inter_token = inter_token_us.map(Duration::from_micros);
         let mut engine =
-            engine_of(n_pages, max_batch, chooses).with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) });
+            engine_of(n_pages, max_batch, samples).with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) });
         let mut wanted = HashMap::new();
         let mut cancelled = vec![];
         let mut outputs = vec![];
@@ -265,8 +265,8 @@ fn lengths_ends_and_grammars_are_kept() {
             !self.0.is_empty()
         }
     }
-    for chooses in [false, true] {
-        let mut engine = engine_of(8, 4, chooses);
+    for samples in [false, true] {
+        let mut engine = engine_of(8, 4, samples);
         let constraint = Some(Box::new(Only(vec![7, 8, 9])) as Box<dyn Constraint>);
         let grammar = engine.submit(Request { constraint, ..greedy(text(5, 1), 40) }).unwrap();
         let constraint = Some(Box::new(Only(vec![END, 8, 9])) as Box<dyn Constraint>);
@@ -287,7 +287,7 @@ fn lengths_ends_and_grammars_are_kept() {
 }
 
 #[test]
-fn a_runner_that_chooses_works_ahead_and_stops_where_it_must() {
+fn a_runner_that_samples_works_ahead_and_stops_where_it_must() {
     let mut engine = engine_of(16, 4, true);
     let prompts = [text(70, 1), text(5, 2), text(63, 3)];
     let ids: Vec<RequestId> = prompts.iter().map(|p| engine.submit(greedy(p.clone(), 30)).unwrap()).collect();

@@ -1,7 +1,7 @@
 //! Random cache contents, for measuring long contexts without running them.
 
 use tandem_core::ModelConfig;
-use tandem_core::backend::{Backend, Batch, PAGE_SIZE, Rope, RopeLayout};
+use tandem_core::backend::{Backend, Batch, PAGE_SIZE, Rope, RopeLayout, WriteIndexKey, WriteLatent};
 
 use crate::{KvCache, LayerCache};
 
@@ -39,16 +39,30 @@ impl<B: Backend> KvCache<B> {
                 sequences: vec![0],
                 block_tables: vec![vec![(slot / PAGE_SIZE) as u32]],
                 logits_rows: vec![],
-                choices: vec![],
+                sampling: vec![],
             });
             for (layer, cache) in self.layers.iter_mut().enumerate() {
                 let pick = slot.wrapping_mul(31).wrapping_add(layer) % N_VECTORS;
                 match cache {
                     LayerCache::Latent { latent, index } => {
-                        backend.write_latent(&latents[pick], &latent_norm, 1e-6, &rope, &batch, latent);
+                        backend.write_latent(WriteLatent {
+                            kv_a: &latents[pick],
+                            norm: &latent_norm,
+                            eps: 1e-6,
+                            rope: &rope,
+                            batch: &batch,
+                            cache: latent,
+                        });
                         if let Some(index) = index {
-                            let key = &index_keys[pick];
-                            backend.write_index_key(key, &index_norm, &index_bias, 1e-6, &rope, &batch, index);
+                            backend.write_index_key(WriteIndexKey {
+                                k: &index_keys[pick],
+                                norm: &index_norm,
+                                norm_bias: &index_bias,
+                                eps: 1e-6,
+                                rope: &rope,
+                                batch: &batch,
+                                cache: index,
+                            });
                         }
                     }
                     LayerCache::KeyValue { keys, values } => {

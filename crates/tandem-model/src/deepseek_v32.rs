@@ -6,7 +6,8 @@
 //! into the latent space, so that the cache holds one latent per token whatever the number of heads.
 
 use tandem_core::backend::{
-    Backend, CacheKind, Heads, IndexKeyJob, LatentJob, Mlp, NormJob, Rope, RopeLayout, Rotation, Routing,
+    AddRmsNorm, Backend, CacheKind, HeadLinear, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope,
+    RopeIndexSelect, RopeLayout, RopeMlaAttention, Route, Routing, WriteIndexKey, WriteLatent,
 };
 use tandem_core::config::{IndexerConfig, MlaConfig};
 use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
@@ -132,14 +133,17 @@ impl<B: Backend> Model<B> for DeepseekV32<B> {
             let s = &mut self.scratch;
             // The output of the layer before joins the residual stream together with this norm.
             if i == 0 {
-                b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
+                let (x, weight, out) = (&s.hidden, &layer.input_layernorm, &mut s.normed);
+                b.rms_norm(RmsNorm { x, weight, eps, n_rows: n, out });
             } else {
-                b.add_rms_norm(&mut s.hidden, &s.block, &layer.input_layernorm, eps, n, &mut s.normed);
+                let (x, y, weight, out) = (&mut s.hidden, &s.block, &layer.input_layernorm, &mut s.normed);
+                b.add_rms_norm(AddRmsNorm { x, y, weight, eps, n_rows: n, out });
             }
             self.share.begin_layer(b, i, &s.hidden, n);
             layer.attention.forward(b, &self.dims, batch, shape, cache, s);
             self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
-            b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            let (x, y, weight, out) = (&mut s.hidden, &s.block, &layer.post_attention_layernorm, &mut s.normed);
+            b.add_rms_norm(AddRmsNorm { x, y, weight, eps, n_rows: n, out });
             layer.mlp.forward(b, &self.dims, n, s);
             let mlp_sliced = if matches!(layer.mlp, Block::Moe { .. }) { moe_sliced } else { dense_sliced };
             self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
@@ -150,9 +154,11 @@ impl<B: Backend> Model<B> for DeepseekV32<B> {
         if let (true, Some(norm)) = (shape.n_logits > 0, &self.norm) {
             let s = &mut self.scratch;
             b.gather_logits_rows(&s.hidden, batch, &mut s.last);
-            b.rms_norm(&s.last, norm, eps, shape.n_logits, &mut s.last_normed);
+            let n_rows = shape.n_logits;
+            b.rms_norm(RmsNorm { x: &s.last, weight: norm, eps, n_rows, out: &mut s.last_normed });
             if let Some(head) = self.lm_head.as_ref().or(self.embed_tokens.as_ref()) {
-                b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+                let outputs = &mut [(head, &mut s.logits)];
+                b.linear(Linear { x: &s.last_normed, n_rows, outputs, label: ModuleKind::LmHead });
             }
         }
     }
@@ -223,23 +229,27 @@ impl<B: Backend> Attention<B> {
                 projections.push((&indexer.weights_proj, &mut s.index_weights));
             }
         }
-        b.linear(&s.normed, n, &mut projections);
-        let query_norm = match &self.query {
+        b.linear(Linear { x: &s.normed, n_rows: n, outputs: &mut projections, label: ModuleKind::Attention });
+        let eps = ATTENTION_NORM_EPS;
+        let query = match &self.query {
             Query::Direct { .. } => None,
             Query::LowRank { q_a_layernorm, .. } => {
-                Some(NormJob { x: &s.q_a, weight: q_a_layernorm, out: &mut s.q_a_normed })
+                let (x, out) = (&s.q_a, &mut s.q_a_normed);
+                Some(RmsNorm { x, weight: q_a_layernorm, eps, n_rows: n, out })
             }
         };
-        let write_latent =
-            LatentJob { kv_a: &s.kv_a, norm: &self.kv_a_layernorm, rope: &dims.rope, cache: &mut *latent };
-        let write_key = self.indexer.as_ref().zip(index.as_mut()).map(|(indexer, cache)| IndexKeyJob {
+        let (norm, rope) = (&self.kv_a_layernorm, &dims.rope);
+        let write_latent = WriteLatent { kv_a: &s.kv_a, norm, eps, rope, batch, cache: &mut *latent };
+        let key = self.indexer.as_ref().zip(index.as_mut()).map(|(indexer, cache)| WriteIndexKey {
             k: &s.index_k,
             norm: &indexer.k_norm,
             norm_bias: &indexer.k_norm_bias,
+            eps,
             rope: &dims.index_rope,
+            batch,
             cache,
         });
-        b.prepare_attention(query_norm, write_latent, write_key, ATTENTION_NORM_EPS, batch, n);
+        b.prepare_attention(PrepareAttention { query, latent: write_latent, key });
         if let Query::LowRank { q_b_proj, .. } = &self.query {
             let mut projections = vec![(q_b_proj, &mut s.q)];
             if let Some(indexer) = &self.indexer
@@ -247,14 +257,21 @@ impl<B: Backend> Attention<B> {
             {
                 projections.push((&indexer.wq_b, &mut s.index_q));
             }
-            b.linear(&s.q_a_normed, n, &mut projections);
+            b.linear(Linear { x: &s.q_a_normed, n_rows: n, outputs: &mut projections, label: ModuleKind::Attention });
         }
         if let (true, Some(index), Some(config)) = (sparse && self.indexer.is_some(), index, &dims.indexer) {
             // The references scale every score by `index_n_heads^-0.5 * index_head_dim^-0.5`; a positive factor does not
             // change which positions win, so it is left out.
-            let heads = Heads::packed(config.index_n_heads, config.index_head_dim);
-            let q = Rotation { x: &s.index_q, from: heads, rope: &dims.index_rope };
-            b.rope_index_select(q, &mut s.index_q_rotated, &s.index_weights, batch, index, &mut s.selected);
+            b.rope_index_select(RopeIndexSelect {
+                q: &s.index_q,
+                heads: Heads::packed(config.index_n_heads, config.index_head_dim),
+                rope: &dims.index_rope,
+                rotated: &mut s.index_q_rotated,
+                weights: &s.index_weights,
+                batch,
+                cache: index,
+                selected: &mut s.selected,
+            });
         }
 
         // q = [q_nope | q_rope] per head -> [embed_q . q_nope | rope(q_rope)], comparable with the cached vector.
@@ -263,23 +280,25 @@ impl<B: Backend> Attention<B> {
         let nope = Heads { n: n_heads, stride: q_stride, offset: 0, width: mla.qk_nope_head_dim };
         let rope = Heads { n: n_heads, stride: q_stride, offset: mla.qk_nope_head_dim, width: mla.qk_rope_head_dim };
         let to_latent = Heads { n: n_heads, stride: latent_stride, offset: 0, width: mla.kv_lora_rank };
-        b.head_linear(&s.q, nope, &self.embed_q, n, &mut s.q_latent, to_latent);
-
-        let rope = Rotation { x: &s.q, from: rope, rope: &dims.rope };
-        let selected = sparse.then_some(&s.selected);
-        let (q, scale) = (&mut s.q_latent, dims.softmax_scale);
-        b.rope_mla_attention(rope, q, mla.kv_lora_rank, scale, batch, latent, selected, &mut s.attended);
-
-        let attended = Heads::packed(n_heads, mla.kv_lora_rank);
-        b.head_linear(
-            &s.attended,
-            attended,
-            &self.unembed_out,
-            n,
-            &mut s.values,
-            Heads::packed(n_heads, mla.v_head_dim),
-        );
-        b.linear(&s.values, n, &mut [(&self.o_proj, &mut s.block)]);
+        let (w, out) = (&self.embed_q, &mut s.q_latent);
+        b.head_linear(HeadLinear { x: &s.q, from: nope, w, n_rows: n, out, to: to_latent });
+        b.rope_mla_attention(RopeMlaAttention {
+            x: &s.q,
+            from: rope,
+            rope: &dims.rope,
+            q: &mut s.q_latent,
+            latent: mla.kv_lora_rank,
+            scale: dims.softmax_scale,
+            batch,
+            cache: latent,
+            selected: sparse.then_some(&s.selected),
+            out: &mut s.attended,
+        });
+        let (from, to) = (Heads::packed(n_heads, mla.kv_lora_rank), Heads::packed(n_heads, mla.v_head_dim));
+        let (w, out) = (&self.unembed_out, &mut s.values);
+        b.head_linear(HeadLinear { x: &s.attended, from, w, n_rows: n, out, to });
+        let outputs = &mut [(&self.o_proj, &mut s.block)];
+        b.linear(Linear { x: &s.values, n_rows: n, outputs, label: ModuleKind::Attention });
     }
 }
 
@@ -289,9 +308,11 @@ impl<B: Backend> Block<B> {
         match self {
             Block::Dense(mlp) => b.mlp(&s.normed, mlp, n, &mut s.block),
             Block::Moe { gate, bias, experts, shared } => {
-                let (logits, ids, weights) = (&mut s.router_logits, &mut s.expert_ids, &mut s.expert_weights);
-                b.route(&s.normed, gate, bias, &dims.routing, n, logits, ids, weights);
-                b.moe(&s.normed, experts, shared.as_ref(), &s.expert_ids, &s.expert_weights, n, &mut s.block);
+                let (x, ids, weights) = (&s.normed, &mut s.expert_ids, &mut s.expert_weights);
+                let (routing, logits) = (&dims.routing, &mut s.router_logits);
+                b.route(Route { x, gate, bias, routing, n_rows: n, logits, ids, weights });
+                let (ids, weights, out) = (&s.expert_ids, &s.expert_weights, &mut s.block);
+                b.moe(Moe { x, experts, shared: shared.as_ref(), ids, weights, n_rows: n, out });
             }
         }
     }

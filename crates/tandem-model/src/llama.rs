@@ -2,7 +2,9 @@
 //!
 //! Reference: transformers' `modeling_llama.py`.
 
-use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, Rope, RopeLayout};
+use tandem_core::backend::{
+    AddRmsNorm, Backend, CacheKind, GqaAttention, Heads, Linear, Mlp, RmsNorm, Rope, RopeLayout, Rotate,
+};
 use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
@@ -72,7 +74,8 @@ struct Scratch<B: Backend> {
 impl<B: Backend> Model<B> for Llama<B> {
     fn forward(&mut self, b: &B, batch: &B::Batch, shape: StepShape, cache: &mut KvCache<B>) {
         let n = shape.n_rows;
-        let Dims { n_heads, n_kv_heads, head_dim, rms_norm_eps: eps, softmax_scale, ref rope } = self.dims;
+        let Dims { n_heads, n_kv_heads, head_dim, rms_norm_eps: eps, softmax_scale: scale, ref rope } = self.dims;
+        let label = ModuleKind::Attention;
         let s = &mut self.scratch;
         let (q_heads, k_heads) = (Heads::packed(n_heads, head_dim), Heads::packed(n_kv_heads, head_dim));
         let [attention_sliced, mlp_sliced, _] = self.share.division.reduces();
@@ -82,37 +85,40 @@ impl<B: Backend> Model<B> for Llama<B> {
         for (i, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             self.share.begin_layer(b, i, &s.hidden, n);
             let LayerCache::KeyValue { keys, values } = cache else { unreachable!("the cache was made by this model") };
-            b.rms_norm(&s.hidden, &layer.input_layernorm, eps, n, &mut s.normed);
-            b.linear(
-                &s.normed,
-                n,
-                &mut [
-                    (&layer.q_proj.weight, &mut s.q),
-                    (&layer.k_proj.weight, &mut s.k),
-                    (&layer.v_proj.weight, &mut s.v),
-                ],
-            );
+            let (x, weight, out) = (&s.hidden, &layer.input_layernorm, &mut s.normed);
+            b.rms_norm(RmsNorm { x, weight, eps, n_rows: n, out });
+            let outputs = &mut [
+                (&layer.q_proj.weight, &mut s.q),
+                (&layer.k_proj.weight, &mut s.k),
+                (&layer.v_proj.weight, &mut s.v),
+            ];
+            b.linear(Linear { x: &s.normed, n_rows: n, outputs, label });
             layer.q_proj.add_bias(b, &mut s.q, n);
             layer.k_proj.add_bias(b, &mut s.k, n);
             layer.v_proj.add_bias(b, &mut s.v, n);
-            b.rope(&s.q, q_heads, rope, batch, &mut s.q_rotated, q_heads);
-            b.rope(&s.k, k_heads, rope, batch, &mut s.k_rotated, k_heads);
+            b.rope(Rotate { x: &s.q, from: q_heads, rope, batch, out: &mut s.q_rotated, to: q_heads, label });
+            b.rope(Rotate { x: &s.k, from: k_heads, rope, batch, out: &mut s.k_rotated, to: k_heads, label });
             b.write_cache(&s.k_rotated, batch, keys);
             b.write_cache(&s.v, batch, values);
-            b.gqa_attention(&s.q_rotated, n_heads, n_kv_heads, softmax_scale, batch, keys, values, &mut s.attended);
-            b.linear(&s.attended, n, &mut [(&layer.o_proj.weight, &mut s.block)]);
+            let (q, out) = (&s.q_rotated, &mut s.attended);
+            b.gqa_attention(GqaAttention { q, n_heads, n_kv_heads, scale, batch, keys, values, out });
+            let outputs = &mut [(&layer.o_proj.weight, &mut s.block)];
+            b.linear(Linear { x: &s.attended, n_rows: n, outputs, label });
             layer.o_proj.add_bias(b, &mut s.block, n);
             self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
-            b.add_rms_norm(&mut s.hidden, &s.block, &layer.post_attention_layernorm, eps, n, &mut s.normed);
+            let (x, y, weight, out) = (&mut s.hidden, &s.block, &layer.post_attention_layernorm, &mut s.normed);
+            b.add_rms_norm(AddRmsNorm { x, y, weight, eps, n_rows: n, out });
             b.mlp(&s.normed, &layer.mlp, n, &mut s.block);
             self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
             b.add(&mut s.hidden, &s.block, n);
         }
         if let (true, Some(norm)) = (shape.n_logits > 0, &self.norm) {
             b.gather_logits_rows(&s.hidden, batch, &mut s.last);
-            b.rms_norm(&s.last, norm, eps, shape.n_logits, &mut s.last_normed);
+            let n_rows = shape.n_logits;
+            b.rms_norm(RmsNorm { x: &s.last, weight: norm, eps, n_rows, out: &mut s.last_normed });
             if let Some(head) = self.lm_head.as_ref().or(self.embed_tokens.as_ref()) {
-                b.linear(&s.last_normed, shape.n_logits, &mut [(head, &mut s.logits)]);
+                let outputs = &mut [(head, &mut s.logits)];
+                b.linear(Linear { x: &s.last_normed, n_rows, outputs, label: ModuleKind::LmHead });
             }
         }
     }

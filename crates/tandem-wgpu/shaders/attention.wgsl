@@ -1,14 +1,21 @@
 // Softmax attention of HEADS heads of one row over a span of positions, 32 at a time, with a running maximum: LANES threads
 // share the product with a key; then each thread has its own elements of the values. MLA's keys and values are the same
-// cached vector. With several spans their shares go to `y` for attention_merge: [row, head, span, value width + 2].
+// cached vector; ROTATED: what a query has beyond the value's width comes from `x`, by way of a rotation. With several spans their shares go to `y` for attention_merge: [row, head, span, value width + 2].
 #include common
+#if ROTATED
+#include rope_table
+#end
 @group(0) @binding(0) var<storage, read> q: array<f32>;
 @group(0) @binding(1) var<storage, read> keys: array<f32>;
 @group(0) @binding(2) var<storage, read> values: array<f32>;
 @group(0) @binding(3) var<storage, read> batch: array<u32>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
+#if ROTATED
+@group(0) @binding(5) var<storage, read> x: array<f32>;
+@group(0) @binding(6) var<storage, read> turns: array<u32>;
+#end
 #if SELECTED
-@group(0) @binding(5) var<storage, read> selected: array<i32>;
+@group(0) @binding(${ROTATED*2+5}) var<storage, read> selected: array<i32>;
 #end
 
 const HEADS = ${HEADS}u;
@@ -36,7 +43,28 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
     let begin = wid.z * a.span;
     let end = min(begin + a.span, visible);
+#if ROTATED
+    // The rest of each query is rotated on the way.
+    for (var i = li; i < HEADS * VALUE_WIDTH; i += WG) {
+        let at = i / VALUE_WIDTH * KEY_WIDTH + i % VALUE_WIDTH;
+        qs[at] = q[(row * a.n_heads + head0) * KEY_WIDTH + at];
+    }
+    let pairs = (KEY_WIDTH - VALUE_WIDTH) / 2u;
+    for (var i = li; i < HEADS * pairs; i += WG) {
+        let pair = i % pairs;
+        let head = i / pairs;
+        let cs = cos_sin(batch[batch[${BATCH_POSITIONS}u] + row], turns[2u * pair], turns[2u * pair + 1u]) * a.scaling;
+        let e0 = select(2u * pair, pair, a.half_layout != 0u);
+        let e1 = select(2u * pair + 1u, pair + pairs, a.half_layout != 0u);
+        let head_at = row * a.x_pitch + a.x_offset + (head0 + head) * a.x_stride;
+        let v0 = x[head_at + e0];
+        let v1 = x[head_at + e1];
+        qs[head * KEY_WIDTH + VALUE_WIDTH + e0] = v0 * cs.x - v1 * cs.y;
+        qs[head * KEY_WIDTH + VALUE_WIDTH + e1] = v1 * cs.x + v0 * cs.y;
+    }
+#else
     for (var i = li; i < HEADS * KEY_WIDTH; i += WG) { qs[i] = q[(row * a.n_heads + head0) * KEY_WIDTH + i]; }
+#end
     if (li < HEADS) { most[li] = LEAST; }
     let table = batch[${BATCH_TABLES}u] + batch[batch[${BATCH_SEQUENCES}u] + row] * batch[${BATCH_PITCH}u];
 #for h HEADS

@@ -1,5 +1,7 @@
 //! Attention and the indexer: [`tandem_core::Backend`]'s mla_attention, gqa_attention and index_select.
 
+use tandem_core::backend::{Heads, IndexSelect, Rope, RopeLayout};
+
 use crate::args::{AttentionArgs, IndexArgs, MergeArgs};
 use crate::backend::WgpuBackend;
 use crate::batch::WgpuBatch;
@@ -19,29 +21,36 @@ const QUERY_BYTES: usize = 20 << 10;
 /// Bytes of scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_BYTES: usize = 112 << 20;
 
-/// The shape of softmax attention.
-#[derive(Clone, Copy)]
-pub(crate) struct Attention {
+/// Softmax attention of one batch.
+pub(crate) struct Attention<'a> {
+    /// `[n_rows, n_heads * key width]`
+    pub(crate) q: &'a WgpuBuffer,
+    /// What the elements of a query that are no value's are made of, in place of those of `q`.
+    pub(crate) rotated: Option<Rotated<'a>>,
     pub(crate) n_heads: usize,
     pub(crate) n_kv_heads: usize,
-    pub(crate) key_width: usize,
-    pub(crate) value_width: usize,
     pub(crate) scale: f32,
+    pub(crate) batch: &'a WgpuBatch,
+    /// With the width of one key and of one value.
+    pub(crate) keys: (&'a WgpuCache, usize),
+    pub(crate) values: (&'a WgpuCache, usize),
+    pub(crate) selected: Option<&'a WgpuIndices>,
+    pub(crate) out: &'a WgpuBuffer,
+}
+
+/// Heads that are rotated on the way, all of each.
+#[derive(Clone, Copy)]
+pub(crate) struct Rotated<'a> {
+    pub(crate) x: &'a WgpuBuffer,
+    pub(crate) from: Heads,
+    pub(crate) rope: &'a Rope,
 }
 
 impl WgpuBackend {
     /// `out[row, head] = sum_p softmax_p(scale * q . key(p)) * value(p)`
-    pub(crate) fn attend(
-        &self,
-        shape: Attention,
-        q: &WgpuBuffer,
-        batch: &WgpuBatch,
-        keys: &WgpuCache,
-        values: &WgpuCache,
-        selected: Option<&WgpuIndices>,
-        out: &WgpuBuffer,
-    ) {
-        let Attention { n_heads, n_kv_heads, key_width, value_width, scale } = shape;
+    pub(crate) fn attend(&self, op: &Attention<'_>) {
+        let Attention { q, rotated, n_heads, n_kv_heads, scale, batch, selected, out, .. } = *op;
+        let ((keys, key_width), (values, value_width)) = (op.keys, op.values);
         let top_k = selected.map_or(0, |s| s.width);
         let context = if selected.is_some() { batch.max_context.min(top_k) } else { batch.max_context };
         let per_kv = n_heads / n_kv_heads.max(1);
@@ -63,7 +72,8 @@ impl WgpuBackend {
             | (value_width as u64) << 16
             | (heads as u64) << 32
             | u64::from(selected.is_some()) << 40
-            | u64::from(n_spans > 1) << 41;
+            | u64::from(n_spans > 1) << 41
+            | u64::from(rotated.is_some()) << 42;
         let pipeline = self.pipelines.get::<AttentionArgs>("attention", variant, |d| {
             let numbers = [
                 ("KEY_WIDTH", key_width),
@@ -74,11 +84,19 @@ impl WgpuBackend {
                 ("ROUNDS", (heads * TILE).div_ceil(WORKGROUP as usize)),
                 ("SELECTED", usize::from(selected.is_some())),
                 ("SPANS", usize::from(n_spans > 1)),
+                ("ROTATED", usize::from(rotated.is_some())),
             ];
             d.extend(numbers.iter().map(|(name, n)| ((*name).to_string(), n.to_string())));
         });
+        let turns = rotated.map(|r| self.turns(r.rope));
+        let from = rotated.map_or(Heads::packed(0, 0), |r| r.from);
         let args = AttentionArgs {
             base: 0,
+            x_pitch: rotated.map_or(0, |r| r.x.width as u32),
+            x_offset: from.offset as u32,
+            x_stride: from.stride as u32,
+            half_layout: rotated.is_some_and(|r| r.rope.layout == RopeLayout::Half).into(),
+            scaling: rotated.map_or(0.0, |r| r.rope.scaling),
             n_heads: n_heads as u32,
             heads_per_kv: per_kv as u32,
             key_pitch: keys.width as u32,
@@ -96,6 +114,8 @@ impl WgpuBackend {
         let spans = (n_spans > 1).then(|| self.scratch("spans", n * n_spans * (value_width + 2) * 4));
         let to = spans.as_deref().unwrap_or(&out.memory);
         let mut buffers = vec![&q.memory, &keys.memory, &values.memory, batch.memory(), to];
+        buffers.extend(rotated.map(|r| &r.x.memory));
+        buffers.extend(turns.as_deref());
         buffers.extend(selected.map(|s| &s.memory));
         self.run(&pipeline, &buffers, &args, [batch.n_rows, n_heads / heads, n_spans], cost);
         if let Some(spans) = &spans {
@@ -107,15 +127,8 @@ impl WgpuBackend {
     }
 
     /// The positions with the highest indexer scores.
-    pub(crate) fn select(
-        &self,
-        q: &WgpuBuffer,
-        weights: &WgpuBuffer,
-        n_heads: usize,
-        batch: &WgpuBatch,
-        cache: &WgpuCache,
-        selected: &WgpuIndices,
-    ) {
+    pub(crate) fn select(&self, op: IndexSelect<'_, WgpuBuffer, WgpuIndices, WgpuBatch, WgpuCache>) {
+        let IndexSelect { q, weights, n_heads, batch, cache, selected } = op;
         let context = batch.max_context;
         let rows_at_once = (SCORE_BYTES / 4 / context.max(1)).clamp(1, batch.n_rows.max(1));
         let scores_kernel = self.pipelines.get::<IndexArgs>("index_scores", cache.width as u64, |d| {

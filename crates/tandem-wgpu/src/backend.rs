@@ -8,11 +8,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use tandem_core::Batch;
-use tandem_core::backend::{Backend, CacheKind, Heads, Mlp, PAGE_SIZE, Rope, RopeLayout, Routing};
+use tandem_core::backend::{
+    AddRmsNorm, Backend, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, PAGE_SIZE,
+    RmsNorm, Rope, RopeLayout, RopeMlaAttention, Rotate, RouterTopk, WriteIndexKey, WriteLatent, composed,
+};
 use tandem_core::weights::MatrixData;
 
 use crate::args::{Args, CacheArgs, MatrixArgs, RopeArgs, RouterArgs, RowArgs};
-use crate::attention::Attention;
+use crate::attention::{Attention, Rotated};
 use crate::batch::{Batches, WgpuBatch};
 use crate::buffer::{Memory, WgpuBuffer, WgpuCache, WgpuIndices};
 use crate::device::{AdapterInfo, Device, WORKGROUP};
@@ -49,7 +52,7 @@ impl Default for Options {
 /// A GPU as a backend, in single precision.
 pub struct WgpuBackend {
     pub(crate) device: Arc<Device>,
-    pub(crate) pipelines: Pipelines,
+    pub(crate) pipelines: Arc<Pipelines>,
     pub(crate) recorder: Recorder,
     batches: Batches,
     scratch: RefCell<HashMap<&'static str, Arc<Memory>>>,
@@ -69,19 +72,10 @@ impl WgpuBackend {
         let device = Arc::new(Device::open(options.device.as_deref())?);
         let lanes = Lanes::of(&device, options.plain);
         let limit = device.info.max_binding_bytes.min(device.info.max_buffer_bytes).saturating_sub(1024);
+        let limit = options.binding_limit.unwrap_or(limit).min(limit);
+        let pipelines = Arc::new(Pipelines::new(Arc::clone(&device), lanes));
         // A guess until it is measured.
-        let recorder = Recorder::new(Arc::clone(&device), options.budget, 1e10);
-        let mut backend = WgpuBackend {
-            pipelines: Pipelines::new(Arc::clone(&device), lanes),
-            recorder,
-            batches: Batches::default(),
-            scratch: RefCell::default(),
-            turns: RefCell::default(),
-            staging: RefCell::default(),
-            residency: RefCell::default(),
-            matrix_limit: options.binding_limit.unwrap_or(limit).min(limit),
-            device,
-        };
+        let mut backend = WgpuBackend::with(device, pipelines, options.budget, 1e10, limit);
         let bandwidth = backend.measure_bandwidth();
         backend.recorder.set_bandwidth(bandwidth);
         backend.sync()?;
@@ -93,6 +87,33 @@ impl WgpuBackend {
             bandwidth / 1e9
         );
         Ok(backend)
+    }
+
+    /// Another backend on the same device, with the same compiled kernels and nothing else in common.
+    #[must_use]
+    pub fn another(&self) -> WgpuBackend {
+        let (device, pipelines) = (Arc::clone(&self.device), Arc::clone(&self.pipelines));
+        WgpuBackend::with(device, pipelines, self.recorder.budget(), self.recorder.bandwidth(), self.matrix_limit)
+    }
+
+    fn with(
+        device: Arc<Device>,
+        pipelines: Arc<Pipelines>,
+        budget: Duration,
+        bandwidth: f64,
+        matrix_limit: u64,
+    ) -> WgpuBackend {
+        WgpuBackend {
+            pipelines,
+            recorder: Recorder::new(Arc::clone(&device), budget, bandwidth),
+            batches: Batches::default(),
+            scratch: RefCell::default(),
+            turns: RefCell::default(),
+            staging: RefCell::default(),
+            residency: RefCell::default(),
+            matrix_limit,
+            device,
+        }
     }
 
     /// The adapter.
@@ -192,7 +213,7 @@ impl WgpuBackend {
     }
 
     /// The table of rope_table.wgsl: the part of a turn that a position adds, for each pair, in units of 2^-64.
-    fn turns(&self, rope: &Rope) -> Arc<Memory> {
+    pub(crate) fn turns(&self, rope: &Rope) -> Arc<Memory> {
         let mut known = self.turns.borrow_mut();
         if let Some((_, memory)) = known.iter().find(|(r, _)| r == rope) {
             return Arc::clone(memory);
@@ -275,17 +296,6 @@ impl WgpuBackend {
         let cost = Cost { bytes: (n * x.width * 20) as u64, products: 0 };
         self.run(&pipeline, &buffers, &args, [n, 1, 1], cost);
     }
-
-    fn cache_args(&self, width: usize, rope: &Rope, eps: f32) -> CacheArgs {
-        CacheArgs {
-            base: 0,
-            width: width as u32,
-            pairs: rope.inv_freq.len() as u32,
-            half_layout: u32::from(rope.layout == RopeLayout::Half),
-            scaling: rope.scaling,
-            eps,
-        }
-    }
 }
 
 impl Backend for WgpuBackend {
@@ -363,7 +373,7 @@ impl Backend for WgpuBackend {
         self.device.errors.take()
     }
 
-    fn step(&self, batch: &WgpuBatch, max_context: usize, operations: &mut dyn FnMut(usize)) {
+    fn record_or_replay(&self, batch: &WgpuBatch, max_context: usize, operations: &mut dyn FnMut(usize)) {
         self.residency.borrow_mut().begin(self.recorder.bytes(), batch.n_rows);
         operations(max_context);
         self.recorder.flush();
@@ -392,33 +402,26 @@ impl Backend for WgpuBackend {
         self.elementwise("gather_rows", &[&x.memory, batch.memory(), &out.memory], x.width, batch.n_logits);
     }
 
-    fn rms_norm(&self, x: &WgpuBuffer, weight: &WgpuBuffer, eps: f32, n_rows: usize, out: &mut WgpuBuffer) {
-        self.norm(x, None, weight, eps, n_rows, out);
+    fn rms_norm(&self, op: RmsNorm<'_, WgpuBuffer>) {
+        self.norm(op.x, None, op.weight, op.eps, op.n_rows, op.out);
     }
 
-    fn add_rms_norm(
-        &self,
-        x: &mut WgpuBuffer,
-        y: &WgpuBuffer,
-        weight: &WgpuBuffer,
-        eps: f32,
-        n_rows: usize,
-        out: &mut WgpuBuffer,
-    ) {
-        self.norm(x, Some(y), weight, eps, n_rows, out);
+    fn add_rms_norm(&self, op: AddRmsNorm<'_, WgpuBuffer>) {
+        self.norm(op.x, Some(op.y), op.weight, op.eps, op.n_rows, op.out);
     }
 
-    fn linear(&self, x: &WgpuBuffer, n_rows: usize, outputs: &mut [(&WgpuMatrix, &mut WgpuBuffer)]) {
-        for (matrix, out) in outputs {
-            self.product(x, matrix, n_rows, out);
+    fn linear(&self, op: Linear<'_, WgpuBuffer, WgpuMatrix>) {
+        for (matrix, out) in op.outputs {
+            self.product(op.x, matrix, op.n_rows, out);
         }
     }
 
-    fn head_linear(&self, x: &WgpuBuffer, from: Heads, w: &WgpuMatrix, n_rows: usize, out: &mut WgpuBuffer, to: Heads) {
-        self.products_by_head((x, from), w, n_rows, (out, to));
+    fn head_linear(&self, op: HeadLinear<'_, WgpuBuffer, WgpuMatrix>) {
+        self.products_by_head((op.x, op.from), op.w, op.n_rows, (op.out, op.to));
     }
 
-    fn rope(&self, x: &WgpuBuffer, from: Heads, rope: &Rope, batch: &WgpuBatch, out: &mut WgpuBuffer, to: Heads) {
+    fn rope(&self, op: Rotate<'_, WgpuBuffer, WgpuBatch>) {
+        let Rotate { x, from, rope, batch, out, to, .. } = op;
         let pipeline = self.pipelines.get::<RopeArgs>("rope", 0, |_| {});
         let turns = self.turns(rope);
         let pairs = rope.inv_freq.len();
@@ -454,15 +457,8 @@ impl Backend for WgpuBackend {
         self.mlp_of(x, mlp, n_rows, out);
     }
 
-    fn router_topk(
-        &self,
-        logits: &WgpuBuffer,
-        bias: &WgpuBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut WgpuIndices,
-        weights: &mut WgpuBuffer,
-    ) {
+    fn router_topk(&self, op: RouterTopk<'_, WgpuBuffer, WgpuIndices>) {
+        let RouterTopk { logits, bias, routing, n_rows, ids, weights } = op;
         assert!(logits.width <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K, "{} experts, {routing:?}", logits.width);
         let pipeline = self.pipelines.get::<RouterArgs>("router_topk", 0, |_| {});
         let args = RouterArgs {
@@ -481,96 +477,72 @@ impl Backend for WgpuBackend {
         self.run(&pipeline, &buffers, &args, [n_rows, 1, 1], cost);
     }
 
-    fn moe(
-        &self,
-        x: &WgpuBuffer,
-        experts: &Mlp<WgpuMatrix>,
-        shared: Option<&Mlp<WgpuMatrix>>,
-        ids: &WgpuIndices,
-        weights: &WgpuBuffer,
-        n_rows: usize,
-        out: &mut WgpuBuffer,
-    ) {
-        self.moe_of(x, experts, shared, Choices { ids, weights }, n_rows, out);
+    fn moe(&self, op: Moe<'_, WgpuBuffer, WgpuIndices, WgpuMatrix>) {
+        let choices = Choices { ids: op.ids, weights: op.weights };
+        self.moe_of(op.x, op.experts, op.shared, choices, op.n_rows, op.out);
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &WgpuBuffer,
-        norm: &WgpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &WgpuBatch,
-        cache: &mut WgpuCache,
-    ) {
+    fn write_latent(&self, op: WriteLatent<'_, WgpuBuffer, WgpuBatch, WgpuCache>) {
+        let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let pipeline = self.pipelines.get::<CacheArgs>("write_latent", 0, |_| {});
         let turns = self.turns(rope);
         let buffers = [&kv_a.memory, &norm.memory, &*turns, batch.memory(), &cache.memory];
         let cost = Cost { bytes: (batch.n_rows * kv_a.width * 8) as u64, products: 0 };
-        self.run(&pipeline, &buffers, &self.cache_args(kv_a.width, rope, eps), [batch.n_rows, 1, 1], cost);
+        self.run(&pipeline, &buffers, &cache_args(kv_a.width, rope, eps), [batch.n_rows, 1, 1], cost);
     }
 
-    fn write_index_key(
-        &self,
-        k: &WgpuBuffer,
-        norm: &WgpuBuffer,
-        norm_bias: &WgpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &WgpuBatch,
-        cache: &mut WgpuCache,
-    ) {
+    fn write_index_key(&self, op: WriteIndexKey<'_, WgpuBuffer, WgpuBatch, WgpuCache>) {
+        let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
         let pipeline = self.pipelines.get::<CacheArgs>("write_index_key", 0, |_| {});
         let turns = self.turns(rope);
         let buffers = [&k.memory, &norm.memory, &norm_bias.memory, &*turns, batch.memory(), &cache.memory];
         let cost = Cost { bytes: (batch.n_rows * k.width * 8) as u64, products: 0 };
-        self.run(&pipeline, &buffers, &self.cache_args(k.width, rope, eps), [batch.n_rows, 1, 1], cost);
+        self.run(&pipeline, &buffers, &cache_args(k.width, rope, eps), [batch.n_rows, 1, 1], cost);
     }
 
     fn write_cache(&self, x: &WgpuBuffer, batch: &WgpuBatch, cache: &mut WgpuCache) {
         self.elementwise("write_cache", &[&x.memory, batch.memory(), &cache.memory], x.width, batch.n_rows);
     }
 
-    fn index_select(
-        &self,
-        q: &WgpuBuffer,
-        weights: &WgpuBuffer,
-        n_heads: usize,
-        batch: &WgpuBatch,
-        cache: &WgpuCache,
-        selected: &mut WgpuIndices,
-    ) {
-        self.select(q, weights, n_heads, batch, cache, selected);
+    fn index_select(&self, op: IndexSelect<'_, WgpuBuffer, WgpuIndices, WgpuBatch, WgpuCache>) {
+        self.select(op);
     }
 
-    fn mla_attention(
-        &self,
-        q: &WgpuBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &WgpuBatch,
-        cache: &WgpuCache,
-        selected: Option<&WgpuIndices>,
-        out: &mut WgpuBuffer,
-    ) {
-        let shape = Attention { n_heads, n_kv_heads: 1, key_width: cache.width, value_width: latent, scale };
-        self.attend(shape, q, batch, cache, cache, selected, out);
+    fn mla_attention(&self, op: MlaAttention<'_, WgpuBuffer, WgpuIndices, WgpuBatch, WgpuCache>) {
+        let MlaAttention { q, n_heads, latent, scale, batch, cache, selected, out } = op;
+        let (keys, values) = ((cache, cache.width), (cache, latent));
+        self.attend(&Attention { q, rotated: None, n_heads, n_kv_heads: 1, scale, batch, keys, values, selected, out });
     }
 
-    fn gqa_attention(
-        &self,
-        q: &WgpuBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &WgpuBatch,
-        keys: &WgpuCache,
-        values: &WgpuCache,
-        out: &mut WgpuBuffer,
-    ) {
-        let (key_width, value_width) = (keys.width / n_kv_heads, values.width / n_kv_heads);
-        let shape = Attention { n_heads, n_kv_heads, key_width, value_width, scale };
-        self.attend(shape, q, batch, keys, values, None, out);
+    fn gqa_attention(&self, op: GqaAttention<'_, WgpuBuffer, WgpuBatch, WgpuCache>) {
+        let GqaAttention { q, n_heads, n_kv_heads, scale, batch, keys, values, out } = op;
+        let (keys, values) = ((keys, keys.width / n_kv_heads), (values, values.width / n_kv_heads));
+        let selected = None;
+        self.attend(&Attention { q, rotated: None, n_heads, n_kv_heads, scale, batch, keys, values, selected, out });
+    }
+
+    fn rope_mla_attention(&self, op: RopeMlaAttention<'_, WgpuBuffer, WgpuIndices, WgpuBatch, WgpuCache>) {
+        let RopeMlaAttention { x, from, rope, q, latent, scale, batch, cache, selected, out } = op;
+        if from.width != rope.dim() {
+            return composed::rope_mla_attention(
+                self,
+                RopeMlaAttention { x, from, rope, q, latent, scale, batch, cache, selected, out },
+            );
+        }
+        let rotated = Some(Rotated { x, from, rope });
+        let (keys, values) = ((cache, cache.width), (cache, latent));
+        let (n_heads, n_kv_heads) = (from.n, 1);
+        self.attend(&Attention { q, rotated, n_heads, n_kv_heads, scale, batch, keys, values, selected, out });
+    }
+}
+
+fn cache_args(width: usize, rope: &Rope, eps: f32) -> CacheArgs {
+    CacheArgs {
+        base: 0,
+        width: width as u32,
+        pairs: rope.inv_freq.len() as u32,
+        half_layout: u32::from(rope.layout == RopeLayout::Half),
+        scaling: rope.scaling,
+        eps,
     }
 }

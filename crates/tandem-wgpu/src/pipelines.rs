@@ -1,8 +1,7 @@
 //! Kernels, compiled on first use for the device and the shapes at hand.
 
-use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::args::Args;
 use crate::device::{Device, WORKGROUP};
@@ -55,13 +54,12 @@ pub(crate) struct Pipeline {
 pub(crate) struct Pipelines {
     device: Arc<Device>,
     pub(crate) lanes: Lanes,
-    compiled: RefCell<HashMap<(&'static str, u64), Arc<Pipeline>>>,
-    next: Cell<u64>,
+    compiled: Mutex<HashMap<(&'static str, u64), Arc<Pipeline>>>,
 }
 
 impl Pipelines {
     pub(crate) fn new(device: Arc<Device>, lanes: Lanes) -> Pipelines {
-        Pipelines { device, lanes, compiled: RefCell::default(), next: Cell::new(0) }
+        Pipelines { device, lanes, compiled: Mutex::default() }
     }
 
     /// Kernel `name` in the variant that `defines` makes; equal variants have equal numbers.
@@ -71,17 +69,17 @@ impl Pipelines {
         variant: u64,
         defines: impl FnOnce(&mut Defines),
     ) -> Arc<Pipeline> {
-        if let Some(pipeline) = self.compiled.borrow().get(&(name, variant)) {
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = compiled.get(&(name, variant)) {
             return Arc::clone(pipeline);
         }
         self.device.errors.enter(name);
         let mut all = common_defines(self.lanes);
         defines(&mut all);
         let text = shader_text::<A>(name, &all);
-        let id = self.next.get();
-        self.next.set(id + 1);
+        let id = compiled.len() as u64;
         let pipeline = Arc::new(compile(&self.device, name, id, &text, size_of::<A>() as u32));
-        self.compiled.borrow_mut().insert((name, variant), Arc::clone(&pipeline));
+        compiled.insert((name, variant), Arc::clone(&pipeline));
         pipeline
     }
 }

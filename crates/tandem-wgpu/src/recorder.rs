@@ -130,6 +130,10 @@ impl Recorder {
         Recorder { device, state: RefCell::new(state), bandwidth, seconds_per_stamp }
     }
 
+    pub(crate) fn budget(&self) -> Duration {
+        Duration::from_secs_f64(self.state.borrow().budget)
+    }
+
     pub(crate) fn bandwidth(&self) -> f64 {
         self.bandwidth
     }

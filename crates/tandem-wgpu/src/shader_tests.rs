@@ -98,6 +98,7 @@ fn shaders(lanes: Lanes) -> Vec<(String, String)> {
             ("ROUNDS", (heads * 32).div_ceil(256)),
             ("SELECTED", selected),
             ("SPANS", spans),
+            ("ROTATED", selected),
         ];
         add("attention", shader_text::<AttentionArgs>("attention", &with(&pairs, None)));
     }

@@ -54,6 +54,9 @@ pub(crate) struct PullArgs {
     /// (safetensors), JSON, tokenizers and chat templates are got in any case, pickles in none.
     #[arg(long, value_name = "GLOB")]
     pub(crate) include: Vec<String>,
+    /// Get the configuration, the index and the tokenizer only, for `inspect` and `bench --load-format dummy`.
+    #[arg(long)]
+    pub(crate) metadata: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -109,9 +112,13 @@ pub(crate) struct ServeArgs {
     /// Megabytes of the largest request.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub(crate) max_body_mb: usize,
-    /// Web page origin that may use the server from a browser; may be given several times.
+    /// Web page origin that may use the server from a browser, or * for any; may be given several times.
     #[arg(long, value_name = "ORIGIN")]
     pub(crate) cors_origin: Vec<String>,
+    /// Name that the server goes by besides localhost, or * for any; may be given several times. While it listens on this
+    /// machine only, requests for other names are refused: they are those of web pages.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) allowed_host: Vec<String>,
     /// Log prompts (with -v); they are not logged otherwise.
     #[arg(long)]
     pub(crate) log_text: bool,

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use serde_json::json;
 use tandem_core::weights::{Form, MatrixData, Weight};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 use tandem_cpu::CpuBackend;
-use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
+use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence, check_vocabulary};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
 use crate::cli::{ActivationsArg, CompareArgs};
@@ -15,7 +15,7 @@ use crate::eval::documents;
 use crate::load::{cpu_backend, model_dir};
 use crate::presets;
 use crate::report::print_json;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
 
 /// Inputs per window of a plain text.
 const WINDOW: usize = 512;
@@ -256,23 +256,34 @@ impl Windows {
     /// Runs both models over every window.
     pub(crate) fn compare(&self, a: &mut Engine, b: &mut Engine) -> anyhow::Result<Comparison> {
         let vocab = a.vocab_size();
+        // Targets too, before anything runs.
+        self.0.iter().try_for_each(|tokens| check_vocabulary(tokens, vocab))?;
         let mut points = vec![];
         for (window, tokens) in self.0.iter().enumerate() {
             let (mut of_a, mut of_b) = (Sequence::default(), Sequence::default());
             let inputs = &tokens[..tokens.len() - 1];
             for (chunk, inputs) in inputs.chunks(CHUNK).enumerate() {
-                let la = a.run(&mut of_a, inputs, CHUNK, Logits::All)?;
-                let lb = b.run(&mut of_b, inputs, CHUNK, Logits::All)?;
+                let la = a.run(&mut of_a, inputs, CHUNK, Logits::All);
+                let la = la.with_context(|| format!("model A, window {window}"))?;
+                let lb = b.run(&mut of_b, inputs, CHUNK, Logits::All);
+                let lb = lb.with_context(|| format!("model B, window {window}"))?;
                 for (i, (la, lb)) in la.chunks_exact(vocab).zip(lb.chunks_exact(vocab)).enumerate() {
                     let offset = chunk * CHUNK + i;
                     let target = tokens[offset + 1] as usize;
-                    points.push(Point::new(la, lb, target, window, offset, points.len()));
+                    let point = Point::new(la, lb, target, window, offset, points.len());
+                    // Rounding may leave a divergence a little below zero, nothing else is hidden: `max` would turn NaN
+                    // into perfect agreement.
+                    ensure!(
+                        point.kl.is_finite() && point.nll_a.is_finite() && point.nll_b.is_finite(),
+                        "KL(A || B) is {} after position {offset} of window {window}: the logits are too far apart for f64",
+                        point.kl
+                    );
+                    points.push(point);
                 }
             }
             a.release(&mut of_a);
             b.release(&mut of_b);
         }
-        ensure!(points.iter().all(|p| p.kl.is_finite()), "a model's logits are not finite; its weights are damaged");
         Ok(Comparison { points })
     }
 
@@ -319,7 +330,7 @@ impl Point {
             })
             .sum();
         let (nll_a, nll_b) = (sum_a - f64::from(la[target]), sum_b - f64::from(lb[target]));
-        Point { position, window, offset, kl: kl.max(0.0), nll_a, nll_b, agree: best_a == best_b }
+        Point { position, window, offset, kl: if kl < 0.0 { 0.0 } else { kl }, nll_a, nll_b, agree: best_a == best_b }
     }
 }
 

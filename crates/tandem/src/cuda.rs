@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use tandem_comm::{Doing, Failure, Group};
 use tandem_core::Backend;
-use tandem_core::backend::{CacheKind, Mlp};
+use tandem_core::backend::{CacheKind, Mlp, Moe};
 use tandem_core::weights::{MatrixData, Weight};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, CpuMatrix, system};
@@ -111,7 +111,8 @@ impl HostExperts for CpuExperts {
         let (x, weights) = (CpuBuffer::new(x.to_vec(), hidden), CpuBuffer::new(weights.to_vec(), top_k));
         let ids = CpuIndices::new(ids.to_vec(), top_k);
         let mut sum = self.backend.alloc(n_rows, hidden);
-        self.backend.moe(&x, experts, None, &ids, &weights, n_rows, &mut sum);
+        let (x, ids, weights) = (&x, &ids, &weights);
+        self.backend.moe(Moe { x, experts, shared: None, ids, weights, n_rows, out: &mut sum });
         self.backend.download(&sum, out);
     }
 }

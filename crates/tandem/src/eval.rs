@@ -6,12 +6,12 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, Logits, Sequence};
+use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::print_json;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
 const DEFAULT_WINDOW: usize = 512;
@@ -139,6 +139,7 @@ impl Score {
     fn add(&mut self, engine: &mut Engine, inputs: &[u32], targets: &[u32], chunk: usize) -> anyhow::Result<()> {
         let mut sequence = Sequence::default();
         let vocab = engine.vocab_size();
+        check_vocabulary(targets, vocab)?;
         for (inputs, targets) in inputs.chunks(chunk).zip(targets.chunks(chunk)) {
             let logits = engine.run(&mut sequence, inputs, chunk, Logits::All)?;
             for (row, target) in logits.chunks_exact(vocab).zip(targets) {

@@ -280,11 +280,62 @@ pub(crate) fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
     })
 }
 
+/// Where models from Hugging Face are kept, found as its own library finds it.
 pub(crate) fn hugging_face_cache() -> Option<PathBuf> {
-    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("HF_HUB_CACHE")
-        .or_else(|| var("HF_HOME").map(|home| home.join("hub")))
-        .or_else(|| var("HOME").map(|home| home.join(".cache/huggingface/hub")))
+    path_variable("HF_HUB_CACHE")
+        .or_else(|| path_variable("HUGGINGFACE_HUB_CACHE"))
+        .or_else(|| hugging_face_home().map(|home| home.join("hub")))
+}
+
+/// The user's token, if there is one.
+pub(crate) fn hugging_face_token() -> Option<String> {
+    let variable = |name| std::env::var(name).ok();
+    let file = || path_variable("HF_TOKEN_PATH").or_else(|| hugging_face_home().map(|home| home.join("token")));
+    let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN"));
+    let token = token.filter(|token| !token.trim().is_empty()).or_else(|| std::fs::read_to_string(file()?).ok())?;
+    Some(token.trim().to_owned()).filter(|token| !token.is_empty())
+}
+
+fn hugging_face_home() -> Option<PathBuf> {
+    path_variable("HF_HOME")
+        .or_else(|| path_variable("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
+        .or_else(|| home().map(|home| home.join(".cache/huggingface")))
+}
+
+fn home() -> Option<PathBuf> {
+    std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from)
+}
+
+/// A variable that names a folder; `~` stands for the home directory, `$NAME` and `${NAME}` for other variables.
+fn path_variable(name: &str) -> Option<PathBuf> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
+    let Some(text) = value.to_str() else { return Some(PathBuf::from(value)) };
+    let variable = |name: &str| std::env::var(name).ok();
+    let expanded = expand(text, &variable);
+    Some(match (expanded.strip_prefix('~'), home()) {
+        (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => home.join(rest.trim_start_matches('/')),
+        _ => PathBuf::from(expanded),
+    })
+}
+
+/// Puts values in the place of `$NAME` and `${NAME}`; names without a value stay as they are.
+fn expand(text: &str, variable: &dyn Fn(&str) -> Option<String>) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push_str(before);
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, tail) = match after.strip_prefix('{').and_then(|braced| braced.split_once('}')) {
+            Some(braced) => braced,
+            None => after.split_at(after.find(|c| !is_name(c)).unwrap_or(after.len())),
+        };
+        match variable(name).filter(|_| !name.is_empty()) {
+            Some(value) => out.push_str(&value),
+            None => out.push_str(&rest[before.len()..rest.len() - tail.len()]),
+        }
+        rest = tail;
+    }
+    out + rest
 }
 
 /// The snapshot that `refs/main` names, else the only one with a config.json.

@@ -16,7 +16,6 @@ mod report;
 mod run;
 mod serve;
 mod tasks;
-mod text;
 
 use std::process::ExitCode;
 
@@ -31,7 +30,7 @@ fn main() -> ExitCode {
     init_logging(cli.verbose);
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.
     std::panic::set_hook(Box::new(|info| {
-        if text::tokenizer::is_guarded() {
+        if tandem_text::tokenizer::is_guarded() {
             return;
         }
         eprintln!("error: tandem has a bug: {info}. Please report this with the command you ran");

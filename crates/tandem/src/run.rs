@@ -14,8 +14,8 @@ use tandem_engine::{FinishReason, Generated, GenerationConfig, Request, Sampling
 use crate::cli::{OnOff, RunArgs, SamplingArgs};
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::{bytes, print_json};
-use crate::text::chat_template::ChatTemplate;
-use crate::text::tokenizer::{StopMatcher, Tokenizer};
+use tandem_text::ChatTemplate;
+use tandem_text::{StopMatcher, Tokenizer};
 
 /// Runs the command.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {

@@ -6,12 +6,13 @@ use std::ops::ControlFlow;
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tandem_engine::{Engine, GenerationConfig, Logits, Request, Sequence, logprob};
+use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
 use crate::cli::TasksArgs;
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::print_json;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::dialect::opens_reasoning;
+use tandem_text::{AnswerStream, Delta, Dialect, Tokenizer};
 
 /// One line of the file.
 enum Task {
@@ -153,14 +154,32 @@ fn generate(
     eos: &[u32],
 ) -> anyhow::Result<bool> {
     let prompt = tokenizer.encode(&task.prompt, true)?;
-    let mut answer = vec![];
+    let in_reasoning = opens_reasoning(&task.prompt);
+    let mut stream = AnswerStream::chat(tokenizer, Dialect::Json, vec![], in_reasoning, vec![]);
+    let mut answer = String::new();
+    let mut take = |deltas: Vec<Delta>| {
+        for delta in deltas {
+            if let Delta::Content(text) = delta {
+                answer.push_str(&text);
+            }
+        }
+    };
     let request = Request { prompt, max_tokens, eos: eos.to_vec(), ..Request::default() };
-    engine.generate(request, |token| {
-        answer.push(token);
-        ControlFlow::Continue(())
+    let mut failure = None;
+    let generated = engine.generate(request, |token| match stream.push(token) {
+        Ok(piece) => {
+            take(piece.deltas);
+            ControlFlow::Continue(())
+        }
+        Err(error) => {
+            failure = Some(error);
+            ControlFlow::Break(())
+        }
     })?;
-    let answer = tokenizer.decode(&answer, false)?;
-    let answer = answer.rsplit("</think>").next().unwrap_or_default();
+    if let Some(error) = failure {
+        return Err(error.into());
+    }
+    take(stream.finish(generated.finish_reason == FinishReason::Length)?.0);
     Ok(answer.trim() == task.expect.trim())
 }
 
@@ -187,6 +206,7 @@ fn choose(engine: &mut Engine, tokenizer: &Tokenizer, task: &Choose, chunk: usiz
 fn log_likelihood(engine: &mut Engine, tokens: &[u32], n_context: usize, chunk: usize) -> anyhow::Result<f64> {
     let mut sequence = Sequence::default();
     let vocab = engine.vocab_size();
+    check_vocabulary(tokens, vocab)?;
     let (context, scored) = tokens[..tokens.len() - 1].split_at(n_context - 1);
     if !context.is_empty() {
         engine.run(&mut sequence, context, chunk, Logits::Last)?;

@@ -24,16 +24,30 @@ struct Served {
     breaks: Vec<usize>,
     /// Sends something else than what the hash is of.
     is_damaged: bool,
+    /// Is somewhere else, or nowhere known (empty).
+    location: Option<String>,
+    /// Sends one byte, then nothing for so many seconds.
+    stalls: u64,
+    /// Not its length.
+    announced: Option<u64>,
 }
 
 impl Served {
     fn small(bytes: &[u8]) -> Served {
-        Served { bytes: bytes.to_vec(), is_large: false, breaks: vec![], is_damaged: false }
+        Served {
+            bytes: bytes.to_vec(),
+            is_large: false,
+            breaks: vec![],
+            is_damaged: false,
+            location: None,
+            stalls: 0,
+            announced: None,
+        }
     }
 
     fn large(n: usize) -> Served {
-        let bytes = (0..n).map(|i| (i * 31 % 251) as u8).collect();
-        Served { bytes, is_large: true, breaks: vec![], is_damaged: false }
+        let bytes: Vec<u8> = (0..n).map(|i| (i * 31 % 251) as u8).collect();
+        Served { is_large: true, ..Served::small(&bytes) }
     }
 
     fn etag(&self) -> String {
@@ -61,6 +75,8 @@ struct Hub {
     url: String,
     files: Arc<Mutex<HashMap<String, Served>>>,
     asked: Arc<Mutex<Vec<Asked>>>,
+    /// Files are redirected to it: no token may come.
+    is_elsewhere: bool,
 }
 
 /// Name of a file, the first byte wanted, and the token.
@@ -68,11 +84,16 @@ type Asked = (String, usize, Option<String>);
 
 impl Hub {
     fn start(files: &[(&str, Served)]) -> Hub {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Hub::listen("127.0.0.1:0", files)
+    }
+
+    fn listen(address: &str, files: &[(&str, Served)]) -> Hub {
+        let listener = TcpListener::bind(address).unwrap();
         let hub = Hub {
             url: format!("http://{}", listener.local_addr().unwrap()),
             files: Arc::new(Mutex::new(files.iter().map(|(name, file)| (name.to_string(), file.clone())).collect())),
             asked: Arc::default(),
+            is_elsewhere: false,
         };
         let (files, asked) = (Arc::clone(&hub.files), Arc::clone(&hub.asked));
         std::thread::spawn(move || {
@@ -93,8 +114,9 @@ impl Hub {
     /// Names and first bytes of the downloads so far, and forgets them.
     fn downloads(&self) -> Vec<(String, usize)> {
         let asked = std::mem::take(&mut *self.asked.lock().unwrap());
-        assert!(asked.iter().all(|(_, _, token)| token.as_deref() == Some("Bearer secret")), "{asked:?}");
-        asked.into_iter().map(|(path, from, _)| (path, from)).collect()
+        let wanted = (!self.is_elsewhere).then_some("Bearer secret");
+        assert!(asked.iter().all(|(_, _, token)| token.as_deref() == wanted), "{asked:?}");
+        asked.into_iter().map(|(path, from, _)| (path, from)).filter(|(path, _)| !path.starts_with("head")).collect()
     }
 }
 
@@ -128,6 +150,15 @@ fn answer(stream: TcpStream, files: &Mutex<HashMap<String, Served>>, asked: &Mut
     let Some(file) = name.as_ref().and_then(|name| files.get_mut(name)) else {
         return reply(&mut stream, "404 Not Found", "", b"", 0);
     };
+    if let Some(location) = &file.location {
+        let location = if location.is_empty() { String::new() } else { format!("location: {location}\r\n") };
+        let headers = format!(
+            "x-linked-etag: \"{}\"\r\nx-linked-size: {}\r\nx-repo-commit: {COMMIT}\r\netag: \"other\"\r\n{location}",
+            file.etag(),
+            file.announced.unwrap_or(file.bytes.len() as u64)
+        );
+        return reply(&mut stream, "302 Found", &headers, b"", 0);
+    }
     let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
     let first: usize = first.parse().unwrap();
     let last = if last.is_empty() { file.bytes.len() - 1 } else { last.parse().unwrap() };
@@ -146,6 +177,16 @@ fn answer(stream: TcpStream, files: &Mutex<HashMap<String, Served>>, asked: &Mut
         if file.is_damaged {
             body[0] ^= 1;
         }
+        if file.stalls > 0 {
+            let seconds = std::mem::take(&mut file.stalls);
+            drop(files);
+            reply(&mut stream, "206 Partial Content", &headers, &body[..1], length)?;
+            std::thread::sleep(std::time::Duration::from_secs(seconds));
+            return Ok(());
+        }
+    } else {
+        // The first byte alone, to see how many there are.
+        asked.lock().unwrap().push((format!("head of {}", name.unwrap()), 0, token));
     }
     drop(files);
     reply(&mut stream, "206 Partial Content", &headers, &body, length)
@@ -210,6 +251,87 @@ fn refusals_say_why() {
     check(&[("../../../outside.json", config()), ("a.safetensors", config())], &[], "outside the cache");
     check(&[], &["--revision", "other"], "has no model owner/name with revision other");
     check(&[], &["--revision", "../x"], "not the name of a branch");
+}
+
+#[test]
+fn the_token_goes_to_the_hub_alone() {
+    let path = format!("/owner/name/resolve/{COMMIT}/model.safetensors");
+    let weights = Served::large(5000);
+    // Another port, another host, and a name for the same host.
+    for (address, host) in [("127.0.0.1:0", None), ("127.0.0.2:0", None), ("127.0.0.1:0", Some("localhost"))] {
+        let mut elsewhere = Hub::listen(address, &[("model.safetensors", weights.clone())]);
+        elsewhere.is_elsewhere = true;
+        if let Some(name) = host {
+            elsewhere.url = elsewhere.url.replace("127.0.0.1", name);
+        }
+        let location = Some(format!("{}{path}", elsewhere.url));
+        let hub =
+            Hub::start(&[("config.json", config()), ("model.safetensors", Served { location, ..weights.clone() })]);
+        let home = temporary();
+        hub.pull(home.path(), &[]).ok();
+        let found = home.path().join("hub/models--owner--name/snapshots").join(COMMIT).join("model.safetensors");
+        assert_eq!(std::fs::read(found).unwrap(), weights.bytes);
+        assert_eq!(hub.downloads(), [("config.json".into(), 0)]);
+        assert_eq!(elsewhere.downloads(), [("model.safetensors".into(), 0)]);
+    }
+    // Within the hub it goes along.
+    let hub = Hub::start(&[
+        ("model.safetensors", Served { location: Some(format!("/owner/name/resolve/{COMMIT}/b")), ..weights.clone() }),
+        ("b", weights.clone()),
+    ]);
+    hub.pull(temporary().path(), &[]).ok();
+    assert_eq!(hub.downloads(), [("b".into(), 0)]);
+}
+
+#[test]
+fn redirects_that_lead_nowhere_are_errors() {
+    for (location, expected) in [
+        ("", "redirects without saying where"),
+        (&*format!("/owner/name/resolve/{COMMIT}/model.safetensors"), "redirects more than 10 times"),
+        ("file:///etc/passwd", "redirects to"),
+        ("ftp://127.0.0.1/x", "redirects to"),
+        ("http://", "redirects to"),
+    ] {
+        let file = Served { location: Some(location.into()), ..Served::large(100) };
+        let done = Hub::start(&[("model.safetensors", file)]).pull(temporary().path(), &[]);
+        assert_eq!((done.code, &*done.stdout), (Some(1), ""), "{location}: {}", done.stderr);
+        assert!(done.stderr.contains(expected), "{location}: {}", done.stderr);
+    }
+}
+
+#[test]
+fn metadata_alone_leaves_the_weights_where_they_are() {
+    let hub = Hub::start(&[
+        ("config.json", config()),
+        ("model.safetensors.index.json", Served::small(b"{}")),
+        ("chat_template.jinja", Served::small(b"{{ messages }}")),
+        ("model-00001-of-00001.safetensors", Served::large(5000)),
+    ]);
+    let found = hub.pull(temporary().path(), &["--metadata", "--json"]).json();
+    let mut names: Vec<&str> = found["files"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["chat_template.jinja", "config.json", "model.safetensors.index.json"]);
+    assert_eq!(hub.downloads().len(), 3);
+}
+
+#[test]
+fn a_stalled_connection_is_given_up_and_continued() {
+    let weights = Served { stalls: 40, ..Served::large(3000) };
+    let hub = Hub::start(&[("model.safetensors", weights.clone())]);
+    let home = temporary();
+    let start = std::time::Instant::now();
+    hub.pull(home.path(), &[]).ok();
+    assert!(start.elapsed().as_secs() < 35, "{:?}", start.elapsed());
+    assert_eq!(hub.downloads(), [("model.safetensors".into(), 0), ("model.safetensors".into(), 1)]);
+}
+
+#[test]
+fn what_the_disk_cannot_hold_is_refused_before_it_is_got() {
+    let file = Served { location: Some("http://127.0.0.1:1/".into()), ..Served::large(1) };
+    let hub = Hub::start(&[("model.safetensors", file)]);
+    hub.files.lock().unwrap().get_mut("model.safetensors").unwrap().announced = Some(1 << 60);
+    let done = hub.pull(temporary().path(), &[]);
+    assert!(done.code == Some(1) && done.stderr.contains("make room"), "{}", done.stderr);
 }
 
 #[test]

@@ -437,3 +437,50 @@ fn a_conversation_runs_only_its_new_tokens_and_a_restart_finds_them_on_disk() {
     assert_eq!(server.metric("tandem_disk_prompt_tokens_total") as u64, cached);
     assert!(cached + 64 + 20 >= seen as u64 && Path::new(cache.path()).exists(), "{cached} of {seen}");
 }
+
+#[test]
+fn a_hostile_grammar_or_web_page_does_no_harm() {
+    let server = Server::start(&[]);
+    let chain: String = (0..1500).map(|i| format!("r{i}: r{}\n", i + 1)).collect();
+    let mut definitions = serde_json::Map::new();
+    (0..1500).for_each(|i| drop(definitions.insert(format!("d{i}"), json!({"$ref": format!("#/$defs/d{}", i + 1)}))));
+    definitions.insert("d1500".into(), json!({"type": "string", "maxLength": 3}));
+    let schema = json!({"$ref": "#/$defs/d0", "$defs": definitions});
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"a": schema}, "$defs": definitions,
+    }}});
+    let grammar = format!("start: r0\n{chain}r1500: \"x\"");
+    for (path, body) in [
+        ("/v1/chat/completions", json!({"messages": user("x"), "structured_outputs": {"grammar": grammar}})),
+        ("/v1/completions", json!({"prompt": "x", "structured_outputs": {"grammar": grammar}})),
+        (
+            "/v1/chat/completions",
+            json!({"messages": user("x"), "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({"messages": user("x"), "tools": [tool], "tool_choice": "required", "max_tokens": 3}),
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}),
+        ),
+    ] {
+        let (status, answer) = server.post(path, body);
+        assert!(status == 200 || status == 400, "{path}: {status} {answer}");
+    }
+    for (headers, expected) in [
+        (vec![("host", "evil.example")], 403),
+        (vec![("origin", "http://evil.example")], 403),
+        (vec![("content-type", "text/plain")], 415),
+        (vec![("content-type", "application/x-www-form-urlencoded")], 200),
+        (vec![("content-type", "application/json")], 200),
+    ] {
+        let mut request = agent().post(format!("{}/v1/completions", server.url));
+        for (name, value) in &headers {
+            request = request.header(*name, *value);
+        }
+        let status = request.send(json!({"prompt": "x", "max_tokens": 1}).to_string()).unwrap().status();
+        assert_eq!(status, expected, "{headers:?}");
+    }
+}

@@ -12,7 +12,7 @@ use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::{major_page_faults, peak_memory_bytes};
 use tandem_cpu::{CpuBackend, CpuIndices, Numerics, Pool};
-use tandem_engine::{Chooser, EngineError, ModelRunner, Profiled, RankTimes, Runner};
+use tandem_engine::{DeviceSampler, EngineError, ModelRunner, Profiled, RankTimes, Runner};
 use tandem_model::WeightSource;
 
 use super::model::n_threads;
@@ -29,8 +29,8 @@ const RANK_BANDWIDTH_BYTES: usize = 512 << 20;
 pub(super) trait BenchRunner {
     /// As [`Runner::step`].
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError>;
-    /// As [`Runner::chooser`].
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
+    /// As [`Runner::device_sampler`].
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
         None
     }
     /// Starts to measure, operations one by one if asked.
@@ -86,8 +86,8 @@ impl<B: BenchDevice> BenchRunner for Alone<B> {
         self.runner.step(batch, logits)
     }
 
-    fn chooser(&mut self) -> Option<&mut dyn Chooser> {
-        self.runner.chooser()
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        self.runner.device_sampler()
     }
 
     fn start(&mut self, profile: bool) -> anyhow::Result<()> {

@@ -18,9 +18,9 @@ use std::time::Instant;
 use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::Batch;
-use tandem_core::backend::{Choice, PAGE_SIZE};
+use tandem_core::backend::{PAGE_SIZE, Sampling};
 use tandem_cpu::bandwidth::ReadMeter;
-use tandem_engine::{Chooser, EXACT_ROWS, Operation};
+use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
 use crate::distributed;
@@ -126,7 +126,7 @@ struct DecodePoint {
     /// Of each step: its rate over the better of the reads just before and after it. Shared machines change speed from
     /// second to second, and this follows.
     fraction_of_moment: Spread,
-    /// Where the indexer selects from more positions than it may keep, in 8 bits: the share of f32's choice that it makes,
+    /// Where the indexer selects from more positions than it may keep, in 8 bits: the share of f32's selection that it makes,
     /// for random vectors.
     index_agreement: Option<f64>,
     breakdown: Breakdown,
@@ -152,7 +152,7 @@ fn decode_point(
         ensure!(logits.iter().all(|l| l.is_finite()), "the model's logits are not finite; its weights are damaged");
         Ok(ms)
     };
-    let chooses = args.batch <= EXACT_ROWS && model.runner.chooser().is_some();
+    let samples = args.batch <= EXACT_ROWS && model.runner.device_sampler().is_some();
     for _ in 0..args.warmup {
         step(model)?;
     }
@@ -160,11 +160,11 @@ fn decode_point(
     let pass = |model: &BenchModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
     let mut before = pass(model);
     model.runner.start(false)?;
-    match model.runner.chooser().filter(|_| chooses) {
-        Some(chooser) => {
+    match model.runner.device_sampler().filter(|_| samples) {
+        Some(sampler) => {
             let mut random = Random::new(context as u64);
             let batch = || sequences.decode_batch(context, &mut random, vocab_size);
-            times = times_ahead(chooser, args.warmup, args.steps, batch)?;
+            times = times_ahead(sampler, args.warmup, args.steps, batch)?;
             around = vec![before; times.len()];
         }
         None => {
@@ -385,26 +385,26 @@ impl Peak {
     }
 }
 
-/// Milliseconds from the end of a step to the end of the next, where the device chooses tokens and has the next step while
+/// Milliseconds from the end of a step to the end of the next, where the device samples tokens and has the next step while
 /// it works on one, as in the engine.
 fn times_ahead(
-    chooser: &mut dyn Chooser,
+    sampler: &mut dyn DeviceSampler,
     warmup: usize,
     n: usize,
     mut batch: impl FnMut() -> Batch,
 ) -> anyhow::Result<Vec<f64>> {
-    let greedy = Choice { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, unit: 0.0 };
+    let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, unit: 0.0 };
     let mut next = || {
         let batch = batch();
-        Batch { choices: vec![greedy; batch.logits_rows.len()], ..batch }
+        Batch { sampling: vec![greedy; batch.logits_rows.len()], ..batch }
     };
     let mut ends = vec![];
-    chooser.submit(next())?;
+    sampler.submit(next())?;
     for step in 0..=warmup + n {
         if step < warmup + n {
-            chooser.submit(next())?;
+            sampler.submit(next())?;
         }
-        chooser.collect()?.into_iter().collect::<Result<Vec<u32>, _>>()?;
+        sampler.collect()?.into_iter().collect::<Result<Vec<u32>, _>>()?;
         ends.push(Instant::now());
     }
     Ok(ends[warmup..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect())
@@ -434,7 +434,7 @@ impl Sequences {
             sequences: (0..n as u32).collect(),
             block_tables: self.block_tables.clone(),
             logits_rows: (0..n as u32).collect(),
-            choices: vec![],
+            sampling: vec![],
         }
     }
 
@@ -453,7 +453,7 @@ impl Sequences {
             sequences: vec![0; n],
             block_tables: self.block_tables.clone(),
             logits_rows: if last { vec![n as u32 - 1] } else { vec![] },
-            choices: vec![],
+            sampling: vec![],
         }
     }
 }

@@ -10,9 +10,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tandem_core::ModelConfig;
-use tandem_core::backend::{Backend, Batch, CacheKind, Heads, Mlp, Rope, Routing};
+use tandem_core::backend::{
+    Backend, Batch, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, RmsNorm, Rotate,
+    RouterTopk, WriteIndexKey, WriteLatent,
+};
 use tandem_core::quant::Covariance;
-use tandem_core::weights::{Form, MatrixData, WeightSpec};
+use tandem_core::weights::{Form, MatrixData, ModuleKind, WeightSpec};
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, Pool};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::{Limits, WeightSource};
@@ -214,6 +217,10 @@ impl Capture {
         seen.add(&first.name, part, first.cols, rows, self.inner.pool());
     }
 
+    fn product<'a>(&self, x: &'a CpuBuffer, n_rows: usize, outputs: &'a mut [(&'a Matrix, &'a mut CpuBuffer)]) {
+        self.inner.linear(Linear { x, n_rows, outputs, label: ModuleKind::DenseMlp });
+    }
+
     /// Adds `down(silu(gate(x)) * up(x))`, with matrix `part` of each stack, to `sum`, `[.., hidden]`, for some rows of `x`
     /// and times their weights. Notes what goes into `down`.
     fn run_mlp(&self, x: &CpuBuffer, rows: &[(usize, f32)], mlp: &Mlp<Named>, part: usize, sum: &mut [f32]) {
@@ -221,12 +228,12 @@ impl Capture {
         let x: Vec<f32> = rows.iter().flat_map(|(i, _)| &x.row(*i)[..hidden]).copied().collect();
         let (mut gate, mut up) = (self.inner.alloc(n, width), self.inner.alloc(n, width));
         let x = CpuBuffer::new(x, hidden);
-        self.inner.linear(&x, n, &mut [(&mlp.gate.parts[part], &mut gate), (&mlp.up.parts[part], &mut up)]);
+        self.product(&x, n, &mut [(&mlp.gate.parts[part], &mut gate), (&mlp.up.parts[part], &mut up)]);
         let inner: Vec<f32> =
             (0..n).flat_map(|i| gate.row(i).iter().zip(up.row(i)).map(|(g, u)| g / (1.0 + (-g).exp()) * u)).collect();
         self.note(&[&mlp.down], Some(part), &inner.chunks_exact(width).collect::<Vec<_>>());
         let mut out = self.inner.alloc(n, hidden);
-        self.inner.linear(&CpuBuffer::new(inner, width), n, &mut [(&mlp.down.parts[part], &mut out)]);
+        self.product(&CpuBuffer::new(inner, width), n, &mut [(&mlp.down.parts[part], &mut out)]);
         for (k, (i, weight)) in rows.iter().enumerate() {
             sum[i * hidden..][..hidden].iter_mut().zip(out.row(k)).for_each(|(sum, y)| *sum += weight * y);
         }
@@ -300,31 +307,33 @@ impl Backend for Capture {
         self.inner.gather_logits_rows(x, batch, out);
     }
 
-    fn rms_norm(&self, x: &CpuBuffer, weight: &CpuBuffer, eps: f32, n_rows: usize, out: &mut CpuBuffer) {
-        self.inner.rms_norm(x, weight, eps, n_rows, out);
+    fn rms_norm(&self, op: RmsNorm<'_, CpuBuffer>) {
+        self.inner.rms_norm(op);
     }
 
-    fn linear(&self, x: &CpuBuffer, n_rows: usize, outputs: &mut [(&Named, &mut CpuBuffer)]) {
+    fn linear(&self, op: Linear<'_, CpuBuffer, Named>) {
+        let Linear { x, n_rows, outputs, label } = op;
         let matrices: Vec<&Named> = outputs.iter().map(|(matrix, _)| *matrix).collect();
         if let Some(first) = matrices.first() {
             self.note(&matrices, None, &rows_of(x, n_rows, first.cols));
         }
         let mut inner: Vec<(&Matrix, &mut CpuBuffer)> =
             outputs.iter_mut().map(|(matrix, out)| (&matrix.parts[0], &mut **out)).collect();
-        self.inner.linear(x, n_rows, &mut inner);
+        self.inner.linear(Linear { x, n_rows, outputs: &mut inner, label });
     }
 
-    fn head_linear(&self, x: &CpuBuffer, from: Heads, w: &Named, n_rows: usize, out: &mut CpuBuffer, to: Heads) {
+    fn head_linear(&self, op: HeadLinear<'_, CpuBuffer, Named>) {
+        let HeadLinear { x, from, w, n_rows, out, to } = op;
         for head in 0..from.n {
             let start = from.offset + head * from.stride;
             let rows: Vec<&[f32]> = (0..n_rows).map(|i| &x.row(i)[start..start + w.cols]).collect();
             self.note(&[w], Some(head), &rows);
         }
-        self.inner.head_linear(x, from, &w.parts[0], n_rows, out, to);
+        self.inner.head_linear(HeadLinear { x, from, w: &w.parts[0], n_rows, out, to });
     }
 
-    fn rope(&self, x: &CpuBuffer, from: Heads, rope: &Rope, batch: &Self::Batch, out: &mut CpuBuffer, to: Heads) {
-        self.inner.rope(x, from, rope, batch, out, to);
+    fn rope(&self, op: Rotate<'_, CpuBuffer, Self::Batch>) {
+        self.inner.rope(op);
     }
 
     fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer, n_rows: usize) {
@@ -343,28 +352,12 @@ impl Backend for Capture {
         *out = CpuBuffer::new(sum, mlp.gate.cols);
     }
 
-    fn router_topk(
-        &self,
-        logits: &CpuBuffer,
-        bias: &CpuBuffer,
-        routing: &Routing,
-        n_rows: usize,
-        ids: &mut CpuIndices,
-        weights: &mut CpuBuffer,
-    ) {
-        self.inner.router_topk(logits, bias, routing, n_rows, ids, weights);
+    fn router_topk(&self, op: RouterTopk<'_, CpuBuffer, CpuIndices>) {
+        self.inner.router_topk(op);
     }
 
-    fn moe(
-        &self,
-        x: &CpuBuffer,
-        experts: &Mlp<Named>,
-        shared: Option<&Mlp<Named>>,
-        ids: &CpuIndices,
-        weights: &CpuBuffer,
-        n_rows: usize,
-        out: &mut CpuBuffer,
-    ) {
+    fn moe(&self, op: Moe<'_, CpuBuffer, CpuIndices, Named>) {
+        let Moe { x, experts, shared, ids, weights, n_rows, out } = op;
         let hidden = experts.gate.cols;
         let mut sum = vec![0.0; self.rows * hidden];
         // One covariance for all experts of the layer: each alone sees few inputs.
@@ -388,73 +381,28 @@ impl Backend for Capture {
         *out = CpuBuffer::new(sum, hidden);
     }
 
-    fn write_latent(
-        &self,
-        kv_a: &CpuBuffer,
-        norm: &CpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &Self::Batch,
-        cache: &mut Self::Cache,
-    ) {
-        self.inner.write_latent(kv_a, norm, eps, rope, batch, cache);
+    fn write_latent(&self, op: WriteLatent<'_, CpuBuffer, Self::Batch, Self::Cache>) {
+        self.inner.write_latent(op);
     }
 
-    fn write_index_key(
-        &self,
-        k: &CpuBuffer,
-        norm: &CpuBuffer,
-        norm_bias: &CpuBuffer,
-        eps: f32,
-        rope: &Rope,
-        batch: &Self::Batch,
-        cache: &mut Self::Cache,
-    ) {
-        self.inner.write_index_key(k, norm, norm_bias, eps, rope, batch, cache);
+    fn write_index_key(&self, op: WriteIndexKey<'_, CpuBuffer, Self::Batch, Self::Cache>) {
+        self.inner.write_index_key(op);
     }
 
     fn write_cache(&self, x: &CpuBuffer, batch: &Self::Batch, cache: &mut Self::Cache) {
         self.inner.write_cache(x, batch, cache);
     }
 
-    fn index_select(
-        &self,
-        q: &CpuBuffer,
-        weights: &CpuBuffer,
-        n_heads: usize,
-        batch: &Self::Batch,
-        cache: &Self::Cache,
-        selected: &mut CpuIndices,
-    ) {
-        self.inner.index_select(q, weights, n_heads, batch, cache, selected);
+    fn index_select(&self, op: IndexSelect<'_, CpuBuffer, CpuIndices, Self::Batch, Self::Cache>) {
+        self.inner.index_select(op);
     }
 
-    fn mla_attention(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        latent: usize,
-        scale: f32,
-        batch: &Self::Batch,
-        cache: &Self::Cache,
-        selected: Option<&CpuIndices>,
-        out: &mut CpuBuffer,
-    ) {
-        self.inner.mla_attention(q, n_heads, latent, scale, batch, cache, selected, out);
+    fn mla_attention(&self, op: MlaAttention<'_, CpuBuffer, CpuIndices, Self::Batch, Self::Cache>) {
+        self.inner.mla_attention(op);
     }
 
-    fn gqa_attention(
-        &self,
-        q: &CpuBuffer,
-        n_heads: usize,
-        n_kv_heads: usize,
-        scale: f32,
-        batch: &Self::Batch,
-        keys: &Self::Cache,
-        values: &Self::Cache,
-        out: &mut CpuBuffer,
-    ) {
-        self.inner.gqa_attention(q, n_heads, n_kv_heads, scale, batch, keys, values, out);
+    fn gqa_attention(&self, op: GqaAttention<'_, CpuBuffer, Self::Batch, Self::Cache>) {
+        self.inner.gqa_attention(op);
     }
 }
 

@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::compare::Windows;
 use crate::load::progress_bar;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
 
 /// Inputs per window of a plain text.
 const WINDOW: usize = 512;

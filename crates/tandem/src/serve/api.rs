@@ -8,9 +8,9 @@ use serde_json::{Map, Number, Value};
 use tandem_engine::SamplingOverrides;
 use utoipa::ToSchema;
 
-use super::dialect::Function;
 use super::error::ApiError;
 use super::strict::{named_by_type, objects};
+use tandem_text::dialect::Function;
 
 objects!(
     ChatRequest, CompletionRequest, StreamOptions, Message, TextPart, NamedTool, ToolName, JsonSchemaFormat,

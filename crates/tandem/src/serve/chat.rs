@@ -14,10 +14,10 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::api::*;
-use super::dialect::Delta;
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::{Answer, App, Ask, Chat, Chunk, Generation, new_id, now, total};
 use super::grammar::Form;
+use tandem_text::dialect::Delta;
 
 /// Events that may wait for a slow reader before its stream pauses.
 const BUFFER: usize = 64;
@@ -305,7 +305,7 @@ fn ask(app: &App, request: &ChatRequest) -> Result<Ask, ApiError> {
 
 /// Which functions may, or must, be called.
 pub(crate) struct Functions {
-    pub(crate) callable: Vec<super::dialect::Function>,
+    pub(crate) callable: Vec<tandem_text::dialect::Function>,
     pub(crate) is_required: bool,
 }
 

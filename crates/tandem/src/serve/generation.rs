@@ -8,13 +8,13 @@ use tandem_engine::{Event, FinishReason, GenerationConfig, Logprobs, Request, Sa
 use tokio::time::timeout_at;
 
 use super::api::{TokenLogprob, TopLogprob, Usage};
-use super::dialect::{Delta, Dialect, Function, Parser, TAGS};
 use super::error::ApiError;
-use super::grammar::{Form, Grammars};
+use super::grammar::{Compiled, Form, GrammarError, Grammars};
 use super::metrics::Metrics;
 use super::worker::{Replies, Reply, Worker};
-use crate::text::chat_template::ChatTemplate;
-use crate::text::tokenizer::{DecodeStream, StopMatcher, Tokenizer};
+use tandem_text::ChatTemplate;
+use tandem_text::dialect::{Delta, Dialect, END_THINK, Function, opens_reasoning};
+use tandem_text::{AnswerStream, FinishedBy, Tokenizer};
 
 /// Bytes from which on work on a text would hold up other requests.
 pub(crate) const LARGE: usize = 32 << 10;
@@ -23,9 +23,6 @@ pub(crate) const LARGE: usize = 32 << 10;
 pub(crate) fn work<T>(n_bytes: usize, work: impl FnOnce() -> T) -> T {
     if n_bytes < LARGE { work() } else { tokio::task::block_in_place(work) }
 }
-
-/// What ends a reasoning section.
-const END_THINK: &str = "</think>";
 
 /// Everything that handlers need.
 pub(crate) struct App {
@@ -117,7 +114,7 @@ impl App {
         if self.log_text {
             tracing::info!(prompt = %text, "request");
         }
-        let in_reasoning = text.trim_end().ends_with("<think>");
+        let in_reasoning = opens_reasoning(&text);
         // Templates write the special tokens themselves.
         Ok((self.encode("messages", &text, false)?, in_reasoning))
     }
@@ -154,13 +151,16 @@ impl App {
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
         let mut eos = if ask.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() };
         eos.extend(&ask.stop_token_ids);
+        // Schemas and grammars take milliseconds.
+        let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
+        let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {
+            GrammarError::Invalid(error) => {
+                ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
+            }
+            GrammarError::Busy => ApiError::unavailable("other schemas and grammars are being compiled; try again"),
+        })?;
         let requests = (0..ask.n.max(1) as u64)
             .map(|i| {
-                // Schemas and grammars take milliseconds.
-                let constraint = |form| work(LARGE, || self.grammars.constraint(form, reasoning));
-                let constraint = ask.form.as_ref().map(constraint).transpose().map_err(|error| {
-                    ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
-                })?;
                 let mut sampling = sampling.clone();
                 // Different answers, and the same ones every time.
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
@@ -171,7 +171,7 @@ impl App {
                     min_tokens: ask.min_tokens as usize,
                     eos: eos.clone(),
                     top_logprobs: ask.top_logprobs,
-                    constraint,
+                    constraint: compiled.as_ref().map(Compiled::constraint),
                 })
             })
             .collect::<Result<Vec<Request>, ApiError>>()?;
@@ -181,17 +181,19 @@ impl App {
             .into_iter()
             .enumerate()
             .map(|(index, replies)| {
-                let chat = ask.chat.clone();
-                let in_reasoning = chat.as_ref().is_some_and(|chat| chat.in_reasoning);
+                let (tokenizer, stops) = (&self.tokenizer, ask.stop.clone());
+                let one_call = ask.chat.as_ref().is_some_and(|chat| chat.one_call);
                 Generation {
                     app: Arc::clone(self),
                     index,
                     replies,
-                    decoder: self.tokenizer.decode_stream(false),
-                    stops: StopMatcher::new(ask.stop.clone()),
-                    one_call: chat.as_ref().is_some_and(|chat| chat.one_call),
-                    parser: chat.map(|chat| Parser::new(self.dialect, chat.functions, chat.in_reasoning)),
-                    in_reasoning,
+                    stream: match ask.chat.clone() {
+                        Some(Chat { functions, in_reasoning, .. }) => {
+                            AnswerStream::chat(tokenizer, self.dialect, functions, in_reasoning, stops)
+                        }
+                        None => AnswerStream::plain(tokenizer, stops),
+                    },
+                    one_call,
                     n_prompt,
                     n_tokens: 0,
                     n_reasoning: 0,
@@ -259,11 +261,8 @@ pub(crate) struct Generation {
     /// Which of the request's answers.
     pub(crate) index: usize,
     replies: Replies,
-    decoder: DecodeStream,
-    stops: StopMatcher,
-    parser: Option<Parser>,
+    stream: AnswerStream,
     one_call: bool,
-    in_reasoning: bool,
     n_prompt: usize,
     n_tokens: usize,
     n_reasoning: usize,
@@ -323,7 +322,7 @@ impl Generation {
                 Ok(Chunk::default())
             }
             Reply::Event(Event::Token { id, logprobs }, at) => self.token(id, logprobs, at),
-            Reply::Event(Event::Finished(reason), _) => self.end(reason),
+            Reply::Event(Event::Finished(reason), _) => self.finished(Chunk::default(), reason),
             Reply::Event(Event::Failed(error), _) => Err(ApiError::internal(error.to_string())),
             Reply::Error(error) => Err(error),
         }
@@ -333,11 +332,10 @@ impl Generation {
         self.is_done = true;
         self.app.metrics.finished(reason);
         self.app.metrics.duration.observe(self.start.elapsed().as_secs_f64());
-        if let Some(parser) = &self.parser
-            && parser.n_malformed() > 0
-        {
-            self.app.metrics.malformed_calls.inc_by(parser.n_malformed() as u64);
-            tracing::warn!("{} tool calls could not be read and were passed on as text", parser.n_malformed());
+        let n_malformed = self.stream.n_malformed();
+        if n_malformed > 0 {
+            self.app.metrics.malformed_calls.inc_by(n_malformed as u64);
+            tracing::warn!("{n_malformed} tool calls could not be read and were passed on as text");
         }
     }
 
@@ -347,62 +345,35 @@ impl Generation {
             Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
         }
         self.n_tokens += 1;
-        self.n_reasoning += usize::from(self.in_reasoning);
+        self.n_reasoning += usize::from(self.stream.in_reasoning());
         let mut chunk = Chunk::default();
         if let Some(logprobs) = logprobs {
             chunk.logprobs.push(self.logprobs(id, &logprobs));
         }
-        let is_tag = self.parser.is_some() && self.app.tokenizer.id_to_token(id).is_some_and(|t| TAGS.contains(&&*t));
-        if self.app.tokenizer.is_special(id) && !is_tag {
-            return Ok(chunk);
+        let piece = self.stream.push(id).map_err(|error| ApiError::internal(error.to_string()))?;
+        chunk.deltas = piece.deltas;
+        if piece.stopped {
+            return self.finished(chunk, FinishReason::Stop);
         }
-        let piece = self.decoder.push(id).map_err(|error| ApiError::internal(error.to_string()))?;
-        let step = self.stops.push(&piece);
-        chunk.deltas = self.parse(&step.text);
-        if step.stopped.is_some() {
-            return Ok(self.finished(chunk, FinishReason::Stop));
-        }
-        if self.one_call && self.parser.as_ref().is_some_and(|parser| parser.n_calls() > 0) {
+        if self.one_call && self.stream.n_calls() > 0 {
             chunk.finish = Some(Finish::ToolCalls);
         }
         Ok(chunk)
     }
 
-    fn end(&mut self, reason: FinishReason) -> Result<Chunk, ApiError> {
-        let mut chunk = Chunk::default();
-        let rest = self.decoder.flush().map_err(|error| ApiError::internal(error.to_string()))?;
-        let step = self.stops.push(&rest);
-        chunk.deltas = self.parse(&step.text);
-        let rest = self.stops.flush();
-        chunk.deltas.extend(self.parse(&rest));
-        Ok(self.finished(chunk, reason))
-    }
-
-    fn finished(&mut self, mut chunk: Chunk, reason: FinishReason) -> Chunk {
-        let mut n_calls = 0;
-        if let Some(parser) = &mut self.parser {
-            chunk.deltas.extend(parser.finish(reason == FinishReason::Length));
-            n_calls = parser.n_calls();
-        }
-        chunk.finish = Some(match (reason, self.stops.stopped()) {
-            (FinishReason::Length, _) => Finish::Length,
-            (FinishReason::Stop, _) if n_calls > 0 => Finish::ToolCalls,
-            (FinishReason::Stop, Some(which)) => Finish::StopSequence(self.stops.text(which).to_owned()),
-            (FinishReason::Stop, None) => Finish::Stop,
+    fn finished(&mut self, mut chunk: Chunk, reason: FinishReason) -> Result<Chunk, ApiError> {
+        let (deltas, by) = self
+            .stream
+            .finish(reason == FinishReason::Length)
+            .map_err(|error| ApiError::internal(error.to_string()))?;
+        chunk.deltas.extend(deltas);
+        chunk.finish = Some(match by {
+            FinishedBy::EndOfTurn => Finish::Stop,
+            FinishedBy::StopString(text) => Finish::StopSequence(text),
+            FinishedBy::ToolCalls => Finish::ToolCalls,
+            FinishedBy::Length => Finish::Length,
         });
-        chunk
-    }
-
-    fn parse(&mut self, text: &str) -> Vec<Delta> {
-        match &mut self.parser {
-            Some(parser) => {
-                let deltas = parser.push(text);
-                self.in_reasoning = parser.in_reasoning();
-                deltas
-            }
-            None if text.is_empty() => vec![],
-            None => vec![Delta::Content(text.to_owned())],
-        }
+        Ok(chunk)
     }
 
     fn logprobs(&self, id: u32, logprobs: &Logprobs) -> TokenLogprob {

@@ -1,16 +1,35 @@
 //! Structured output: grammars over tokens, by llguidance.
+//!
+//! A client's grammar is not trusted. llguidance recurses along chains of rules and references, and an overflow of the
+//! stack would end the process: its size is bounded, and it is compiled on a thread with a stack that the bounds fit.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail, ensure};
 use llguidance::api::TopLevelGrammar;
-use llguidance::toktrie::{ApproximateTokEnv, TokRxInfo, TokTrie};
+use llguidance::toktrie::{ApproximateTokEnv, Recognizer, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use tandem_engine::{Constraint, argmax};
 
-use super::dialect::{Dialect, Function};
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::Tokenizer;
+use tandem_text::dialect::{Dialect, Function};
+
+/// Bytes of the largest schema, expression or grammar.
+const MAX_BYTES: usize = 256 << 10;
+/// Rules, terminals and references of one grammar, each of which may be a step of one chain.
+const MAX_STEPS: usize = 2000;
+/// Arrays and objects inside each other; serde_json reads 128 of them.
+const MAX_DEPTH: usize = 128;
+/// A step of a chain takes up to 20 KB in a debug build. Only pages that are touched become memory.
+pub(crate) const STACK_BYTES: usize = 512 << 20;
+/// A compilation that takes longer is given up. The bounds make it end soon after.
+const COMPILE_TIME: Duration = Duration::from_secs(10);
+/// Compilations at the same time.
+const MAX_COMPILING: usize = 2;
 
 /// White space between JSON's tokens, of which a model could otherwise write any amount.
 const WHITE_SPACE: &str = r"[\x20\x0A]{0,8}";
@@ -30,11 +49,34 @@ pub(crate) enum Form {
 }
 
 /// Makes constraints for one model's tokens.
-pub(crate) struct Grammars {
+#[derive(Clone)]
+pub(crate) struct Grammars(Arc<Inner>);
+
+struct Inner {
     factory: ParserFactory,
     tokenizer: Tokenizer,
     dialect: Dialect,
     eos: Vec<u32>,
+    n_compiling: AtomicUsize,
+}
+
+/// Why a grammar is not used.
+#[derive(Debug)]
+pub(crate) enum GrammarError {
+    /// It is not valid, or too large.
+    Invalid(anyhow::Error),
+    /// Others are being compiled.
+    Busy,
+}
+
+/// A compiled form, of which each answer gets a copy.
+pub(crate) struct Compiled(Grammar);
+
+impl Compiled {
+    /// A constraint for one answer.
+    pub(crate) fn constraint(&self) -> Box<dyn Constraint> {
+        Box::new(self.0.clone())
+    }
 }
 
 impl Grammars {
@@ -58,36 +100,82 @@ impl Grammars {
         let environment = Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words)));
         let mut factory = ParserFactory::new_simple(&(environment as _))?;
         factory.quiet();
-        Ok(Grammars { factory, tokenizer: tokenizer.clone(), dialect, eos: eos.to_vec() })
+        let n_compiling = AtomicUsize::new(0);
+        let (tokenizer, eos) = (tokenizer.clone(), eos.to_vec());
+        Ok(Grammars(Arc::new(Inner { factory, tokenizer, dialect, eos, n_compiling })))
     }
 
-    /// A constraint for one answer; it lets everything pass up to the end of the reasoning section, if `reasoning` names
-    /// what ends it.
+    /// Compiles a form; it lets everything pass up to the end of the reasoning section, if `reasoning` names what ends it.
     ///
     /// # Errors
-    /// The schema, expression or grammar is not valid, or too large.
-    pub(crate) fn constraint(&self, form: &Form, reasoning: Option<&str>) -> anyhow::Result<Box<dyn Constraint>> {
-        let grammar = match form {
-            Form::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_white_space(schema.clone())),
-            Form::Regex(regex) => TopLevelGrammar::from_regex(regex),
-            Form::Choice(texts) => TopLevelGrammar::from_lark(format!("start: {}", alternatives(texts))),
-            Form::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
-            Form::Calls { functions, parallel } => self.calls(functions, *parallel),
+    /// The schema, expression or grammar is not valid or too large, or too many are being compiled.
+    pub(crate) fn compile(&self, form: &Form, reasoning: Option<&str>) -> Result<Compiled, GrammarError> {
+        check_size(form).map_err(GrammarError::Invalid)?;
+        let place = Compiling::enter(&self.0).ok_or(GrammarError::Busy)?;
+        let (done, result) = sync_channel(1);
+        let (form, reasoning) = (form.clone(), reasoning.map(str::to_owned));
+        let compile = move || {
+            let _ = done.send(place.0.compile(&form, reasoning.as_deref()));
         };
-        let parser = self.factory.create_parser(grammar)?;
-        let mut matcher = Matcher::new(Ok(parser));
-        if let Some(error) = matcher.get_error() {
-            return Err(anyhow!(error));
-        }
-        // A grammar without any text would only show later.
-        matcher.compute_mask_or_eos()?;
-        Ok(Box::new(Grammar {
-            matcher,
+        let thread = std::thread::Builder::new().name("tandem-grammar".into()).stack_size(STACK_BYTES).spawn(compile);
+        thread.map_err(|error| GrammarError::Invalid(anyhow!("no thread can be started: {error}")))?;
+        let compiled = match result.recv_timeout(COMPILE_TIME) {
+            Ok(compiled) => compiled,
+            Err(RecvTimeoutError::Timeout) => {
+                Err(anyhow!("it takes longer than {} s to compile; make it simpler", COMPILE_TIME.as_secs()))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(anyhow!("it cannot be compiled (a bug)")),
+        };
+        compiled.map(Compiled).map_err(GrammarError::Invalid)
+    }
+}
+
+/// A place among the compilations.
+struct Compiling(Arc<Inner>);
+
+impl Compiling {
+    fn enter(inner: &Arc<Inner>) -> Option<Compiling> {
+        let place = Compiling(Arc::clone(inner));
+        (inner.n_compiling.fetch_add(1, Ordering::Relaxed) < MAX_COMPILING).then_some(place)
+    }
+}
+
+impl Drop for Compiling {
+    fn drop(&mut self) {
+        self.0.n_compiling.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Inner {
+    fn compile(&self, form: &Form, reasoning: Option<&str>) -> anyhow::Result<Grammar> {
+        let grammar = match form {
+            Form::JsonSchema(schema) => Some(TopLevelGrammar::from_json_schema(with_white_space(schema.clone()))),
+            Form::Regex(regex) => Some(TopLevelGrammar::from_regex(regex)),
+            Form::Choice(_) => None,
+            Form::Lark(grammar) => Some(TopLevelGrammar::from_lark(grammar.clone())),
+            Form::Calls { functions, parallel } => Some(self.calls(functions, *parallel)),
+        };
+        let rules = match (grammar, form) {
+            (Some(grammar), _) => {
+                let parser = self.factory.create_parser(grammar)?;
+                let mut matcher = Matcher::new(Ok(parser));
+                if let Some(error) = matcher.get_error() {
+                    bail!(error);
+                }
+                // A grammar without any text would only show later.
+                matcher.compute_mask_or_eos()?;
+                Rules::Matcher(Box::new(matcher))
+            }
+            (None, Form::Choice(texts)) => Rules::Choice(Choice::new(texts, Arc::clone(self.factory.tok_env()))),
+            (None, _) => bail!("a form without a grammar"),
+        };
+        Ok(Grammar {
+            rules,
             tokenizer: self.tokenizer.clone(),
             eos: self.eos.clone(),
             reasoning_end: reasoning.map(|end| end.as_bytes().to_vec()),
             tail: vec![],
-        }))
+        })
     }
 
     /// Calls as the model's dialect writes them.
@@ -186,9 +274,189 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
+/// Refuses what could take too much of the stack, the memory or the time.
+fn check_size(form: &Form) -> anyhow::Result<()> {
+    let (n_bytes, n_steps) = match form {
+        Form::JsonSchema(schema) => schema_size(schema)?,
+        Form::Regex(regex) => (regex.len(), 0),
+        Form::Choice(texts) => {
+            return within("choice", texts.iter().map(|text| text.len() + 1).sum::<usize>(), CHOICE_BYTES);
+        }
+        Form::Lark(grammar) => (grammar.len(), lark_steps(grammar)),
+        Form::Calls { functions, .. } => {
+            let mut sum = (0, 0);
+            for function in functions {
+                let (n_bytes, n_steps) = schema_size(&function.parameters)?;
+                sum = (sum.0 + n_bytes + function.name.len(), sum.1 + n_steps);
+            }
+            sum
+        }
+    };
+    within("schema or grammar", n_bytes, MAX_BYTES)?;
+    ensure!(
+        n_steps <= MAX_STEPS,
+        "it has {n_steps} rules, terminals or references, expected at most {MAX_STEPS}; make it smaller"
+    );
+    Ok(())
+}
+
+/// Bytes of all choices together; they are not compiled, only sorted.
+const CHOICE_BYTES: usize = 4 << 20;
+
+fn within(what: &str, n_bytes: usize, most: usize) -> anyhow::Result<()> {
+    ensure!(n_bytes <= most, "the {what} has {n_bytes} bytes, expected at most {most}; make it smaller");
+    Ok(())
+}
+
+/// Bytes of a schema as text, and references in it.
+fn schema_size(schema: &Value) -> anyhow::Result<(usize, usize)> {
+    let mut pending = vec![(schema, 0)];
+    let (mut n_bytes, mut n_steps) = (0, 0);
+    while let Some((value, depth)) = pending.pop() {
+        ensure!(depth <= MAX_DEPTH, "the schema is nested more than {MAX_DEPTH} deep");
+        match value {
+            Value::Object(map) => {
+                n_bytes += 2 + map.keys().map(|key| key.len() + 4).sum::<usize>();
+                n_steps += usize::from(map.get("$ref").is_some_and(Value::is_string));
+                pending.extend(map.values().map(|value| (value, depth + 1)));
+            }
+            Value::Array(list) => {
+                n_bytes += 2 + list.len();
+                pending.extend(list.iter().map(|value| (value, depth + 1)));
+            }
+            Value::String(text) => n_bytes += text.len() + 2,
+            _ => n_bytes += 4,
+        }
+    }
+    Ok((n_bytes, n_steps))
+}
+
+/// Definitions of a Lark grammar, at most: each stands at the beginning of a line.
+fn lark_steps(grammar: &str) -> usize {
+    let may_define = |line: &&str| {
+        let line = line.trim_start();
+        line.contains([':', '%']) && !line.starts_with(['|', '/', '#', '"'])
+    };
+    // References to a schema's definitions count as well.
+    grammar.split(['\n', '\r']).filter(may_define).count() + grammar.matches("$ref").count()
+}
+
+/// What decides about tokens.
+#[derive(Clone)]
+enum Rules {
+    Matcher(Box<Matcher>),
+    Choice(Choice),
+}
+
+impl Rules {
+    /// The tokens that may follow; an error when only the end may.
+    fn allowed(&mut self) -> anyhow::Result<SimpleVob> {
+        match self {
+            Rules::Matcher(matcher) => matcher.compute_mask_or_eos(),
+            Rules::Choice(choice) => choice.allowed(),
+        }
+    }
+
+    /// Takes a token; false when nothing more may follow it.
+    fn accept(&mut self, token: u32) -> bool {
+        match self {
+            Rules::Matcher(matcher) => matcher.consume_token(token).is_ok() && !matcher.is_stopped(),
+            Rules::Choice(choice) => choice.accept(token),
+        }
+    }
+}
+
+/// One of several texts. They are sorted: those that begin with what is written already are neighbours.
+#[derive(Clone)]
+struct Choice {
+    texts: Arc<[Vec<u8>]>,
+    tokens: TokEnv,
+    /// After each byte since the last token: the texts that are left, and bytes written. Never empty.
+    places: Vec<ChoicePlace>,
+}
+
+#[derive(Clone, Copy)]
+struct ChoicePlace {
+    first: usize,
+    end: usize,
+    n_written: usize,
+}
+
+impl Choice {
+    fn new(texts: &[String], tokens: TokEnv) -> Choice {
+        let mut texts: Vec<Vec<u8>> = texts.iter().map(|text| text.as_bytes().to_vec()).collect();
+        texts.sort_unstable();
+        texts.dedup();
+        let start = ChoicePlace { first: 0, end: texts.len(), n_written: 0 };
+        Choice { texts: texts.into(), tokens, places: vec![start] }
+    }
+
+    fn place(&self) -> ChoicePlace {
+        self.places[self.places.len() - 1]
+    }
+
+    /// Whether one of the texts is written.
+    fn is_complete(&self) -> bool {
+        let ChoicePlace { first, end, n_written } = self.place();
+        first < end && self.texts[first].len() == n_written
+    }
+
+    fn allowed(&mut self) -> anyhow::Result<SimpleVob> {
+        let tokens = Arc::clone(&self.tokens);
+        let trie = tokens.tok_trie();
+        let mut allowed = trie.alloc_token_set();
+        trie.add_bias(self, &mut allowed, &[]);
+        if self.is_complete() {
+            allowed.or(&trie.eos_token_set());
+        }
+        Ok(allowed)
+    }
+
+    fn accept(&mut self, token: u32) -> bool {
+        let tokens = Arc::clone(&self.tokens);
+        for byte in tokens.tok_trie().token(token) {
+            if !self.try_push_byte(*byte) {
+                return false;
+            }
+        }
+        self.collapse();
+        let ChoicePlace { first, end, n_written } = self.place();
+        !(end - first == 1 && self.texts[first].len() == n_written)
+    }
+}
+
+impl Recognizer for Choice {
+    fn pop_bytes(&mut self, num: usize) {
+        self.places.truncate((self.places.len() - num).max(1));
+    }
+
+    fn collapse(&mut self) {
+        self.places = vec![self.place()];
+    }
+
+    fn trie_finished(&mut self) {
+        self.places.truncate(1);
+    }
+
+    fn try_push_byte(&mut self, byte: u8) -> bool {
+        let ChoicePlace { first, end, n_written } = self.place();
+        let left = &self.texts[first..end];
+        // A text that ends here comes before those that go on.
+        let is_before = |text: &Vec<u8>, byte: u8| text.get(n_written).is_none_or(|b| *b < byte);
+        let from = left.partition_point(|text| is_before(text, byte));
+        let n = left[from..].partition_point(|text| text.get(n_written) == Some(&byte));
+        if n > 0 {
+            let place = ChoicePlace { first: first + from, end: first + from + n, n_written: n_written + 1 };
+            self.places.push(place);
+        }
+        n > 0
+    }
+}
+
 /// One answer's place in its grammar.
+#[derive(Clone)]
 struct Grammar {
-    matcher: Matcher,
+    rules: Rules,
     tokenizer: Tokenizer,
     eos: Vec<u32>,
     /// What ends the reasoning section, until it has come.
@@ -214,7 +482,7 @@ impl Constraint for Grammar {
             }
             return;
         }
-        let Ok(mask) = self.matcher.compute_mask_or_eos() else {
+        let Ok(mask) = self.rules.allowed() else {
             // Only the end is left.
             logits.fill(f32::NEG_INFINITY);
             for (id, logit) in ends {
@@ -245,6 +513,136 @@ impl Constraint for Grammar {
             self.tail.drain(..self.tail.len() - keep);
             return true;
         }
-        self.matcher.consume_token(token).is_ok() && !self.matcher.is_stopped()
+        self.rules.accept(token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn grammars() -> Grammars {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8");
+        let tokenizer = Tokenizer::from_dir(std::path::Path::new(model)).unwrap();
+        let vocab_size = tokenizer.vocab_size();
+        Grammars::new(&tokenizer, Dialect::Glm, vocab_size, &[0]).unwrap()
+    }
+
+    fn chain(n: usize, step: impl Fn(usize) -> String, last: &str) -> String {
+        (0..n).map(step).collect::<Vec<_>>().join("\n") + "\n" + last
+    }
+
+    /// Each compiles, or is refused, without an overflow of the stack and without holding anybody up.
+    #[test]
+    fn hostile_grammars_end_in_an_answer() {
+        let grammars = grammars();
+        let references = |n: usize, key: &str| {
+            let mut definitions = serde_json::Map::new();
+            for i in 0..n {
+                definitions.insert(format!("d{i}"), json!({"$ref": format!("#/{key}/d{}", i + 1)}));
+            }
+            definitions.insert(format!("d{n}"), json!({"type": "string"}));
+            json!({"$ref": format!("#/{key}/d0"), key: definitions})
+        };
+        let nested =
+            |n: usize| (0..n).fold(json!({"type": "null"}), |schema, _| json!({"type": "array", "items": schema}));
+        let function = |parameters: Value| Form::Calls {
+            functions: vec![Function { name: "f".into(), parameters }],
+            parallel: true,
+        };
+        let forms = [
+            Form::Lark("start: ".to_owned() + &chain(1000, |i| format!("r{i}\nr{i}: "), "\"x\"").replace(": \n", ": ")),
+            Form::Lark(chain(1990, |i| format!("r{i}: r{}", i + 1), "r1990: \"x\"\nstart: r0")),
+            Form::Lark(chain(1990, |i| format!("T{i}: T{}", i + 1), "T1990: \"x\"\nstart: T0")),
+            Form::Lark(chain(1990, |i| format!("r{i}: r{} \"a\" | r{}", i + 1, i + 1), "r1990: \"x\"\nstart: r0")),
+            Form::Lark(chain(90_000, |i| format!("r{i}: r{}", i + 1), "start: r0")),
+            Form::Lark(format!("start: {}\"a\"{}", "(".repeat(100_000), ")".repeat(100_000))),
+            Form::Lark(format!("start: \"a\"{}", "?".repeat(100_000))),
+            Form::Lark(format!("start: {}", "\"a\" ".repeat(50_000))),
+            Form::Lark(format!("start: {}", "a b c ".repeat(10_000))),
+            Form::Lark("start: start".into()),
+            Form::Lark("start: start start |".into()),
+            Form::Lark("start: a\na: b a\nb:".into()),
+            Form::Regex("(".repeat(100_000) + &")".repeat(100_000)),
+            Form::Regex("(a?){1000}".repeat(10)),
+            Form::Regex("((((a{100}){100}){100}){100}){100}".into()),
+            Form::Regex("a".repeat(200_000)),
+            Form::Regex("a|".repeat(100_000)),
+            Form::Regex("(a|b".repeat(30_000)),
+            Form::JsonSchema(references(400, "$defs")),
+            Form::JsonSchema(references(1990, "definitions")),
+            Form::JsonSchema(references(5000, "$defs")),
+            Form::JsonSchema(nested(120)),
+            Form::JsonSchema(nested(3000)),
+            Form::JsonSchema(json!({"$ref": "#"})),
+            Form::JsonSchema(
+                json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+            ),
+            Form::JsonSchema(json!({"allOf": [{"$ref": "#"}, {"$ref": "#"}]})),
+            Form::JsonSchema(json!({"enum": (0..20_000).map(|i| format!("v{i}")).collect::<Vec<_>>()})),
+            Form::JsonSchema(json!({"type": "string", "pattern": "(x+x+)+y", "maxLength": 2_000_000_000})),
+            Form::JsonSchema(json!({"type": "array", "items": {}, "minItems": 1_000_000_000})),
+            function(references(1000, "$defs")),
+            function(json!({"type": "object", "properties": {"a": references(1000, "$defs")}})),
+        ];
+        for form in &forms {
+            let (start, text) = (Instant::now(), format!("{form:?}"));
+            let result = grammars.compile(form, None);
+            let shown: String = text.chars().take(80).collect();
+            assert!(start.elapsed() < COMPILE_TIME, "{shown}");
+            if let Ok(compiled) = result {
+                let mut constraint = compiled.constraint();
+                let mut logits = vec![0.0; grammars.0.tokenizer.vocab_size()];
+                constraint.mask(&mut logits);
+                assert!(start.elapsed() < COMPILE_TIME, "{shown}");
+            }
+        }
+        // Nothing is left behind.
+        assert!(grammars.compile(&Form::Regex("a".into()), None).is_ok());
+    }
+
+    /// All texts that a constraint lets pass, up to a length.
+    fn texts(grammars: &Grammars, constraint: &dyn Fn() -> Box<dyn Constraint>, most: usize) -> Vec<String> {
+        let tokenizer = &grammars.0.tokenizer;
+        let (mut pending, mut found) = (vec![vec![]], vec![]);
+        while let Some(ids) = pending.pop() {
+            let mut constraint = constraint();
+            let goes_on = ids.iter().all(|id| constraint.accept(*id));
+            let text = tokenizer.decode(&ids, false).unwrap();
+            if !goes_on {
+                found.push(text);
+                continue;
+            }
+            let mut logits = vec![0.0; tokenizer.vocab_size()];
+            constraint.mask(&mut logits);
+            for (id, logit) in logits.iter().enumerate().filter(|(_, logit)| **logit == 0.0) {
+                assert!(*logit == 0.0 && ids.len() < most);
+                match id {
+                    0 => found.push(text.clone()),
+                    _ => pending.push([&ids[..], &[id as u32]].concat()),
+                }
+            }
+        }
+        found.sort();
+        found.dedup();
+        found
+    }
+
+    #[test]
+    fn a_choice_is_exactly_its_texts() {
+        let grammars = grammars();
+        for choices in [vec!["red", "blue"], vec!["a", "ab", "abc"], vec!["é", "ê", "日本"], vec!["", "x"]] {
+            let choices: Vec<String> = choices.into_iter().map(str::to_owned).collect();
+            let compiled = grammars.compile(&Form::Choice(choices.clone()), None).unwrap();
+            let mut expected = choices.clone();
+            expected.sort();
+            assert_eq!(texts(&grammars, &|| compiled.constraint(), 12), expected);
+        }
+        let start = Instant::now();
+        let many = Form::Choice((0..300_000).map(|i| format!("zq{i}")).collect());
+        let mut logits = vec![0.0; grammars.0.tokenizer.vocab_size()];
+        grammars.compile(&many, None).unwrap().constraint().mask(&mut logits);
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
 }

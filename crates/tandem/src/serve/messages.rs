@@ -14,11 +14,11 @@ use super::api::{
     Count, FunctionType, NamedTool, StreamEvent, Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage,
 };
 use super::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
-use super::dialect::Delta;
 use super::error::{AnthropicError, ApiError, Body};
 use super::generation::{Answer, App, Ask, Finish, Generation, new_id};
 use super::grammar::Form;
 use super::strict::{named_by_type, objects};
+use tandem_text::dialect::Delta;
 
 objects!(MessagesRequest, CountRequest, InputMessage, InputTool);
 named_by_type!(Block, Choice);

@@ -4,8 +4,8 @@
 //! ([`generation`]). One file per interface: [`chat`], [`responses`], [`messages`], [`pages`].
 
 mod api;
+mod browser;
 mod chat;
-mod dialect;
 mod error;
 mod generation;
 mod grammar;
@@ -24,8 +24,8 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, header};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::http::header;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
@@ -38,17 +38,17 @@ use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
 use tandem_engine::{GenerationConfig, PageStore, RankStatus, Scheduling};
 use tandem_model::Accounting;
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
-use self::dialect::Dialect;
+use self::browser::Access;
 use self::error::{ApiError, MaxBody};
 use self::generation::App;
 use self::grammar::Grammars;
 use self::worker::{StepBytes, Worker};
 use crate::cli::ServeArgs;
 use crate::load::{Device, Loaded, LogitsRows, choose, cpu_backend, load_with_cache};
-use crate::text::chat_template::ChatTemplate;
-use crate::text::tokenizer::Tokenizer;
+use tandem_text::ChatTemplate;
+use tandem_text::Tokenizer;
+use tandem_text::dialect::Dialect;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
 const BANDWIDTH_BYTES: usize = 256 << 20;
@@ -63,6 +63,8 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
     runtime.block_on(async {
+        // Faults of the flags show before the model is loaded.
+        Access::new(true, &args.allowed_host, &args.cors_origin)?;
         let app = tokio::task::block_in_place(|| start(args))?;
         // A token is a small packet, and must not wait for the one before it to be acknowledged.
         let no_delay = |tcp: &mut tokio::net::TcpStream| {
@@ -73,15 +75,18 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
         })?;
-        announce(listener.local_addr()?, &app);
+        let address = listener.local_addr()?;
+        let access = Access::new(address.ip().is_loopback(), &args.allowed_host, &args.cors_origin)?;
+        announce(address, &app);
         let (stopping, ending) = (Arc::clone(&app), Arc::clone(&app));
         let (stopped, wait) = tokio::sync::oneshot::channel();
-        let server = axum::serve(listener.tap_io(no_delay), router(app, args)?).with_graceful_shutdown(async move {
-            signal().await;
-            eprintln!("stopping: answers in flight are completed; a second signal ends them");
-            stopping.worker.stop();
-            let _ = stopped.send(());
-        });
+        let server =
+            axum::serve(listener.tap_io(no_delay), router(app, args, access)?).with_graceful_shutdown(async move {
+                signal().await;
+                eprintln!("stopping: answers in flight are completed; a second signal ends them");
+                stopping.worker.stop();
+                let _ = stopped.send(());
+            });
         let drained = Duration::from_secs(args.drain_timeout);
         tokio::select! {
             result = server => result.context("the server failed")?,
@@ -264,7 +269,7 @@ fn read_keys(path: &Path) -> anyhow::Result<Vec<[u8; 32]>> {
     Ok(keys)
 }
 
-fn router(app: Arc<App>, args: &ServeArgs) -> anyhow::Result<Router> {
+fn router(app: Arc<App>, args: &ServeArgs, access: Access) -> anyhow::Result<Router> {
     let protected = Router::new()
         .route("/v1/models", get(pages::models))
         .route("/v1/chat/completions", post(chat::chat))
@@ -288,15 +293,10 @@ fn router(app: Arc<App>, args: &ServeArgs) -> anyhow::Result<Router> {
         .fallback(|| async { ApiError::not_found() })
         .layer(axum::Extension(MaxBody(args.max_body_mb << 20)))
         .with_state(app);
-    if !args.cors_origin.is_empty() {
-        let origins: Vec<HeaderValue> = args
-            .cors_origin
-            .iter()
-            .map(|origin| origin.parse().with_context(|| format!("--cors-origin {origin:?} is not an origin")))
-            .collect::<anyhow::Result<_>>()?;
-        let cors = CorsLayer::new().allow_origin(AllowOrigin::list(origins)).allow_methods(Any).allow_headers(Any);
+    if let Some(cors) = access.cors() {
         router = router.layer(cors);
     }
+    router = router.layer(from_fn(move |request, next| browser::guard(access.clone(), request, next)));
     Ok(router)
 }
 
@@ -306,8 +306,10 @@ async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) ->
         return next.run(request).await;
     }
     let headers = request.headers();
-    let bearer =
-        headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
+    let authorization = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+    let bearer = authorization
+        .and_then(|v| v.split_once(' '))
+        .and_then(|(scheme, key)| scheme.eq_ignore_ascii_case("bearer").then_some(key));
     let given = bearer.or_else(|| headers.get("x-api-key").and_then(|v| v.to_str().ok())).unwrap_or_default();
     // Every key is compared, in constant time, by its hash: neither length nor place shows.
     let given: [u8; 32] = Sha256::digest(given.trim()).into();

@@ -14,11 +14,11 @@ use super::api::{
     Count, FunctionType, NamedTool, ReasoningEffort, StreamEvent, Tool, ToolChoice, ToolMode, ToolName, Usage,
 };
 use super::chat::{Events, Gone, chat_ask, choose_functions, send, stream, template_call};
-use super::dialect::Delta;
 use super::error::{ApiError, Body, ErrorResponse};
 use super::generation::{App, Ask, Finish, Generation, new_id, now};
 use super::grammar::Form;
 use super::strict::{named_by_type, objects};
+use tandem_text::dialect::Delta;
 
 objects!(ResponsesRequest, ItemMessage, ItemText, FlatTool, FlatToolName, Reasoning, TextOptions);
 named_by_type!(TypedItem, TextFormat);

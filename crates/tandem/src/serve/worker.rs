@@ -15,6 +15,7 @@ use tandem_engine::{Counters, Engine, EngineError, Event, Output, RankStatus, Re
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::error::ApiError;
+use super::grammar::STACK_BYTES;
 
 /// Between attempts to make the engine anew.
 const RETRY: Duration = Duration::from_secs(2);
@@ -135,6 +136,8 @@ impl Worker {
         let thread_shared = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("tandem-engine".into())
+            // Constraints recurse here too.
+            .stack_size(STACK_BYTES)
             .spawn(move || run(make, &receiver, &thread_shared, first))?;
         first_result.recv()??;
         Ok(Worker { jobs, shared, thread: Arc::new(Mutex::new(Some(thread))), max_open })

@@ -11,8 +11,11 @@
 
 use serde_json::{Map, Value};
 
+use crate::stop::held_back;
+
 const THINK: &str = "<think>";
-const END_THINK: &str = "</think>";
+/// Ends a reasoning section.
+pub const END_THINK: &str = "</think>";
 const CALL: &str = "<tool_call>";
 const END_CALL: &str = "</tool_call>";
 const KEY: &str = "<arg_key>";
@@ -22,11 +25,11 @@ const END_VALUE: &str = "</arg_value>";
 const PYTHON: &str = "<|python_tag|>";
 
 /// Tags that stay in the text that the parser gets, special tokens or not.
-pub(crate) const TAGS: [&str; 9] = [THINK, END_THINK, CALL, END_CALL, KEY, END_KEY, VALUE, END_VALUE, PYTHON];
+pub const TAGS: [&str; 9] = [THINK, END_THINK, CALL, END_CALL, KEY, END_KEY, VALUE, END_VALUE, PYTHON];
 
 /// How a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Dialect {
+pub enum Dialect {
     /// Arguments between tags.
     Glm,
     /// One JSON object per call.
@@ -35,26 +38,35 @@ pub(crate) enum Dialect {
 
 impl Dialect {
     /// The dialect that a chat template teaches.
-    pub(crate) fn of_template(source: &str) -> Dialect {
+    pub fn of_template(source: &str) -> Dialect {
         if source.contains(KEY) { Dialect::Glm } else { Dialect::Json }
     }
 }
 
+/// True when a rendered prompt leaves the reasoning section open, so that the answer begins inside it.
+pub fn opens_reasoning(prompt: &str) -> bool {
+    prompt.trim_end().ends_with(THINK)
+}
+
 /// A function that the model may call.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Function {
-    pub(crate) name: String,
+pub struct Function {
+    /// Its name, as calls give it.
+    pub name: String,
     /// JSON schema of the arguments.
-    pub(crate) parameters: Value,
+    pub parameters: Value,
 }
 
 /// The next piece of an answer.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Delta {
+pub enum Delta {
+    /// More of the reasoning.
     Reasoning(String),
+    /// More of the text for the reader.
     Content(String),
     /// A call begins.
     Call {
+        /// The declared function's name.
         name: String,
     },
     /// More of the last call's arguments, JSON text.
@@ -76,7 +88,8 @@ enum State {
 }
 
 /// Takes a model's text piece by piece.
-pub(crate) struct Parser {
+#[derive(Debug)]
+pub struct Parser {
     dialect: Dialect,
     functions: Vec<Function>,
     state: State,
@@ -96,7 +109,7 @@ pub(crate) struct Parser {
 
 impl Parser {
     /// A parser for an answer that begins inside the reasoning section or after it.
-    pub(crate) fn new(dialect: Dialect, functions: Vec<Function>, in_reasoning: bool) -> Parser {
+    pub fn new(dialect: Dialect, functions: Vec<Function>, in_reasoning: bool) -> Parser {
         let state = if in_reasoning { State::Reasoning } else { State::Start };
         Parser {
             dialect,
@@ -115,29 +128,29 @@ impl Parser {
     }
 
     /// Whether the text is reasoning now.
-    pub(crate) fn in_reasoning(&self) -> bool {
+    pub fn in_reasoning(&self) -> bool {
         self.state == State::Reasoning
     }
 
     /// Complete calls so far.
-    pub(crate) fn n_calls(&self) -> usize {
+    pub fn n_calls(&self) -> usize {
         self.n_calls
     }
 
     /// What looked like calls and was passed on as text.
-    pub(crate) fn n_malformed(&self) -> usize {
+    pub fn n_malformed(&self) -> usize {
         self.n_malformed
     }
 
     /// Takes more text.
-    pub(crate) fn push(&mut self, text: &str) -> Vec<Delta> {
+    pub fn push(&mut self, text: &str) -> Vec<Delta> {
         self.pending.push_str(text);
         while self.advance(false) {}
         std::mem::take(&mut self.deltas)
     }
 
     /// Ends the text. If it was cut off, a call that is not complete keeps its open end; else it is closed.
-    pub(crate) fn finish(&mut self, cut_off: bool) -> Vec<Delta> {
+    pub fn finish(&mut self, cut_off: bool) -> Vec<Delta> {
         while self.advance(!cut_off) {}
         while self.state == State::Name {
             let rest = std::mem::take(&mut self.pending);
@@ -507,11 +520,6 @@ fn type_of(value: &Value) -> &'static str {
 /// Whether `text` could become `tag`: nothing, or its first characters.
 fn is_beginning_of(text: &str, tag: &str) -> bool {
     text.len() < tag.len() && tag.starts_with(text)
-}
-
-/// Length of the longest end of `text` that is a proper beginning of `tag`.
-fn held_back(text: &str, tag: &str) -> usize {
-    (1..tag.len().min(text.len() + 1)).rev().find(|n| text.ends_with(&tag[..*n])).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use super::tokenizer::{TokenizerError, read_tokenizer_config, token_text};
 
 /// Why a chat template could not be loaded or rendered.
 #[derive(Debug, Error)]
-pub(crate) enum TemplateError {
+pub enum TemplateError {
     /// A template file is unreadable.
     #[error(
         "cannot read the chat template {path}: {source}; check the path, or name another with --chat-template FILE",
@@ -72,20 +72,20 @@ pub(crate) enum TemplateError {
 
 /// The special tokens that a template may name; absent ones are undefined, as in Hugging Face.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TemplateTokens {
+pub struct TemplateTokens {
     /// `bos_token`.
-    pub(crate) bos_token: Option<String>,
+    pub bos_token: Option<String>,
     /// `eos_token`.
-    pub(crate) eos_token: Option<String>,
+    pub eos_token: Option<String>,
     /// `pad_token`.
-    pub(crate) pad_token: Option<String>,
+    pub pad_token: Option<String>,
     /// `unk_token`.
-    pub(crate) unk_token: Option<String>,
+    pub unk_token: Option<String>,
 }
 
 impl TemplateTokens {
     /// Reads the tokens of a `tokenizer_config.json` (each a string, or an object with `content`).
-    pub(crate) fn from_config(config: &Map<String, Value>) -> Self {
+    pub fn from_config(config: &Map<String, Value>) -> Self {
         Self {
             bos_token: token_text(config, "bos_token"),
             eos_token: token_text(config, "eos_token"),
@@ -111,7 +111,7 @@ const TOOL_USE: &str = "tool_use";
 
 /// A compiled chat template, with the variant for tools where the model has one.
 #[derive(Debug)]
-pub(crate) struct ChatTemplate {
+pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: TemplateTokens,
     has_tool_use: bool,
@@ -124,7 +124,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TemplateError::Syntax`] when it is not valid Jinja.
-    pub(crate) fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
+    pub fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
         let mut template = Self { environment: environment(), tokens, has_tool_use: false, source: String::new() };
         template.add(DEFAULT, source)?;
         Ok(template)
@@ -136,7 +136,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// When a file is unreadable or malformed, or the template is not valid Jinja.
-    pub(crate) fn from_dir(dir: &Path, explicit: Option<&Path>) -> Result<Option<Self>, TemplateError> {
+    pub fn from_dir(dir: &Path, explicit: Option<&Path>) -> Result<Option<Self>, TemplateError> {
         let config = read_tokenizer_config(dir)?;
         let tokens = TemplateTokens::from_config(&config);
         let read = |path: &Path| {
@@ -176,7 +176,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TemplateError::Refused`] when the template raises, [`TemplateError::Render`] when it fails.
-    pub(crate) fn render(
+    pub fn render(
         &self,
         messages: &[Value],
         tools: Option<&[Value]>,
@@ -200,7 +200,7 @@ impl ChatTemplate {
     }
 
     /// Text of the template, its variants one after the other.
-    pub(crate) fn source(&self) -> &str {
+    pub fn source(&self) -> &str {
         &self.source
     }
 

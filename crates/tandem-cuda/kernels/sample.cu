@@ -1,8 +1,8 @@
-// The token after each row of logits, chosen as tandem-engine's sampler.rs chooses it, with its random numbers. A row is a
+// The token after each row of logits, sampled as tandem-engine's sampler.rs does it, with its random numbers. A row is a
 // block. Weights of tokens are whole numbers, so that sums do not depend on their order: 2^44 is the likeliest token's.
 
-// How a row is chosen.
-struct Choice {
+// How a row is sampled.
+struct Sampling {
     float inverse_temperature;   // 0: the likeliest token
     u32 top_k;                   // 0: all
     float top_p;
@@ -11,17 +11,17 @@ struct Choice {
     u64 unused;
 };
 
-// In front of a batch that has choices.
-struct ChoiceHeader {
+// In front of a batch whose tokens are sampled.
+struct SamplingHeader {
     u32* to;                     // [n], memory of the host
     u64 unused[3];
-    Choice choices[1];           // [n]
+    Sampling sampling[1];        // [n]
 };
 
-struct ChooseArgs {
+struct SampleArgs {
     const float* logits;         // [n, vocab]
-    const ChoiceHeader* header;
-    u32* chosen;                 // [n]: token ids, for the next step
+    const SamplingHeader* header;
+    u32* sampled;                // [n]: token ids, for the next step
     u32 vocab, unused;
 };
 
@@ -98,16 +98,16 @@ DI u64 find_key(u32 vocab, int shift, u64 prefix, u64 limit, Token token, u64 (*
     return found[0];
 }
 
-extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant__ ChooseArgs args) {
+extern "C" __global__ void __launch_bounds__(1024) sample(const __grid_constant__ SampleArgs args) {
     __shared__ u64 scratch[6][32];
     let_next_start();
     wait_for_previous();
     u32 row = blockIdx.x, vocab = args.vocab;
     const float* logits = args.logits + u64(row) * vocab;
-    Choice choice = args.header->choices[row];
+    Sampling sampling = args.header->sampling[row];
     auto answer = [&](u32 word) {
         if (threadIdx.x != 0) return;
-        args.chosen[row] = word;
+        args.sampled[row] = word;
         *(volatile u32*)(args.header->to + row) = word;
     };
 
@@ -128,12 +128,12 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
     u32 likeliest = ~u32(best[0]);
     float largest = vocab ? __ldcg(logits + likeliest) : -INFINITE;
     if (largest == -INFINITE) return answer(NO_TOKEN);
-    if (choice.inverse_temperature == 0.0f || largest == INFINITE) return answer(likeliest);
+    if (sampling.inverse_temperature == 0.0f || largest == INFINITE) return answer(likeliest);
 
     // Logits over the temperature, relative to the largest; false for tokens without odds.
     auto odds = [&](u32 i, float& scaled, u64& key) {
         float logit = __ldcg(logits + i);
-        scaled = logit == largest ? 0.0f : __fmul_rn(__fsub_rn(logit, largest), choice.inverse_temperature);
+        scaled = logit == largest ? 0.0f : __fmul_rn(__fsub_rn(logit, largest), sampling.inverse_temperature);
         // None is above 0: the smaller the magnitude, the likelier. Then the lower id.
         key = u64(0x7fffffffu - (__float_as_uint(scaled) & 0x7fffffffu)) << 32 | u32(~i);
         return scaled > -INFINITE;
@@ -160,21 +160,21 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
         return make_ulonglong2(v[0], v[1]);
     };
     bool by_likelihood = false;
-    if (choice.top_k && choice.top_k < total(-INFINITE).y) {
+    if (sampling.top_k && sampling.top_k < total(-INFINITE).y) {
         auto counted = [&](u32 i, u64& key, u64& weight) {
             float scaled;
             weight = 1;
             return odds(i, scaled, key);
         };
-        floor = find_key(vocab, 62, 0, choice.top_k, counted, scratch);
+        floor = find_key(vocab, 62, 0, sampling.top_k, counted, scratch);
         by_likelihood = true;
     }
-    if (choice.top_p < 1.0f) {
-        u64 limit = u64(ceil(double(choice.top_p) * double(total(-INFINITE).x)));
+    if (sampling.top_p < 1.0f) {
+        u64 limit = u64(ceil(double(sampling.top_p) * double(total(-INFINITE).x)));
         floor = find_key(vocab, 62, 0, limit ? limit : 1, weighed, scratch);
         by_likelihood = true;
     }
-    u64 all = total(choice.least).x, limit = u64(choice.unit * double(all)) + 1;
+    u64 all = total(sampling.least).x, limit = u64(sampling.unit * double(all)) + 1;
     if (limit > all) limit = all;
     if (by_likelihood) {
         // What min_p leaves out comes last.
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(1024) choose(const __grid_constant_
     }
     auto by_id = [&](u32 i, u64& key, u64& weight) {
         float scaled;
-        bool counts = odds(i, scaled, key) && scaled >= choice.least;
+        bool counts = odds(i, scaled, key) && scaled >= sampling.least;
         weight = weight_of(scaled);
         key = u32(~i);
         return counts;

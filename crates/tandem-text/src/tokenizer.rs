@@ -1,8 +1,8 @@
-//! Hugging Face tokenizers: whole-text encoding and decoding, streaming decoding, and stop strings.
+//! Hugging Face tokenizers: whole-text encoding and decoding, and streaming decoding.
 //!
 //! Owns `tokenizer.json` and the added tokens of `tokenizer_config.json`. It deliberately does not truncate or pad,
 //! does not apply `clean_up_tokenization_spaces` (a stream could not undo it; vLLM does the same), and knows no chat
-//! template (see [`super::chat_template`]).
+//! template (see [`crate::chat_template`]).
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ thread_local! {
 }
 
 /// Whether a panic of this thread is the tokenizers crate's, which becomes an error and needs no report.
-pub(crate) fn is_guarded() -> bool {
+pub fn is_guarded() -> bool {
     IS_GUARDED.get()
 }
 
@@ -43,7 +43,7 @@ fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String>
 
 /// Why a tokenizer could not be loaded or used.
 #[derive(Debug, Error)]
-pub(crate) enum TokenizerError {
+pub enum TokenizerError {
     /// A file is missing or unreadable.
     #[error(
         "cannot read {path}: {source}; a model directory needs tokenizer.json (Hugging Face layout)",
@@ -97,7 +97,7 @@ enum DecoderKind {
 
 /// A tokenizer of one model; cheap to clone and to share between threads.
 #[derive(Clone)]
-pub(crate) struct Tokenizer {
+pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     decoder_kind: DecoderKind,
     /// Put before the text when special tokens are asked for (`add_bos_token: true` in tokenizer_config.json).
@@ -109,7 +109,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When `tokenizer.json` is missing, or either file is malformed or contradicts the other.
-    pub(crate) fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
+    pub fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
         let path = dir.join("tokenizer.json");
         let read = |source| TokenizerError::Read { path: path.clone(), source };
         // A cause may quote a token, of any length.
@@ -155,7 +155,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the tokenizer's model refuses the text (an out-of-vocabulary piece without an unknown token).
-    pub(crate) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens)).map_err(TokenizerError::Encode)?;
         let mut ids = encoding.get_ids().to_vec();
         if add_special_tokens
@@ -171,12 +171,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the tokenizer's decoder fails.
-    pub(crate) fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
         guarded(|| self.inner.decode(ids, skip_special_tokens)).map_err(TokenizerError::Decode)
     }
 
     /// A decoder that takes one id at a time.
-    pub(crate) fn decode_stream(&self, skip_special_tokens: bool) -> DecodeStream {
+    pub fn decode_stream(&self, skip_special_tokens: bool) -> DecodeStream {
         DecodeStream {
             tokenizer: self.clone(),
             skip_special_tokens,
@@ -187,27 +187,27 @@ impl Tokenizer {
     }
 
     /// The token as it stands in the vocabulary (byte-level tokens are not readable text).
-    pub(crate) fn id_to_token(&self, id: u32) -> Option<String> {
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
     /// The id of a token, by its text in the vocabulary.
-    pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
     /// Whether a token is left out of plain text (`special` in tokenizer.json).
-    pub(crate) fn is_special(&self, id: u32) -> bool {
+    pub fn is_special(&self, id: u32) -> bool {
         self.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
     /// Whether a token was added to the vocabulary as a whole: other tokens never spell it.
-    pub(crate) fn is_added(&self, id: u32) -> bool {
+    pub fn is_added(&self, id: u32) -> bool {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
     }
 
     /// The bytes that a token stands for.
-    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
         let token = self.id_to_token(id)?;
         match self.decoder_kind {
             DecoderKind::ByteLevel => Some(byte_level_bytes(&token)),
@@ -219,7 +219,7 @@ impl Tokenizer {
     }
 
     /// Number of tokens, added ones included. The model's logits may have more rows (padding).
-    pub(crate) fn vocab_size(&self) -> usize {
+    pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 }
@@ -239,7 +239,7 @@ impl std::fmt::Debug for Tokenizer {
 /// emitted and the pending tokens; runs of byte-fallback tokens (`<0xE6>`) wait for their end, because whether such a
 /// run is valid is decided for the run as a whole.
 #[derive(Debug)]
-pub(crate) struct DecodeStream {
+pub struct DecodeStream {
     tokenizer: Tokenizer,
     skip_special_tokens: bool,
     /// Byte-level: the incomplete end of the bytes so far, at most three bytes.
@@ -255,7 +255,7 @@ impl DecodeStream {
     ///
     /// # Errors
     /// When the tokenizer's decoder fails.
-    pub(crate) fn push(&mut self, id: u32) -> Result<String, TokenizerError> {
+    pub fn push(&mut self, id: u32) -> Result<String, TokenizerError> {
         let Some(token) = self.tokenizer.id_to_token(id) else { return Ok(String::new()) };
         if self.skip_special_tokens && self.tokenizer.inner.get_added_vocabulary().is_special_token(&token) {
             return Ok(String::new());
@@ -279,7 +279,7 @@ impl DecodeStream {
     ///
     /// # Errors
     /// When the tokenizer's decoder fails.
-    pub(crate) fn flush(&mut self) -> Result<String, TokenizerError> {
+    pub fn flush(&mut self) -> Result<String, TokenizerError> {
         let mut text = String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned();
         if !self.window.is_empty() {
             text.push_str(&self.take_window(true)?);
@@ -308,70 +308,8 @@ impl DecodeStream {
     }
 }
 
-/// What [`StopMatcher::push`] found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct StopStep {
-    /// Text that can be shown: it holds no part of a stop string.
-    pub(crate) text: String,
-    /// Index of the stop string that ended the text, as passed to [`StopMatcher::new`].
-    pub(crate) stopped: Option<usize>,
-}
-
-/// Finds stop strings in a stream of text pieces, whatever the piece borders.
-///
-/// The stop string that is complete first wins (the longest of those that end together), so the result does not depend
-/// on how the text was cut.
-#[derive(Clone, Debug)]
-pub(crate) struct StopMatcher {
-    stops: Vec<String>,
-    pending: String,
-    stopped: Option<usize>,
-}
-
-impl StopMatcher {
-    /// A matcher for `stops`; empty strings never match.
-    pub(crate) fn new(stops: Vec<String>) -> Self {
-        Self { stops, pending: String::new(), stopped: None }
-    }
-
-    /// Takes a piece; returns what can be shown now. After a stop every further piece is dropped.
-    pub(crate) fn push(&mut self, piece: &str) -> StopStep {
-        if self.stopped.is_some() {
-            return StopStep { text: String::new(), stopped: self.stopped };
-        }
-        self.pending.push_str(piece);
-        let first_match = (self.stops.iter().enumerate())
-            .filter(|(_, stop)| !stop.is_empty())
-            .filter_map(|(stop_idx, stop)| self.pending.find(stop).map(|start| (start + stop.len(), start, stop_idx)))
-            .min();
-        if let Some((_, start, stop_idx)) = first_match {
-            self.pending.truncate(start);
-            self.stopped = Some(stop_idx);
-            return StopStep { text: std::mem::take(&mut self.pending), stopped: self.stopped };
-        }
-        let n_held = self.stops.iter().map(|stop| held_back(&self.pending, stop)).max().unwrap_or(0);
-        let held = self.pending.split_off(self.pending.len() - n_held);
-        StopStep { text: std::mem::replace(&mut self.pending, held), stopped: None }
-    }
-
-    /// Ends the text and returns what was held back as a possible beginning of a stop string.
-    pub(crate) fn flush(&mut self) -> String {
-        std::mem::take(&mut self.pending)
-    }
-
-    /// A stop string.
-    pub(crate) fn text(&self, stop_idx: usize) -> &str {
-        &self.stops[stop_idx]
-    }
-
-    /// Index of the stop string that was met, if any.
-    pub(crate) fn stopped(&self) -> Option<usize> {
-        self.stopped
-    }
-}
-
 /// Reads `tokenizer_config.json`; an absent file is an empty object.
-pub(crate) fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
+pub fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
     let path = dir.join("tokenizer_config.json");
     match std::fs::read(&path) {
         Ok(bytes) => {
@@ -383,7 +321,7 @@ pub(crate) fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, To
 }
 
 /// The text of a special token in `tokenizer_config.json`: a string, or an object with `content`.
-pub(crate) fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
+pub fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
     let value = config.get(key)?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
@@ -576,16 +514,10 @@ fn take_utf8_lossy(bytes: &mut Vec<u8>) -> String {
     text
 }
 
-/// Length of the longest end of `text` that is a proper beginning of `stop`.
-fn held_back(text: &str, stop: &str) -> usize {
-    let longest = text.len().min(stop.len().saturating_sub(1));
-    (1..=longest).rev().find(|&n| text.as_bytes().ends_with(&stop.as_bytes()[..n])).unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::chat_template::ChatTemplate;
+    use crate::chat_template::ChatTemplate;
     use proptest::prelude::*;
     use std::sync::OnceLock;
 
@@ -922,28 +854,6 @@ What is the weather in Paris?<|assistant|></think>"#;
         assert!(message.contains("not a valid tokenizer file"), "{message}");
     }
 
-    fn run_stops(stops: &[&str], pieces: &[&str]) -> (String, Option<usize>) {
-        let mut matcher = StopMatcher::new(stops.iter().map(|&s| s.to_owned()).collect());
-        let mut text: String = pieces.iter().map(|piece| matcher.push(piece).text).collect();
-        text.push_str(&matcher.flush());
-        (text, matcher.stopped())
-    }
-
-    #[test]
-    fn stop_strings_across_borders() {
-        assert_eq!(run_stops(&["END"], &["abcE", "N", "Dxyz", "more"]), ("abc".into(), Some(0)));
-        assert_eq!(run_stops(&["END"], &["abcE", "N"]), ("abcEN".into(), None));
-        assert_eq!(run_stops(&["END"], &["EEN", "END"]), ("EEN".into(), Some(0)));
-        assert_eq!(run_stops(&["abcd", "bc"], &["xabcd"]), ("xa".into(), Some(1)));
-        assert_eq!(run_stops(&["b", "ab"], &["ab"]), ("".into(), Some(1)));
-        assert_eq!(run_stops(&["", "\n\n"], &["a\n", "\nb"]), ("a".into(), Some(1)));
-        assert_eq!(run_stops(&["日本"], &["x日", "月日", "本"]), ("x日月".into(), Some(0)));
-        assert_eq!(run_stops(&[], &["a", "b"]), ("ab".into(), None));
-        let mut matcher = StopMatcher::new(vec!["</s>".into()]);
-        assert_eq!(matcher.push("a < b"), StopStep { text: "a < b".into(), stopped: None });
-        assert_eq!(matcher.push("<").text, "");
-    }
-
     proptest! {
         #[test]
         fn any_ids_stream_like_a_full_decode(ids in prop::collection::vec(0u32..3000, 0..40)) {
@@ -974,22 +884,6 @@ What is the weather in Paris?<|assistant|></think>"#;
         fn sentencepiece_streams(ids in prop::collection::vec(0u32..13, 0..20)) {
             static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
             check_stream(TOKENIZER.get_or_init(sentencepiece), &ids);
-        }
-
-        #[test]
-        fn stops_do_not_depend_on_borders(
-            text in "[abc]{0,24}", stops in prop::collection::vec("[abc]{0,4}", 0..3),
-            cuts in prop::collection::vec(0usize..25, 0..8),
-        ) {
-            let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
-            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(text.len())).collect();
-            cuts.extend([0, text.len()]);
-            cuts.sort_unstable();
-            let pieces: Vec<&str> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
-            let whole = run_stops(&stops, &[&text]);
-            prop_assert_eq!(&run_stops(&stops, &pieces), &whole);
-            prop_assert!(stops.iter().all(|stop| stop.is_empty() || !whole.0.contains(stop)));
-            prop_assert!(whole.1.is_some() || whole.0 == text);
         }
     }
 }

@@ -1,0 +1,16 @@
+//! Text in and out of a language model: tokenizers, chat templates, and answers taken apart while they are written.
+//!
+//! Knows no model, no scheduling and no HTTP: token ids go in and come out. [`Tokenizer`] and [`ChatTemplate`] read a model
+//! directory; [`AnswerStream`] takes an answer's tokens and gives reasoning, text and tool calls.
+
+mod answer;
+pub mod chat_template;
+pub mod dialect;
+mod stop;
+pub mod tokenizer;
+
+pub use answer::{AnswerPiece, AnswerStream, FinishedBy};
+pub use chat_template::{ChatTemplate, TemplateError};
+pub use dialect::{Delta, Dialect, Function};
+pub use stop::{StopMatcher, StopStep};
+pub use tokenizer::{DecodeStream, Tokenizer, TokenizerError};

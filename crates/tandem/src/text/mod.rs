@@ -1,6 +1,0 @@
-//! Text in and out: the tokenizer, incremental decoding, stop strings and chat templates.
-//!
-//! Nothing here knows about sequences, scheduling or HTTP.
-
-pub(crate) mod chat_template;
-pub(crate) mod tokenizer;

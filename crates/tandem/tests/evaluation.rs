@@ -1,0 +1,101 @@
+//! Evaluation and servers never hide a number that is not one, nor a token that the model does not have.
+
+mod common;
+
+use common::finish;
+use common::tiny::{Tiny, TinyDir};
+use serde_json::{Value, json};
+
+const TEXT: &str = "hello there, xabcd";
+
+/// Every command that looks at logits, on a folder that holds model `a` and the model to judge, `b`.
+fn commands() -> Vec<Vec<&'static str>> {
+    let commands = [
+        "eval compare a b --text text.txt",
+        "eval compare b a --text text.txt",
+        "eval compare a b --text text.txt --json",
+        "eval compare a b --text text.json",
+        "eval perplexity --model b --text text.txt",
+        "eval perplexity --model b --text text.txt --json",
+        "eval perplexity --model b --text text.json",
+        "eval perplexity --model b --text text.txt --context 3",
+        "eval tasks --model b --tasks choose.jsonl",
+        "eval tasks --model b --tasks choose.jsonl --json",
+        "eval tasks --model b --tasks generate.jsonl",
+        "eval logits --model b --tokens tokens.json --out scratch.safetensors",
+    ];
+    commands.iter().map(|line| line.split(' ').collect()).collect()
+}
+
+/// Runs every command; each must fail with one message that holds one of `expected`, and print nothing.
+fn check(what: &str, a: &Tiny, b: &Tiny, text: &str, expected: &[&str]) {
+    let dir = common::temporary();
+    for (name, model) in [("a", a), ("b", b)] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        model.write_to(&dir.path().join(name));
+    }
+    let choose = json!({"question": text, "choices": ["a", text], "answer": 0}).to_string();
+    let generate = json!({"kind": "k", "prompt": text, "expect": "b"}).to_string();
+    let tokens: Value = text
+        .strip_suffix("<|end|>")
+        .map_or(json!(text.as_bytes()), |text| text.bytes().map(u32::from).chain([256]).collect());
+    for (name, content) in [
+        ("text.txt", text.to_owned()),
+        ("text.json", json!([text]).to_string()),
+        ("choose.jsonl", choose),
+        ("generate.jsonl", generate),
+        ("tokens.json", tokens.to_string()),
+    ] {
+        std::fs::write(dir.path().join(name), content).unwrap();
+    }
+    for command in commands() {
+        let done = finish(common::command(&command).current_dir(dir.path()));
+        assert_eq!((done.code, &*done.stdout), (Some(1), ""), "{what}: {command:?}: {}", done.stderr);
+        let is_expected = expected.iter().any(|text| done.stderr.contains(text));
+        assert!(is_expected && done.stderr.lines().count() == 1, "{what}: {command:?}: {}", done.stderr);
+    }
+}
+
+fn good() -> Tiny {
+    Tiny::new(264).special(&["<|end|>"]).noise()
+}
+
+#[test]
+fn not_a_number_is_never_agreement() {
+    let bad = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+    for value in bad {
+        // A row of the head that no token of the text is, a row that is, and every kind of weight before it.
+        for (tensor, index) in [("lm_head.weight", 263 * 16), ("lm_head.weight", b'e' as usize * 16 + 3)] {
+            let what = format!("{tensor}[{index}] = {value}");
+            check(
+                &what,
+                &good(),
+                &good().set(tensor, index, value),
+                TEXT,
+                &["is not a finite number", "the forward pass"],
+            );
+        }
+    }
+    // Finite weights whose products are not.
+    let huge = good().set("lm_head.weight", 16, 3e38).set("lm_head.weight", 17, 3e38).set("lm_head.weight", 18, 3e38);
+    let huge = (0..16).fold(huge, |model, i| model.set("model.norm.weight", i, 1e30));
+    check("overflow", &good(), &huge, TEXT, &["the forward pass"]);
+}
+
+#[test]
+fn tokens_outside_the_vocabulary_are_refused_wherever_they_are() {
+    let small = Tiny::new(256).special(&["<|end|>"]).noise();
+    for text in ["hello<|end|>", "<|end|>hello<|end|>"] {
+        check(text, &small, &small, text, &["token id 256 is outside the vocabulary of 256"]);
+    }
+}
+
+#[test]
+fn run_says_that_logits_are_no_numbers() {
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let model: TinyDir = good().set("lm_head.weight", 16, value).write();
+        let done = model.generate("xa", &[]);
+        assert_eq!((done.code, &*done.stdout), (Some(1), ""), "{}", done.stderr);
+        assert!(done.stderr.contains("the forward pass") || done.stderr.contains("not a finite"), "{}", done.stderr);
+    }
+}
