@@ -1,7 +1,7 @@
 //! [`Backend`] on any GPU that wgpu reaches: each operation is one or two dispatches in a compute pass that goes on from
 //! operation to operation.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -60,6 +60,7 @@ pub struct WgpuBackend {
     staging: RefCell<Option<wgpu::Buffer>>,
     residency: RefCell<ResidencyMeter>,
     matrix_limit: u64,
+    encoding: Cell<f64>,
 }
 
 impl WgpuBackend {
@@ -112,6 +113,7 @@ impl WgpuBackend {
             staging: RefCell::default(),
             residency: RefCell::default(),
             matrix_limit,
+            encoding: Cell::new(0.0),
             device,
         }
     }
@@ -149,6 +151,16 @@ impl WgpuBackend {
     /// Times by kernel since the profile began, longest first; after [`Backend::sync`].
     pub fn kernel_times(&self) -> Vec<KernelTime> {
         self.recorder.kernel_times()
+    }
+
+    /// Bytes that kernels have read and written so far, by their shapes.
+    pub fn bytes(&self) -> u64 {
+        self.recorder.bytes()
+    }
+
+    /// Seconds that the host took to enqueue the last step.
+    pub fn encoding_seconds(&self) -> f64 {
+        self.encoding.get()
     }
 
     /// Loses the device, to see what happens then.
@@ -375,8 +387,10 @@ impl Backend for WgpuBackend {
 
     fn record_or_replay(&self, batch: &WgpuBatch, max_context: usize, operations: &mut dyn FnMut(usize)) {
         self.residency.borrow_mut().begin(self.recorder.bytes(), batch.n_rows);
+        let start = Instant::now();
         operations(max_context);
         self.recorder.flush();
+        self.encoding.set(start.elapsed().as_secs_f64());
     }
 
     fn embed(&self, table: &WgpuMatrix, batch: &WgpuBatch, out: &mut WgpuBuffer) {
