@@ -18,6 +18,10 @@ pub use operations::{
 /// Tokens per page of the key-value cache.
 pub const PAGE_SIZE: usize = 64;
 
+/// Rows of the largest batch whose results do not depend on each other, bit for bit: every backend gives a row of such a
+/// batch the bits that it has alone, so the scheduler keeps steps in which something decodes within it.
+pub const EXACT_ROWS: usize = 64;
+
 /// In [`Batch::tokens`]: the token meant is the one that the device sampled in the step before, for the entry of
 /// [`Batch::sampling`] that the other bits give. Among what [`Backend::collect`] returns: the other bits are the first token
 /// whose logit is NaN.

@@ -51,6 +51,19 @@ pub enum CheckpointError {
         /// Index of the first bad scale in its matrix.
         index: usize,
     },
+    /// An element that no correct checkpoint holds.
+    #[error(
+        "{tensor}{place:?} is {value}, not a finite number; the file is damaged or was converted wrongly: download or \
+         convert it again"
+    )]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// Indices of the element.
+        place: Vec<usize>,
+        /// NaN or an infinity.
+        value: f32,
+    },
     /// A matrix cannot be represented as asked.
     #[error("{tensor}: {source}")]
     Quant {

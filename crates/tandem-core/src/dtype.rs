@@ -123,6 +123,11 @@ impl DType {
         !matches!(self, DType::Float(_))
     }
 
+    /// True when an element's own bits can be NaN or an infinity.
+    pub const fn has_non_finite_codes(self) -> bool {
+        matches!(self, DType::Float(_) | DType::Mxfp8 | DType::Fp8Block)
+    }
+
     /// Bytes of packed elements of `[rows, cols]`.
     pub const fn weight_bytes(self, rows: usize, cols: usize) -> usize {
         rows * (cols * self.bits()).div_ceil(8)

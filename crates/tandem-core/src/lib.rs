@@ -7,10 +7,12 @@ pub mod checkpoint;
 pub mod config;
 pub mod dtype;
 pub mod gguf;
+mod numerics;
 pub mod quant;
 pub mod weights;
 
-pub use backend::{Backend, Batch};
+pub use backend::{Backend, Batch, EXACT_ROWS};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{ConfigError, ModelConfig, ModelType};
 pub use dtype::{DType, Float};
+pub use numerics::{Numerics, UnknownNumerics};

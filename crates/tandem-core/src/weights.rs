@@ -300,6 +300,19 @@ pub struct MatrixPart {
 }
 
 impl MatrixData {
+    /// Finds the first of `n_rows` rows of matrix `part` that holds an element which is NaN or infinite.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NotFinite`], with the element.
+    pub fn check_finite(&self, part: usize, first_row: usize, n_rows: usize) -> Result<(), CheckpointError> {
+        let view = self.view(part);
+        let Some((row, col)) = view.find_non_finite(first_row, n_rows) else { return Ok(()) };
+        let mut values = vec![0.0; self.cols];
+        view.dequantize_row(row, &mut values);
+        let place = if self.parts.len() > 1 { vec![part, row, col] } else { vec![row, col] };
+        Err(CheckpointError::NotFinite { tensor: format!("{}.weight", self.name), place, value: values[col] })
+    }
+
     /// Decoding view of matrix `part`.
     ///
     /// # Panics
@@ -757,9 +770,15 @@ impl Weight {
     /// The vector as f32.
     ///
     /// # Errors
-    /// As [`Weight::matrix`].
+    /// As [`Weight::matrix`], and [`CheckpointError::NotFinite`] when an element is NaN or infinite.
     pub fn vector(&self, checkpoint: &Checkpoint) -> Result<Vec<f32>, CheckpointError> {
-        Ok(self.matrix(checkpoint)?.view(0).dequantize())
+        let values = self.matrix(checkpoint)?.view(0).dequantize();
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(index) => {
+                Err(CheckpointError::NotFinite { tensor: self.spec.tensor(), place: vec![index], value: values[index] })
+            }
+        }
     }
 
     fn split_kv_b(&self, checkpoint: &Checkpoint, source: &Source) -> Result<Vec<MatrixPart>, CheckpointError> {

@@ -2,16 +2,16 @@
 
 use std::sync::{Arc, Mutex};
 
-use tandem_core::Backend;
 use tandem_core::backend::{
     Batch, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, RmsNorm, Rotate,
     RouterTopk, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::MatrixData;
+use tandem_core::{Backend, CheckpointError, Numerics};
 
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
-use crate::kernels::activations::{Activations, Kernel, Numerics};
+use crate::kernels::activations::{Activations, Kernel};
 use crate::kernels::attention::{HEAD_BLOCK, attend};
 use crate::kernels::index_select::{Int8Query, scores, scores_int8, select};
 use crate::kernels::matrix::matrix_rows;
@@ -20,7 +20,7 @@ use crate::kernels::rope::{angles, rotate};
 use crate::kernels::router_topk::router_topk;
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::vector::Element;
-use crate::matrix::CpuMatrix;
+use crate::matrix::{CpuMatrix, Mapped};
 use crate::pool::Pool;
 use crate::scratch::{with_activations, with_scratch};
 use crate::shared_mut::SharedMut;
@@ -41,9 +41,13 @@ const SCORE_SPAN: usize = 512;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 4 << 20;
 
-/// The CPU has no device errors.
-#[derive(Debug, thiserror::Error)]
-pub enum CpuError {}
+/// What only shows while weights are used.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CpuError {
+    /// A matrix is damaged.
+    #[error(transparent)]
+    Weights(Arc<CheckpointError>),
+}
 
 /// `[rows, width] f32`
 #[derive(Debug, Default)]
@@ -86,6 +90,11 @@ impl CpuIndices {
         &self.data[i * self.width..(i + 1) * self.width]
     }
 
+    /// Copies the first rows, as many as `out` holds.
+    pub fn read(&self, out: &mut [i32]) {
+        out.copy_from_slice(&self.data[..out.len()]);
+    }
+
     fn row_mut(&mut self, i: usize) -> &mut [i32] {
         &mut self.data[i * self.width..(i + 1) * self.width]
     }
@@ -99,6 +108,8 @@ pub struct CpuBackend {
     repack: bool,
     pool: Arc<Pool>,
     work: Mutex<Work>,
+    /// The first error; it stays, and every [`Backend::sync`] tells it.
+    failed: Mutex<Option<CpuError>>,
 }
 
 /// Memory that operations reuse.
@@ -122,7 +133,14 @@ impl CpuBackend {
 
     /// A backend with given kernels; `Isa::Scalar` is the oracle.
     pub fn with_isa(n_threads: usize, numerics: Numerics, isa: Isa) -> CpuBackend {
-        CpuBackend { isa, numerics, repack: true, pool: Arc::new(Pool::new(n_threads)), work: Mutex::default() }
+        CpuBackend {
+            isa,
+            numerics,
+            repack: true,
+            pool: Arc::new(Pool::new(n_threads)),
+            work: Mutex::default(),
+            failed: Mutex::default(),
+        }
     }
 
     /// The same backend, leaving weights where they are mapped if `repack` is false: half the speed, but no memory of
@@ -155,6 +173,14 @@ impl CpuBackend {
     /// Threads in use.
     pub fn n_threads(&self) -> usize {
         self.pool.n_threads()
+    }
+
+    /// Keeps the first error for [`Backend::sync`].
+    fn note(&self, result: Result<(), CheckpointError>) {
+        if let Err(error) = result {
+            let mut failed = self.failed.lock().unwrap_or_else(|e| e.into_inner());
+            failed.get_or_insert(CpuError::Weights(Arc::new(error)));
+        }
     }
 
     fn work(&self) -> std::sync::MutexGuard<'_, Work> {
@@ -213,6 +239,7 @@ impl CpuBackend {
 
     /// `out [n_tokens, n_rows]`: rows of a matrix for each token.
     fn matrix_rows(&self, p: &Product<'_>, x: &Activations, first_row: usize, n_rows: usize, out: &mut [f32]) {
+        self.note(p.matrix.check(p.part, first_row, n_rows));
         matrix_rows(self.isa, self.numerics, p.matrix, p.part, first_row, n_rows, x, p.tokens, out);
     }
 
@@ -464,11 +491,12 @@ impl Backend for CpuBackend {
         if self.isa == Isa::Avx512
             && self.repack
             && Tiles::supports(data.dtype, data.cols)
-            && let Some(tiles) = Tiles::new(&data, &self.pool)
+            && let Some((tiles, checked)) = Tiles::new(&data, &self.pool)
         {
+            self.note(checked);
             return CpuMatrix::Tiled(tiles);
         }
-        CpuMatrix::Mapped(data)
+        CpuMatrix::Mapped(Mapped::new(data))
     }
 
     fn load_vector(&self, values: &[f32]) -> CpuBuffer {
@@ -497,11 +525,12 @@ impl Backend for CpuBackend {
     }
 
     fn sync(&self) -> Result<(), CpuError> {
-        Ok(())
+        self.failed.lock().unwrap_or_else(|e| e.into_inner()).clone().map_or(Ok(()), Err)
     }
 
     fn embed(&self, table: &CpuMatrix, batch: &Batch, out: &mut CpuBuffer) {
         for (r, token) in batch.tokens.iter().enumerate() {
+            self.note(table.check(0, *token as usize, 1));
             table.dequantize_row(0, *token as usize, out.row_mut(r));
         }
     }

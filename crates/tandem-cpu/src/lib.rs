@@ -19,6 +19,6 @@ mod tiles;
 pub use backend::{CpuBackend, CpuBuffer, CpuError, CpuIndices};
 pub use cache::CpuCache;
 pub use isa::Isa;
-pub use kernels::activations::Numerics;
 pub use matrix::CpuMatrix;
 pub use pool::Pool;
+pub use tandem_core::Numerics;

@@ -1,7 +1,8 @@
 //! The machine's arithmetic limit: what prefill is measured against.
 
 use crate::isa::Isa;
-use crate::kernels::activations::Numerics;
+use tandem_core::Numerics;
+
 use crate::pool::Pool;
 
 /// Passes; the best counts, since other programs only ever slow it down.

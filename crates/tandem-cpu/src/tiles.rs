@@ -14,9 +14,11 @@
 
 #![allow(unsafe_code)]
 
+use std::sync::Mutex;
+
 use memmap2::{Advice, MmapMut};
-use tandem_core::DType;
 use tandem_core::weights::{MatrixData, MatrixPart};
+use tandem_core::{CheckpointError, DType};
 
 use crate::pool::Pool;
 use crate::shared_mut::SharedMut;
@@ -61,8 +63,9 @@ impl Tiles {
         cols.is_multiple_of(32) && matches!(dtype, DType::Mxfp4 | DType::BF16 | DType::Affine { bits: 4 | 8, .. })
     }
 
-    /// Repacks `data` over the pool; `None` when the system has no memory for it.
-    pub(crate) fn new(data: &MatrixData, pool: &Pool) -> Option<Tiles> {
+    /// Repacks `data` over the pool, and checks on the way that its elements are finite; `None` when the system has no
+    /// memory for it.
+    pub(crate) fn new(data: &MatrixData, pool: &Pool) -> Option<(Tiles, Result<(), CheckpointError>)> {
         let mut tiles = Tiles {
             dtype: data.dtype,
             rows: data.rows,
@@ -78,6 +81,7 @@ impl Tiles {
         let _ = tiles.memory.advise(Advice::HugePage);
         let (codes, scales, biases) = tiles.lengths();
         let target = SharedMut::new(&mut tiles.memory[..]);
+        let failed = Mutex::new(Ok(()));
         pool.chunks(data.parts.len() * n_tiles, TASK_BYTES.div_ceil(tile_bytes), |range| {
             for i in range {
                 let first_row = i % n_tiles * TILE_ROWS;
@@ -86,13 +90,18 @@ impl Tiles {
                 let (to_codes, rest) = tile.split_at_mut(codes);
                 let (to_scales, to_biases) = rest.split_at_mut(scales);
                 let part = &data.parts[i / n_tiles];
+                // While the rows are in the cache.
+                let checked = data.check_finite(i / n_tiles, first_row, TILE_ROWS.min(data.rows - first_row));
+                if let (Err(error), Ok(mut failed)) = (checked, failed.lock()) {
+                    *failed = Err(error);
+                }
                 pack_codes(data.dtype, &part.weight, data.cols, first_row, data.rows, to_codes);
                 let n_groups = data.cols / data.dtype.group_size();
                 pack_params(&part.scales, n_groups, first_row, data.rows, to_scales);
                 pack_params(&part.biases, n_groups, first_row, data.rows, to_biases);
             }
         });
-        Some(tiles)
+        Some((tiles, failed.into_inner().unwrap_or(Ok(()))))
     }
 
     /// Bytes of codes, scales and biases of a tile.
@@ -284,7 +293,8 @@ mod tests {
                     global_scale: None,
                 };
                 let data = MatrixData { name: String::new(), dtype, rows, cols, parts: vec![part.clone(), part] };
-                let tiles = Tiles::new(&data, &Pool::new(2)).expect("memory");
+                let (tiles, checked) = Tiles::new(&data, &Pool::new(2)).expect("memory");
+                assert!(checked.is_ok());
                 let (mut found, mut expected) = (vec![0.0; cols], vec![0.0; cols]);
                 for row in 0..rows {
                     tiles.dequantize_row(1, row, &mut found);

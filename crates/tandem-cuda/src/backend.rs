@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytemuck::Zeroable;
-use tandem_core::Batch;
 use tandem_core::backend::{
     AddRmsNorm, Backend, CacheKind, GqaAttention, HeadLinear, Heads, IndexSelect, Linear, MlaAttention, Mlp, Moe,
     PrepareAttention, RmsNorm, Rope, RopeIndexSelect, RopeMlaAttention, Rotate, Route, RouterTopk, Routing,
     WriteIndexKey, WriteLatent, composed,
 };
 use tandem_core::weights::MatrixData;
+use tandem_core::{Batch, Numerics};
 
 use crate::CudaError;
 use crate::args::{self, MAX_JOBS};
@@ -72,31 +72,12 @@ const SCORE_FLOATS: usize = 64 << 20;
 const MAX_EXPERTS: usize = 512;
 const MAX_TOP_K: usize = 32;
 
-/// How activations meet weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numerics {
-    /// Single precision everywhere, caches too.
-    F32,
-    /// Activations and caches rounded to bf16 where tensor cores take them; sums in f32.
-    Bf16,
-}
-
-impl Numerics {
-    /// Name in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Numerics::F32 => "f32",
-            Numerics::Bf16 => "bf16",
-        }
-    }
-}
-
 /// How the backend launches work; the defaults are the fastest, the others are for comparison in tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Which device.
     pub ordinal: i32,
-    /// Numerics.
+    /// F32 or Bf16; caches are kept alike.
     pub numerics: Numerics,
     /// Decode steps are recorded once per shape and replayed.
     pub graphs: bool,
@@ -157,8 +138,11 @@ impl CudaBackend {
     /// Opens the device and compiles the kernels for it, unless they are in the cache.
     ///
     /// # Errors
-    /// No driver or device, a driver or device that is too old, or no compiler.
+    /// No driver or device, a driver or device that is too old, no compiler, or numerics that it does not have.
     pub fn new(options: Options) -> Result<CudaBackend, CudaError> {
+        if options.numerics == Numerics::Int8 {
+            return Err(CudaError::Numerics(options.numerics));
+        }
         let start = Instant::now();
         let device = Arc::new(Device::open(options.ordinal, options.programmatic)?);
         tracing::info!("opened {} in {:.2} s", device.info.name, start.elapsed().as_secs_f64());

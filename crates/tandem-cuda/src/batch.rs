@@ -8,8 +8,8 @@ use tandem_core::Batch;
 use crate::args::{Pages, Sampling, SamplingHeader};
 use crate::driver::{Device, Event, Memory, Pinned};
 
-/// Rows of a decode batch, at most; more are prefill.
-pub(crate) const DECODE_ROWS: usize = 64;
+/// Rows of a decode batch, at most; more are prefill, whose kernels need not give a row the same bits in any batch.
+pub(crate) const DECODE_ROWS: usize = tandem_core::EXACT_ROWS;
 /// Sampled tokens of one batch, at most.
 const MAX_SAMPLED: usize = 1024;
 

@@ -51,6 +51,9 @@ pub enum CudaError {
         /// What to do.
         remedy: &'static str,
     },
+    /// Kernels for these numerics are on the processor only.
+    #[error("a GPU has no numerics {0}: use bf16 or f32, or --backend cpu")]
+    Numerics(tandem_core::Numerics),
     /// More GPUs than sums are made over.
     #[error("{0} GPUs cannot share layers: at most 8 can; use fewer with --tp or --ep, and --pp for the rest")]
     Ranks(usize),

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use tandem_core::EXACT_ROWS;
 use tandem_core::backend::TensorGroup;
 
 use crate::args::{MAX_RANKS, ReduceArgs};
@@ -17,8 +18,6 @@ const LONG: usize = 1 << 16;
 /// 8 bytes of data are sent in 16.
 const PACKET_ELEMENTS: usize = 2;
 const PACKET_BYTES: usize = 16;
-/// Rows of a step whose results do not depend on each other, bit for bit; their sums wait for the norm that follows.
-const EXACT_ROWS: usize = 64;
 /// The widest row that the norm adds up.
 const NORM_WIDTH: usize = 8192;
 

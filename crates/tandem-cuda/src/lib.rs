@@ -16,7 +16,7 @@ mod matrix;
 mod nccl;
 mod stager;
 
-pub use backend::{CudaBackend, Numerics, Options};
+pub use backend::{CudaBackend, Options};
 pub use buffer::{CudaBuffer, CudaIndices};
 pub use compile::{KERNEL_FILES, kernel_source};
 pub use driver::{DeviceInfo, Memory, device_present};
@@ -25,3 +25,4 @@ pub use group::{CudaGroup, GroupBuffer, Handle, Peers, Way};
 pub use host_experts::HostExperts;
 pub use matrix::CudaMatrix;
 pub use nccl::{UniqueId, forbid_multicast, nccl_present, unique_id};
+pub use tandem_core::Numerics;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tandem_comm::{Channel, CommError, Doing, Failure, Group, Wire};
+use tandem_core::EXACT_ROWS;
 use tandem_core::backend::{Backend, Batch, TensorGroup};
 use tandem_model::{KvCache, Limits, Model, Plan, RankPlan, StepShape};
 
@@ -19,8 +20,6 @@ use crate::runner::{RankStatus, Runner};
 
 /// Tensor-parallel ranks compare their residual streams once in this many steps.
 pub const CHECK_STEPS: u64 = 16;
-/// Batches of at most this many rows give the same bits however they are cut into smaller ones.
-const DECODE_ROWS: usize = 64;
 /// Rows that a rank may compute in one patience.
 const ROWS_PER_PATIENCE: usize = 8;
 /// First word of a command: a batch to run, in lists of u32.
@@ -596,7 +595,7 @@ fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
     let mut seen = vec![false; batch.block_tables.len()];
     let own_sequences = batch.sequences.iter().all(|s| !std::mem::replace(&mut seen[*s as usize], true));
     let every_row_once = batch.logits_rows.iter().copied().eq(0..n as u32);
-    if n_parts == 1 || !(2..=DECODE_ROWS).contains(&n) || !own_sequences || !every_row_once {
+    if n_parts == 1 || !(2..=EXACT_ROWS).contains(&n) || !own_sequences || !every_row_once {
         return vec![batch];
     }
     (0..n_parts)

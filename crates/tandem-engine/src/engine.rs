@@ -4,15 +4,15 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use tandem_core::Batch;
 use tandem_core::backend::{PAGE_SIZE, SAMPLED, Sampling};
+use tandem_core::{Batch, EXACT_ROWS};
 
 use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
 use crate::page_store::PageStore;
 use crate::request::{Event, FinishReason, Logprobs, Output, Request, RequestId};
 use crate::runner::{RankStatus, Runner};
 use crate::sampler::{InvalidParam, SampleError, Sampler, logprob, top_logprobs};
-use crate::scheduler::{EXACT_ROWS, Scheduling, StepCosts, share_rows};
+use crate::scheduler::{Scheduling, StepCosts, share_rows};
 
 /// Why generation stopped with an error.
 #[derive(Debug, thiserror::Error)]

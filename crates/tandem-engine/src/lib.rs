@@ -20,4 +20,5 @@ pub use profiled::{Operation, Profile, Profiled};
 pub use request::{Constraint, Event, FinishReason, Logprobs, Output, Request, RequestId};
 pub use runner::{DeviceSampler, ModelRunner, RankStatus, Runner};
 pub use sampler::*;
-pub use scheduler::{EXACT_ROWS, Scheduling};
+pub use scheduler::Scheduling;
+pub use tandem_core::EXACT_ROWS;

@@ -8,8 +8,8 @@
 
 use std::time::Duration;
 
-/// Rows of the largest batch whose results do not depend on each other, bit for bit, on any backend.
-pub const EXACT_ROWS: usize = 64;
+use tandem_core::EXACT_ROWS;
+
 /// Weight of the newest measurement in running means.
 const NEWEST: f64 = 0.2;
 

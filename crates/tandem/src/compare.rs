@@ -11,7 +11,7 @@ use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence, check_v
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
 use crate::cli::{ActivationsArg, CompareArgs};
-use crate::eval::documents;
+use crate::eval::{check_weights, documents};
 use crate::load::{cpu_backend, model_dir};
 use crate::presets;
 use crate::report::print_json;
@@ -44,6 +44,9 @@ pub(crate) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         args.a,
         args.b
     );
+    for (side, name) in [(&a, &args.a), (&b, &args.b)] {
+        check_weights(&side.checkpoint, &side.resolve()?).with_context(|| name.clone())?;
+    }
     let load = |side: &Side, source: &dyn WeightSource| {
         let bytes = side.resident_bytes()?;
         engine(&side.config, source, bytes, windows.longest(), args.threads, args.activations)
@@ -284,7 +287,12 @@ impl Windows {
             a.release(&mut of_a);
             b.release(&mut of_b);
         }
-        Ok(Comparison { points })
+        let comparison = Comparison { points };
+        for (name, perplexity) in [("A", comparison.perplexity(|p| p.nll_a)), ("B", comparison.perplexity(|p| p.nll_b))]
+        {
+            ensure!(perplexity.is_finite(), "model {name} has no finite perplexity: this is no model of this text");
+        }
+        Ok(comparison)
     }
 
     /// The text that leads to a position, and the token that follows.

@@ -1,20 +1,59 @@
 //! `tandem eval`: logits and perplexity of a model.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
+use tandem_core::weights::{Form, ModuleKind, Weight};
+use tandem_core::{Checkpoint, CheckpointError};
+use tandem_cpu::system::default_threads;
 use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
-use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
+use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, ModelArgs, PerplexityArgs};
 use crate::load::{Loaded, LogitsRows, load};
 use crate::report::print_json;
 use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
 const DEFAULT_WINDOW: usize = 512;
+
+/// Checks what loading does not read: elements of matrices that stay mapped until an expert or a token asks for them, and
+/// layers that do not run. An evaluation that happens not to meet a damaged weight would say nothing about the model.
+pub(crate) fn check_weights(checkpoint: &Checkpoint, weights: &[Weight]) -> Result<(), CheckpointError> {
+    let left: Vec<&Weight> = weights
+        .iter()
+        .filter(|weight| weight.dtype.has_non_finite_codes() || weight.spec.kind == ModuleKind::Mtp)
+        .collect();
+    let next = AtomicUsize::new(0);
+    let check = || {
+        while let Some(weight) = left.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if weight.spec.form == Form::Vector {
+                weight.vector(checkpoint)?;
+                continue;
+            }
+            let matrix = weight.matrix(checkpoint)?;
+            for part in 0..matrix.parts.len() {
+                matrix.check_finite(part, 0, matrix.rows)?;
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..default_threads()).map(|_| scope.spawn(check)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
+    })
+}
+
+/// [`load`], and [`check_weights`].
+pub(crate) fn load_checked(args: &ModelArgs, rows: LogitsRows) -> anyhow::Result<Loaded> {
+    let loaded = load(args, rows)?;
+    let checkpoint = Checkpoint::open(&loaded.dir)?;
+    check_weights(&checkpoint, &tandem_model::resolve(&checkpoint, &loaded.config)?)?;
+    Ok(loaded)
+}
 
 /// Runs the command.
 pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
@@ -30,7 +69,7 @@ fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
     let text = read(&args.tokens)?;
     let tokens: Vec<u32> = serde_json::from_str(&text)
         .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
-    let Loaded { mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::Chunk)?;
+    let Loaded { mut engine, prefill_chunk, .. } = load_checked(&args.model, LogitsRows::Chunk)?;
     let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
     let start = Instant::now();
     let mut sequence = Sequence::default();
@@ -60,7 +99,7 @@ fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
 
 fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = read(&args.text)?;
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&args.model, LogitsRows::Chunk)?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } = load_checked(&args.model, LogitsRows::Chunk)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let start = Instant::now();
     let mut score = Score::default();
@@ -92,6 +131,11 @@ fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         }
     };
     let (seconds, perplexity) = (start.elapsed().as_secs_f64(), score.perplexity());
+    ensure!(
+        perplexity.is_finite(),
+        "the mean of {} nats per token is too much for a perplexity: this is no model of this text, or a damaged one",
+        score.nll / score.n as f64
+    );
     if args.json {
         return print_json(&json!({
             "perplexity": perplexity,

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
 use crate::cli::TasksArgs;
-use crate::load::{Loaded, LogitsRows, load};
+use crate::eval::load_checked;
+use crate::load::{Loaded, LogitsRows};
 use crate::report::print_json;
 use tandem_text::dialect::opens_reasoning;
 use tandem_text::{AnswerStream, Delta, Dialect, Tokenizer};
@@ -123,7 +124,7 @@ pub(crate) fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
     }
     let needs_rows = tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
     let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load(&args.model, rows)?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } = load_checked(&args.model, rows)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();

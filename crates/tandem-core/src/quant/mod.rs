@@ -91,6 +91,26 @@ impl<'a> PackedView<'a> {
         out
     }
 
+    /// Finds the first of `n_rows` rows from `first_row` on that holds an element which is NaN or infinite, and its column.
+    /// Scales are another matter: [`has_nan_scale`].
+    ///
+    /// # Panics
+    /// When the rows are not in the matrix.
+    pub fn find_non_finite(&self, first_row: usize, n_rows: usize) -> Option<(usize, usize)> {
+        if !self.dtype.has_non_finite_codes() || self.cols == 0 {
+            return None;
+        }
+        let row_bytes = self.dtype.weight_bytes(1, self.cols);
+        let bytes = &self.weight[first_row * row_bytes..][..n_rows * row_bytes];
+        let is_bad = |bytes: &[u8]| wide(|| holds_non_finite(self.dtype, bytes));
+        // Blocks that the first cache holds, so that the search for the element is short.
+        let block = bytes.chunks(16 << 10).position(is_bad)?;
+        let element = self.dtype.bits() / 8;
+        let first = block * (16 << 10) / element;
+        let index = first + bytes[first * element..].chunks_exact(element).position(is_bad)?;
+        Some((first_row + index / self.cols, index % self.cols))
+    }
+
     fn weight_row(&self, row: usize) -> &'a [u8] {
         slice_row(self.weight, row, self.dtype.weight_bytes(1, self.cols))
     }
@@ -191,6 +211,28 @@ fn check_values(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Resul
         return Err(QuantError::NonFinite { dtype, row: index / cols, col: index % cols, value: values[index] });
     }
     Ok(())
+}
+
+/// Whether any element of `bytes` is NaN or infinite. Its exponent has all bits set, so a maximum of magnitudes tells,
+/// which vectorises.
+#[inline(always)]
+fn holds_non_finite(dtype: DType, bytes: &[u8]) -> bool {
+    let largest_half = |bytes: &[u8]| {
+        let halves = bytes.as_chunks::<2>().0.iter();
+        halves.fold(0, |largest: i16, half| largest.max((u16::from_le_bytes(*half) & 0x7fff) as i16))
+    };
+    match dtype {
+        DType::Float(Float::F32) => {
+            let words = bytes.as_chunks::<4>().0.iter();
+            words.fold(0, |largest: i32, word| largest.max((u32::from_le_bytes(*word) & 0x7fff_ffff) as i32))
+                >= 0x7f80_0000
+        }
+        DType::Float(Float::F16) => largest_half(bytes) >= 0x7c00,
+        DType::Float(Float::BF16) => largest_half(bytes) >= 0x7f80,
+        // E4M3 has no infinity, and NaN in two signs.
+        DType::Mxfp8 | DType::Fp8Block => bytes.iter().fold(0, |largest: u8, byte| largest.max(byte & 0x7f)) == 0x7f,
+        DType::Affine { .. } | DType::Mxfp4 | DType::Nvfp4 => false,
+    }
 }
 
 /// Finds the first group (index into the scales) whose scale or bias is NaN or infinite; for E8M0 that is byte 255.

@@ -236,3 +236,37 @@ fn nvfp4_global_scale_multiplies_every_group() {
     let scaled = PackedView { global_scale: Some(2688.0 * 4.0), ..packed.view() }.dequantize();
     assert_eq!(scaled, plain.iter().map(|value| value * 4.0).collect::<Vec<_>>());
 }
+
+#[test]
+fn non_finite_elements_are_found_where_they_are() {
+    let check = |dtype: DType, rows: usize, cols: usize, codes: &[&[u8]]| {
+        let values = vec![0.5; rows * cols];
+        let packed = quantize(dtype, rows, cols, &values).expect("fits");
+        assert_eq!(packed.view().find_non_finite(0, rows), None, "{dtype}");
+        for code in codes {
+            for (row, col) in [(0, 0), (rows - 1, cols - 1), (rows / 2, 3)] {
+                let mut bad = packed.clone();
+                let start = (row * cols + col) * code.len();
+                bad.weight[start..start + code.len()].copy_from_slice(code);
+                assert_eq!(bad.view().find_non_finite(0, rows), Some((row, col)), "{dtype} {code:?}");
+                assert_eq!(bad.view().find_non_finite(row, 1), Some((row, col)), "{dtype} {code:?}");
+                let other = if row == 0 { 1 } else { 0 };
+                assert_eq!(bad.view().find_non_finite(other, 1), None, "{dtype} {code:?}");
+            }
+        }
+    };
+    let f32s = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY].map(f32::to_le_bytes);
+    let f16s = [0x7c00u16, 0xfc00, 0x7c01, 0xffff].map(u16::to_le_bytes);
+    let bf16s = [0x7f80u16, 0xff80, 0x7f81, 0xffff].map(u16::to_le_bytes);
+    let slices = |codes: &'static [u8]| codes.chunks(1).collect::<Vec<_>>();
+    for (rows, cols) in [(2, 32), (3, 128), (70, 384)] {
+        check(DType::F32, rows, cols, &f32s.each_ref().map(|code| &code[..]));
+        check(DType::F16, rows, cols, &f16s.each_ref().map(|code| &code[..]));
+        check(DType::BF16, rows, cols, &bf16s.each_ref().map(|code| &code[..]));
+        check(DType::Mxfp8, rows, cols, &slices(&[0x7f, 0xff]));
+        check(DType::Fp8Block, rows, cols, &slices(&[0x7f, 0xff]));
+    }
+    // The largest finite codes are numbers.
+    let largest = quantize(DType::F16, 1, 32, &[65504.0; 32]).expect("fits");
+    assert_eq!(largest.view().find_non_finite(0, 1), None);
+}

@@ -1,33 +1,11 @@
 //! Activations in the forms that matrix kernels read: plain, rounded, quantised, and reordered to match packed weights.
 
-use tandem_core::DType;
+use tandem_core::{DType, Numerics};
 
 use crate::isa::Isa;
 use crate::matrix::CpuMatrix;
 use crate::pool::Pool;
 use crate::shared_mut::SharedMut;
-
-/// Numerics of activations that meet quantised weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numerics {
-    /// Single precision throughout: the reference.
-    F32,
-    /// Rounded to bfloat16 wherever products are taken in bfloat16, f32 elsewhere; sums in f32.
-    Bf16,
-    /// 8-bit integers with one f32 scale per 32, for 4-bit and 8-bit weights; f32 for unquantised ones.
-    Int8,
-}
-
-impl Numerics {
-    /// Name on the command line and in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Numerics::F32 => "f32",
-            Numerics::Bf16 => "bf16",
-            Numerics::Int8 => "int8",
-        }
-    }
-}
 
 /// Elements per scale of 8-bit activations.
 pub const Q8_GROUP: usize = 32;
@@ -332,8 +310,9 @@ impl Shared<'_> {
                 for (code, v) in codes[g * Q8_GROUP..].iter_mut().zip(group) {
                     // Adding 1.5 * 2^23 leaves the value rounded to nearest even in the low bits.
                     let q = (v * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
-                    total += q;
                     *code = q as i8;
+                    // NaN, which the scale carries on, leaves bits that are no integer of this size.
+                    total += i32::from(*code);
                 }
                 scales[b * 4 + g] = largest / 127.0;
                 sums[b * 4 + g] = total;

@@ -1,8 +1,9 @@
 //! Rows of a packed matrix times activations: the work that decides the speed of decoding.
 
+use tandem_core::Numerics;
 use tandem_core::quant::PackedView;
 
-use super::activations::{Activations, Kernel, Numerics};
+use super::activations::{Activations, Kernel};
 use super::rows::ROWS;
 #[cfg(target_arch = "x86_64")]
 use super::tile_rows::tile_rows;
@@ -30,7 +31,7 @@ pub(crate) fn matrix_rows(
 ) {
     let kernel = Kernel::choose(matrix, numerics, isa);
     let view = match matrix {
-        CpuMatrix::Mapped(data) => data.view(part),
+        CpuMatrix::Mapped(mapped) => mapped.data.view(part),
         #[cfg(target_arch = "x86_64")]
         CpuMatrix::Tiled(tiles) => {
             let Kernel::Tiles(operand) = kernel else { unreachable!("tiles have their own kernels") };

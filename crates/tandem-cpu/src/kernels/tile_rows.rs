@@ -11,9 +11,9 @@
 use std::arch::x86_64::*;
 
 use tandem_core::quant::minifloat::E2M1;
-use tandem_core::{DType, Float};
+use tandem_core::{DType, Float, Numerics};
 
-use super::activations::{Activations, Numerics};
+use super::activations::Activations;
 use super::affine::load_params;
 use crate::isa::Isa;
 use crate::tiles::{TILE_ROWS, Tile, Tiles};

@@ -1,0 +1,38 @@
+//! Every instruction set of this processor, with every numerics, on the terms of the scalar kernels.
+
+use tandem_conformance::{Precision, Rounding, Scale, Subject, suite};
+use tandem_cpu::{CpuBackend, Isa, Numerics};
+
+fn precision(isa: Isa, numerics: Numerics) -> Precision {
+    let (packed, bf16) = match numerics {
+        Numerics::F32 => return Precision::F32,
+        Numerics::Bf16 => (Rounding::Bf16, Rounding::Bf16),
+        Numerics::Int8 => (Rounding::Int8, Rounding::None),
+    };
+    let queries = if isa.has_bf16() { Rounding::Bf16 } else { Rounding::None };
+    Precision {
+        packed,
+        bf16,
+        cache: Rounding::Bf16,
+        mla: queries,
+        gqa: queries,
+        index: Rounding::Int8,
+        ..Precision::F32
+    }
+}
+
+#[test]
+fn every_instruction_set_conforms() {
+    let mut subjects = vec![];
+    for isa in Isa::available() {
+        for numerics in [Numerics::F32, Numerics::Bf16, Numerics::Int8] {
+            // AVX-512 has kernels for repacked matrices and for those that stay where they are mapped.
+            for repack in if isa == Isa::Avx512 { &[true, false][..] } else { &[true] } {
+                let name = format!("{isa} {}{}", numerics.name(), if *repack { "" } else { " mapped" });
+                let make = move || CpuBackend::with_isa(2, numerics, isa).with_repacking(*repack);
+                subjects.push(Subject::new(name, precision(isa, numerics), make, |_, ids, out| ids.read(out)));
+            }
+        }
+    }
+    suite(subjects, Scale::from_environment()).assert_passed();
+}
