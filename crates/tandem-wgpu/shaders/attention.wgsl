@@ -41,8 +41,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #if SELECTED
     visible = min(visible, a.top_k);
 #end
-    let begin = wid.z * a.span;
-    let end = min(begin + a.span, visible);
+    let shortest = (visible + ${MAX_SPANS*32}u - 1u) / ${MAX_SPANS*32}u * TILE;
+    let span = max(a.least_span, shortest);
+    let begin = wid.z * span;
+    let end = min(begin + span, visible);
 #if ROTATED
     // The rest of each query is rotated on the way.
     for (var i = li; i < HEADS * VALUE_WIDTH; i += WG) {

@@ -15,7 +15,7 @@ let q = ${w}[at];
     let f_${i} = fma(decode_${part*PART_VECTORS+i}(q), vec4(c), vec4(c_shift));
 #else
 #if SCALED
-    let f_${i} = decode_${part*PART_VECTORS+i}(q) * c;
+    let f_${i} = decode_${part*PART_VECTORS+i}(q) * POST * c;
 #else
     let f_${i} = decode_${part*PART_VECTORS+i}(q);
 #end

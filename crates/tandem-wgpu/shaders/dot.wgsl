@@ -43,7 +43,7 @@ let ${acc}_q${r} = ${w}[${acc}_w${r} + first + u];
 #end
 #for r ROWS
 #if SCALED
-    ${acc}_${r}_${t} = fma(c${r}, d_${r}_${t}, ${acc}_${r}_${t});
+    ${acc}_${r}_${t} = fma(c${r}, d_${r}_${t} * POST, ${acc}_${r}_${t});
 #else
     ${acc}_${r}_${t} += d_${r}_${t};
 #end

@@ -48,7 +48,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         }
     }
 #for r ROWS
-    let sum_${r} = lane_sum(total_${r}, li) * POST;
+    let sum_${r} = lane_sum(total_${r}, li);
     if (lane == 0u && row0 + ${r}u < a.rows) {
         let at = wid.y * a.y_pitch + a.y_offset + row0 + ${r}u;
 #if ADD

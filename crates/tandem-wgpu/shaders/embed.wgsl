@@ -29,7 +29,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         let f_${i} = fma(decode_${part*PART_VECTORS+i}(q), vec4(c), vec4(c_shift));
 #else
 #if SCALED
-        let f_${i} = decode_${part*PART_VECTORS+i}(q) * c * POST;
+        let f_${i} = decode_${part*PART_VECTORS+i}(q) * POST * c;
 #else
         let f_${i} = decode_${part*PART_VECTORS+i}(q);
 #end

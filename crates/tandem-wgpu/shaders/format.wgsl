@@ -1,5 +1,6 @@
-// Decoding of one unit: the UNIT elements of 16 bytes of a row, in VECTORS vectors of four. A decoded element times its
-// group's scale times POST is the weight; affine formats add the group's shift.
+// Decoding of one unit: the UNIT elements of 16 bytes of a row, in VECTORS vectors of four. A decoded element times POST
+// times its group's scale is the weight, in this order, so that extreme scales keep their range; affine formats add the
+// group's shift.
 
 const UNIT = ${UNIT}u;
 const VECTORS = ${VECTORS}u;

@@ -57,8 +57,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
 #for t TOKENS
 #for r ROWS
-    let gate_${r}_${t} = lane_sum(g_${r}_${t}, li) * POST;
-    let up_${r}_${t} = lane_sum(u_${r}_${t}, li) * POST;
+    let gate_${r}_${t} = lane_sum(g_${r}_${t}, li);
+    let up_${r}_${t} = lane_sum(u_${r}_${t}, li);
     if (lane == 0u && row0 + ${r}u < a.rows && out_row0 + ${t}u < a.n_tokens) {
         h[(out_row0 + ${t}u) * a.y_pitch + a.y_offset + row0 + ${r}u] = gate_${r}_${t} / (1.0 + exp(-gate_${r}_${t})) * up_${r}_${t};
     }

@@ -40,7 +40,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
 #for t TOKENS
 #for r ROWS
-    let sum_${r}_${t} = lane_sum(y_${r}_${t}, li) * POST;
+    let sum_${r}_${t} = lane_sum(y_${r}_${t}, li);
     if (lane == 0u && row0 + ${r}u < a.rows && token0 + ${t}u < a.n_tokens) {
         y[(token0 + ${t}u) * a.y_pitch + a.y_offset + part * a.y_stride + row0 + ${r}u] = sum_${r}_${t};
     }

@@ -136,15 +136,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
             let row = first_row + row_group * 4u;
 #if PAIR
-            let g = low_${t} * POST;
-            let v = g / (1.0 + exp(-g)) * (high_${t} * POST);
+            let g = low_${t};
+            let v = g / (1.0 + exp(-g)) * high_${t};
             for (var i = 0u; i < 4u; i++) {
                 if (row + i < a.rows) { y[out + row + i] = v[i]; }
             }
 #else
             for (var i = 0u; i < 4u; i++) {
-                if (row + i < a.rows) { y[out + row + i] = low_${t}[i] * POST; }
-                if (row + 64u + i < a.rows) { y[out + row + 64u + i] = high_${t}[i] * POST; }
+                if (row + i < a.rows) { y[out + row + i] = low_${t}[i]; }
+                if (row + 64u + i < a.rows) { y[out + row + 64u + i] = high_${t}[i]; }
             }
 #end
         }

@@ -57,7 +57,7 @@ args! {
     CombineArgs { width: u32, first_row: u32, top_k: u32 }
     IndexArgs { first_row: u32, n_heads: u32, pitch: u32, top_k: u32 }
     AttentionArgs {
-        n_heads: u32, heads_per_kv: u32, key_pitch: u32, value_pitch: u32, top_k: u32, span: u32, n_spans: u32, scale: f32,
+        n_heads: u32, heads_per_kv: u32, key_pitch: u32, value_pitch: u32, top_k: u32, least_span: u32, n_spans: u32, scale: f32,
         x_pitch: u32, x_offset: u32, x_stride: u32, half_layout: u32, scaling: f32,
     }
     MergeArgs { width: u32, n_spans: u32 }

@@ -1,6 +1,6 @@
 //! Attention and the indexer: [`tandem_core::Backend`]'s mla_attention, gqa_attention and index_select.
 
-use tandem_core::backend::{Heads, IndexSelect, Rope, RopeLayout};
+use tandem_core::backend::{EXACT_ROWS, Heads, IndexSelect, Rope, RopeLayout};
 
 use crate::args::{AttentionArgs, IndexArgs, MergeArgs};
 use crate::backend::WgpuBackend;
@@ -11,11 +11,10 @@ use crate::recorder::Cost;
 
 /// Positions of a tile of attention.wgsl.
 const TILE: usize = 32;
-/// Workgroups from which on rows and heads keep the device busy without spans.
-const ENOUGH_GROUPS: usize = 512;
-/// Positions of a span, at least, and spans of a row, at most.
+/// Positions of a span, at least, and spans of a row, at most. Where a row is cut depends on its own context alone, so that
+/// its result does not depend on its batch.
 const LEAST_SPAN: usize = 64;
-const MAX_SPANS: usize = 64;
+const MAX_SPANS: usize = 32;
 /// Bytes of queries that a workgroup keeps.
 const QUERY_BYTES: usize = 20 << 10;
 /// Bytes of scores kept at once; longer prefills are scored in blocks of rows.
@@ -59,13 +58,9 @@ impl WgpuBackend {
         let most = (8 / wide).max(1).min(QUERY_BYTES / 4 / key_width.max(1));
         let heads = (1..=most.max(1)).rev().find(|h| per_kv.is_multiple_of(*h)).unwrap_or(1);
         let groups = batch.n_rows * (n_heads / heads);
-        let n_spans = if groups >= ENOUGH_GROUPS {
-            1
-        } else {
-            context.div_ceil(LEAST_SPAN).min(MAX_SPANS).min((2 * ENOUGH_GROUPS).div_ceil(groups.max(1))).max(1)
-        };
-        let span = context.div_ceil(n_spans).next_multiple_of(TILE);
-        let n_spans = context.div_ceil(span).max(1);
+        // Many rows keep the device busy without spans.
+        let least_span = if batch.n_rows > EXACT_ROWS { context.max(1) } else { LEAST_SPAN };
+        let n_spans = context.div_ceil(least_span).clamp(1, MAX_SPANS);
         let lanes = self.pipelines.lanes.n as usize;
         let positions = TILE / (WORKGROUP as usize / lanes);
         let variant = (key_width as u64)
@@ -84,6 +79,7 @@ impl WgpuBackend {
                 ("ROUNDS", (heads * TILE).div_ceil(WORKGROUP as usize)),
                 ("SELECTED", usize::from(selected.is_some())),
                 ("SPANS", usize::from(n_spans > 1)),
+                ("MAX_SPANS", MAX_SPANS),
                 ("ROTATED", usize::from(rotated.is_some())),
             ];
             d.extend(numbers.iter().map(|(name, n)| ((*name).to_string(), n.to_string())));
@@ -102,7 +98,7 @@ impl WgpuBackend {
             key_pitch: keys.width as u32,
             value_pitch: values.width as u32,
             top_k: top_k as u32,
-            span: span as u32,
+            least_span: least_span as u32,
             n_spans: n_spans as u32,
             scale,
         };

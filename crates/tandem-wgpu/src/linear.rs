@@ -1,8 +1,11 @@
 //! Products with matrices: [`tandem_core::Backend`]'s linear, head_linear, mlp and moe.
+//!
+//! Up to [`EXACT_ROWS`] rows, kernels read the rows of a matrix for a few rows of x at a time, and add up in an order that does
+//! not depend on how many there are; above, tiles.
 
 use std::sync::Arc;
 
-use tandem_core::backend::{Heads, Mlp};
+use tandem_core::backend::{EXACT_ROWS, Heads, Mlp};
 
 use crate::args::{CombineArgs, MatrixArgs, PlanArgs, RowArgs};
 use crate::backend::WgpuBackend;
@@ -13,10 +16,8 @@ use crate::pipelines::{MAX_EXPERTS, Pipeline};
 use crate::recorder::Cost;
 use crate::template::Defines;
 
-/// Rows of a batch up to which kernels read the weights for a few rows at a time; above, tiles.
-const FEW_ROWS: usize = 4;
-/// The same for routed experts, most of which serve a single row then.
-const FEW_ROUTED_ROWS: usize = 16;
+/// Rows of x that share the decoding of a weight, in the kernels for few rows.
+const TOKENS: usize = 4;
 /// Vectors of four elements of the input that a workgroup keeps, over all rows at once.
 const STAGED_VECTORS: usize = 1024;
 /// Workgroups that keep a large device busy.
@@ -82,7 +83,7 @@ impl WgpuBackend {
             args.y_offset += (chunk.parts.start * to.stride) as u32;
             let buffers = [&chunk.weight, chunk.scales(), x, y];
             let cost = cost(w, chunk.rows.len() * chunk.parts.len(), n);
-            if n <= FEW_ROWS {
+            if n <= EXACT_ROWS {
                 let (pipeline, rows, tokens) = self.rows_kernel(RowsKernel::Linear, w, from, n, chunk, chunk.parts.len());
                 let grid = [rows, n.div_ceil(tokens), chunk.parts.len()];
                 self.run(&pipeline, &buffers, &args, grid, cost);
@@ -107,8 +108,8 @@ impl WgpuBackend {
         times: usize,
     ) -> (Arc<Pipeline>, usize, usize) {
         let (shader, tokens, most_rows) = match kind {
-            RowsKernel::Linear => ("linear_rows", n.next_power_of_two().min(FEW_ROWS), 4),
-            RowsKernel::GateUp { routed: false } => ("gate_up_rows", n.next_power_of_two().min(FEW_ROWS), 2),
+            RowsKernel::Linear => ("linear_rows", n.next_power_of_two().min(TOKENS), 4),
+            RowsKernel::GateUp { routed: false } => ("gate_up_rows", n.next_power_of_two().min(TOKENS), 2),
             RowsKernel::GateUp { routed: true } => ("gate_up_rows", 1, 2),
             RowsKernel::Down { .. } => ("down_rows", 1, 4),
         };
@@ -175,7 +176,7 @@ impl WgpuBackend {
                 let args = matrix_args(&mlp.gate, gate, from, to, n);
                 let buffers = [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden];
                 let cost = cost(&mlp.gate, 2 * gate.rows.len(), n);
-                if n <= FEW_ROWS {
+                if n <= EXACT_ROWS {
                     let (pipeline, rows, tokens) = self.rows_kernel(RowsKernel::GateUp { routed: false }, &mlp.gate, from, n, gate, 1);
                     self.run(&pipeline, &buffers, &args, [rows, n.div_ceil(tokens), 1], cost);
                 } else {
@@ -212,7 +213,7 @@ impl WgpuBackend {
         if let Some(shared) = shared {
             self.mlp_of(x, shared, n, out);
         }
-        if n <= FEW_ROUTED_ROWS && alike(experts) {
+        if n <= EXACT_ROWS && alike(experts) {
             self.routed_rows(x, experts, choices, n, out, shared.is_some());
         } else {
             self.routed_tiles(x, experts, choices, n, out, shared.is_some());

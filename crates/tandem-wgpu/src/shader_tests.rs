@@ -99,6 +99,7 @@ fn shaders(lanes: Lanes) -> Vec<(String, String)> {
             ("SELECTED", selected),
             ("SPANS", spans),
             ("ROTATED", selected),
+            ("MAX_SPANS", 32),
         ];
         add("attention", shader_text::<AttentionArgs>("attention", &with(&pairs, None)));
     }
