@@ -15,12 +15,13 @@ use tandem_core::weights::MatrixData;
 use tandem_core::{Batch, Numerics};
 
 use crate::CudaError;
-use crate::args::{self, MAX_JOBS};
+use crate::args;
 use crate::batch::{BatchMemory, CudaBatch, DECODE_ROWS, Sampled};
 use crate::buffer::{CudaBuffer, CudaIndices};
 use crate::driver::{Device, DeviceInfo, Graph, Memory};
 use crate::host_experts::{HostExperts, HostMoe, OnHost};
-use crate::matrix::{BF16, CudaMatrix, MXFP4, TILE_BYTES};
+use crate::matrix::CudaMatrix;
+use crate::preamble::*;
 use crate::stager::Stager;
 
 /// Bytes that are copied to measure the memory's bandwidth.
@@ -29,48 +30,31 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 const DECODE_SPAN: usize = 64;
 /// As many positions are faster without a second kernel that merges spans.
 const ONE_SPAN: usize = 128;
-/// Spans of one row, at most; their shares are merged.
-const MAX_SPANS: usize = 64;
-/// Tokens in shared memory at once (MLA_TILE), and the largest shapes of the tensor-core attention.
-const MLA_TILE: usize = 64;
-const MLA_MAX_WIDTH: usize = 576;
-const MLA_MAX_LATENT: usize = 512;
-/// Widest vector of the reference attention (ATTENTION_ELEMENTS * 32).
-const ATTENTION_MAX_WIDTH: usize = 640;
-/// Shared memory of the row kernels: RING rounds of 2688 bytes for each of 8 warps.
-const ROWS_SHARED: usize = 8 * 3 * 2688;
-/// Rows and tokens of a block of gemm_mma_128; gemm_mma_32 has as many rows and 32 tokens.
-const GEMM_TILE: usize = 128;
-const GEMM_FEW: usize = 32;
-/// Shared memory of gemm_wgmma: three stages of tokens, 64 columns each, a ring of 3 tiles for two groups of rows of each of 8
-/// warps, and what aligns it.
-const WGMMA_SHARED: usize = 3 * GEMM_TILE * 128 + 8 * 3 * 2 * TILE_BYTES + 1024;
-/// Shared memory of mla_prefill: queries and two tiles of 64 positions, shares of a tile, and what aligns it; and heads
-/// from which on it is faster than mla_attention.
-const PREFILL_SHARED: usize = 3 * 64 * MLA_MAX_WIDTH * 2 + 64 * 128 + 1024;
+/// Widest vector of the reference attention.
+const ATTENTION_MAX_WIDTH: usize = 32 * ATTENTION_ELEMENTS;
+/// Shared memory of the row kernels: a ring for each warp.
+const ROWS_SHARED: usize = ROW_WARPS * RING * ROUND_BYTES;
+/// Shared memory of gemm_wgmma: stages of bf16 tokens, a ring of tiles for two groups of rows of each of 8 warps, and what
+/// aligns it.
+const WGMMA_SHARED: usize = WGMMA_STAGES * GEMM_TILE * GEMM_K * 2 + 8 * WGMMA_RING * 2 * TILE_BYTES + WGMMA_ALIGNMENT;
+/// Shared memory of mla_prefill: bf16 queries and two tiles of positions, shares of a tile, and what aligns it.
+const PREFILL_SHARED: usize =
+    (MLA_PREFILL_HEADS + 2 * MLA_TILE) * MLA_MAX_WIDTH * 2 + MLA_PREFILL_HEADS * MLA_TILE * 2 + WGMMA_ALIGNMENT;
+/// Heads from which on it is faster than mla_attention.
 const PREFILL_HEADS: usize = 24;
 /// Tokens of an expert, on average, that are worth the larger tile.
 const GEMM_TOKENS: usize = 48;
 /// Blocks of gemm_mma_128 that are worth a launch; fewer leave most of the device idle.
 const GEMM_BLOCKS: usize = 128;
-/// Warps that share the columns of a shared expert's down projection; those of a routed one have a warp to themselves, so
-/// that one block can add up all experts of a single token.
-const SHARED_DOWN_SPLIT: usize = 8;
-/// Widest index keys and most heads of the tensor-core indexer.
-const INDEX_MAX_DIM: usize = 128;
-const INDEX_MAX_HEADS: usize = 64;
 /// Blocks of its scoring kernel that fill the device.
 const INDEX_BLOCKS: usize = 528;
 /// Contexts from which on a cluster of 8 blocks selects for a row, and rows up to which that is faster.
 const TOPK_CLUSTER_CONTEXT: usize = 8192;
 const TOPK_CLUSTER_ROWS: usize = 16;
-/// Widest row that prepare_attention normalises.
-const PREPARE_MAX_WIDTH: usize = 2048;
+/// Widest row that prepare_attention's 256 threads normalise.
+const PREPARE_MAX_WIDTH: usize = 256 * NORM_KEPT;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 64 << 20;
-/// Experts and choices that router_topk and moe_plan hold.
-const MAX_EXPERTS: usize = 512;
-const MAX_TOP_K: usize = 32;
 
 /// How the backend launches work; the defaults are the fastest, the others are for comparison in tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -323,7 +307,12 @@ impl CudaBackend {
     }
 
     fn tiled(&self, matrices: &[&CudaMatrix]) -> bool {
-        self.in_bf16() && matrices.iter().all(|m| m.tiled())
+        self.in_bf16() && matrices.iter().all(|m| m.tiled.is_some())
+    }
+
+    /// True if the tensor-core kernels take this gate, up and down; gate and up pass through one kernel together.
+    fn tiled_mlp(&self, mlp: &Mlp<CudaMatrix>) -> bool {
+        self.tiled(&[&mlp.gate, &mlp.up, &mlp.down]) && mlp.gate.tiled == mlp.up.tiled
     }
 
     /// Scratch memory under a name; it keeps its place until a longer one is asked for.
@@ -358,7 +347,13 @@ impl CudaBackend {
         let (rows, args) = linear_f32_args(m, parts, args);
         let n = args.n as usize;
         let vectors = m.cols().is_multiple_of(8) && args.x_pitch.is_multiple_of(4);
-        if n > DECODE_ROWS && parts == 1 && args.ids == 0 && m.view.format == BF16 && vectors && self.in_bf16() {
+        if n > DECODE_ROWS
+            && parts == 1
+            && args.ids == 0
+            && m.view.format == Format::Bf16 as u32
+            && vectors
+            && self.in_bf16()
+        {
             return self.launch("linear_split", (m.rows().div_ceil(32), n.div_ceil(32), 1), 256, &mut args![args]);
         }
         if args.ids != 0 || n == 1 {
@@ -381,13 +376,13 @@ impl CudaBackend {
                 (gemm.out, gemm.out_pitch) = (job.out, job.out_pitch);
                 (gemm.packed, gemm.packed_pitch) = (job.packed, job.packed_pitch);
                 (gemm.out_offset, gemm.out_stride) = (args.out_offset, args.out_stride);
-                self.gemm(GEMM_TILE, (n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
+                self.gemm(m, GEMM_TILE, (n.div_ceil(GEMM_TILE), m.rows().div_ceil(GEMM_TILE), m.parts), gemm);
             }
             return;
         }
         args.n_jobs = matrices.len() as u32;
         args.split = split(matrices[0].view) as u32;
-        let rows_per_block = 16 * (8 / args.split as usize);
+        let rows_per_block = 16 * (ROW_WARPS / args.split as usize);
         let mut blocks = 0;
         for (m, job) in matrices.iter().zip(&mut args.jobs) {
             job.m = m.view;
@@ -400,18 +395,22 @@ impl CudaBackend {
         self.device.launch(name, grid, 256, ROWS_SHARED, &mut args![args]);
     }
 
-    /// `tokens` of a block: GEMM_TILE or GEMM_FEW.
-    fn gemm(&self, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
+    /// A product with `m`, and with a second matrix of the same format if `args` says so; `tokens` of a block: GEMM_TILE or
+    /// GEMM_FEW.
+    fn gemm(&self, m: &CudaMatrix, tokens: usize, grid: (usize, usize, usize), args: args::GemmArgs) {
         // Its places in the input are of 32 bits.
         let small = u64::from(args.n) * u64::from(args.x_pitch) <= u64::from(u32::MAX);
-        if self.on_hopper() && tokens == GEMM_TILE && small {
-            let name = if args.m0.format == MXFP4 { "gemm_wgmma_mxfp4" } else { "gemm_wgmma_affine" };
+        if let Some(tiled) = m.tiled.filter(|_| self.on_hopper() && tokens == GEMM_TILE && small) {
+            let name = match tiled {
+                Tiled::Mxfp4 => "gemm_wgmma_mxfp4",
+                Tiled::Affine8 => "gemm_wgmma_affine",
+            };
             return self.device.launch(name, grid, 256, WGMMA_SHARED, &mut args![args]);
         }
-        let name = if tokens == GEMM_TILE { "gemm_mma_128" } else { "gemm_mma_32" };
-        // Two stages of rows and two or four of tokens, 64 columns and padding each.
-        let stages = if tokens == GEMM_TILE { 2 } else { 4 };
-        let shared = (2 * GEMM_TILE + stages * tokens) * 72 * 2;
+        let (name, stages) =
+            if tokens == GEMM_TILE { ("gemm_mma_128", GEMM_STAGES) } else { ("gemm_mma_32", GEMM_FEW_STAGES) };
+        // Two stages of decoded rows, and those of tokens.
+        let shared = (2 * GEMM_TILE + stages * tokens) * GEMM_PITCH * 2;
         self.device.launch(name, grid, 256, shared, &mut args![args]);
     }
 
@@ -444,12 +443,12 @@ impl CudaBackend {
                     tokens = if each < GEMM_TOKENS && !self.on_hopper() { GEMM_FEW } else { GEMM_TILE };
                     (tiles, slots) = (each.div_ceil(tokens).max(1), n_slots);
                 }
-                self.gemm(tokens, (tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
+                self.gemm(&mlp.gate, tokens, (tiles, inter.div_ceil(GEMM_TILE / 2), slots), args);
                 (args.m0, args.m1, args.gated) = (mlp.down.view, mlp.down.view, 0);
                 (args.x, args.x_pitch, args.x_divisor) = (h, pitch, 1);
                 (args.packed, args.packed_pitch) = (0, 0);
                 (args.out, args.out_pitch) = (out, hidden as u32);
-                self.gemm(tokens, (tiles, hidden.div_ceil(GEMM_TILE), slots), args);
+                self.gemm(&mlp.down, tokens, (tiles, hidden.div_ceil(GEMM_TILE), slots), args);
             };
         let h_bytes = |mlp: &Mlp<CudaMatrix>, rows: usize| rows * mlp.gate.rows().next_multiple_of(64) * 2;
         if let Some((experts, plan, top_k, slots)) = routed {
@@ -499,7 +498,7 @@ impl CudaBackend {
         (down.out, down.shared_out) = (parts, shared_out);
         if let Some((experts, ..)) = routed {
             // A warp has 16 rows.
-            down.slot_blocks = experts.down.rows().div_ceil(16 * 8) as u32;
+            down.slot_blocks = experts.down.rows().div_ceil(16 * ROW_WARPS) as u32;
         }
         let slots = routed.map_or(0, |r| r.3);
         let columns = routed.map_or(n, |(experts, _, k, _)| expert_columns(n, k, experts));
@@ -538,7 +537,7 @@ impl CudaBackend {
         (gate_up.top_k, gate_up.slot_blocks, gate_up.split, gate_up.shared_split) = (1, 1, 1, 1);
         (down.n, down.slot_blocks, down.split, down.shared_split) = (n as u32, 1, 1, SHARED_DOWN_SPLIT as u32);
         // A warp has 8 rows of gate and of up.
-        let gate_blocks = |m: &CudaMatrix, split: usize| m.rows().div_ceil(8 * (8 / split)) as u32;
+        let gate_blocks = |m: &CudaMatrix, split: usize| m.rows().div_ceil(8 * (ROW_WARPS / split)) as u32;
         let (mut slots, mut columns) = (0, n);
         if let Some((experts, plan, k, n_slots)) = routed {
             (gate_up.gate, gate_up.up, down.down) = (experts.gate.view, experts.up.view, experts.down.view);
@@ -560,7 +559,7 @@ impl CudaBackend {
             let split = split(shared.gate.view);
             (gate_up.shared_split, gate_up.shared_blocks) = (split as u32, gate_blocks(&shared.gate, split));
             down.hidden = shared.down.rows() as u32;
-            down.shared_blocks = shared.down.rows().div_ceil(16 * 8 / SHARED_DOWN_SPLIT) as u32;
+            down.shared_blocks = shared.down.rows().div_ceil(16 * ROW_WARPS / SHARED_DOWN_SPLIT) as u32;
         }
         (down.h, down.h_pitch) = (gate_up.h, gate_up.h_pitch);
         (down.shared_h, down.shared_h_pitch) = (gate_up.shared_h, gate_up.shared_h_pitch);
@@ -578,7 +577,10 @@ impl CudaBackend {
     }
 
     fn attention_f32(&self, batch: &CudaBatch, cache: &CudaCache, out: &CudaBuffer, mut args: args::AttentionArgs) {
-        assert!(args.key_width.max(args.value_width) as usize <= ATTENTION_MAX_WIDTH, "heads of at most 640 elements");
+        assert!(
+            args.key_width.max(args.value_width) as usize <= ATTENTION_MAX_WIDTH,
+            "heads of at most {ATTENTION_MAX_WIDTH} elements"
+        );
         let packed = out.packed_output(batch.n_rows);
         (args.out, args.packed, args.packed_pitch) = (out.pointer(), packed.pointer, packed.pitch as u32);
         args.pages = batch.pages();
@@ -816,7 +818,7 @@ impl Backend for CudaBackend {
 
     fn mlp(&self, x: &CudaBuffer, mlp: &Mlp<CudaMatrix>, n_rows: usize, out: &mut CudaBuffer) {
         out.written();
-        if self.tiled(&[&mlp.gate, &mlp.up, &mlp.down]) {
+        if self.tiled_mlp(mlp) {
             return match n_rows {
                 1 => self.mlp_token(x, None, 0, Some(mlp), out.pointer()),
                 _ => self.mlp_mma(x, n_rows, None, Some(mlp), 0, out.pointer()),
@@ -839,9 +841,7 @@ impl Backend for CudaBackend {
         }
         let (top_k, hidden, n_experts) = (ids.width(), experts.down.rows(), experts.gate.parts);
         let pairs = n_rows * top_k;
-        let mut matrices = vec![&experts.gate, &experts.up, &experts.down];
-        matrices.extend(shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down]));
-        let tiled = self.tiled(&matrices);
+        let tiled = self.tiled_mlp(experts) && shared.is_none_or(|shared| self.tiled_mlp(shared));
         if tiled && n_rows == 1 {
             // One token's experts are a plan already.
             let plan = args::MoePlan { active: ids.pointer(), ..args::MoePlan::zeroed() };
@@ -855,8 +855,15 @@ impl Backend for CudaBackend {
             let at = |index: usize| memory + (index * 4) as u64;
             let plan =
                 args::MoePlan { n_active: at(0), active: at(1), first: at(1 + slots), sorted: at(2 + 2 * slots) };
-            let args =
-                args::MoePlanArgs { ids: ids.pointer(), plan, n_pairs: pairs as u32, n_experts: n_experts as u32 };
+            let args = args::MoePlanArgs {
+                ids: ids.pointer(),
+                n_active: plan.n_active,
+                active: plan.active,
+                first: plan.first,
+                sorted: plan.sorted,
+                n_pairs: pairs as u32,
+                n_experts: n_experts as u32,
+            };
             self.launch("moe_plan", (1, 1, 1), 1024, &mut args![args]);
             self.mlp_mma(x, n_rows, Some((experts, &plan, top_k, slots)), shared, parts, shared_out);
         } else {
@@ -996,7 +1003,10 @@ fn router_args(
     ids: &CudaIndices,
     weights: &CudaBuffer,
 ) -> args::RouterArgs {
-    assert!(logits.width() <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K && routing.n_group <= 32, "{routing:?}");
+    assert!(
+        logits.width() <= MAX_EXPERTS && routing.top_k <= MAX_TOP_K && routing.n_group <= MAX_GROUPS,
+        "{routing:?}"
+    );
     weights.written();
     args::RouterArgs {
         logits: logits.pointer(),
@@ -1051,7 +1061,7 @@ fn index_key_args(
     rope: &Rope,
     batch: &CudaBatch,
 ) -> args::WriteArgs {
-    assert!(k.width() <= 1024, "index keys of at most 1024 elements");
+    assert!(k.width() <= MAX_INDEX_KEY, "index keys of at most {MAX_INDEX_KEY} elements");
     args::WriteArgs { norm_bias: norm_bias.pointer(), latent: 0, ..latent_args(k, norm, eps, rope, batch) }
 }
 
@@ -1103,7 +1113,7 @@ impl CudaBackend {
         } else if attended <= ONE_SPAN {
             ONE_SPAN
         } else {
-            DECODE_SPAN.max(attended.div_ceil(MAX_SPANS).next_multiple_of(MLA_TILE))
+            DECODE_SPAN.max(attended.div_ceil(MLA_MAX_SPANS).next_multiple_of(MLA_TILE))
         };
         let n_spans = attended.div_ceil(span);
         let packed = out.packed_output(n);
@@ -1135,15 +1145,15 @@ impl CudaBackend {
         }
         let whole = (width, latent) == (MLA_MAX_WIDTH, MLA_MAX_LATENT) && n_spans == 1 && args.rotated == 0;
         if n > DECODE_ROWS && whole && n_heads >= PREFILL_HEADS && self.on_hopper() {
-            let grid = (1, n_heads.div_ceil(64), n);
+            let grid = (1, n_heads.div_ceil(MLA_PREFILL_HEADS), n);
             return self.device.launch("mla_prefill", grid, 256, PREFILL_SHARED, &mut args![args]);
         }
         if n_spans > 1 {
             args.shares = self.scratch("shares", n * n_spans * n_heads * latent * 4);
             args.stats = self.scratch("stats", n * n_spans * n_heads * 8);
         }
-        let shared = (16 + MLA_TILE) * (width + 8) * 2;
-        let grid = (n_spans, n_heads.div_ceil(16), n);
+        let shared = (MLA_HEADS + MLA_TILE) * (width + 8) * 2;
+        let grid = (n_spans, n_heads.div_ceil(MLA_HEADS), n);
         self.device.launch("mla_attention", grid, 256, shared, &mut args![args]);
         if n_spans > 1 {
             self.launch("mla_merge", (n_heads, n, 1), 512, &mut args![args]);
@@ -1181,14 +1191,14 @@ impl CudaBackend {
             args.row0 = first as u32;
             if mma {
                 // Blocks keep the queries for all their positions.
-                let blocks = context.div_ceil(128).min((INDEX_BLOCKS / n).max(1));
+                let blocks = context.div_ceil(INDEX_TILE).min((INDEX_BLOCKS / n).max(1));
                 self.launch("index_scores_mma", (blocks, n, 1), 256, &mut args![args]);
             } else {
                 let name = ["index_scores_f32_f32", "index_scores_f32_bf16"][usize::from(cache.bf16)];
-                self.launch(name, (context.div_ceil(64), n, 1), 256, &mut args![args]);
+                self.launch(name, (context.div_ceil(INDEX_F32_TILE), n, 1), 256, &mut args![args]);
             }
             if context > TOPK_CLUSTER_CONTEXT && n <= TOPK_CLUSTER_ROWS {
-                self.launch("index_topk_8", (8 * n, 1, 1), 1024, &mut args![args]);
+                self.launch("index_topk_8", (TOPK_CLUSTER * n, 1, 1), 1024, &mut args![args]);
             } else {
                 self.launch("index_topk_1", (n, 1, 1), 1024, &mut args![args]);
             }

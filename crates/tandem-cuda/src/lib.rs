@@ -14,6 +14,7 @@ mod group;
 mod host_experts;
 mod matrix;
 mod nccl;
+mod preamble;
 mod stager;
 
 pub use backend::{CudaBackend, Options};

@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn as_few_experts_as_possible_stay_behind() {
-        let text = include_str!("../../tandem/src/presets/glm-5.1.json");
+        let text = include_str!("../../tandem-runtime/src/presets/glm-5.1.json");
         let mut value: serde_json::Value = serde_json::from_str(text).unwrap();
         value["num_hidden_layers"] = 6.into();
         value["first_k_dense_replace"] = 1.into();

@@ -7,7 +7,8 @@ use tandem_model::{DummyWeights, Plan, PlanError, Planner, RankResources, Recipe
 const GB: u64 = 1_000_000_000;
 
 fn plan(memory: &[u64], bandwidth: &[f64], round_trip: f64, request: Request) -> Result<Plan, PlanError> {
-    let config = ModelConfig::parse(include_str!("../../../crates/tandem/src/presets/glm-5.1.json")).expect("valid");
+    let config =
+        ModelConfig::parse(include_str!("../../../crates/tandem-runtime/src/presets/glm-5.1.json")).expect("valid");
     let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"), Stacks::Distinct);
     let ranks: Vec<RankResources> = memory
         .iter()

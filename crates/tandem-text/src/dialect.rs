@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::stop::held_back;
 
-const THINK: &str = "<think>";
+pub(crate) const THINK: &str = "<think>";
 /// Ends a reasoning section.
 pub const END_THINK: &str = "</think>";
 const CALL: &str = "<tool_call>";

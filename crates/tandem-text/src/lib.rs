@@ -6,11 +6,13 @@
 mod answer;
 pub mod chat_template;
 pub mod dialect;
+mod prompt;
 mod stop;
 pub mod tokenizer;
 
 pub use answer::{AnswerPiece, AnswerStream, FinishedBy};
 pub use chat_template::{ChatTemplate, TemplateError};
 pub use dialect::{Delta, Dialect, Function};
+pub use prompt::{Prompt, PromptError, prompt};
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::{DecodeStream, Tokenizer, TokenizerError};

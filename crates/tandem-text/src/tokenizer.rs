@@ -8,8 +8,9 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use aho_corasick::{AhoCorasick, MatchKind};
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
@@ -102,6 +103,47 @@ pub struct Tokenizer {
     decoder_kind: DecoderKind,
     /// Put before the text when special tokens are asked for (`add_bos_token: true` in tokenizer_config.json).
     forced_bos: Option<u32>,
+    control: Arc<Control>,
+}
+
+/// Tokens that were added to the vocabulary, without those of white space alone: in a prompt they are orders.
+struct Control {
+    /// Finds the longest at each place; none if there are no such tokens.
+    finder: Option<AhoCorasick>,
+    /// And each one that begins anywhere.
+    overlapping: Option<AhoCorasick>,
+    /// Id of each pattern, and whether it takes the white space before and after it.
+    tokens: Vec<(u32, bool, bool)>,
+    /// The tokenizer without added tokens, made when it is needed first.
+    plain: OnceLock<tokenizers::Tokenizer>,
+}
+
+impl Control {
+    fn new(tokenizer: &tokenizers::Tokenizer) -> Control {
+        let mut added: Vec<(u32, AddedToken)> = tokenizer.get_added_tokens_decoder().into_iter().collect();
+        added.retain(|(_, token)| !token.content.trim().is_empty());
+        added.sort_by_key(|(id, _)| *id);
+        let find = |kind: MatchKind| {
+            let patterns = added.iter().map(|(_, token)| &token.content);
+            (!added.is_empty()).then(|| AhoCorasick::builder().match_kind(kind).build(patterns).ok()).flatten()
+        };
+        Control {
+            finder: find(MatchKind::LeftmostLongest),
+            overlapping: find(MatchKind::Standard),
+            tokens: added.iter().map(|(id, token)| (*id, token.lstrip, token.rstrip)).collect(),
+            plain: OnceLock::new(),
+        }
+    }
+
+    fn plain(&self, tokenizer: &tokenizers::Tokenizer) -> &tokenizers::Tokenizer {
+        self.plain.get_or_init(|| {
+            let mut plain = tokenizers::Tokenizer::new(tokenizer.get_model().clone());
+            plain.with_pre_tokenizer(tokenizer.get_pre_tokenizer().cloned());
+            // Without added tokens there is nothing to normalise that could fail.
+            let _ = plain.with_normalizer(tokenizer.get_normalizer().cloned());
+            plain
+        })
+    }
 }
 
 impl Tokenizer {
@@ -147,7 +189,8 @@ impl Tokenizer {
             }
             _ => DecoderKind::Contextual,
         };
-        Ok(Self { inner: Arc::new(inner), decoder_kind, forced_bos })
+        let control = Arc::new(Control::new(&inner));
+        Ok(Self { inner: Arc::new(inner), decoder_kind, forced_bos, control })
     }
 
     /// Token ids of `text`. Special tokens written in the text become tokens, as in Hugging Face; `add_special_tokens`
@@ -164,6 +207,105 @@ impl Tokenizer {
         {
             ids.insert(0, bos);
         }
+        Ok(ids)
+    }
+
+    /// Whether a text holds the name of an added token.
+    pub fn has_control(&self, text: &str) -> bool {
+        self.control.finder.as_ref().is_some_and(|finder| finder.is_match(text))
+    }
+
+    /// Where the names of added tokens begin, in order; they may overlap.
+    pub fn control_starts(&self, text: &str) -> Vec<usize> {
+        let finder = self.control.overlapping.as_ref();
+        let mut starts: Vec<usize> = finder
+            .into_iter()
+            .flat_map(|finder| finder.find_overlapping_iter(text).map(|found| found.start()))
+            .collect();
+        starts.sort_unstable();
+        starts.dedup();
+        starts
+    }
+
+    /// Token ids of a rendered conversation. Names of added tokens that begin at one of `literals` are text; so is what only
+    /// the normaliser would make of text.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_literals(&self, text: &str, literals: &[usize]) -> Result<Vec<u32>, TokenizerError> {
+        let Some(finder) = &self.control.finder else { return self.encode(text, false) };
+        let mut orders = vec![];
+        let mut at = 0;
+        while let Some(found) = finder.find(aho_corasick::Input::new(text).range(at..)) {
+            let is_literal = literals.binary_search(&found.start()).is_ok();
+            at = if is_literal { found.start() + 1 } else { found.end() };
+            while !text.is_char_boundary(at) {
+                at += 1;
+            }
+            if !is_literal {
+                orders.push((found.start(), found.end(), found.pattern().as_usize()));
+            }
+        }
+        if literals.is_empty() {
+            let ids = self.encode(text, false)?;
+            let is_control = |id: &u32| self.control.tokens.binary_search_by_key(id, |(control, ..)| *control).is_ok();
+            let found = ids.iter().copied().filter(is_control);
+            if found.eq(orders.iter().map(|(.., pattern)| self.control.tokens[*pattern].0)) {
+                return Ok(ids);
+            }
+        }
+        let mut ids = vec![];
+        let mut start = 0;
+        let mut strips_start = false;
+        for (from, to, order) in orders.iter().map(|(from, to, pattern)| (*from, *to, Some(*pattern))).chain([(
+            text.len(),
+            text.len(),
+            None,
+        )]) {
+            let token = order.map(|pattern| self.control.tokens[pattern]);
+            let mut between = &text[start..from];
+            if strips_start {
+                between = between.trim_start();
+            }
+            if token.is_some_and(|(_, lstrip, _)| lstrip) {
+                between = between.trim_end();
+            }
+            if !between.is_empty() {
+                ids.extend(self.encode_plain(between)?);
+            }
+            ids.extend(token.map(|(id, ..)| id));
+            strips_start = token.is_some_and(|(.., rstrip)| rstrip);
+            start = to;
+        }
+        Ok(ids)
+    }
+
+    /// Token ids of a text, none of them of an added token.
+    fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let control = &self.control;
+        let encode = |tokenizer: &tokenizers::Tokenizer, text: &str| {
+            guarded(|| tokenizer.encode_fast(text, false)).map_err(TokenizerError::Encode)
+        };
+        if !self.has_control(text) {
+            return Ok(encode(&self.inner, text)?.get_ids().to_vec());
+        }
+        let ids = encode(control.plain(&self.inner), text)?.get_ids().to_vec();
+        let is_control = |id: &u32| control.tokens.binary_search_by_key(id, |(control, ..)| *control).is_ok();
+        if !ids.iter().any(is_control) {
+            return Ok(ids);
+        }
+        // Some models find the name among their ordinary pieces: not so if its characters come one by one.
+        let mut ids = vec![];
+        let mut rest = 0;
+        for start in self.control_starts(text) {
+            let after = start + text[start..].chars().next().map_or(0, char::len_utf8);
+            if after > rest {
+                ids.extend_from_slice(encode(control.plain(&self.inner), &text[rest..after])?.get_ids());
+                rest = after;
+            }
+        }
+        ids.extend_from_slice(encode(control.plain(&self.inner), &text[rest..])?.get_ids());
+        ids.retain(|id| !is_control(id));
         Ok(ids)
     }
 

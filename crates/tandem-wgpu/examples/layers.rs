@@ -20,7 +20,9 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [path, layers, ..] = args.as_slice() else { return Err("usage: layers CONFIG.json LAYERS [--flag VALUE]..".into()) };
+    let [path, layers, ..] = args.as_slice() else {
+        return Err("usage: layers CONFIG.json LAYERS [--flag VALUE]..".into());
+    };
     let flag = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1));
     let number = |name: &str, default: usize| flag(name).map_or(Ok(default), |v| v.parse());
     let (context, prefill) = (number("--context", 512)?, number("--prefill", 512)?);

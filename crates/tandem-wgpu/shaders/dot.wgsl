@@ -2,6 +2,7 @@
 #for r ROWS
 let ${acc}_q${r} = ${w}[${acc}_w${r} + first + u];
 #end
+let ${acc}_x = u * VECTORS + ((u * VECTORS) >> 3u);
 #for part PARTS
 {
 #if SCALED
@@ -22,7 +23,7 @@ let ${acc}_q${r} = ${w}[${acc}_w${r} + first + u];
 #end
 #for i PART_VECTORS
 #for t TOKENS
-    let x_${i}_${t} = xs[${t*XS} + u * VECTORS + ${part*PART_VECTORS+i}u + ((u * VECTORS + ${part*PART_VECTORS+i}u) >> 3u)];
+    let x_${i}_${t} = xs[${t*XS+part*PART_VECTORS+i}u + ${acc}_x];
 #if SHIFTED
     x_sum_${t} += x_${i}_${t};
 #end

@@ -14,6 +14,7 @@ use tandem_core::backend::{
 };
 use tandem_core::weights::MatrixData;
 
+use crate::WgpuError;
 use crate::args::{Args, CacheArgs, MatrixArgs, RopeArgs, RouterArgs, RowArgs};
 use crate::attention::{Attention, Rotated};
 use crate::batch::{Batches, WgpuBatch};
@@ -24,7 +25,6 @@ use crate::matrix::WgpuMatrix;
 use crate::pipelines::{Lanes, MAX_EXPERTS, MAX_TOP_K, Pipeline, Pipelines};
 use crate::recorder::{Cost, KernelTime, Recorder, SubmissionStats};
 use crate::residency::{Residency, ResidencyMeter};
-use crate::WgpuError;
 
 /// Bytes copied to measure the device's bandwidth: more than its caches hold, little for software.
 const BANDWIDTH_BYTES: usize = 256 << 20;
@@ -138,6 +138,11 @@ impl WgpuBackend {
         self.recorder.stats()
     }
 
+    /// Counts submissions from here on.
+    pub fn begin_submission_stats(&self) {
+        self.recorder.begin_stats();
+    }
+
     /// What steps read in their time, and whether that has fallen.
     pub fn residency(&self) -> Residency {
         self.residency.borrow().report()
@@ -206,7 +211,14 @@ impl WgpuBackend {
         n.div_ceil(WORKGROUP as usize)
     }
 
-    pub(crate) fn run<A: Args>(&self, pipeline: &Pipeline, buffers: &[&Memory], args: &A, grid: [usize; 3], cost: Cost) {
+    pub(crate) fn run<A: Args>(
+        &self,
+        pipeline: &Pipeline,
+        buffers: &[&Memory],
+        args: &A,
+        grid: [usize; 3],
+        cost: Cost,
+    ) {
         self.recorder.dispatch(pipeline, buffers, bytemuck::bytes_of(args), grid.map(|n| n as u32), cost);
     }
 
@@ -297,7 +309,15 @@ impl WgpuBackend {
         self.run(&pipeline, buffers, &args, [self.blocks(width), rows, 1], cost);
     }
 
-    fn norm(&self, x: &WgpuBuffer, addend: Option<&WgpuBuffer>, weight: &WgpuBuffer, eps: f32, n: usize, out: &WgpuBuffer) {
+    fn norm(
+        &self,
+        x: &WgpuBuffer,
+        addend: Option<&WgpuBuffer>,
+        weight: &WgpuBuffer,
+        eps: f32,
+        n: usize,
+        out: &WgpuBuffer,
+    ) {
         let adds = u32::from(addend.is_some());
         let pipeline = self.pipelines.get::<RowArgs>("rms_norm", adds.into(), |d| {
             d.insert("ADD".into(), adds.to_string());

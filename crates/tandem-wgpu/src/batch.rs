@@ -78,7 +78,8 @@ fn words(batch: &Batch) -> Vec<u32> {
     list(BATCH_SLOTS, &mut batch.sequences.iter().zip(&batch.positions).map(slot));
     list(BATCH_SEQUENCES, &mut batch.sequences.iter().copied());
     list(BATCH_LOGITS, &mut batch.logits_rows.iter().copied());
-    let tables = batch.block_tables.iter().flat_map(|t| t.iter().copied().chain(std::iter::repeat_n(0, pitch - t.len())));
+    let tables =
+        batch.block_tables.iter().flat_map(|t| t.iter().copied().chain(std::iter::repeat_n(0, pitch - t.len())));
     list(BATCH_TABLES, &mut tables.collect::<Vec<u32>>().into_iter());
     words[BATCH_PITCH as usize] = pitch as u32;
     words

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 
 use crate::WgpuError;
 use crate::args::MAX_ARGS_BYTES;
+use crate::memory;
 
 /// Threads of a workgroup.
 pub(crate) const WORKGROUP: u32 = 256;
@@ -28,6 +29,8 @@ pub struct AdapterInfo {
     pub kind: &'static str,
     /// Driver and version.
     pub driver: String,
+    /// Memory that the GPU can use, where the driver tells.
+    pub memory_bytes: Option<u64>,
     /// Most bytes of one buffer.
     pub max_buffer_bytes: u64,
     /// Most bytes of a buffer that a kernel sees at once.
@@ -62,6 +65,7 @@ impl AdapterInfo {
             },
             driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
             name: info.name,
+            memory_bytes: memory::bytes(adapter),
             max_buffer_bytes: limits.max_buffer_size,
             max_binding_bytes: limits.max_storage_buffer_binding_size as u64,
             subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
@@ -158,7 +162,9 @@ impl Errors {
     pub(crate) fn set(&self, error: WgpuError) {
         let mut first = self.first.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // A lost device says more than what failed because of it.
-        if first.is_none() || (matches!(error, WgpuError::Lost { .. }) && !matches!(*first, Some(WgpuError::Lost { .. }))) {
+        if first.is_none()
+            || (matches!(error, WgpuError::Lost { .. }) && !matches!(*first, Some(WgpuError::Lost { .. })))
+        {
             *first = Some(error);
         }
         self.failed.store(true, Ordering::Release);
@@ -203,7 +209,10 @@ impl Device {
         let unsuitable = |lacks: String| WgpuError::Unsuitable { name: info.name.clone(), lacks };
         let (features, limits) = (adapter.features(), adapter.limits());
         if !features.contains(wgpu::Features::IMMEDIATES) || limits.max_immediate_size < MAX_ARGS_BYTES {
-            return Err(unsuitable(format!("it passes {} bytes of arguments, not {MAX_ARGS_BYTES}", limits.max_immediate_size)));
+            return Err(unsuitable(format!(
+                "it passes {} bytes of arguments, not {MAX_ARGS_BYTES}",
+                limits.max_immediate_size
+            )));
         }
         for (what, found, needed) in [
             ("bytes of workgroup memory", limits.max_compute_workgroup_storage_size, WORKGROUP_BYTES),

@@ -39,7 +39,9 @@ pub enum WgpuError {
         operation: String,
     },
     /// The device is gone.
-    #[error("the GPU was lost during {operation} ({reason}): it was reset, removed, or one piece of work took too long")]
+    #[error(
+        "the GPU was lost during {operation} ({reason}): it was reset, removed, or one piece of work took too long"
+    )]
     Lost {
         /// The operation enqueued last.
         operation: String,

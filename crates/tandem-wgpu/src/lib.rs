@@ -12,6 +12,7 @@ mod device;
 mod error;
 mod linear;
 mod matrix;
+mod memory;
 mod pipelines;
 mod recorder;
 mod residency;

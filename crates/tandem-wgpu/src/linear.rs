@@ -9,8 +9,8 @@ use tandem_core::backend::{EXACT_ROWS, Heads, Mlp};
 
 use crate::args::{CombineArgs, MatrixArgs, PlanArgs, RowArgs};
 use crate::backend::WgpuBackend;
-use crate::device::WORKGROUP;
 use crate::buffer::{Memory, WgpuBuffer, WgpuIndices};
+use crate::device::WORKGROUP;
 use crate::matrix::{Chunk, WgpuMatrix};
 use crate::pipelines::{MAX_EXPERTS, Pipeline};
 use crate::recorder::Cost;
@@ -84,7 +84,8 @@ impl WgpuBackend {
             let buffers = [&chunk.weight, chunk.scales(), x, y];
             let cost = cost(w, chunk.rows.len() * chunk.parts.len(), n);
             if n <= EXACT_ROWS {
-                let (pipeline, rows, tokens) = self.rows_kernel(RowsKernel::Linear, w, from, n, chunk, chunk.parts.len());
+                let (pipeline, rows, tokens) =
+                    self.rows_kernel(RowsKernel::Linear, w, from, n, chunk, chunk.parts.len());
                 let grid = [rows, n.div_ceil(tokens), chunk.parts.len()];
                 self.run(&pipeline, &buffers, &args, grid, cost);
             } else {
@@ -177,7 +178,8 @@ impl WgpuBackend {
                 let buffers = [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden];
                 let cost = cost(&mlp.gate, 2 * gate.rows.len(), n);
                 if n <= EXACT_ROWS {
-                    let (pipeline, rows, tokens) = self.rows_kernel(RowsKernel::GateUp { routed: false }, &mlp.gate, from, n, gate, 1);
+                    let (pipeline, rows, tokens) =
+                        self.rows_kernel(RowsKernel::GateUp { routed: false }, &mlp.gate, from, n, gate, 1);
                     self.run(&pipeline, &buffers, &args, [rows, n.div_ceil(tokens), 1], cost);
                 } else {
                     let tokens = tile_tokens(n);
@@ -239,21 +241,16 @@ impl WgpuBackend {
             args.top_k = top_k as u32;
             let buffers =
                 [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden, &choices.ids.memory];
-            let (pipeline, rows, _) = self.rows_kernel(RowsKernel::GateUp { routed: true }, &experts.gate, from, n, gate, n_slots);
+            let (pipeline, rows, _) =
+                self.rows_kernel(RowsKernel::GateUp { routed: true }, &experts.gate, from, n, gate, n_slots);
             let cost = cost(&experts.gate, 2 * gate.rows.len() * n_slots, 1);
             self.run(&pipeline, &buffers, &args, [rows, n_slots, 1], cost);
         }
         for (i, chunk) in experts.down.chunks.iter().enumerate() {
             let mut args = matrix_args(&experts.down, chunk, to, View::whole(out), n);
             args.top_k = top_k as u32;
-            let buffers = [
-                &chunk.weight,
-                chunk.scales(),
-                &*hidden,
-                &out.memory,
-                &choices.ids.memory,
-                &choices.weights.memory,
-            ];
+            let buffers =
+                [&chunk.weight, chunk.scales(), &*hidden, &out.memory, &choices.ids.memory, &choices.weights.memory];
             // Chunks of rows write rows of their own; chunks of experts add to the same ones.
             adds |= i > 0 && chunk.rows.start == 0;
             let kind = RowsKernel::Down { adds };
@@ -298,24 +295,25 @@ impl WgpuBackend {
 
             let from = View { offset: first_row * x.width, ..View::whole(x) };
             let between = View { pitch: width, offset: 0, stride: 0 };
-            let tiles = |w: &WgpuMatrix, second: Option<&WgpuMatrix>, x: (&Memory, View), y: (&Memory, View), top_k: usize| {
-                for (i, chunk) in w.chunks.iter().enumerate() {
-                    let mut args = matrix_args(w, chunk, x.1, y.1, n_slots);
-                    (args.top_k, args.plan_order) = (top_k as u32, plan_order as u32);
-                    let pipeline = self.tiles_kernel(w, x.1, ROUTED_TILE, second.is_some(), true);
-                    let tile_rows = if second.is_some() { TILE_ROWS / 2 } else { TILE_ROWS };
-                    let grid = [chunk.rows.len().div_ceil(tile_rows), max_tiles, 1];
-                    let mut buffers = vec![&chunk.weight, chunk.scales()];
-                    if let Some(second) = second {
-                        buffers.extend([&second.chunks[i].weight, second.chunks[i].scales()]);
+            let tiles =
+                |w: &WgpuMatrix, second: Option<&WgpuMatrix>, x: (&Memory, View), y: (&Memory, View), top_k: usize| {
+                    for (i, chunk) in w.chunks.iter().enumerate() {
+                        let mut args = matrix_args(w, chunk, x.1, y.1, n_slots);
+                        (args.top_k, args.plan_order) = (top_k as u32, plan_order as u32);
+                        let pipeline = self.tiles_kernel(w, x.1, ROUTED_TILE, second.is_some(), true);
+                        let tile_rows = if second.is_some() { TILE_ROWS / 2 } else { TILE_ROWS };
+                        let grid = [chunk.rows.len().div_ceil(tile_rows), max_tiles, 1];
+                        let mut buffers = vec![&chunk.weight, chunk.scales()];
+                        if let Some(second) = second {
+                            buffers.extend([&second.chunks[i].weight, second.chunks[i].scales()]);
+                        }
+                        buffers.extend([x.0, y.0, &*plan]);
+                        let matrices = if second.is_some() { 2 } else { 1 };
+                        let mut cost = cost(w, matrices * chunk.rows.len() * n_experts.min(n_slots), 1);
+                        cost.products = (matrices * chunk.rows.len() * w.cols * n_slots) as u64;
+                        self.run(&pipeline, &buffers, &args, grid, cost);
                     }
-                    buffers.extend([x.0, y.0, &*plan]);
-                    let matrices = if second.is_some() { 2 } else { 1 };
-                    let mut cost = cost(w, matrices * chunk.rows.len() * n_experts.min(n_slots), 1);
-                    cost.products = (matrices * chunk.rows.len() * w.cols * n_slots) as u64;
-                    self.run(&pipeline, &buffers, &args, grid, cost);
-                }
-            };
+                };
             if alike(experts) {
                 tiles(&experts.gate, Some(&experts.up), (&x.memory, from), (&hidden, between), top_k);
             } else {
@@ -330,7 +328,8 @@ impl WgpuBackend {
             let pipeline = self.pipelines.get::<CombineArgs>("moe_combine", adds.into(), |d| {
                 d.insert("ADD".into(), u32::from(adds).to_string());
             });
-            let args = CombineArgs { base: 0, width: hidden_size as u32, first_row: first_row as u32, top_k: top_k as u32 };
+            let args =
+                CombineArgs { base: 0, width: hidden_size as u32, first_row: first_row as u32, top_k: top_k as u32 };
             let buffers = [&*parts, &choices.ids.memory, &choices.weights.memory, &out.memory];
             let cost = Cost { bytes: (n_slots * hidden_size * 4) as u64, products: 0 };
             self.run(&pipeline, &buffers, &args, [self.blocks(hidden_size), n, 1], cost);
@@ -343,9 +342,13 @@ impl WgpuBackend {
 enum RowsKernel {
     Linear,
     /// With a single row's expert each, or one MLP for all rows.
-    GateUp { routed: bool },
+    GateUp {
+        routed: bool,
+    },
     /// Of routed experts, added to the result.
-    Down { adds: bool },
+    Down {
+        adds: bool,
+    },
 }
 
 fn define(defines: &mut Defines, numbers: &[(&str, usize)]) {

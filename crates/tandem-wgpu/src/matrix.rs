@@ -7,10 +7,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tandem_core::dtype::{FP8_BLOCK, Float};
-use tandem_core::weights::{MatrixData, MatrixPart};
 use tandem_core::DType;
+use tandem_core::dtype::{FP8_BLOCK, Float};
 use tandem_core::quant::minifloat::E4M3;
+use tandem_core::weights::{MatrixData, MatrixPart};
 
 use crate::buffer::Memory;
 use crate::device::Device;

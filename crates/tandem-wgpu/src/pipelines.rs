@@ -111,8 +111,7 @@ pub(crate) fn shader_text<A: Args>(name: &str, defines: &Defines) -> String {
 }
 
 fn compile(device: &Device, name: &'static str, id: u64, text: &str, args_bytes: u32) -> Pipeline {
-    let descriptor =
-        wgpu::ShaderModuleDescriptor { label: Some(name), source: wgpu::ShaderSource::Wgsl(text.into()) };
+    let descriptor = wgpu::ShaderModuleDescriptor { label: Some(name), source: wgpu::ShaderSource::Wgsl(text.into()) };
     // SAFETY: the shaders are ours; every index is bounded by their arguments, which the dispatching functions derive from
     // the sizes of the buffers, and every loop ends.
     #[allow(unsafe_code)]

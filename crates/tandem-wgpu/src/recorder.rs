@@ -11,13 +11,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use crate::WgpuError;
 use crate::buffer::Memory;
 use crate::device::Device;
 use crate::pipelines::Pipeline;
-use crate::WgpuError;
 
 /// Most workgroups of a dispatch in one dimension.
 const MAX_GROUPS: u32 = 65535;
+/// Dispatches of the first submission after the device was idle, so that it has work while the host records more, and of
+/// later ones.
+const FIRST_DISPATCHES: usize = 24;
+const MORE_DISPATCHES: usize = 256;
 /// Submissions whose times may be awaited at once; later ones go untimed.
 const TIMERS: usize = 16;
 /// Timestamps of one profiled submission.
@@ -58,17 +62,17 @@ pub struct SubmissionStats {
     pub dispatches: u64,
     /// Submissions whose time was measured.
     pub timed: u64,
-    /// The longest of them, after the first few, which estimates learn from; seconds.
+    /// Their time on the device, and that of the longest of them.
+    pub timed_seconds: f64,
+    /// Seconds.
     pub longest_seconds: f64,
 }
-
-/// Submissions whose times only teach the estimates.
-const LEARNING: u64 = 8;
 
 struct Open {
     encoder: wgpu::CommandEncoder,
     pass: Option<wgpu::ComputePass<'static>>,
     seconds: f64,
+    dispatches: usize,
     /// Estimated seconds by kernel.
     shares: Vec<(&'static str, f64)>,
     timer: Option<usize>,
@@ -101,6 +105,8 @@ struct State {
     kernels: HashMap<&'static str, KernelTime>,
     bytes: u64,
     budget: f64,
+    /// Dispatches of the next submission.
+    most_dispatches: usize,
     profiled: bool,
 }
 
@@ -125,6 +131,7 @@ impl Recorder {
             kernels: HashMap::new(),
             bytes: 0,
             budget: budget.as_secs_f64(),
+            most_dispatches: FIRST_DISPATCHES,
             profiled: false,
         };
         Recorder { device, state: RefCell::new(state), bandwidth, seconds_per_stamp }
@@ -144,6 +151,12 @@ impl Recorder {
 
     pub(crate) fn stats(&self) -> SubmissionStats {
         self.state.borrow().stats
+    }
+
+    /// Counts from here on.
+    pub(crate) fn begin_stats(&self) {
+        self.wait();
+        self.state.borrow_mut().stats = SubmissionStats::default();
     }
 
     /// Bytes that dispatches have read and written so far.
@@ -190,6 +203,11 @@ impl Recorder {
             self.record(state, pipeline, buffers, args, [first, n, grid[1], grid[2]], seconds * share);
             if let Some(open) = &mut state.open {
                 open.stamped.push((pipeline.name, (cost.bytes as f64 * share) as u64));
+                open.dispatches += 1;
+                if open.dispatches >= state.most_dispatches {
+                    self.submit(state);
+                    state.most_dispatches = MORE_DISPATCHES;
+                }
             }
         }
     }
@@ -225,6 +243,7 @@ impl Recorder {
                 encoder: self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default()),
                 pass: None,
                 seconds: 0.0,
+                dispatches: 0,
                 shares: vec![],
                 timer,
                 stamped: vec![],
@@ -254,7 +273,9 @@ impl Recorder {
             Some((_, sum)) => *sum += seconds,
             None => open.shares.push((pipeline.name, seconds)),
         }
-        if state.profiled && let Some(timer) = open.timer {
+        if state.profiled
+            && let Some(timer) = open.timer
+        {
             let stamp = open.stamped.len() as u32 + 2;
             pass.write_timestamp(&state.timers[timer].queries, stamp);
             if stamp + 2 >= PROFILE_STAMPS {
@@ -274,6 +295,7 @@ impl Recorder {
                 encoder: self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default()),
                 pass: None,
                 seconds: 0.0,
+                dispatches: 0,
                 shares: vec![],
                 timer: None,
                 stamped: vec![],
@@ -319,6 +341,7 @@ impl Recorder {
             let operation = self.device.errors.operation();
             self.device.errors.set(WgpuError::Lost { operation, reason: error.to_string() });
         }
+        self.state.borrow_mut().most_dispatches = FIRST_DISPATCHES;
         self.collect_times();
     }
 
@@ -331,7 +354,9 @@ impl Recorder {
                 continue;
             }
             let stamps: Vec<u64> = match timer.host.slice(..).get_mapped_range() {
-                Ok(view) => view.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap_or_default())).collect(),
+                Ok(view) => {
+                    view.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap_or_default())).collect()
+                }
                 Err(_) => continue,
             };
             timer.host.unmap();
@@ -342,9 +367,8 @@ impl Recorder {
                 continue;
             }
             state.stats.timed += 1;
-            if state.stats.timed > LEARNING {
-                state.stats.longest_seconds = state.stats.longest_seconds.max(seconds);
-            }
+            state.stats.timed_seconds += seconds;
+            state.stats.longest_seconds = state.stats.longest_seconds.max(seconds);
             let estimated: f64 = timer.shares.iter().map(|(_, s)| s).sum();
             if estimated > 0.0 && seconds > 0.0 {
                 for (name, share) in &timer.shares {

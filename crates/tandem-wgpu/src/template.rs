@@ -78,7 +78,8 @@ fn expand_lines(lines: &[&str], defines: &Defines, out: &mut String) {
         match words[..] {
             ["if", name] => {
                 let (middle, end) = block(lines, i);
-                let body = if is_true(name, defines) { &lines[i + 1..middle] } else { &lines[(middle + 1).min(end)..end] };
+                let body =
+                    if is_true(name, defines) { &lines[i + 1..middle] } else { &lines[(middle + 1).min(end)..end] };
                 expand_lines(body, defines, out);
                 i = end + 1;
             }

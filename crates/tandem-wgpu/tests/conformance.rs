@@ -1,8 +1,10 @@
 //! Every operation on a GPU or on software Vulkan, on the terms of the scalar kernels: with subgroups, without them, and with
 //! matrices cut into small buffers. Without an adapter this test says so and passes.
 
+mod device;
+
 use tandem_conformance::{Precision, Scale, Subject, suite};
-use tandem_wgpu::{Options, WgpuBackend, device_present};
+use tandem_wgpu::{Options, WgpuBackend};
 
 /// MXFP4 scales whose byte is 0 decode as zero, and WGSL does not promise NaN.
 const PRECISION: Precision = Precision { smallest_scale: 1, keeps_nan: false, ..Precision::F32 };
@@ -10,8 +12,8 @@ const PRECISION: Precision = Precision { smallest_scale: 1, keeps_nan: false, ..
 const SMALL_BUFFER: u64 = 8 << 10;
 
 fn conforms(name: &'static str, options: &Options, scale: Scale) {
-    if !device_present() {
-        return eprintln!("skipped: no Vulkan or Metal device here");
+    if device::skipped() {
+        return;
     }
     let backend = WgpuBackend::new(options).expect("a device");
     let largest = usize::try_from(backend.info().max_binding_bytes).unwrap_or(usize::MAX) - 4096;

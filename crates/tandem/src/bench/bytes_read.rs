@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 use tandem_core::backend::CacheKind;
 use tandem_core::weights::ModuleKind;
 
-use super::model::BenchModel;
+use tandem_runtime::measured::MeasuredModel;
 
 /// Bytes of one step by module kind.
 pub(super) struct BytesRead {
@@ -17,7 +17,7 @@ impl BytesRead {
     /// Of decoding `batch` sequences with `visible` positions each: weights once, routed experts as often as they were
     /// counted to differ, and each sequence's attended cache.
     pub(super) fn of_decode_step(
-        model: &BenchModel,
+        model: &MeasuredModel,
         visible: usize,
         batch: usize,
         experts_per_layer: Option<f64>,
@@ -57,7 +57,7 @@ impl BytesRead {
 }
 
 /// Cached bytes that one sequence's token attends to, each counted once.
-fn cache_bytes(model: &BenchModel, visible: usize, sparse: bool) -> f64 {
+fn cache_bytes(model: &MeasuredModel, visible: usize, sparse: bool) -> f64 {
     let (config, backend) = (&model.config, &model.runner);
     let n_layers = config.num_hidden_layers;
     let bytes = match (&config.mla, &config.indexer) {
@@ -83,7 +83,7 @@ fn cache_bytes(model: &BenchModel, visible: usize, sparse: bool) -> f64 {
 
 /// Floating-point operations of a prompt: 2 per weight that a token meets. The output projection runs for the last
 /// token only, index queries only in chunks that see more than `index_topk` positions.
-pub(super) fn prefill_flop(model: &BenchModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
+pub(super) fn prefill_flop(model: &MeasuredModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
     let config = &model.config;
     let end = context + n_tokens;
     let scored: usize = (context..end)

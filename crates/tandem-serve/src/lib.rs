@@ -1,0 +1,84 @@
+//! OpenAI's and Anthropic's interfaces to one model, as an axum router.
+//!
+//! The engine lives in a thread of its own ([`Worker`]); handlers turn requests into prompts, and tokens into answers. One
+//! file per interface: chat (with completions), responses, messages, pages. [`router`] can be mounted in any axum program;
+//! [`App`] holds what its handlers need.
+
+mod api;
+mod app;
+mod browser;
+mod chat;
+mod error;
+mod generation;
+mod grammar;
+mod messages;
+mod metrics;
+mod pages;
+mod responses;
+mod strict;
+mod worker;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::header;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+pub use app::{App, Model, Options, ServeError};
+pub use worker::{BoxError, StepBytes, Worker};
+
+use crate::error::{ApiError, MaxBody};
+
+/// Everything that the server answers, to be served or mounted in a larger program.
+pub fn router(app: Arc<App>) -> Router {
+    let access = app.access.clone();
+    let protected = Router::new()
+        .route("/v1/models", get(pages::models))
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions", post(chat::completions))
+        .route("/v1/responses", post(responses::responses))
+        .route("/v1/messages", post(messages::messages))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .route("/tokenize", post(pages::tokenize))
+        .route("/detokenize", post(pages::detokenize))
+        .route("/metrics", get(pages::metrics))
+        .route("/info", get(pages::info))
+        .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .route_layer(from_fn_with_state(Arc::clone(&app), check_key));
+    let mut router = protected
+        .route("/", get(pages::page))
+        .route("/favicon.ico", get(pages::no_icon))
+        .route("/health", get(pages::health))
+        .route("/ready", get(pages::ready))
+        .route("/openapi.json", get(pages::openapi))
+        .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .fallback(|| async { ApiError::not_found() })
+        .layer(axum::Extension(MaxBody(app.max_body_bytes)))
+        .with_state(Arc::clone(&app));
+    if let Some(cors) = access.cors() {
+        router = router.layer(cors);
+    }
+    router.layer(from_fn(move |request, next| browser::guard(access.clone(), request, next)))
+}
+
+/// Lets requests with a right key pass, or all if the server has none.
+async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    if app.keys.is_empty() {
+        return next.run(request).await;
+    }
+    let headers = request.headers();
+    let authorization = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+    let bearer = authorization
+        .and_then(|v| v.split_once(' '))
+        .and_then(|(scheme, key)| scheme.eq_ignore_ascii_case("bearer").then_some(key));
+    let given = bearer.or_else(|| headers.get("x-api-key").and_then(|v| v.to_str().ok())).unwrap_or_default();
+    // Every key is compared, in constant time, by its hash: neither length nor place shows.
+    let given: [u8; 32] = Sha256::digest(given.trim()).into();
+    let matches = app.keys.iter().fold(0u8, |found, key| found | key.ct_eq(&given).unwrap_u8());
+    if matches == 1 { next.run(request).await } else { ApiError::unauthorized().into_response() }
+}

@@ -1,0 +1,201 @@
+//! What /metrics says, in the format of OpenMetrics, which Prometheus reads.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use std::sync::atomic::{AtomicU64, Ordering};
+use tandem_engine::RankStatus;
+
+use crate::worker::Status;
+
+type FloatGauge = Gauge<f64, AtomicU64>;
+type FloatCounter = Counter<f64, AtomicU64>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Rank {
+    rank: u32,
+}
+
+/// Counters, gauges and histograms of one server.
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<Reason, Counter>,
+    /// Calls that could not be read and were passed on as text.
+    pub(crate) malformed_calls: Counter,
+    /// Seconds from a request's arrival to its first token.
+    pub(crate) time_to_first_token: Histogram,
+    /// Seconds between the tokens of a stream.
+    pub(crate) inter_token: Histogram,
+    /// Seconds of whole requests.
+    pub(crate) duration: Histogram,
+    running: Gauge,
+    waiting: Gauge,
+    pages: Gauge,
+    pages_used: Gauge,
+    pages_cached: Gauge,
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    disk_tokens: Counter,
+    generated_tokens: Counter,
+    preemptions: Counter,
+    restarts: Counter,
+    tokens_per_second: FloatGauge,
+    bytes_per_second: FloatGauge,
+    bandwidth_fraction: FloatGauge,
+    rank_layers: Family<Rank, Gauge>,
+    rank_weights: Family<Rank, Gauge>,
+    rank_cache: Family<Rank, Gauge>,
+    rank_cache_used: Family<Rank, Gauge>,
+    rank_rows: Family<Rank, Counter>,
+    rank_busy: Family<Rank, FloatCounter>,
+    /// Bytes per second that the memory was measured to deliver.
+    pub(crate) bandwidth: f64,
+}
+
+impl Metrics {
+    /// All at zero; `bandwidth` is what the memory was measured to deliver, bytes per second.
+    pub(crate) fn new(bandwidth: f64) -> Metrics {
+        let mut registry = Registry::with_prefix("tandem");
+        let seconds = |start: f64, n: u16| Histogram::new(exponential_buckets(start, 2.0, n));
+        let metrics = Metrics {
+            requests: Family::default(),
+            malformed_calls: Counter::default(),
+            time_to_first_token: seconds(0.001, 18),
+            inter_token: Histogram::new(exponential_buckets(0.000_5, 1.5, 24)),
+            duration: seconds(0.01, 18),
+            running: Gauge::default(),
+            waiting: Gauge::default(),
+            pages: Gauge::default(),
+            pages_used: Gauge::default(),
+            pages_cached: Gauge::default(),
+            prompt_tokens: Counter::default(),
+            cached_tokens: Counter::default(),
+            disk_tokens: Counter::default(),
+            generated_tokens: Counter::default(),
+            preemptions: Counter::default(),
+            restarts: Counter::default(),
+            tokens_per_second: Gauge::default(),
+            bytes_per_second: Gauge::default(),
+            bandwidth_fraction: Gauge::default(),
+            rank_layers: Family::default(),
+            rank_weights: Family::default(),
+            rank_cache: Family::default(),
+            rank_cache_used: Family::default(),
+            rank_rows: Family::default(),
+            rank_busy: Family::default(),
+            bandwidth,
+            registry: Registry::default(),
+        };
+        registry.register("requests_finished", "Requests by how they ended", metrics.requests.clone());
+        registry.register("malformed_tool_calls", "Tool calls passed on as text", metrics.malformed_calls.clone());
+        let histograms = [
+            ("time_to_first_token", "From arrival to the first token", &metrics.time_to_first_token),
+            ("inter_token_latency", "Between the tokens of a stream", &metrics.inter_token),
+            ("request_duration", "Whole requests", &metrics.duration),
+        ];
+        for (name, help, histogram) in histograms {
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+        }
+        let gauges = [
+            ("requests_running", "Requests that run", &metrics.running),
+            ("requests_waiting", "Requests that wait for a place", &metrics.waiting),
+            ("cache_pages", "Pages of the key-value cache", &metrics.pages),
+            ("cache_pages_used", "Pages that requests hold", &metrics.pages_used),
+            ("cache_pages_idle", "Pages kept for prompts to come", &metrics.pages_cached),
+        ];
+        for (name, help, gauge) in gauges {
+            registry.register(name, help, gauge.clone());
+        }
+        let counters = [
+            ("prompt_tokens", "Prompt tokens run", &metrics.prompt_tokens),
+            ("cached_prompt_tokens", "Prompt tokens found in the cache", &metrics.cached_tokens),
+            ("disk_prompt_tokens", "Of these, tokens read from disk", &metrics.disk_tokens),
+            ("generated_tokens", "Tokens generated", &metrics.generated_tokens),
+            ("preemptions", "Requests that gave up their pages for a while", &metrics.preemptions),
+            ("engine_restarts", "Times that the engine was made anew", &metrics.restarts),
+        ];
+        for (name, help, counter) in counters {
+            registry.register(name, help, counter.clone());
+        }
+        let rates = [
+            ("tokens_per_second", "Tokens generated, over about a second", &metrics.tokens_per_second),
+            (
+                "read_bytes_per_second",
+                "Weight bytes that the steps needed, over about a second",
+                &metrics.bytes_per_second,
+            ),
+            ("bandwidth_fraction", "The same as a fraction of the measured bandwidth", &metrics.bandwidth_fraction),
+        ];
+        for (name, help, gauge) in rates {
+            registry.register(name, help, gauge.clone());
+        }
+        let measured = FloatGauge::default();
+        measured.set(bandwidth);
+        registry.register("measured_bandwidth_bytes_per_second", "Read bandwidth, measured at the start", measured);
+        registry.register("rank_layers", "Decoder layers of each rank, or slices of them", metrics.rank_layers.clone());
+        let sizes = [
+            ("rank_weights", "Weights of each rank", &metrics.rank_weights),
+            ("rank_cache", "Key-value cache of each rank", &metrics.rank_cache),
+            ("rank_cache_used", "Of this, what requests hold", &metrics.rank_cache_used),
+        ];
+        for (name, help, gauge) in sizes {
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+        }
+        registry.register("rank_rows", "Tokens that each rank has run", metrics.rank_rows.clone());
+        let help = "Time that each rank has spent on them, waiting for others left out";
+        registry.register_with_unit("rank_busy", help, Unit::Seconds, metrics.rank_busy.clone());
+        Metrics { registry, ..metrics }
+    }
+
+    /// Counts a request that ended, by `reason`.
+    pub(crate) fn finished(&self, reason: &str) {
+        self.requests.get_or_create(&Reason { reason: reason.to_owned() }).inc();
+    }
+
+    /// The page's text.
+    pub(crate) fn render(&self, status: &Status, ranks: &[RankStatus]) -> String {
+        let counters = &status.counters;
+        self.running.set(status.running as i64);
+        self.waiting.set(status.waiting as i64);
+        self.pages.set(status.pages as i64);
+        self.pages_used.set(status.pages_used as i64);
+        self.pages_cached.set(status.pages_cached as i64);
+        set(&self.prompt_tokens, counters.prompt_tokens);
+        set(&self.cached_tokens, counters.cached_tokens);
+        set(&self.disk_tokens, counters.disk_tokens);
+        set(&self.generated_tokens, counters.generated_tokens);
+        set(&self.preemptions, counters.preemptions);
+        set(&self.restarts, status.restarts);
+        self.tokens_per_second.set(status.tokens_per_second);
+        self.bytes_per_second.set(status.bytes_per_second);
+        self.bandwidth_fraction.set(status.bytes_per_second / self.bandwidth.max(1.0));
+        for (i, rank) in ranks.iter().enumerate() {
+            let label = Rank { rank: i as u32 };
+            self.rank_layers.get_or_create(&label).set(rank.layers.len() as i64);
+            self.rank_weights.get_or_create(&label).set(rank.weight_bytes as i64);
+            self.rank_cache.get_or_create(&label).set(rank.cache_bytes as i64);
+            self.rank_cache_used.get_or_create(&label).set(status.cache_bytes_used(rank) as i64);
+            set(&self.rank_rows.get_or_create(&label), rank.rows);
+            let busy = self.rank_busy.get_or_create(&label);
+            busy.inner().store(rank.busy.as_secs_f64().to_bits(), Ordering::Relaxed);
+        }
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+/// A count that the engine keeps; it begins again with a new engine.
+fn set(counter: &Counter, value: u64) {
+    counter.inner().store(value, Ordering::Relaxed);
+}

@@ -1,0 +1,483 @@
+//! The thread that owns the engine. Requests come through a channel, events go back through one per request.
+//!
+//! When the engine fails (a device error, a rank of a group that died, a panic), every request in flight gets one error,
+//! and the engine is made anew.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tandem_engine::{Counters, Engine, EngineError, Event, Output, RankStatus, Request, RequestId};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::error::ApiError;
+use crate::grammar::STACK_BYTES;
+
+/// Between attempts to make the engine anew.
+const RETRY: Duration = Duration::from_secs(2);
+/// How often an idle engine looks up.
+const IDLE: Duration = Duration::from_millis(200);
+/// Between questions to the ranks.
+const RANKS: Duration = Duration::from_secs(1);
+
+/// What a request hears of the engine.
+pub(crate) enum Reply {
+    /// An event, and when it happened.
+    Event(Event, Instant),
+    /// The engine failed, or refuses the request; nothing follows.
+    Error(ApiError),
+}
+
+struct Job {
+    request: Request,
+    client: Client,
+}
+
+/// The engine's end of a request.
+struct Client {
+    replies: UnboundedSender<Reply>,
+    _place: Arc<Place>,
+}
+
+impl Client {
+    fn send(&self, reply: Reply) {
+        // A client that is gone is noticed before the next step.
+        let _ = self.replies.send(reply);
+    }
+}
+
+/// One of the open requests. Both ends hold it: a request is open until the engine has let it go and its replies have been
+/// read or dropped.
+struct Place(Arc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.n_open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// State of the engine, for metrics and the page.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Status {
+    pub(crate) running: usize,
+    pub(crate) waiting: usize,
+    pub(crate) pages: usize,
+    pub(crate) pages_used: usize,
+    pub(crate) pages_cached: usize,
+    pub(crate) counters: Counters,
+    /// Generated tokens and weight bytes of about the last second, per second.
+    pub(crate) tokens_per_second: f64,
+    pub(crate) bytes_per_second: f64,
+    /// Times that the engine was made anew.
+    pub(crate) restarts: u64,
+}
+
+impl Status {
+    /// Bytes of a rank's part of the cache that requests hold.
+    pub(crate) fn cache_bytes_used(&self, rank: &RankStatus) -> u64 {
+        // Every rank has every page, of its own layers.
+        rank.cache_bytes / self.pages.max(1) as u64 * self.pages_used as u64
+    }
+}
+
+struct Shared {
+    is_ready: AtomicBool,
+    is_stopping: AtomicBool,
+    /// The thread ends.
+    is_ended: AtomicBool,
+    n_open: AtomicUsize,
+    status: Mutex<Status>,
+    /// As of about a second ago.
+    ranks: Mutex<Vec<RankStatus>>,
+}
+
+/// Weight bytes that a step of so many rows reads.
+pub type StepBytes = Box<dyn Fn(usize) -> u64 + Send>;
+
+/// Why an engine cannot be made.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The way to the engine's thread.
+#[derive(Clone)]
+pub struct Worker {
+    jobs: Sender<Job>,
+    shared: Arc<Shared>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+    max_open: usize,
+}
+
+/// Replies to one request. Dropping it cancels the request.
+pub(crate) struct Replies {
+    pub(crate) receiver: UnboundedReceiver<Reply>,
+    _place: Arc<Place>,
+}
+
+impl Worker {
+    /// Starts the thread; returns when the first engine is ready. At most `max_open` requests wait or run. With an engine
+    /// comes a function that says how many weight bytes its steps read.
+    ///
+    /// # Errors
+    /// The first engine cannot be made.
+    pub fn start(
+        make: impl FnMut() -> Result<(Engine, StepBytes), BoxError> + Send + 'static,
+        max_open: usize,
+    ) -> Result<Worker, BoxError> {
+        let shared = Arc::new(Shared {
+            is_ready: AtomicBool::new(false),
+            is_stopping: AtomicBool::new(false),
+            is_ended: AtomicBool::new(false),
+            n_open: AtomicUsize::new(0),
+            status: Mutex::default(),
+            ranks: Mutex::default(),
+        });
+        let (jobs, receiver) = channel();
+        let (first, first_result) = channel();
+        let thread_shared = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("tandem-engine".into())
+            // Constraints recurse here too.
+            .stack_size(STACK_BYTES)
+            .spawn(move || run(make, &receiver, &thread_shared, first))?;
+        first_result.recv()??;
+        Ok(Worker { jobs, shared, thread: Arc::new(Mutex::new(Some(thread))), max_open })
+    }
+
+    /// Whether requests are served.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.shared.is_ready.load(Ordering::Relaxed) && !self.shared.is_stopping.load(Ordering::Relaxed)
+    }
+
+    /// Stops being ready; requests in flight go on.
+    pub fn stop(&self) {
+        self.shared.is_stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the thread, and with it whatever is still in flight; returns when the engine has put everything away.
+    pub fn end(&self) {
+        self.shared.is_ended.store(true, Ordering::Relaxed);
+        let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(thread) = thread {
+            // A panic of the engine has been reported already.
+            let _ = thread.join();
+        }
+    }
+
+    /// State as of the last step.
+    pub(crate) fn status(&self) -> Status {
+        *self.shared.status.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The ranks as of about a second ago.
+    pub(crate) fn ranks(&self) -> Vec<RankStatus> {
+        self.shared.ranks.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Hands requests to the engine, all or none of them.
+    ///
+    /// # Errors
+    /// The queue is full, or there is no engine.
+    pub(crate) fn submit(&self, requests: Vec<Request>) -> Result<Vec<Replies>, ApiError> {
+        if !self.is_ready() {
+            return Err(ApiError::unavailable("the engine is starting or stopping; try again later"));
+        }
+        let n = requests.len();
+        let n_open = self.shared.n_open.fetch_add(n, Ordering::Relaxed);
+        if n_open + n > self.max_open {
+            self.shared.n_open.fetch_sub(n, Ordering::Relaxed);
+            return Err(ApiError::busy(n_open));
+        }
+        // From here on dropping a place counts down.
+        let places: Vec<Arc<Place>> = (0..n).map(|_| Arc::new(Place(Arc::clone(&self.shared)))).collect();
+        requests
+            .into_iter()
+            .zip(places)
+            .map(|(request, place)| {
+                let (replies, receiver) = unbounded_channel();
+                let client = Client { replies, _place: Arc::clone(&place) };
+                let sent = self.jobs.send(Job { request, client });
+                sent.map_err(|_| ApiError::unavailable("the engine has stopped"))?;
+                Ok(Replies { receiver, _place: place })
+            })
+            .collect()
+    }
+}
+
+fn run(
+    mut make: impl FnMut() -> Result<(Engine, StepBytes), BoxError>,
+    jobs: &Receiver<Job>,
+    shared: &Shared,
+    first: Sender<Result<(), BoxError>>,
+) {
+    let mut first = Some(first);
+    loop {
+        match make() {
+            Ok((mut engine, step_bytes)) => {
+                shared.is_ready.store(true, Ordering::Relaxed);
+                if let Some(first) = first.take() {
+                    let _ = first.send(Ok(()));
+                }
+                // A panic is a bug of ours, and no reason to leave everybody without service.
+                let served = catch_unwind(AssertUnwindSafe(|| serve(&mut engine, jobs, shared, &step_bytes)));
+                let error = match served {
+                    Ok(None) => return,
+                    Ok(Some(error)) => error.to_string(),
+                    Err(_) => "it panicked".to_owned(),
+                };
+                shared.is_ready.store(false, Ordering::Relaxed);
+                {
+                    let mut status = shared.status.lock().unwrap_or_else(|e| e.into_inner());
+                    *status = Status { restarts: status.restarts + 1, ..Status::default() };
+                }
+                tracing::error!("the engine failed and is made anew: {error}");
+            }
+            Err(error) => {
+                if let Some(first) = first.take() {
+                    let _ = first.send(Err(error));
+                    return;
+                }
+                let error = chain(&*error);
+                tracing::error!("the engine cannot be made: {error}; trying again in {} s", RETRY.as_secs());
+                std::thread::sleep(RETRY);
+                if shared.is_ended.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// Serves until the engine fails, or the server ends (`None`).
+fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes: &StepBytes) -> Option<EngineError> {
+    let mut clients: HashMap<RequestId, Client> = HashMap::new();
+    let mut outputs: Vec<Output> = vec![];
+    let mut rates = Rates::new();
+    if let Err(error) = ask_ranks(engine, shared) {
+        return Some(error);
+    }
+    let (mut asked, mut steps_asked) = (Instant::now(), 0);
+    loop {
+        let is_idle = clients.is_empty();
+        let mut next =
+            if is_idle { jobs.recv_timeout(IDLE) } else { jobs.try_recv().map_err(|_| RecvTimeoutError::Timeout) };
+        let is_alone = is_idle && matches!(next, Err(RecvTimeoutError::Disconnected));
+        if is_alone || shared.is_ended.load(Ordering::Relaxed) {
+            return None;
+        }
+        while let Ok(Job { request, client }) = next {
+            match engine.submit(request) {
+                Ok(id) => {
+                    clients.insert(id, client);
+                }
+                Err(error) => client.send(Reply::Error(ApiError::invalid("", error.to_string()))),
+            }
+            next = jobs.try_recv().map_err(|_| RecvTimeoutError::Timeout);
+        }
+        clients.retain(|id, client| {
+            let is_gone = client.replies.is_closed();
+            if is_gone {
+                engine.cancel(*id);
+            }
+            !is_gone
+        });
+        if !clients.is_empty() {
+            let before = engine.counters();
+            if let Err(error) = engine.step(&mut outputs) {
+                return Some(fail(&clients, error));
+            }
+            if engine.counters().steps > before.steps {
+                rates.add(
+                    engine.counters().generated_tokens - before.generated_tokens,
+                    step_bytes(engine.last_step_rows()),
+                );
+            }
+        }
+        let now = Instant::now();
+        for Output { request, event } in outputs.drain(..) {
+            let is_end = matches!(event, Event::Finished(_) | Event::Failed(_));
+            if let Some(client) = clients.get(&request) {
+                client.send(Reply::Event(event, now));
+            }
+            if is_end {
+                clients.remove(&request);
+            }
+        }
+        let steps = engine.counters().steps;
+        if steps > steps_asked && asked.elapsed() >= RANKS {
+            if let Err(error) = ask_ranks(engine, shared) {
+                return Some(fail(&clients, error));
+            }
+            (asked, steps_asked) = (Instant::now(), steps);
+        }
+        let mut status = shared.status.lock().unwrap_or_else(|e| e.into_inner());
+        let (tokens_per_second, bytes_per_second) = rates.current();
+        *status = Status {
+            running: engine.n_running(),
+            waiting: engine.n_waiting(),
+            pages: engine.blocks().n_pages(),
+            pages_used: engine.blocks().n_used(),
+            pages_cached: engine.blocks().n_idle(),
+            counters: engine.counters(),
+            tokens_per_second,
+            bytes_per_second,
+            restarts: status.restarts,
+        };
+    }
+}
+
+/// Notes what the ranks have done.
+fn ask_ranks(engine: &mut Engine, shared: &Shared) -> Result<(), EngineError> {
+    let ranks = engine.ranks()?;
+    *shared.ranks.lock().unwrap_or_else(|e| e.into_inner()) = ranks;
+    Ok(())
+}
+
+/// Tells everybody that the engine failed.
+fn fail(clients: &HashMap<RequestId, Client>, error: EngineError) -> EngineError {
+    let message = format!("the engine failed: {error}; it is being made anew");
+    clients.values().for_each(|client| client.send(Reply::Error(ApiError::unavailable(message.clone()))));
+    error
+}
+
+/// Tokens and bytes per second, over windows of about a second.
+struct Rates {
+    start: Instant,
+    tokens: u64,
+    bytes: u64,
+    last: (f64, f64),
+}
+
+impl Rates {
+    const WINDOW: f64 = 1.0;
+
+    fn new() -> Rates {
+        Rates { start: Instant::now(), tokens: 0, bytes: 0, last: (0.0, 0.0) }
+    }
+
+    fn add(&mut self, tokens: u64, bytes: u64) {
+        self.tokens += tokens;
+        self.bytes += bytes;
+    }
+
+    fn current(&mut self) -> (f64, f64) {
+        let seconds = self.start.elapsed().as_secs_f64();
+        if seconds >= Rates::WINDOW {
+            let last = (self.tokens as f64 / seconds, self.bytes as f64 / seconds);
+            *self = Rates { last, ..Rates::new() };
+        }
+        self.last
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tandem_core::Batch;
+    use tandem_engine::{BlockManager, Runner};
+    use tandem_model::Limits;
+
+    /// Fails at its third step while `is_broken`, by an error or a panic.
+    struct Fragile {
+        n_steps: usize,
+        panics: bool,
+        is_broken: Arc<AtomicBool>,
+    }
+
+    impl Runner for Fragile {
+        fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+            self.n_steps += 1;
+            if self.n_steps >= 3 && self.is_broken.load(Ordering::Relaxed) {
+                assert!(!self.panics, "as a bug would");
+                return Err(EngineError::Device("rank 1 on host b does not answer".into()));
+            }
+            logits.extend(batch.logits_rows.iter().flat_map(|_| [0.0, 1.0]));
+            Ok(())
+        }
+
+        fn limits(&self) -> Limits {
+            Limits { max_rows: 64, max_logits_rows: 8 }
+        }
+
+        fn vocab_size(&self) -> usize {
+            2
+        }
+    }
+
+    fn request() -> Request {
+        Request { prompt: vec![1, 1], max_tokens: 5, ..Request::default() }
+    }
+
+    fn start(panics: bool, is_broken: &Arc<AtomicBool>, max_open: usize) -> Worker {
+        let is_broken = Arc::clone(is_broken);
+        let make = move || {
+            let runner = Fragile { n_steps: 0, panics, is_broken: Arc::clone(&is_broken) };
+            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(512), 256, 256);
+            Ok((engine, Box::new(|_| 0u64) as StepBytes))
+        };
+        Worker::start(make, max_open).unwrap()
+    }
+
+    fn read(mut replies: Replies) -> (usize, Option<String>) {
+        let mut n_tokens = 0;
+        loop {
+            match replies.receiver.blocking_recv() {
+                Some(Reply::Event(Event::Token { .. }, _)) => n_tokens += 1,
+                Some(Reply::Event(Event::Finished(_), _)) => return (n_tokens, None),
+                Some(Reply::Error(error)) => return (n_tokens, Some(error.body().to_string())),
+                Some(_) => {}
+                None => return (n_tokens, Some("the engine has stopped".to_owned())),
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_engine_is_one_error_for_each_request_and_comes_back() {
+        for (panics, expected) in [(false, "rank 1 on host b"), (true, "the engine has stopped")] {
+            let is_broken = Arc::new(AtomicBool::new(true));
+            let worker = start(panics, &is_broken, 4);
+            let in_flight = worker.submit(vec![request(), request()]).unwrap();
+            for replies in in_flight {
+                let (_, error) = read(replies);
+                assert!(error.unwrap().contains(expected));
+            }
+            is_broken.store(false, Ordering::Relaxed);
+            let again = loop {
+                match worker.submit(vec![request()]) {
+                    Ok(mut replies) => break replies.remove(0),
+                    Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                }
+            };
+            assert_eq!(read(again), (5, None));
+            assert_eq!(worker.status().restarts, 1);
+        }
+    }
+
+    #[test]
+    fn the_queue_is_bounded_and_places_come_back() {
+        let worker = start(false, &Arc::default(), 2);
+        assert!(worker.submit(vec![request(), request(), request()]).is_err());
+        let places = worker.submit(vec![request(), request()]).unwrap();
+        assert!(worker.submit(vec![request()]).is_err());
+        drop(places);
+        // The engine lets go of them before its next step.
+        let again = loop {
+            match worker.submit(vec![request()]) {
+                Ok(mut replies) => break replies.remove(0),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        assert_eq!(read(again), (5, None));
+        while worker.status().pages_used > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

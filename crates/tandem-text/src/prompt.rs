@@ -1,0 +1,249 @@
+//! From a conversation to token ids.
+//!
+//! What people and tools write is text: a special token in it is encoded like any other words, and only those that the
+//! template writes itself open and close turns. Before rendering a mark goes into each special token of the conversation,
+//! which no template looks for, and afterwards the marks tell these tokens from the template's.
+
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::dialect::{THINK, opens_reasoning};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// Characters of marks: Unicode keeps them for such use, and no text has them.
+const MARK: (char, char) = ('\u{FDD0}', '\u{FDD1}');
+
+/// Why a conversation has no prompt.
+#[derive(Debug, Error)]
+pub enum PromptError {
+    /// The template does not render.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The text cannot be encoded.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+}
+
+/// A conversation as the model reads it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// The rendered text.
+    pub text: String,
+    /// Its tokens.
+    pub ids: Vec<u32>,
+    /// Whether it ends inside the reasoning section.
+    pub in_reasoning: bool,
+}
+
+/// What a template makes of a conversation; `extra` are further variables of it.
+///
+/// # Errors
+/// The template refuses the conversation or fails, or the tokenizer refuses the text.
+pub fn prompt(
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    messages: &[Value],
+    tools: Option<&[Value]>,
+    extra: &Map<String, Value>,
+) -> Result<Prompt, PromptError> {
+    let is_plain = !messages.iter().chain(tools.into_iter().flatten()).any(|value| has_control(tokenizer, value))
+        && !extra.values().any(|value| has_control(tokenizer, value));
+    let (text, literals) = if is_plain {
+        (template.render(messages, tools, true, extra)?, vec![])
+    } else {
+        let mark = free_mark(messages.iter().chain(tools.into_iter().flatten()).chain(extra.values()));
+        let protect = |value: &Value| protected(tokenizer, value, &mark);
+        let messages: Vec<Value> = messages.iter().map(protect).collect();
+        let tools: Option<Vec<Value>> = tools.map(|tools| tools.iter().map(protect).collect());
+        let extra = extra.iter().map(|(key, value)| (key.clone(), protect(value))).collect();
+        without_marks(&template.render(&messages, tools.as_deref(), true, &extra)?, &mark)
+    };
+    // A literal `<think>` at the end is no order.
+    let in_reasoning =
+        opens_reasoning(&text) && literals.last().is_none_or(|literal| text[*literal..].trim_end() != THINK);
+    let ids = tokenizer.encode_with_literals(&text, &literals)?;
+    Ok(Prompt { text, ids, in_reasoning })
+}
+
+fn has_control(tokenizer: &Tokenizer, value: &Value) -> bool {
+    match value {
+        Value::String(text) => tokenizer.has_control(text),
+        Value::Array(list) => list.iter().any(|value| has_control(tokenizer, value)),
+        Value::Object(map) => {
+            map.iter().any(|(key, value)| tokenizer.has_control(key) || has_control(tokenizer, value))
+        }
+        _ => false,
+    }
+}
+
+/// A text that occurs nowhere in the values.
+fn free_mark<'a>(values: impl Iterator<Item = &'a Value> + Clone) -> String {
+    fn contains(value: &Value, mark: &str) -> bool {
+        match value {
+            Value::String(text) => text.contains(mark),
+            Value::Array(list) => list.iter().any(|value| contains(value, mark)),
+            Value::Object(map) => map.iter().any(|(key, value)| key.contains(mark) || contains(value, mark)),
+            _ => false,
+        }
+    }
+    let mut mark = String::from(MARK.1);
+    while values.clone().any(|value| contains(value, &mark)) {
+        mark.insert(0, MARK.0);
+    }
+    mark
+}
+
+/// The value with a mark after the first character of each special token in its texts.
+fn protected(tokenizer: &Tokenizer, value: &Value, mark: &str) -> Value {
+    let protect = |text: &str| {
+        let mut marked = String::with_capacity(text.len() + 16);
+        let mut rest = 0;
+        // Tokens may overlap: each occurrence counts.
+        for start in tokenizer.control_starts(text) {
+            let after = start + text[start..].chars().next().map_or(0, char::len_utf8);
+            marked.push_str(&text[rest..after]);
+            marked.push_str(mark);
+            rest = after;
+        }
+        marked + &text[rest..]
+    };
+    match value {
+        Value::String(text) => Value::String(protect(text)),
+        Value::Array(list) => list.iter().map(|value| protected(tokenizer, value, mark)).collect(),
+        Value::Object(map) => {
+            Value::Object(map.iter().map(|(key, value)| (protect(key), protected(tokenizer, value, mark))).collect())
+        }
+        other => other.clone(),
+    }
+}
+
+/// The text without its marks, and where the tokens begin that had one.
+fn without_marks(marked: &str, mark: &str) -> (String, Vec<usize>) {
+    let mut text = String::with_capacity(marked.len());
+    let mut literals = vec![];
+    for (i, piece) in marked.split(mark).enumerate() {
+        if i > 0 {
+            literals.push(text.char_indices().next_back().map_or(0, |(at, _)| at));
+        }
+        text.push_str(piece);
+    }
+    (text, literals)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::{Path, PathBuf};
+
+    /// Every model with a tokenizer and a chat template in the repository.
+    fn models() -> Vec<(PathBuf, Tokenizer, ChatTemplate)> {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        let folders = std::fs::read_dir(root.join("tests/golden/models")).unwrap().map(|entry| entry.unwrap().path());
+        let all = folders.chain([root.join("models/fable-30m-MXFP4-Q8")]);
+        let models: Vec<_> = all
+            .filter_map(|dir| {
+                let tokenizer = Tokenizer::from_dir(&dir).ok()?;
+                let template = ChatTemplate::from_dir(&dir, None).ok()??;
+                Some((dir, tokenizer, template))
+            })
+            .collect();
+        assert!(models.len() >= 2);
+        models
+    }
+
+    /// A place, and messages and tools with a text in it.
+    type Case = (&'static str, Vec<Value>, Option<Vec<Value>>);
+
+    /// Conversations with a text in each place that a client can write to.
+    fn conversations(text: &str) -> Vec<Case> {
+        let user = json!({"role": "user", "content": "hi"});
+        let call = |name: &str, arguments: Value| {
+            json!({"role": "assistant", "content": "", "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}},
+            ]})
+        };
+        let tool = |name: &str, description: &str, key: &str| {
+            json!({"type": "function", "function": {"name": name, "description": description, "parameters": {
+                "type": "object", "properties": {key: {"type": "string", "description": description}},
+            }}})
+        };
+        let plain = tool("f", "x", "a");
+        let result = json!({"role": "tool", "tool_call_id": "c", "content": text});
+        vec![
+            ("user", vec![json!({"role": "user", "content": text})], None),
+            ("system", vec![json!({"role": "system", "content": text}), user.clone()], None),
+            ("assistant", vec![user.clone(), json!({"role": "assistant", "content": text}), user.clone()], None),
+            (
+                "reasoning",
+                vec![user.clone(), json!({"role": "assistant", "content": "a", "reasoning_content": text})],
+                None,
+            ),
+            ("result", vec![user.clone(), call("f", json!({"a": "b"})), result], Some(vec![plain.clone()])),
+            ("argument", vec![user.clone(), call("f", json!({"a": text, "b": [text]}))], Some(vec![plain.clone()])),
+            ("key", vec![user.clone(), call("f", json!({text: "b"}))], Some(vec![plain.clone()])),
+            ("name of a call", vec![user.clone(), call(text, json!({"a": "b"}))], Some(vec![plain])),
+            ("tool", vec![user.clone()], Some(vec![tool(text, text, text)])),
+        ]
+    }
+
+    #[test]
+    fn special_tokens_in_a_conversation_are_text() {
+        for (dir, tokenizer, template) in models() {
+            let controls: Vec<(u32, String)> = (0..tokenizer.vocab_size() as u32 + 1000)
+                .filter(|id| tokenizer.is_added(*id))
+                .filter_map(|id| Some((id, tokenizer.id_to_token(id)?)))
+                .filter(|(_, token)| !token.trim().is_empty())
+                .collect();
+            assert!(!controls.is_empty());
+            let orders = |ids: &[u32]| -> Vec<u32> {
+                ids.iter().copied().filter(|id| controls.iter().any(|(control, _)| control == id)).collect()
+            };
+            let none = Map::new();
+            let render = |messages: &[Value], tools: Option<&[Value]>| {
+                prompt(&template, &tokenizer, messages, tools, &none).ok()
+            };
+            let tokens: Vec<&str> = controls.iter().map(|(_, token)| token.as_str()).collect();
+            let all = tokens.concat();
+            let mut texts: Vec<String> = tokens.iter().map(|token| format!("word{token}word")).collect();
+            // Alone, with each other, inside each other, with marks.
+            texts.extend(tokens.iter().map(|token| (*token).to_owned()));
+            texts.push(all.clone());
+            texts.push(
+                tokens.iter().map(|token| token.split_at(1).0.to_owned() + token + token.split_at(1).1).collect(),
+            );
+            texts.push(format!("{}{}{all}{}", MARK.0, MARK.1, MARK.1));
+            for text in &texts {
+                for ((place, messages, tools), (_, plain, plain_tools)) in
+                    conversations(text).iter().zip(conversations("words"))
+                {
+                    let Some(expected) = render(&plain, plain_tools.as_deref()) else { continue };
+                    let Some(found) = render(messages, tools.as_deref()) else { continue };
+                    let what = format!("{}: {place}: {text:?}", dir.display());
+                    assert_eq!(orders(&found.ids), orders(&expected.ids), "{what}");
+                    assert_eq!(found.in_reasoning, expected.in_reasoning, "{what}");
+                    assert_eq!(tokenizer.decode(&found.ids, false).unwrap(), found.text, "{what}");
+                    if place == &"user" {
+                        assert!(found.text.contains(text.trim()), "{what}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// As the model was trained: the text of the template is one piece with what stands beside it.
+    #[test]
+    fn other_conversations_are_encoded_as_one_text() {
+        for (dir, tokenizer, template) in models() {
+            for (place, messages, tools) in conversations("It is 1 < 2, <b>bold</b> and \u{fdd0}.\n") {
+                let Ok(found) = prompt(&template, &tokenizer, &messages, tools.as_deref(), &Map::new()) else {
+                    continue;
+                };
+                let text = template.render(&messages, tools.as_deref(), true, &Map::new()).unwrap();
+                assert_eq!(found.text, text, "{}: {place}", dir.display());
+                assert_eq!(found.ids, tokenizer.encode(&text, false).unwrap(), "{}: {place}", dir.display());
+            }
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! `tandem serve`: loads the model and puts it behind tandem-serve's interfaces.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use axum::serve::ListenerExt;
+use sha2::{Digest, Sha256};
+use tandem_core::ModelConfig;
+use tandem_core::weights::ModuleKind;
+use tandem_cpu::bandwidth::measure_read_bandwidth;
+use tandem_cpu::system;
+use tandem_engine::{Engine, GenerationConfig, PageStore, RankStatus, Scheduling};
+use tandem_model::Accounting;
+use tandem_runtime::device::{DeviceKind, cpu_backend};
+use tandem_runtime::ranks::{Joined, Quit};
+use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, load};
+use tandem_serve::{App, Model, Options, StepBytes, Worker, router};
+use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+
+use crate::cli::ServeArgs;
+use crate::news::on_terminal;
+
+/// Bytes over which the memory's bandwidth is measured at the start.
+const BANDWIDTH_BYTES: usize = 256 << 20;
+/// Between the failure of a group of ranks and the end of this process.
+const GROUP_GRACE: Duration = Duration::from_millis(500);
+/// Cache of this many full contexts unless --cache-tokens says otherwise.
+const DEFAULT_CONTEXTS: usize = 4;
+
+/// Runs the command.
+pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
+    // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
+    let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
+    runtime.block_on(async {
+        // Faults of the flags show before the model is loaded.
+        let options = options(args)?;
+        options.check()?;
+        let (worker, facts) = tokio::task::block_in_place(|| start(args, joined, quit))?;
+        // A token is a small packet, and must not wait for the one before it to be acknowledged.
+        let no_delay = |tcp: &mut tokio::net::TcpStream| {
+            if let Err(error) = tcp.set_nodelay(true) {
+                tracing::warn!("cannot set TCP_NODELAY: {error}");
+            }
+        };
+        let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
+            format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
+        })?;
+        let address = listener.local_addr()?;
+        let is_checked = address.ip().is_loopback() || !args.allowed_host.is_empty();
+        let options = Options { allowed_hosts: is_checked.then(|| args.allowed_host.clone()), ..options };
+        let app = App::new(worker, model(args, facts)?, &options)?;
+        announce(address, &app, options.api_keys.is_empty());
+        let (stopping, ending) = (Arc::clone(&app), Arc::clone(&app));
+        let (stopped, wait) = tokio::sync::oneshot::channel();
+        let server = axum::serve(listener.tap_io(no_delay), router(app)).with_graceful_shutdown(async move {
+            signal().await;
+            eprintln!("stopping: answers in flight are completed; a second signal ends them");
+            stopping.worker().stop();
+            let _ = stopped.send(());
+        });
+        let drained = Duration::from_secs(args.drain_timeout);
+        tokio::select! {
+            result = server => result.context("the server failed")?,
+            () = async {
+                let _ = wait.await;
+                tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} }
+            } => eprintln!("stopped with answers in flight"),
+        }
+        tokio::task::block_in_place(|| ending.worker().end());
+        Ok(())
+    })
+}
+
+fn announce(address: SocketAddr, app: &App, is_open: bool) {
+    eprintln!("{} on http://{address} (chat page at /, OpenAI at /v1, metrics at /metrics)", app.model_name());
+    if !address.ip().is_loopback() && is_open {
+        eprintln!("warning: every machine that reaches {address} may use it; --api-key-file asks for a key");
+    }
+}
+
+/// Ctrl-C, or the system's request to end.
+async fn signal() {
+    #[cfg(unix)]
+    {
+        let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
+        if let Ok(mut terminate) = terminate {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+/// Loads everything and starts the engine.
+fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<(Worker, Facts)> {
+    ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
+    ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
+    let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
+    let inter_token = inter_token.context("--inter-token-ms is not a number of milliseconds")?;
+    // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
+    let load_options = ModelOptions::from(&args.model);
+    let is_group = joined.is_some();
+    let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
+    let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));
+    let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
+    let (made_facts, made_args) = (Arc::clone(&slot), args.clone());
+    let mut joined = joined;
+    let mut make = move || -> anyhow::Result<(Engine, StepBytes)> {
+        let args = &made_args;
+        let joined = joined.take();
+        if is_group && joined.is_none() {
+            // The other ranks are gone: only the launcher can start the group again. The errors go out first.
+            std::thread::sleep(GROUP_GRACE);
+            quit("the group of ranks failed; the launcher starts it again if it is asked to");
+        }
+        let what = LoadOptions {
+            logits: LogitsRows::Several(args.max_batch),
+            cache_tokens: args.cache_tokens,
+            n_contexts: DEFAULT_CONTEXTS,
+        };
+        let loaded = load(&load_options, what, joined, &mut on_terminal())?;
+        let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, .. } = loaded;
+        let mut engine = engine.with_scheduling(Scheduling {
+            max_batch: args.max_batch,
+            prefill_chunk,
+            prefill_share: args.prefill_share,
+            inter_token,
+        });
+        if let Some(cache_dir) = &args.cache_dir {
+            let max_bytes = args.cache_dir_gb.saturating_mul(1_000_000_000);
+            ensure!(
+                engine.saves_pages(),
+                "--cache-dir is for --backend cpu: pages of the GPU's cache cannot be saved; leave it out"
+            );
+            let ranks = engine.ranks()?;
+            let store = PageStore::open(cache_dir, &fingerprint(&dir, numerics, &ranks)?, max_bytes)
+                .with_context(|| format!("cannot use --cache-dir {}", cache_dir.display()))?;
+            tracing::info!("{} pages in {}", store.n_pages(), cache_dir.display());
+            engine = engine.with_page_store(store);
+        }
+        let step_bytes = step_bytes(&accounting, &config);
+        let bandwidth = bandwidth.or(measured).unwrap_or_default();
+        let facts = Facts { dir, context: engine.context(), config, numerics, bandwidth };
+        *made_facts.lock().unwrap_or_else(|e| e.into_inner()) = Some(facts);
+        Ok((engine, step_bytes))
+    };
+    let max_open = args.max_batch + args.max_queue;
+    let worker = Worker::start(move || make().map_err(Into::into), max_open).map_err(anyhow::Error::from_boxed)?;
+    let Some(facts) = slot.lock().unwrap_or_else(|e| e.into_inner()).take() else {
+        anyhow::bail!("the engine did not say what it loaded");
+    };
+    Ok((worker, facts))
+}
+
+/// What is known after loading.
+struct Facts {
+    dir: std::path::PathBuf,
+    context: usize,
+    config: ModelConfig,
+    numerics: &'static str,
+    bandwidth: f64,
+}
+
+/// What the flags say about requests.
+fn options(args: &ServeArgs) -> anyhow::Result<Options> {
+    Ok(Options {
+        api_keys: args.api_key_file.as_deref().map(read_keys).transpose()?.unwrap_or_default(),
+        allowed_hosts: Some(args.allowed_host.clone()),
+        cors_origins: args.cors_origin.clone(),
+        max_body_bytes: args.max_body_mb << 20,
+        request_timeout: Duration::from_secs(args.request_timeout),
+        log_text: args.log_text,
+    })
+}
+
+fn model(args: &ServeArgs, facts: Facts) -> anyhow::Result<Model> {
+    let Facts { dir, context, config, numerics, bandwidth } = facts;
+    let template = ChatTemplate::from_dir(&dir, args.chat_template.as_deref())?;
+    let names = match &args.served_model_name[..] {
+        [] => {
+            vec![dir.canonicalize()?.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned())]
+        }
+        names => names.to_vec(),
+    };
+    Ok(Model {
+        names,
+        model_type: config.model_type.name().to_owned(),
+        tokenizer: Tokenizer::from_dir(&dir)?,
+        dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
+        template,
+        defaults: GenerationConfig::load(&dir)?,
+        vocab_size: config.vocab_size,
+        context,
+        numerics,
+        bandwidth,
+        max_batch: args.max_batch,
+    })
+}
+
+/// Weight bytes that a step of so many rows reads: each row picks experts of its own, evenly spread.
+fn step_bytes(accounting: &Accounting, config: &ModelConfig) -> StepBytes {
+    let routed = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { k.resident_bytes } else { 0 });
+    let others = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { 0 } else { k.read_bytes });
+    let skipped =
+        config.moe.as_ref().map_or(0.0, |moe| 1.0 - moe.num_experts_per_tok as f64 / moe.n_routed_experts as f64);
+    Box::new(move |n_rows| others + (routed as f64 * (1.0 - skipped.powi(n_rows as i32))) as u64)
+}
+
+/// Names what cached pages depend on: the model's files, the numerics, and who has which layers if these are sliced.
+fn fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> anyhow::Result<String> {
+    let mut hasher = Sha256::new();
+    hasher.update(concat!("tandem ", env!("CARGO_PKG_VERSION"), " pages 1\n"));
+    hasher.update(numerics);
+    if ranks.windows(2).any(|pair| pair[0].layers == pair[1].layers) {
+        ranks.iter().for_each(|rank| hasher.update(format!(" {:?}", rank.layers)));
+    }
+    hasher.update(std::fs::read(dir.join("config.json"))?);
+    let mut files: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
+    files.sort_by_key(std::fs::DirEntry::file_name);
+    for file in files.iter().filter(|f| f.path().extension().is_some_and(|e| e == "safetensors" || e == "gguf")) {
+        let meta = std::fs::metadata(file.path())?;
+        let modified = meta.modified()?.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        hasher.update(format!("{:?} {} {modified}\n", file.file_name(), meta.len()));
+    }
+    Ok(hasher.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Keys of a file, one a line; empty lines and lines that begin with # do not count.
+fn read_keys(path: &Path) -> anyhow::Result<Vec<String>> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read --api-key-file {}", path.display()))?;
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let keys: Vec<String> = lines.map(str::to_owned).collect();
+    ensure!(!keys.is_empty(), "{} holds no key; write one on a line of its own", path.display());
+    Ok(keys)
+}
