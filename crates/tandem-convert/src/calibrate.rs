@@ -4,7 +4,7 @@
 //! MLPs and experts are run projection by projection, because what goes into the last one shows nowhere else.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use tandem_core::backend::{
     RouterTopk, WriteIndexKey, WriteLatent,
 };
 use tandem_core::quant::Covariance;
-use tandem_core::weights::{Form, MatrixData, ModuleKind, WeightSpec};
+use tandem_core::weights::{Axis, Form, MatrixData, ModuleKind, Split, WeightSpec};
 use tandem_cpu::{CpuBackend, CpuBuffer, CpuIndices, Pool};
 use tandem_engine::{BlockManager, Engine, Logits, ModelRunner, Sequence};
 use tandem_model::{Limits, WeightSource};
@@ -61,8 +61,13 @@ impl Calibration {
         let n_tokens: usize = runs.iter().map(Vec::len).sum();
         let meter = Meter::new("calibrating", Unit::Tokens, n_tokens as u64, on_news);
         let rows = step_rows(config);
-        let blocks = Blocks::new(&tandem_model::weight_specs(config), MAX_COVARIANCE_BYTES);
-        let capture = Capture { inner: backend, rows, seen: Rc::new(RefCell::new(Seen { blocks, ..Seen::default() })) };
+        let specs = tandem_model::weight_specs(config);
+        let blocks = Blocks::new(&specs, MAX_COVARIANCE_BYTES);
+        let matrices = specs.iter().filter(|spec| spec.form != Form::Vector);
+        let widths = matrices.map(|spec| (spec.module.clone(), blocks.of(spec))).collect();
+        let experts = specs.iter().filter(|spec| spec.form == Form::Experts).map(|spec| spec.module.clone()).collect();
+        let seen = Rc::new(RefCell::new(Seen { widths, ..Seen::default() }));
+        let capture = Capture { inner: backend, rows, experts, seen };
         let seen = capture.seen.clone();
         let limits = Limits { max_rows: rows, max_logits_rows: rows };
         let model = tandem_model::load_from(&capture, config, source, limits, &mut |_| {})?;
@@ -99,8 +104,9 @@ impl Blocks {
         let mut blocks = Blocks { experts: MAX_BLOCK, others: MAX_BLOCK };
         let bytes = |spec: &WeightSpec, blocks: Blocks| {
             let (stack, _, cols) = spec.dims();
-            let stack = if spec.form == Form::Experts && !is_down(&spec.module) { 1 } else { stack };
-            stack * cols * blocks.of(&spec.module, cols) * 4
+            // What goes into the other projections goes into those of all experts.
+            let stack = if spec.form == Form::Experts && !is_expert_down(spec) { 1 } else { stack };
+            stack * cols * blocks.of(spec) * 4
         };
         let too_large = |blocks: Blocks| {
             let matrices = specs.iter().filter(|spec| spec.form != Form::Vector);
@@ -115,21 +121,23 @@ impl Blocks {
         blocks
     }
 
-    fn of(self, module: &str, cols: usize) -> usize {
-        let widest = if module.contains("switch_mlp") && is_down(module) { self.experts } else { self.others };
-        widest.min(cols)
+    fn of(self, spec: &WeightSpec) -> usize {
+        let widest = if is_expert_down(spec) { self.experts } else { self.others };
+        widest.min(spec.dims().2)
     }
 }
 
-fn is_down(module: &str) -> bool {
-    module.ends_with("down_proj")
+/// The last projections of experts: their input is as wide as the MLP inside.
+fn is_expert_down(spec: &WeightSpec) -> bool {
+    spec.form == Form::Experts && spec.split == Split::Width(Axis::Cols)
 }
 
 #[derive(Default)]
 struct Seen {
     sums: HashMap<Key, Sum>,
     shared: HashMap<String, String>,
-    blocks: Blocks,
+    /// Block width by module.
+    widths: HashMap<String, usize>,
 }
 
 /// Sums over the inputs of one matrix.
@@ -172,7 +180,7 @@ impl Seen {
         if rows.is_empty() {
             return;
         }
-        let block = self.blocks.of(module, cols);
+        let block = self.widths.get(module).copied().unwrap_or(1);
         let sum = self.sums.entry((module.to_string(), part)).or_insert_with(|| Sum {
             cols,
             block,
@@ -205,8 +213,10 @@ struct Named {
 
 struct Capture {
     inner: CpuBackend,
-    /// Of the largest step.
+    /// Rows of the largest step.
     rows: usize,
+    /// Modules that are stacks of experts.
+    experts: HashSet<String>,
     seen: Rc<RefCell<Seen>>,
 }
 
@@ -278,7 +288,7 @@ impl Backend for Capture {
 
     fn load_matrix(&self, data: MatrixData) -> Named {
         let (name, cols) = (data.name.clone(), data.cols);
-        let parts = if name.contains("switch_mlp") {
+        let parts = if self.experts.contains(&name) {
             let single = |part| MatrixData { parts: vec![part], name: name.clone(), ..data };
             data.parts.iter().cloned().map(|part| self.inner.load_matrix(single(part))).collect()
         } else {
@@ -424,6 +434,7 @@ mod tests {
         assert_eq!(Blocks::new(&specs("glm-5.1"), MAX_COVARIANCE_BYTES), Blocks { experts: 1, others: 32 });
         assert_eq!(Blocks::new(&specs("glm-5.1"), usize::MAX), whole);
         assert_eq!(Blocks::new(&specs("glm-5.1"), 0), Blocks { experts: 1, others: 1 });
-        assert_eq!(whole.of("model.layers.3.mlp.switch_mlp.down_proj", 256), 256);
+        let narrow = specs("glm-5.1").into_iter().find(|spec| spec.module.ends_with("kv_a_layernorm")).expect("there");
+        assert_eq!(whole.of(&narrow), 512, "as wide as the input, at most");
     }
 }

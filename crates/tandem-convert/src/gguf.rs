@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use serde_json::{Map, Value, json};
 use tandem_core::gguf::{GgmlType, Gguf, GgufTensor, Value as Meta};
 use tandem_core::weights::{Form, MatrixPart, Weight, WeightSpec};
-use tandem_core::{CheckpointError, DType, Float, ModelConfig};
+use tandem_core::{CheckpointError, DType, Float, ModelConfig, ModelType};
 use tandem_model::{mtp_specs, weight_specs};
 
 use super::gguf_tokenizer;
@@ -263,7 +263,7 @@ fn find(gguf: &Gguf, config: &ModelConfig, spec: &WeightSpec) -> Result<(String,
             };
             (joint, layout, stack * head, mla.kv_lora_rank)
         }
-        _ if config.mla.is_none() && (name.contains(".attn_q.") || name.contains(".attn_k.")) => {
+        _ if config.model_type == ModelType::Llama && (name.contains(".attn_q.") || name.contains(".attn_k.")) => {
             (name, Rows::Interleaved(config.head_dim), stack * rows, cols)
         }
         _ => (name, Rows::Plain, stack * rows, cols),

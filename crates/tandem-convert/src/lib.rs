@@ -252,6 +252,8 @@ fn usage(message: String) -> anyhow::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use tandem_core::CheckpointError;
     use tandem_core::weights::{Form, MatrixData, MatrixPart};
     use tandem_model::{CheckpointWeights, WeightSource};
@@ -263,13 +265,14 @@ mod tests {
     /// Every matrix but router gates in mxfp4.
     struct Mxfp4<'a> {
         source: CheckpointWeights<'a>,
+        kept: &'a HashSet<String>,
         calibration: Option<&'a Calibration>,
     }
 
     impl WeightSource for Mxfp4<'_> {
         fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
             let mut data = self.source.matrix(module)?;
-            if module.ends_with(".mlp.gate") {
+            if self.kept.contains(module) {
                 return Ok(data);
             }
             for part in 0..data.parts.len() {
@@ -313,8 +316,10 @@ mod tests {
         let run =
             |source: &dyn WeightSource| engine(&side.config, source, 0, windows.longest(), &device).expect("loads");
         let mut original = run(&weights());
+        let specs = tandem_model::weight_specs(&side.config);
+        let kept = specs.into_iter().filter(|spec| spec.keeps_format).map(|spec| spec.module).collect();
         let mut kl = |calibration| {
-            let mut model = run(&Mxfp4 { source: weights(), calibration });
+            let mut model = run(&Mxfp4 { source: weights(), kept: &kept, calibration });
             windows.compare(&mut original, &mut model).expect("finite").mean_kl()
         };
         let (plain, searched) = (kl(None), kl(Some(&calibration)));

@@ -41,9 +41,7 @@ pub(super) fn recipe(
 ) -> anyhow::Result<Recipe> {
     let weights = side.resolve()?;
     let is_quantized = |w: &&Weight| {
-        w.spec.form != Form::Vector
-            && !w.spec.module.ends_with(".mlp.gate")
-            && w.spec.dims().2.is_multiple_of(GROUP.into())
+        w.spec.form != Form::Vector && !w.spec.keeps_format && w.spec.dims().2.is_multiple_of(GROUP.into())
     };
     let others = weights.iter().filter(|w| !is_quantized(w)).map(|w| w.bytes() * 8).sum::<usize>();
     let total = weights.iter().map(|w| w.spec.elements()).sum::<usize>();

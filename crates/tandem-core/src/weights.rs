@@ -120,6 +120,24 @@ pub enum Split {
     Once,
 }
 
+/// How much of a weight decoding one token reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// All of it.
+    Always,
+    /// One row.
+    PerRow,
+    /// As many matrices of the stack as a token has experts.
+    Experts {
+        /// Experts per token.
+        per_token: usize,
+    },
+    /// All of it while the context is longer than the indexer selects, else nothing.
+    Sparse,
+    /// Nothing: it is counted, not loaded.
+    Never,
+}
+
 /// One weight a model needs.
 #[derive(Clone, Debug)]
 pub struct WeightSpec {
@@ -137,6 +155,10 @@ pub struct WeightSpec {
     pub form: Form,
     /// How ranks divide it.
     pub split: Split,
+    /// How much of it a token reads.
+    pub read: Read,
+    /// Recipes leave its format as it is, unless a rule names it: a router picks experts by small differences.
+    pub keeps_format: bool,
     /// May be absent.
     pub optional: bool,
 }
@@ -152,6 +174,8 @@ impl WeightSpec {
             layer: None,
             form,
             split: Split::Whole,
+            read: Read::Always,
+            keeps_format: false,
             optional: false,
         }
     }
@@ -166,6 +190,8 @@ impl WeightSpec {
             layer: None,
             form: Form::Vector,
             split: Split::Whole,
+            read: Read::Always,
+            keeps_format: false,
             optional: false,
         }
     }
@@ -174,6 +200,24 @@ impl WeightSpec {
     #[must_use]
     pub fn divided(self, split: Split) -> WeightSpec {
         WeightSpec { split, ..self }
+    }
+
+    /// The same weight, read as `read` says.
+    #[must_use]
+    pub fn read(self, read: Read) -> WeightSpec {
+        WeightSpec { read, ..self }
+    }
+
+    /// The part of `amount` (bytes or elements, of the whole weight or of a rank's slice) that decoding one token reads
+    /// with a context longer than the indexer selects.
+    pub fn read_per_token(&self, amount: u64) -> u64 {
+        let (stack, rows, _) = self.dims();
+        match self.read {
+            Read::Always | Read::Sparse => amount,
+            Read::PerRow => amount / rows as u64,
+            Read::Experts { per_token } => amount * per_token as u64 / stack as u64,
+            Read::Never => 0,
+        }
     }
 
     /// Matrices in the stack, rows and columns of each.

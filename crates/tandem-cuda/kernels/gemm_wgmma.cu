@@ -274,7 +274,7 @@ DI void gemm_wgmma(const GemmArgs& args) {
     }
 }
 
-// One for each tiled format (backend.rs picks).
+// One for each tiled format (linear.rs picks).
 extern "C" __global__ void __launch_bounds__(256, 2) gemm_wgmma_mxfp4(const __grid_constant__ GemmArgs args) { gemm_wgmma<MXFP4>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) gemm_wgmma_affine(const __grid_constant__ GemmArgs args) { gemm_wgmma<AFFINE_BF16>(args); }
 

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use tandem_core::ModelConfig;
-use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::weights::{ModuleKind, Read, Weight};
 
 use crate::Accounting;
 
@@ -32,8 +32,7 @@ impl Offload {
     /// the rest fit into `room` bytes. It may not fit for all that.
     pub fn new(weights: &[Weight], config: &ModelConfig, room: u64, n_layers: Option<usize>) -> Offload {
         let of = |kept: &dyn Fn(&Weight) -> bool| {
-            let kept: Vec<Weight> =
-                weights.iter().filter(|w| w.spec.kind != ModuleKind::Mtp && kept(w)).cloned().collect();
+            let kept: Vec<Weight> = weights.iter().filter(|w| w.spec.read != Read::Never && kept(w)).cloned().collect();
             let accounting = Accounting::new(&kept, config);
             (accounting.total(|k| k.resident_bytes), accounting.total(|k| k.read_bytes))
         };

@@ -14,8 +14,6 @@ use anyhow::bail;
 use serde_json::{Map, Value};
 use tandem_comm::Group;
 use tandem_core::Backend;
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
-use tandem_core::backend::CacheKind;
 use tandem_core::backend::TensorGroup;
 use tandem_core::weights::Weight;
 use tandem_cpu::{CpuBackend, Pool, system};
@@ -165,14 +163,9 @@ pub fn found() -> Vec<FoundDevice> {
 /// Bytes that one token takes in the cache.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn cache_bytes_per_token<B: Backend>(backend: &B, shape: Shape<'_>) -> usize {
-    let config = shape.config;
-    let layers = config.num_hidden_layers;
-    let Some(mla) = &config.mla else {
-        return layers * 2 * backend.cache_bytes(CacheKind::KeyValue, config.num_key_value_heads * config.head_dim);
-    };
-    let latent = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
-    let key = config.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
-    layers * latent + (0..layers).filter(|l| config.has_indexer(*l)).count() * key
+    let layers = 0..shape.config.num_hidden_layers;
+    let specs = layers.flat_map(|layer| tandem_model::cache_specs(shape.config, layer));
+    specs.map(|spec| backend.cache_bytes(spec.kind, spec.width)).sum()
 }
 
 /// What the backends of this build need before anything else runs in the process.

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
-use tandem_core::weights::ModuleKind;
+use tandem_core::weights::Read;
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::Pool;
 use tandem_engine::Profiled;
@@ -209,11 +209,8 @@ impl MeasuredModel {
         );
         let dummy = matches!(model.source, Source::Dummy { .. });
         let accounting = Accounting::new(weights, config);
-        let index_query_parameters = weights
-            .iter()
-            .filter(|w| w.spec.kind == ModuleKind::Indexer && !w.spec.module.ends_with("indexer.wk"))
-            .map(|w| w.spec.elements() as u64)
-            .sum();
+        let index_query_parameters =
+            weights.iter().filter(|w| w.spec.read == Read::Sparse).map(|w| w.spec.elements() as u64).sum();
         let resident_bytes = resident_bytes(&accounting);
         let doing = if dummy { "making" } else { "loading" };
         on_news(News::Note(format!("{name}: {doing} {}", bytes(resident_bytes))));

@@ -1,8 +1,9 @@
 //! Bytes that a decode step really reads, and arithmetic that a prefill really does.
 
 use serde_json::{Map, Value, json};
-use tandem_core::backend::CacheKind;
+use tandem_core::backend::{CacheKind, CacheSpec};
 use tandem_core::weights::ModuleKind;
+use tandem_model::cache_specs;
 
 use tandem_runtime::measured::MeasuredModel;
 
@@ -58,26 +59,17 @@ impl BytesRead {
 
 /// Cached bytes that one sequence's token attends to, each counted once.
 fn cache_bytes(model: &MeasuredModel, visible: usize, sparse: bool) -> f64 {
-    let (config, backend) = (&model.config, &model.runner);
-    let n_layers = config.num_hidden_layers;
-    let bytes = match (&config.mla, &config.indexer) {
-        (Some(mla), indexer) => {
-            let vector = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
-            let attended = indexer.as_ref().map_or(visible, |i| visible.min(i.index_topk));
-            let keys = match indexer {
-                Some(i) if sparse => {
-                    let n_indexers = (0..n_layers).filter(|l| config.has_indexer(*l)).count();
-                    n_indexers * visible * backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim)
-                }
-                _ => 0,
-            };
-            n_layers * attended * vector + keys
-        }
-        (None, _) => {
-            let width = config.num_key_value_heads * config.head_dim;
-            n_layers * 2 * visible * backend.cache_bytes(CacheKind::KeyValue, width)
-        }
+    let config = &model.config;
+    let read = |spec: CacheSpec| {
+        let positions = match spec.kind {
+            CacheKind::Latent => config.indexer.as_ref().map_or(visible, |i| visible.min(i.index_topk)),
+            CacheKind::IndexKey if !sparse => 0,
+            CacheKind::IndexKey | CacheKind::KeyValue => visible,
+        };
+        positions * model.runner.cache_bytes(spec.kind, spec.width)
     };
+    let specs = (0..config.num_hidden_layers).flat_map(|layer| cache_specs(config, layer));
+    let bytes: usize = specs.map(read).sum();
     bytes as f64
 }
 

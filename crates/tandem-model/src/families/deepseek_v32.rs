@@ -6,30 +6,18 @@
 //! into the latent space, so that the cache holds one latent per token whatever the number of heads.
 
 use tandem_core::backend::{
-    AddRmsNorm, Backend, CacheKind, HeadLinear, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope,
+    Backend, CacheKind, CacheSpec, HeadLinear, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope,
     RopeIndexSelect, RopeLayout, RopeMlaAttention, Route, Routing, WriteIndexKey, WriteLatent,
 };
 use tandem_core::config::{IndexerConfig, MlaConfig};
-use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
+use tandem_core::weights::{Axis, Form, ModuleKind, Read, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
-use crate::{KvCache, LayerCache, Limits, Loader, Model, Share, StepShape};
+use crate::decoder::{self, Decoder, Layer, Step, mlp_specs};
+use crate::{LayerCache, Limits, Loader, Model, Share};
 
 /// Epsilon of the norms inside attention: 1e-6 in DeepSeek's code whatever `rms_norm_eps` says.
 const ATTENTION_NORM_EPS: f32 = 1e-6;
-
-/// A loaded model of the DeepSeek line.
-pub struct DeepseekV32<B: Backend> {
-    dims: Dims,
-    share: Share<B>,
-    /// On the first stage, and on the last if the head is the embedding.
-    embed_tokens: Option<B::Matrix>,
-    layers: Vec<Layer<B>>,
-    /// On the last stage.
-    norm: Option<B::Buffer>,
-    lm_head: Option<B::Matrix>,
-    scratch: Scratch<B>,
-}
 
 /// The numbers of the forward pass.
 struct Dims {
@@ -37,16 +25,14 @@ struct Dims {
     mla: MlaConfig,
     indexer: Option<IndexerConfig>,
     routing: Routing,
-    rms_norm_eps: f32,
     softmax_scale: f32,
     rope: Rope,
     index_rope: Rope,
 }
 
-struct Layer<B: Backend> {
-    input_layernorm: B::Buffer,
+/// A decoder layer between its norms.
+struct DeepseekLayer<B: Backend> {
     attention: Attention<B>,
-    post_attention_layernorm: B::Buffer,
     mlp: Block<B>,
 }
 
@@ -78,14 +64,9 @@ enum Block<B: Backend> {
     Moe { gate: B::Matrix, bias: B::Buffer, experts: Mlp<B::Matrix>, shared: Option<Mlp<B::Matrix>> },
 }
 
-/// All activations, allocated once; a step allocates nothing. `n` is the rows of the batch.
-struct Scratch<B: Backend> {
-    /// Residual stream, `[n, hidden_size]`.
-    hidden: B::Buffer,
-    /// Norm of the residual stream, `[n, hidden_size]`.
-    normed: B::Buffer,
-    /// Output of a block, `[n, hidden_size]`.
-    block: B::Buffer,
+/// What all layers use. `n` is the rows of the batch.
+struct Shared<B: Backend> {
+    dims: Dims,
     /// `[n, q_lora_rank]`
     q_a: B::Buffer,
     /// `[n, q_lora_rank]`
@@ -114,107 +95,60 @@ struct Scratch<B: Backend> {
     /// `[n, num_experts_per_tok]`
     expert_ids: B::Indices,
     expert_weights: B::Buffer,
-    /// `[max_logits_rows, hidden_size]`
-    last: B::Buffer,
-    last_normed: B::Buffer,
-    /// `[max_logits_rows, vocab_size]`
-    logits: B::Buffer,
 }
 
-impl<B: Backend> Model<B> for DeepseekV32<B> {
-    fn forward(&mut self, b: &B, batch: &B::Batch, shape: StepShape, cache: &mut KvCache<B>) {
-        let n = shape.n_rows;
-        let eps = self.dims.rms_norm_eps;
-        let [attention_sliced, dense_sliced, moe_sliced] = self.share.division.reduces();
-        if let (true, Some(embed_tokens)) = (self.share.part().embeds, &self.embed_tokens) {
-            b.embed(embed_tokens, batch, &mut self.scratch.hidden);
-        }
-        for (i, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
-            let s = &mut self.scratch;
-            // The output of the layer before joins the residual stream together with this norm.
-            if i == 0 {
-                let (x, weight, out) = (&s.hidden, &layer.input_layernorm, &mut s.normed);
-                b.rms_norm(RmsNorm { x, weight, eps, n_rows: n, out });
-            } else {
-                let (x, y, weight, out) = (&mut s.hidden, &s.block, &layer.input_layernorm, &mut s.normed);
-                b.add_rms_norm(AddRmsNorm { x, y, weight, eps, n_rows: n, out });
-            }
-            self.share.begin_layer(b, i, &s.hidden, n);
-            layer.attention.forward(b, &self.dims, batch, shape, cache, s);
-            self.share.all_reduce(b, attention_sliced, &mut s.block, n, "attention");
-            let (x, y, weight, out) = (&mut s.hidden, &s.block, &layer.post_attention_layernorm, &mut s.normed);
-            b.add_rms_norm(AddRmsNorm { x, y, weight, eps, n_rows: n, out });
-            layer.mlp.forward(b, &self.dims, n, s);
-            let mlp_sliced = if matches!(layer.mlp, Block::Moe { .. }) { moe_sliced } else { dense_sliced };
-            self.share.all_reduce(b, mlp_sliced, &mut s.block, n, "the MLP");
-        }
-        if !self.layers.is_empty() {
-            b.add(&mut self.scratch.hidden, &self.scratch.block, n);
-        }
-        if let (true, Some(norm)) = (shape.n_logits > 0, &self.norm) {
-            let s = &mut self.scratch;
-            b.gather_logits_rows(&s.hidden, batch, &mut s.last);
-            let n_rows = shape.n_logits;
-            b.rms_norm(RmsNorm { x: &s.last, weight: norm, eps, n_rows, out: &mut s.last_normed });
-            if let Some(head) = self.lm_head.as_ref().or(self.embed_tokens.as_ref()) {
-                let outputs = &mut [(head, &mut s.logits)];
-                b.linear(Linear { x: &s.last_normed, n_rows, outputs, label: ModuleKind::LmHead });
+impl<B: Backend> Layer<B> for DeepseekLayer<B> {
+    type Shared = Shared<B>;
+
+    fn attention(
+        &self,
+        b: &B,
+        shared: &mut Shared<B>,
+        step: &Step<'_, B>,
+        cache: &mut LayerCache<B>,
+        x: &B::Buffer,
+        out: &mut B::Buffer,
+    ) {
+        self.attention.forward(b, shared, step, cache, x, out);
+    }
+
+    fn mlp(&self, b: &B, s: &mut Shared<B>, n_rows: usize, x: &B::Buffer, out: &mut B::Buffer) {
+        match &self.mlp {
+            Block::Dense(mlp) => b.mlp(x, mlp, n_rows, out),
+            Block::Moe { gate, bias, experts, shared } => {
+                let (ids, weights) = (&mut s.expert_ids, &mut s.expert_weights);
+                let (routing, logits) = (&s.dims.routing, &mut s.router_logits);
+                b.route(Route { x, gate, bias, routing, n_rows, logits, ids, weights });
+                let (ids, weights) = (&s.expert_ids, &s.expert_weights);
+                b.moe(Moe { x, experts, shared: shared.as_ref(), ids, weights, n_rows, out });
             }
         }
     }
 
-    fn logits(&self) -> &B::Buffer {
-        &self.scratch.logits
-    }
-
-    fn hidden(&self) -> &B::Buffer {
-        &self.scratch.hidden
-    }
-
-    fn hidden_mut(&mut self) -> &mut B::Buffer {
-        &mut self.scratch.hidden
-    }
-
-    fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B> {
-        let mla = &self.dims.mla;
-        let layers = self
-            .layers
-            .iter()
-            .map(|layer| LayerCache::Latent {
-                latent: backend.alloc_cache(CacheKind::Latent, n_slots, mla.kv_lora_rank + mla.qk_rope_head_dim),
-                index: match (&layer.attention.indexer, &self.dims.indexer) {
-                    (Some(_), Some(i)) => Some(backend.alloc_cache(CacheKind::IndexKey, n_slots, i.index_head_dim)),
-                    _ => None,
-                },
-            })
-            .collect();
-        KvCache { layers }
-    }
-
-    fn cache_bytes_per_token(&self, backend: &B) -> usize {
-        let mla = &self.dims.mla;
-        let latent = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
-        let index =
-            self.dims.indexer.as_ref().map_or(0, |i| backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim));
-        let n_indexers = self.layers.iter().filter(|l| l.attention.indexer.is_some()).count();
-        self.layers.len() * latent + n_indexers * index
+    fn mlp_kind(&self) -> ModuleKind {
+        match &self.mlp {
+            Block::Dense(_) => ModuleKind::DenseMlp,
+            Block::Moe { .. } => ModuleKind::RoutedExperts,
+        }
     }
 }
 
 impl<B: Backend> Attention<B> {
-    /// `scratch.block = attention(scratch.normed)`
+    /// `out = attention(x)`
     fn forward(
         &self,
         b: &B,
-        dims: &Dims,
-        batch: &B::Batch,
-        shape: StepShape,
+        s: &mut Shared<B>,
+        step: &Step<'_, B>,
         cache: &mut LayerCache<B>,
-        s: &mut Scratch<B>,
+        x: &B::Buffer,
+        out: &mut B::Buffer,
     ) {
-        let n = shape.n_rows;
+        let Step { batch, shape } = *step;
+        let (dims, n) = (&s.dims, shape.n_rows);
         let (mla, n_heads) = (&dims.mla, dims.n_heads);
-        let LayerCache::Latent { latent, index } = cache else { unreachable!("the cache was made by this model") };
+        let [latent, index @ ..] = &mut cache.caches[..] else { unreachable!("cache_specs lists a latent") };
+        let mut index = index.first_mut();
         // Below index_topk every position is selected: the keys must be cached, but queries need not be scored.
         let sparse = dims.indexer.as_ref().is_some_and(|i| shape.max_context > i.index_topk);
 
@@ -229,7 +163,7 @@ impl<B: Backend> Attention<B> {
                 projections.push((&indexer.weights_proj, &mut s.index_weights));
             }
         }
-        b.linear(Linear { x: &s.normed, n_rows: n, outputs: &mut projections, label: ModuleKind::Attention });
+        b.linear(Linear { x, n_rows: n, outputs: &mut projections, label: ModuleKind::Attention });
         let eps = ATTENTION_NORM_EPS;
         let query = match &self.query {
             Query::Direct { .. } => None,
@@ -240,7 +174,7 @@ impl<B: Backend> Attention<B> {
         };
         let (norm, rope) = (&self.kv_a_layernorm, &dims.rope);
         let write_latent = WriteLatent { kv_a: &s.kv_a, norm, eps, rope, batch, cache: &mut *latent };
-        let key = self.indexer.as_ref().zip(index.as_mut()).map(|(indexer, cache)| WriteIndexKey {
+        let key = self.indexer.as_ref().zip(index.as_deref_mut()).map(|(indexer, cache)| WriteIndexKey {
             k: &s.index_k,
             norm: &indexer.k_norm,
             norm_bias: &indexer.k_norm_bias,
@@ -280,8 +214,8 @@ impl<B: Backend> Attention<B> {
         let nope = Heads { n: n_heads, stride: q_stride, offset: 0, width: mla.qk_nope_head_dim };
         let rope = Heads { n: n_heads, stride: q_stride, offset: mla.qk_nope_head_dim, width: mla.qk_rope_head_dim };
         let to_latent = Heads { n: n_heads, stride: latent_stride, offset: 0, width: mla.kv_lora_rank };
-        let (w, out) = (&self.embed_q, &mut s.q_latent);
-        b.head_linear(HeadLinear { x: &s.q, from: nope, w, n_rows: n, out, to: to_latent });
+        let (x, w, latent_q) = (&s.q, &self.embed_q, &mut s.q_latent);
+        b.head_linear(HeadLinear { x, from: nope, w, n_rows: n, out: latent_q, to: to_latent });
         b.rope_mla_attention(RopeMlaAttention {
             x: &s.q,
             from: rope,
@@ -295,55 +229,23 @@ impl<B: Backend> Attention<B> {
             out: &mut s.attended,
         });
         let (from, to) = (Heads::packed(n_heads, mla.kv_lora_rank), Heads::packed(n_heads, mla.v_head_dim));
-        let (w, out) = (&self.unembed_out, &mut s.values);
-        b.head_linear(HeadLinear { x: &s.attended, from, w, n_rows: n, out, to });
-        let outputs = &mut [(&self.o_proj, &mut s.block)];
+        let (x, w, values) = (&s.attended, &self.unembed_out, &mut s.values);
+        b.head_linear(HeadLinear { x, from, w, n_rows: n, out: values, to });
+        let outputs = &mut [(&self.o_proj, out)];
         b.linear(Linear { x: &s.values, n_rows: n, outputs, label: ModuleKind::Attention });
     }
 }
 
-impl<B: Backend> Block<B> {
-    /// `scratch.block = mlp(scratch.normed)`
-    fn forward(&self, b: &B, dims: &Dims, n: usize, s: &mut Scratch<B>) {
-        match self {
-            Block::Dense(mlp) => b.mlp(&s.normed, mlp, n, &mut s.block),
-            Block::Moe { gate, bias, experts, shared } => {
-                let (x, ids, weights) = (&s.normed, &mut s.expert_ids, &mut s.expert_weights);
-                let (routing, logits) = (&dims.routing, &mut s.router_logits);
-                b.route(Route { x, gate, bias, routing, n_rows: n, logits, ids, weights });
-                let (ids, weights, out) = (&s.expert_ids, &s.expert_weights, &mut s.block);
-                b.moe(Moe { x, experts, shared: shared.as_ref(), ids, weights, n_rows: n, out });
-            }
-        }
-    }
-}
-
-impl<B: Backend> DeepseekV32<B> {
-    /// Loads the share's decoder layers (an MTP layer stays in the checkpoint).
-    ///
-    /// # Errors
-    /// The checkpoint is damaged.
-    pub fn load(
-        loader: &mut Loader<'_, B>,
-        config: &ModelConfig,
-        share: Share<B>,
-        limits: Limits,
-    ) -> Result<Self, CheckpointError> {
-        let dims = Dims::new(config, &share);
-        let part = share.part();
-        let layers = part.layers.clone().map(|l| load_layer(loader, config, l)).collect::<Result<Vec<_>, _>>()?;
-        let tied = config.tie_word_embeddings;
-        let limits = Limits { max_logits_rows: if part.head { limits.max_logits_rows } else { 0 }, ..limits };
-        Ok(DeepseekV32 {
-            embed_tokens: loader.matrix_if(part.embeds || (part.head && tied), "model.embed_tokens")?,
-            layers,
-            norm: if part.head { Some(loader.vector("model.norm", "weight")?) } else { None },
-            lm_head: loader.matrix_if(part.head && !tied, "lm_head")?,
-            scratch: Scratch::new(loader.backend, config, &dims, limits),
-            dims,
-            share,
-        })
-    }
+/// Loads the share's decoder layers (an MTP layer stays in the checkpoint).
+pub(crate) fn load<B: Backend + 'static>(
+    loader: &mut Loader<'_, B>,
+    config: &ModelConfig,
+    share: Share<B>,
+    limits: Limits,
+) -> Result<Box<dyn Model<B>>, CheckpointError> {
+    let shared = Shared::new(loader.backend, config, Dims::new(config, &share), limits.max_rows);
+    let layer = |loader: &mut Loader<'_, B>, layer: usize| load_layer(loader, config, layer);
+    Ok(Box::new(Decoder::load(loader, config, share, limits, shared, layer)?))
 }
 
 impl Dims {
@@ -367,7 +269,6 @@ impl Dims {
                 first_expert: held.start,
                 n_held: held.len(),
             },
-            rms_norm_eps: config.rms_norm_eps,
             softmax_scale: config.softmax_scale(),
             rope: rope(mla.rope_interleave),
             index_rope: rope(config.indexer.as_ref().is_some_and(|i| i.rope_interleave)),
@@ -377,18 +278,15 @@ impl Dims {
     }
 }
 
-impl<B: Backend> Scratch<B> {
-    fn new(b: &B, config: &ModelConfig, dims: &Dims, limits: Limits) -> Scratch<B> {
-        let (n, hidden, heads, mla) = (limits.max_rows, config.hidden_size, dims.n_heads, &dims.mla);
+impl<B: Backend> Shared<B> {
+    fn new(b: &B, config: &ModelConfig, dims: Dims, n: usize) -> Shared<B> {
+        let (heads, mla) = (dims.n_heads, &dims.mla);
         let q_lora = mla.q_lora_rank.unwrap_or(0);
         let latent = mla.kv_lora_rank + mla.qk_rope_head_dim;
         let (index_heads, index_dim, index_topk) =
             dims.indexer.as_ref().map_or((0, 0, 0), |i| (i.index_n_heads, i.index_head_dim, i.index_topk));
         let n_experts = config.moe.as_ref().map_or(0, |m| m.n_routed_experts);
-        Scratch {
-            hidden: b.alloc(n, hidden),
-            normed: b.alloc(n, hidden),
-            block: b.alloc(n, hidden),
+        Shared {
             q_a: b.alloc(n, q_lora),
             q_a_normed: b.alloc(n, q_lora),
             q: b.alloc(n, heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)),
@@ -404,9 +302,7 @@ impl<B: Backend> Scratch<B> {
             router_logits: b.alloc(n, n_experts),
             expert_ids: b.alloc_indices(n, dims.routing.top_k),
             expert_weights: b.alloc(n, dims.routing.top_k),
-            last: b.alloc(limits.max_logits_rows, hidden),
-            last_normed: b.alloc(limits.max_logits_rows, hidden),
-            logits: b.alloc(limits.max_logits_rows, config.vocab_size),
+            dims,
         }
     }
 }
@@ -415,7 +311,7 @@ fn load_layer<B: Backend>(
     loader: &mut Loader<'_, B>,
     config: &ModelConfig,
     layer: usize,
-) -> Result<Layer<B>, CheckpointError> {
+) -> Result<DeepseekLayer<B>, CheckpointError> {
     let p = format!("model.layers.{layer}");
     let a = format!("{p}.self_attn");
     let query = match config.mla.as_ref().and_then(|m| m.q_lora_rank) {
@@ -457,28 +353,20 @@ fn load_layer<B: Backend>(
     } else {
         Block::Dense(loader.mlp(&format!("{p}.mlp"))?)
     };
-    Ok(Layer {
-        input_layernorm: loader.vector(&format!("{p}.input_layernorm"), "weight")?,
-        attention,
-        post_attention_layernorm: loader.vector(&format!("{p}.post_attention_layernorm"), "weight")?,
-        mlp,
-    })
+    Ok(DeepseekLayer { attention, mlp })
+}
+
+/// The latent with the shared key, and the indexer's key if the layer has an indexer of its own.
+pub(crate) fn cache_specs(config: &ModelConfig, layer: usize) -> Vec<CacheSpec> {
+    let latent = config.mla.as_ref().map(|mla| mla.kv_lora_rank + mla.qk_rope_head_dim);
+    let key = config.indexer.as_ref().filter(|_| config.has_indexer(layer)).map(|indexer| indexer.index_head_dim);
+    let specs = [(CacheKind::Latent, latent), (CacheKind::IndexKey, key)];
+    specs.into_iter().filter_map(|(kind, width)| Some(CacheSpec { kind, width: width? })).collect()
 }
 
 /// Every weight of the decoder.
 pub(crate) fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
-    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let mut specs = vec![
-        WeightSpec::matrix("model.embed_tokens", &[vocab, hidden], ModuleKind::Embed, Form::Matrix),
-        WeightSpec::vector("model.norm", "weight", hidden, ModuleKind::Norms),
-    ];
-    if !config.tie_word_embeddings {
-        specs.push(WeightSpec::matrix("lm_head", &[vocab, hidden], ModuleKind::LmHead, Form::Matrix));
-    }
-    for layer in 0..config.num_hidden_layers {
-        specs.extend(layer_specs(config, layer));
-    }
-    specs
+    decoder::weight_specs(config, layer_specs)
 }
 
 /// Every weight of the multi-token-prediction layers: a decoder layer, two norms, a projection, and a head's norm
@@ -489,7 +377,7 @@ pub(crate) fn mtp_specs(config: &ModelConfig) -> Vec<WeightSpec> {
     for layer in config.mtp_layers() {
         let p = format!("model.layers.{layer}");
         let of_layer = specs.len();
-        specs.extend(layer_specs(config, layer));
+        specs.extend(decoder::layer_specs(config, layer, layer_specs(config, layer)));
         for norm in ["enorm", "hnorm", "shared_head.norm"] {
             specs.push(WeightSpec::vector(format!("{p}.{norm}"), "weight", hidden, ModuleKind::Mtp));
         }
@@ -501,6 +389,7 @@ pub(crate) fn mtp_specs(config: &ModelConfig) -> Vec<WeightSpec> {
         }
         for spec in &mut specs[of_layer..] {
             spec.kind = ModuleKind::Mtp;
+            spec.read = Read::Never;
             spec.layer = Some(layer);
         }
     }
@@ -519,8 +408,6 @@ fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
     };
 
     let mut specs = vec![
-        norm(format!("{p}.input_layernorm"), hidden),
-        norm(format!("{p}.post_attention_layernorm"), hidden),
         attention("kv_a_proj_with_mqa", &[kv_lora + rope, hidden], Form::Matrix),
         norm(format!("{a}.kv_a_layernorm"), kv_lora),
         attention("embed_q", &[heads, kv_lora, nope], Form::EmbedQ).divided(Split::Heads(Axis::Stack)),
@@ -543,43 +430,27 @@ fn layer_specs(config: &ModelConfig, layer: usize) -> Vec<WeightSpec> {
             WeightSpec::matrix(format!("{a}.indexer.{name}"), shape, ModuleKind::Indexer, Form::Matrix)
         };
         specs.extend([
-            indexer("wq_b", &[i.index_n_heads * i.index_head_dim, q_lora]),
+            indexer("wq_b", &[i.index_n_heads * i.index_head_dim, q_lora]).read(Read::Sparse),
             indexer("wk", &[i.index_head_dim, hidden]),
             norm(format!("{a}.indexer.k_norm"), i.index_head_dim),
             WeightSpec::vector(format!("{a}.indexer.k_norm"), "bias", i.index_head_dim, ModuleKind::Norms),
-            indexer("weights_proj", &[i.index_n_heads, hidden]),
+            indexer("weights_proj", &[i.index_n_heads, hidden]).read(Read::Sparse),
         ]);
     }
-    let mut mlp = |module: String, stack: Option<usize>, width: usize, kind: ModuleKind| {
-        for (name, rows, cols, axis) in [
-            ("gate_proj", width, hidden, Axis::Rows),
-            ("up_proj", width, hidden, Axis::Rows),
-            ("down_proj", hidden, width, Axis::Cols),
-        ] {
-            let module = format!("{module}.{name}");
-            let spec = match stack {
-                Some(n) => WeightSpec::matrix(module, &[n, rows, cols], kind, Form::Experts),
-                None => WeightSpec::matrix(module, &[rows, cols], kind, Form::Matrix),
-            };
-            specs.push(spec.divided(Split::Width(axis)));
-        }
-    };
     if config.is_sparse(layer) {
-        let width = moe.moe_intermediate_size;
-        mlp(format!("{p}.mlp.switch_mlp"), Some(moe.n_routed_experts), width, ModuleKind::RoutedExperts);
+        let (n, width) = (moe.n_routed_experts, moe.moe_intermediate_size);
+        let (stack, experts) = (format!("{p}.mlp.switch_mlp"), Some((n, moe.num_experts_per_tok)));
+        specs.extend(mlp_specs(&stack, hidden, width, experts, ModuleKind::RoutedExperts));
         if moe.n_shared_experts > 0 {
-            let width = width * moe.n_shared_experts;
-            mlp(format!("{p}.mlp.shared_experts"), None, width, ModuleKind::SharedExpert);
+            let (module, width) = (format!("{p}.mlp.shared_experts"), width * moe.n_shared_experts);
+            specs.extend(mlp_specs(&module, hidden, width, None, ModuleKind::SharedExpert));
         }
         let gate = format!("{p}.mlp.gate");
-        let n = moe.n_routed_experts;
-        specs.push(WeightSpec::matrix(gate.clone(), &[n, hidden], ModuleKind::Router, Form::Matrix));
+        let matrix = WeightSpec::matrix(gate.clone(), &[n, hidden], ModuleKind::Router, Form::Matrix);
+        specs.push(WeightSpec { keeps_format: true, ..matrix });
         specs.push(WeightSpec::vector(gate, "e_score_correction_bias", n, ModuleKind::Router));
     } else {
-        mlp(format!("{p}.mlp"), None, config.intermediate_size, ModuleKind::DenseMlp);
-    }
-    for spec in &mut specs {
-        spec.layer = Some(layer);
+        specs.extend(mlp_specs(&format!("{p}.mlp"), hidden, config.intermediate_size, None, ModuleKind::DenseMlp));
     }
     specs
 }
