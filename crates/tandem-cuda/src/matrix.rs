@@ -141,7 +141,8 @@ fn load_tiles(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view
     let rounds = row_bytes.div_ceil(TILE_ROW_BYTES);
     let (group_bytes, groups) = (rounds * TILE_BYTES, rows.div_ceil(TILE_ROWS));
     let part_bytes = groups * group_bytes;
-    let memory = device.alloc(part_bytes * data.parts.len());
+    // Tiles are written whole.
+    let memory = device.alloc_for_all_bytes(part_bytes * data.parts.len());
     let of_row = row_bytes + 2 * scale_row;
     let rows_at_once = stager.room() / of_row / TILE_ROWS * TILE_ROWS;
     let mut pieces = vec![];
