@@ -36,7 +36,7 @@ const LOCK: &str = "conversion.lock";
 /// What `DIR.partial` holds.
 #[derive(Default, Deserialize, Serialize)]
 struct State {
-    /// Of source and settings.
+    /// Digest of source and settings.
     fingerprint: String,
     /// Digests of complete files.
     files: BTreeMap<String, String>,

@@ -4,6 +4,7 @@
 //! ([`load()`]), measuring ([`measured`]) and judging ([`judge`]). It knows no flags and prints nothing: news go to the
 //! caller ([`News`]).
 
+mod chat;
 pub mod device;
 pub mod judge;
 mod load;
@@ -15,6 +16,7 @@ pub mod presets;
 pub mod ranks;
 pub mod units;
 
+pub use chat::Chat;
 pub use load::{Loaded, LogitsRows, Shape, load};
 pub use model_dir::{hugging_face_cache, hugging_face_token, model_dir};
 pub use news::{Meter, News, OnNews, Progress, Unit, ignore_news};

@@ -116,7 +116,7 @@ pub struct App {
     pub(crate) model_names: Vec<String>,
     /// Seconds since 1970 at the start.
     pub(crate) created: u64,
-    /// Of one request.
+    /// Longest time of one request.
     pub(crate) timeout: Duration,
     /// SHA-256 of the keys, none if the server is open.
     pub(crate) keys: Vec<[u8; 32]>,

@@ -417,7 +417,7 @@ impl DecodeStream {
         }
     }
 
-    /// Ends the stream and returns what was held back; an incomplete character becomes U+FFFD. The stream starts anew.
+    /// Ends the stream and returns what was held back; an incomplete character becomes U+FFFD. The stream then begins again.
     ///
     /// # Errors
     /// When the tokenizer's decoder fails.

@@ -77,7 +77,7 @@ struct Answer {
     tokens: Vec<u32>,
     finish_reason: FinishReason,
     prompt_tokens: usize,
-    /// Of these, tokens that an earlier turn had left in the cache.
+    /// The part of these that an earlier turn had left in the cache.
     cached_tokens: usize,
     prefill: Duration,
     decode: Duration,

@@ -96,7 +96,7 @@ impl Count {
         self.right as f64 / self.total as f64
     }
 
-    /// Of the mean of as many answers that are right or wrong, as the sample's deviation tells; none of a single one.
+    /// Standard error of the share of right answers, from the sample's deviation; `None` for a single answer.
     fn standard_error(self) -> Option<f64> {
         let p = self.accuracy();
         (self.total > 1).then(|| (p * (1.0 - p) / (self.total - 1) as f64).sqrt())
