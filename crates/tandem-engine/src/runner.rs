@@ -123,7 +123,8 @@ impl<B: Backend> ModelRunner<B> {
     /// # Errors
     /// What went wrong since the last time: after loading, too little memory.
     pub fn sync(&self) -> Result<(), EngineError> {
-        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
+        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))?;
+        tandem_core::checkpoint::check_mapped().map_err(|e| EngineError::Device(Box::new(e)))
     }
 
     /// Enqueues a step.

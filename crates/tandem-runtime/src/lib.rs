@@ -17,7 +17,7 @@ pub mod ranks;
 pub mod units;
 
 pub use chat::Chat;
-pub use load::{Loaded, LogitsRows, Shape, load};
+pub use load::{Loaded, LogitsRows, Shape, load, settle_tie};
 pub use model_dir::{hugging_face_cache, hugging_face_token, model_dir};
 pub use news::{Meter, News, OnNews, Progress, Unit, ignore_news};
 pub use options::{DeviceOptions, LoadOptions, ModelOptions, ParallelOptions};

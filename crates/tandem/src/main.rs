@@ -36,7 +36,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Messages quote files.
+            eprintln!("error: {}", report::plain(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -77,7 +78,7 @@ fn follow(joined: Joined, command: &cli::Command) -> anyhow::Result<()> {
 
 /// Ends this process: the launcher or another rank is lost, and every thread may be waiting for it.
 fn quit(message: &str) {
-    eprintln!("error: {message}");
+    eprintln!("error: {}", report::plain(message));
     std::process::exit(1);
 }
 

@@ -110,7 +110,7 @@ pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
         );
     }
     // A name alone stands for what main is.
-    let name = if args.revision == "main" { args.repo.clone() } else { snapshot.display().to_string() };
+    let name = if args.revision == "main" { args.repo.clone() } else { format!("{}@{}", args.repo, args.revision) };
     println!("{} files, {}; use it as --model {name}", wanted.len(), bytes(total));
     Ok(())
 }
