@@ -35,7 +35,7 @@ impl OneOrMany {
     }
 }
 
-/// Of whole numbers, above and below 0.
+/// Largest absolute value of a whole number.
 pub(crate) const LARGEST_INTEGER: i64 = 9_000_000_000_000_000_000;
 
 /// A whole number, which JSON may also write as `3.0`.
@@ -261,7 +261,7 @@ pub(crate) struct Message {
     pub(crate) reasoning_content: Option<String>,
     /// Calls of an earlier answer.
     pub(crate) tool_calls: Option<Vec<ToolCall>>,
-    /// Of a tool's result.
+    /// The call whose result this is.
     pub(crate) tool_call_id: Option<String>,
     pub(crate) name: Option<String>,
 }
@@ -570,6 +570,6 @@ pub(crate) struct CompletionLogprobs {
     pub(crate) token_logprobs: Vec<f32>,
     #[schema(value_type = Vec<Object>)]
     pub(crate) top_logprobs: Vec<BTreeMap<String, f32>>,
-    /// Of each token, in characters of the answer.
+    /// Where each token begins, in characters of the answer.
     pub(crate) text_offset: Vec<usize>,
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tandem_engine::GenerationConfig;
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_engine::{EngineError, GenerationConfig, check_vocabulary};
+use tandem_text::{ChatTemplate, Dialect, Tokenizer, ends_of_turn};
 use thiserror::Error;
 
 use crate::browser::Access;
@@ -98,6 +98,9 @@ pub enum ServeError {
     /// The vocabulary is of no use for structured output.
     #[error("the vocabulary cannot be used for structured output: {0}")]
     Vocabulary(String),
+    /// The model's files end turns with a token that it does not have.
+    #[error("eos_token_id: {0}")]
+    Ends(EngineError),
 }
 
 /// Everything that handlers need.
@@ -116,7 +119,7 @@ pub struct App {
     pub(crate) model_names: Vec<String>,
     /// Seconds since 1970 at the start.
     pub(crate) created: u64,
-    /// Of one request.
+    /// Longest time of one request.
     pub(crate) timeout: Duration,
     /// SHA-256 of the keys, none if the server is open.
     pub(crate) keys: Vec<[u8; 32]>,
@@ -134,7 +137,9 @@ impl App {
     /// # Errors
     /// An option is not usable, or the vocabulary is not.
     pub fn new(worker: Worker, model: Model, options: &Options) -> Result<Arc<App>, ServeError> {
-        let Model { names, model_type, tokenizer, template, dialect, defaults, vocab_size, context, .. } = model;
+        let Model { names, model_type, tokenizer, template, dialect, mut defaults, vocab_size, context, .. } = model;
+        check_vocabulary(&defaults.eos_token_ids, vocab_size).map_err(ServeError::Ends)?;
+        defaults.eos_token_ids = ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size);
         let sampling = defaults.apply(&tandem_engine::SamplingOverrides::default());
         let grammars = Grammars::new(&tokenizer, dialect, vocab_size, &defaults.eos_token_ids)
             .map_err(|error| ServeError::Vocabulary(error.to_string()))?;

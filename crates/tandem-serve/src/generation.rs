@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 use tandem_engine::{Event, FinishReason, Logprobs, Request, SamplingOverrides};
 use tandem_text::dialect::{Delta, END_THINK, Function};
-use tandem_text::{AnswerStream, FinishedBy, prompt};
+use tandem_text::{AnswerStream, FinishedBy, prompt, stop_tokens};
 use tokio::time::timeout_at;
 
 use crate::api::{TokenLogprob, TopLogprob, Usage};
@@ -117,6 +117,7 @@ impl App {
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
         let mut eos = if ask.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() };
         eos.extend(&ask.stop_token_ids);
+        eos.extend(stop_tokens(&ask.stop, &self.tokenizer));
         // Schemas and grammars take milliseconds.
         let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
         let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {

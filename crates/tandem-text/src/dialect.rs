@@ -96,7 +96,7 @@ pub struct Parser {
     /// Where to go on after a call.
     after_call: State,
     pending: String,
-    /// Of the call being read.
+    /// Index of the function whose call is being read.
     function: usize,
     keys: Vec<String>,
     n_calls: usize,
