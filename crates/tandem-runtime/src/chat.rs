@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
-use tandem_engine::{FinishReason, GenerationConfig, Request, SamplingOverrides};
-use tandem_text::{AnswerStream, ChatTemplate, Delta, Dialect, Tokenizer, prompt};
+use tandem_engine::{FinishReason, GenerationConfig, Request, SamplingOverrides, check_vocabulary};
+use tandem_text::{AnswerStream, ChatTemplate, Delta, Dialect, Tokenizer, ends_of_turn, prompt};
 
 use crate::load::{Loaded, LogitsRows, load};
 use crate::news::OnNews;
@@ -40,14 +40,13 @@ impl Chat {
     /// It cannot be loaded, or has no chat template.
     pub fn open(options: &ModelOptions, joined: Option<Joined>, on_news: OnNews<'_>) -> anyhow::Result<Chat> {
         let loaded = load(options, LoadOptions::one_sequence(LogitsRows::One), joined, on_news)?;
-        Ok(Chat {
-            tokenizer: Tokenizer::from_dir(&loaded.dir)?,
-            template: ChatTemplate::from_dir(&loaded.dir, None)?.context("the model has no chat template")?,
-            defaults: GenerationConfig::load(&loaded.dir)?,
-            loaded,
-            sampling: SamplingOverrides::default(),
-            messages: vec![],
-        })
+        let tokenizer = Tokenizer::from_dir(&loaded.dir)?;
+        let template = ChatTemplate::from_dir(&loaded.dir, None)?.context("the model has no chat template")?;
+        let mut defaults = GenerationConfig::load(&loaded.dir)?;
+        let vocab_size = loaded.config.vocab_size;
+        check_vocabulary(&defaults.eos_token_ids, vocab_size).context("eos_token_id")?;
+        defaults.eos_token_ids = ends_of_turn(&defaults.eos_token_ids, &tokenizer, Some(&template), vocab_size);
+        Ok(Chat { tokenizer, template, defaults, loaded, sampling: SamplingOverrides::default(), messages: vec![] })
     }
 
     /// Says something, passes the answer on as it is written, and returns its text. The turns before are in the cache.

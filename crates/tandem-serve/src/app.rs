@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tandem_engine::GenerationConfig;
+use tandem_engine::{EngineError, GenerationConfig, check_vocabulary};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer, ends_of_turn};
 use thiserror::Error;
 
@@ -98,6 +98,9 @@ pub enum ServeError {
     /// The vocabulary is of no use for structured output.
     #[error("the vocabulary cannot be used for structured output: {0}")]
     Vocabulary(String),
+    /// The model's files end turns with a token that it does not have.
+    #[error("eos_token_id: {0}")]
+    Ends(EngineError),
 }
 
 /// Everything that handlers need.
@@ -135,6 +138,7 @@ impl App {
     /// An option is not usable, or the vocabulary is not.
     pub fn new(worker: Worker, model: Model, options: &Options) -> Result<Arc<App>, ServeError> {
         let Model { names, model_type, tokenizer, template, dialect, mut defaults, vocab_size, context, .. } = model;
+        check_vocabulary(&defaults.eos_token_ids, vocab_size).map_err(ServeError::Ends)?;
         defaults.eos_token_ids = ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size);
         let sampling = defaults.apply(&tandem_engine::SamplingOverrides::default());
         let grammars = Grammars::new(&tokenizer, dialect, vocab_size, &defaults.eos_token_ids)

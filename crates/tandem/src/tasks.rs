@@ -131,6 +131,7 @@ pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
+    check_vocabulary(&eos, engine.vocab_size()).context("eos_token_id")?;
     let eos = ends_of_turn(&eos, &tokenizer, template.as_ref(), engine.vocab_size());
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();
     for (line, task) in &tasks {
