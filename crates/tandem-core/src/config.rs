@@ -33,8 +33,8 @@ pub enum ConfigError {
     },
     /// A `model_type` this engine does not run.
     #[error(
-        "model_type is {found:?}; supported are glm_moe_dsa, deepseek_v32, deepseek_v3 and llama. \
-         Pick a checkpoint of one of these families"
+        "model_type is {found:?}; supported are {}. Pick a checkpoint of one of these families",
+        ModelType::names()
     )]
     UnknownModelType {
         /// What the file says.
@@ -67,6 +67,10 @@ pub enum ModelType {
 }
 
 impl ModelType {
+    /// All of them.
+    pub const ALL: [ModelType; 4] =
+        [ModelType::GlmMoeDsa, ModelType::DeepseekV32, ModelType::DeepseekV3, ModelType::Llama];
+
     /// The `model_type` string.
     pub const fn name(self) -> &'static str {
         self.parts().name
@@ -83,11 +87,15 @@ impl ModelType {
         }
     }
 
+    /// All names in a sentence.
+    fn names() -> String {
+        let (last, others) = ModelType::ALL.split_last().expect("there are some");
+        format!("{} and {}", others.iter().map(|t| t.name()).collect::<Vec<_>>().join(", "), last.name())
+    }
+
     fn parse(name: &str) -> Result<ModelType, ConfigError> {
-        [ModelType::GlmMoeDsa, ModelType::DeepseekV32, ModelType::DeepseekV3, ModelType::Llama]
-            .into_iter()
-            .find(|t| t.name() == name)
-            .ok_or_else(|| ConfigError::UnknownModelType { found: name.to_string() })
+        let found = ModelType::ALL.into_iter().find(|t| t.name() == name);
+        found.ok_or_else(|| ConfigError::UnknownModelType { found: name.to_string() })
     }
 }
 

@@ -79,6 +79,8 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     /// Get a model from Hugging Face into the local cache.
     Pull(PullArgs),
+    /// List the devices that models can run on, with their memory, limits and features.
+    Devices(DevicesArgs),
     /// Print the completions of a shell: tandem completions bash > ~/.local/share/bash-completion/completions/tandem
     Completions(CompletionsArgs),
     /// Write man pages, one a command.
@@ -97,6 +99,13 @@ pub(crate) struct CompletionsArgs {
 pub(crate) struct ManArgs {
     /// Folder that gets the pages.
     pub(crate) dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -210,6 +219,9 @@ pub(crate) struct ModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto, help_heading = "Hardware")]
     pub(crate) backend: BackendArg,
+    /// The GPU for --backend wgpu: its number in `tandem devices`, or a part of its name; the first one if not given.
+    #[arg(long, value_name = "N|NAME", help_heading = "Hardware", hide_short_help = true)]
+    pub(crate) device: Option<String>,
     /// Layers whose experts stay in the host's memory and are computed by its processor, for a model that does not fit the
     /// GPU; as few as let it fit if not given.
     #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096), help_heading = "Hardware", hide_short_help = true)]
@@ -236,6 +248,8 @@ pub(crate) enum BackendArg {
     Cpu,
     /// An NVIDIA GPU (Ampere or later).
     Cuda,
+    /// Any GPU, through Vulkan or Metal; `tandem devices` lists them.
+    Wgpu,
     /// The best device found.
     Auto,
 }
@@ -532,6 +546,9 @@ pub(crate) struct BenchModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    /// The GPU for --backend wgpu: its number in `tandem devices`, or a part of its name; the first one if not given.
+    #[arg(long, value_name = "N|NAME")]
+    pub(crate) device: Option<String>,
     /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if not given.
     #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
     pub(crate) n_cpu_moe: Option<usize>,
@@ -809,6 +826,7 @@ impl From<BackendArg> for BackendChoice {
         match arg {
             BackendArg::Cpu => BackendChoice::Cpu,
             BackendArg::Cuda => BackendChoice::Cuda,
+            BackendArg::Wgpu => BackendChoice::Wgpu,
             BackendArg::Auto => BackendChoice::Auto,
         }
     }
@@ -834,6 +852,7 @@ impl From<&ModelArgs> for ModelOptions {
             lock: args.lock,
             device: DeviceOptions {
                 backend: args.backend.into(),
+                device: args.device.clone(),
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: None,
@@ -853,6 +872,7 @@ impl From<&BenchModelArgs> for MeasuredOptions {
             lock: args.lock,
             device: DeviceOptions {
                 backend: args.backend.into(),
+                device: args.device.clone(),
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: args.isa,
@@ -989,10 +1009,14 @@ impl Command {
                 EvalCommand::Tasks(args) => Some(&args.model),
                 EvalCommand::Compare(_) => None,
             },
-            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) | Command::Convert(_) | Command::Pull(_) => {
-                None
-            }
-            Command::Completions(_) | Command::Man(_) => None,
+            Command::Inspect(_)
+            | Command::Bench(_)
+            | Command::Launch(_)
+            | Command::Convert(_)
+            | Command::Pull(_)
+            | Command::Devices(_)
+            | Command::Completions(_)
+            | Command::Man(_) => None,
         }
     }
 

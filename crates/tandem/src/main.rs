@@ -7,6 +7,7 @@ mod bench;
 mod cli;
 mod compare;
 mod convert;
+mod devices;
 mod eval;
 mod inspect;
 mod launch;
@@ -89,6 +90,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
             };
             write().with_context(|| format!("cannot write to {}", args.dir.display()))?;
         }
+        cli::Command::Devices(args) => devices::devices(&args)?,
         cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }
     Ok(ExitCode::SUCCESS)
