@@ -71,7 +71,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
     Ok(if answer.is_interrupted() { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
 }
 
-/// The text on standard input; `None` at a terminal, and where there is a device such as /dev/null beside a prompt.
+/// The text on standard input; `None` at a terminal.
 fn piped() -> anyhow::Result<Option<String>> {
     if std::io::stdin().is_terminal() {
         return Ok(None);
