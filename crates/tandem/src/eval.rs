@@ -68,17 +68,17 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
 
 fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.text)?;
-    let documents = documents(&args.text, &text)?;
+    let is_json = args.text.extension().is_some_and(|e| e == "json");
     let tokenizer = Tokenizer::from_dir(&model_dir(args.model.model.as_deref())?)?;
-    let whole = tokenizer.encode(if documents.is_some() { "" } else { &text }, true)?;
-    if documents.is_none() && whole.len() < 2 {
+    let whole = tokenizer.encode(if is_json { "" } else { &text }, true)?;
+    if !is_json && whole.len() < 2 {
         bail!("{} has {} tokens; perplexity needs at least 2", args.text.display(), whole.len());
     }
     let Loaded { mut engine, prefill_chunk, .. } =
         load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let start = Instant::now();
     let mut score = Score::default();
-    let window = match documents {
+    let window = match documents(&args.text, &text)? {
         Some(documents) => {
             for document in documents {
                 let tokens = tokenizer.encode(&document, true)?;
