@@ -1,5 +1,6 @@
 //! What the handlers need, made from a model and the server's options.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,12 @@ use tandem_engine::GenerationConfig;
 use tandem_text::{ChatTemplate, Dialect, Tokenizer};
 use thiserror::Error;
 
+use crate::body::{Admission, IN_FLIGHT};
 use crate::browser::Access;
 use crate::generation;
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
+use crate::store::Store;
 use crate::worker::Worker;
 
 /// What is served.
@@ -53,6 +56,10 @@ pub struct Options {
     pub cors_origins: Vec<String>,
     /// Bytes of the largest request.
     pub max_body_bytes: usize,
+    /// Bytes of all requests together that are being read.
+    pub max_body_bytes_in_flight: usize,
+    /// Directory that keeps answers of /v1/responses for the next start; in memory only if `None`.
+    pub store_dir: Option<PathBuf>,
     /// Time after which an answer that is not complete is given up.
     pub request_timeout: Duration,
     /// Whether prompts are logged.
@@ -65,7 +72,9 @@ impl Default for Options {
             api_keys: vec![],
             allowed_hosts: Some(vec![]),
             cors_origins: vec![],
-            max_body_bytes: 32 << 20,
+            max_body_bytes: 16 << 20,
+            max_body_bytes_in_flight: IN_FLIGHT,
+            store_dir: None,
             request_timeout: Duration::from_secs(3600),
             log_text: false,
         }
@@ -124,6 +133,10 @@ pub struct App {
     pub(crate) log_text: bool,
     pub(crate) max_body_bytes: usize,
     pub(crate) access: Access,
+    pub(crate) admission: Admission,
+    pub(crate) store: Store,
+    /// Bytes of the vocabulary's longest token.
+    pub(crate) longest_token: usize,
     /// Facts about the model, for the page.
     pub(crate) facts: Value,
 }
@@ -136,6 +149,8 @@ impl App {
     pub fn new(worker: Worker, model: Model, options: &Options) -> Result<Arc<App>, ServeError> {
         let Model { names, model_type, tokenizer, template, dialect, defaults, vocab_size, context, .. } = model;
         let sampling = defaults.apply(&tandem_engine::SamplingOverrides::default());
+        let token_bytes = |id| tokenizer.token_bytes(id).map_or(0, |bytes| bytes.len());
+        let longest_token = (0..vocab_size as u32).map(token_bytes).max().unwrap_or(1);
         let grammars = Grammars::new(&tokenizer, dialect, vocab_size, &defaults.eos_token_ids)
             .map_err(|error| ServeError::Vocabulary(error.to_string()))?;
         Ok(Arc::new(App {
@@ -160,6 +175,9 @@ impl App {
             log_text: options.log_text,
             max_body_bytes: options.max_body_bytes,
             access: options.access()?,
+            admission: Admission::new(options.max_body_bytes_in_flight),
+            store: Store::new(options.store_dir.clone()),
+            longest_token,
         }))
     }
 

@@ -7,12 +7,13 @@ mod answer;
 pub mod chat_template;
 pub mod dialect;
 mod prompt;
+pub mod schema;
 mod stop;
 pub mod tokenizer;
 
 pub use answer::{AnswerPiece, AnswerStream, FinishedBy};
 pub use chat_template::{ChatTemplate, TemplateError};
 pub use dialect::{Delta, Dialect, Function};
-pub use prompt::{Prompt, PromptError, prompt};
+pub use prompt::{Conversation, Prompt, PromptError, Rendered, prompt, render};
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::{DecodeStream, Tokenizer, TokenizerError};
