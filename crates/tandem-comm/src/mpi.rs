@@ -264,7 +264,7 @@ impl Mpi {
         tracing::error!("rank {}: {message}", self.rank);
         // SAFETY: MPI is initialised.
         unsafe { (self.functions.abort)(self.world, 1) };
-        std::process::exit(1)
+        std::process::abort()
     }
 }
 

@@ -110,6 +110,35 @@ fn part(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> MatrixPart {
     }
 }
 
+/// Different rows of a large matrix, which repeats them: a prime, so that no power of two of rows hides a mistake.
+const DISTINCT_ROWS: usize = 251;
+
+/// A large stack of noise whose rows repeat, as do its matrices after the first `distinct`.
+pub(crate) fn large_matrix(
+    dtype: DType,
+    (stack, distinct): (usize, usize),
+    (rows, cols): (usize, usize),
+    seed: u64,
+) -> MatrixData {
+    assert!(dtype != DType::Fp8Block, "whose scales belong to several rows");
+    let all: Vec<usize> = (0..rows).map(|row| row % DISTINCT_ROWS).collect();
+    let parts: Vec<MatrixPart> = (0..distinct as u64)
+        .map(|i| {
+            let base = part(dtype, DISTINCT_ROWS, cols, &noise(1000 * seed + i, DISTINCT_ROWS * cols));
+            take_rows(&base, DISTINCT_ROWS, &all)
+        })
+        .collect();
+    named(dtype, rows, cols, (0..stack).map(|i| parts[i % distinct].clone()).collect())
+}
+
+/// Rows to compare of a matrix of `rows`: the first, the last, and others all over.
+pub(crate) fn sample_of(rows: usize) -> Vec<usize> {
+    let mut sample: Vec<usize> = (0..96).map(|i| i * 7919 % rows).chain([rows - 1]).collect();
+    sample.sort_unstable();
+    sample.dedup();
+    sample
+}
+
 /// These rows of every matrix of a stack.
 pub(crate) fn sampled(data: &MatrixData, rows: &[usize]) -> MatrixData {
     let parts = data.parts.iter().map(|p| take_rows(p, data.rows, rows)).collect();

@@ -23,7 +23,7 @@ mod subject;
 mod tolerance;
 
 pub use subject::Subject;
-pub use tolerance::{Precision, Rounding};
+pub use tolerance::{Precision, Rounding, Sums};
 
 use tolerance::{Budget, PEAK};
 

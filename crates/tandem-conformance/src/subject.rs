@@ -1,15 +1,17 @@
 //! A backend under test, and the suite's only calls of [`Backend`]: one function per operation, host values in and out.
 
+use std::rc::Rc;
+
 use tandem_core::Backend;
 use tandem_core::backend::{
     AddRmsNorm, Batch, CacheKind, GqaAttention, HeadLinear, Heads, IndexSelect, Linear, MlaAttention, Mlp, Moe,
     PAGE_SIZE, PrepareAttention, RmsNorm, Rope, RopeIndexSelect, RopeMlaAttention, Rotate, Route, RouterTopk, Routing,
-    WriteIndexKey, WriteLatent,
+    Sampling, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::{MatrixData, ModuleKind};
 
 use crate::Precision;
-use crate::data::all_positions;
+use crate::data::{all_positions, plain_batch};
 
 /// Epsilon of every norm.
 const EPS: f32 = 1e-6;
@@ -27,6 +29,7 @@ pub struct Subject<B: Backend> {
     pub precision: Precision,
     /// Bytes of the largest matrix, cache or buffer that it can hold; larger cases are excluded and counted as such.
     pub largest_buffer: usize,
+    make: Rc<dyn Fn() -> B>,
     read_indices: fn(&B, &B::Indices, &mut [i32]),
     backend: B,
 }
@@ -69,13 +72,30 @@ impl<B: Backend> Subject<B> {
         read_indices: fn(&B, &B::Indices, &mut [i32]),
     ) -> Subject<B> {
         let backend = make();
-        Subject { name: name.into(), precision, largest_buffer: usize::MAX, read_indices, backend }
+        Subject { name: name.into(), precision, largest_buffer: usize::MAX, make: Rc::new(make), read_indices, backend }
     }
 
     /// The same with a limit to the bytes of one matrix, cache or buffer.
     #[must_use]
     pub fn with_largest_buffer(self, bytes: usize) -> Subject<B> {
         Subject { largest_buffer: bytes, ..self }
+    }
+
+    /// The same with a device to itself.
+    pub(crate) fn fresh(&self) -> Subject<B> {
+        Subject {
+            name: self.name.clone(),
+            backend: (self.make)(),
+            make: Rc::clone(&self.make),
+            precision: self.precision,
+            largest_buffer: self.largest_buffer,
+            read_indices: self.read_indices,
+        }
+    }
+
+    /// For cases that put operations together themselves.
+    pub(crate) fn backend(&self) -> &B {
+        &self.backend
     }
 
     // --- transfers ---
@@ -120,7 +140,7 @@ impl<B: Backend> Subject<B> {
         self.backend.load_matrix(data.clone())
     }
 
-    fn load_mlp(&self, [gate, up, down]: &MlpData) -> Mlp<B::Matrix> {
+    pub(crate) fn load_mlp(&self, [gate, up, down]: &MlpData) -> Mlp<B::Matrix> {
         Mlp { gate: self.load(gate), up: self.load(up), down: self.load(down) }
     }
 
@@ -277,16 +297,62 @@ impl<B: Backend> Subject<B> {
     ) -> Vec<f32> {
         let (hidden, n_experts) = (experts[2].rows, logits.len() / n);
         let (experts, shared) = (self.load_mlp(experts), shared.map(|s| self.load_mlp(s)));
+        self.moe_loaded((x, n, hidden), &experts, shared.as_ref(), (logits, n_experts), routing)
+    }
+
+    /// The same with loaded matrices.
+    pub(crate) fn moe_loaded(
+        &self,
+        (x, n, hidden): (&[f32], usize, usize),
+        experts: &Mlp<B::Matrix>,
+        shared: Option<&Mlp<B::Matrix>>,
+        (logits, n_experts): (&[f32], usize),
+        routing: &Routing,
+    ) -> Vec<f32> {
         let mut ids = self.backend.alloc_indices(n, routing.top_k);
         let (mut weights, mut out) = (self.out(n, routing.top_k), self.out(n, hidden));
         let (logits, bias) = (self.buffer(logits, n_experts), self.backend.load_vector(&vec![0.0; n_experts]));
         let (ids_out, weights_out) = (&mut ids, &mut weights);
         let op = RouterTopk { logits: &logits, bias: &bias, routing, n_rows: n, ids: ids_out, weights: weights_out };
         self.backend.router_topk(op);
-        let (x, shared) = (self.buffer(x, x.len() / n), shared.as_ref());
-        let op = Moe { x: &x, experts: &experts, shared, ids: &ids, weights: &weights, n_rows: n, out: &mut out };
+        let x = self.buffer(x, x.len() / n);
+        let op = Moe { x: &x, experts, shared, ids: &ids, weights: &weights, n_rows: n, out: &mut out };
         self.backend.moe(op);
         self.values(&out, n * hidden)
+    }
+
+    // --- tokens ---
+
+    /// The device's tokens of rows of logits, three times over: two steps under way, the second and third recorded or
+    /// replayed. Steps of one size must come with one buffer, as they do in a model.
+    ///
+    /// # Errors
+    /// The three differ.
+    pub(crate) fn sample(
+        &self,
+        buffer: &mut B::Buffer,
+        logits: &[f32],
+        sampling: &[Sampling],
+    ) -> Result<Vec<u32>, String> {
+        let (b, n) = (&self.backend, sampling.len());
+        let logits_rows = (0..n as u32).collect();
+        let batch = Batch { logits_rows, sampling: sampling.to_vec(), ..plain_batch(n) };
+        b.write_rows(logits, buffer);
+        let submit = || {
+            let batch = b.upload(batch.clone());
+            b.record_or_replay(&batch, 1, &mut |_| b.sample(buffer, &batch));
+        };
+        let mut found = vec![];
+        let mut collect = || b.collect(&mut found).map_err(|error| error.to_string());
+        submit();
+        submit();
+        collect()?;
+        submit();
+        collect()?;
+        collect()?;
+        let alike = found.len() == 3 * n && found[..n] == found[n..2 * n] && found[..n] == found[2 * n..];
+        found.truncate(n);
+        if alike { Ok(found) } else { Err(format!("three equal steps sample differently, the first {found:?}")) }
     }
 
     // --- caches ---

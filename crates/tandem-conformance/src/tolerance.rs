@@ -12,6 +12,7 @@
 //! | operands rounded to bf16 | `u^2 / 3` for each operand: errors of terms of random sign add up as the terms do |
 //! | operands as 8-bit integers, scale `max / 127` per group | `(crest / 127)^2 / 12`: the error is even in plus and minus half a step, and `crest` is the largest value of a group in units of its root mean square |
 //! | affine weights as `scale * code + bias` | what the sum costs, 15 times: for values even in -1..1 (mean square 1/3) both parts have mean squares of at most 4/3 and 1, and the difference is rounded once more |
+//! | a sum of `n` products rounded towards zero after each 8 | not random, so it is added without a safety factor: `n / 8` roundings lose half of `2 u` of a partial sum each, which is 2/3 of the result's size on average: `u n / 12` |
 //! | softmax shares | logits move by an absolute error `e`, shares by the relative error `e` |
 //!
 //! Both sides have errors of f32, which is why f32 steps count twice. What is compared is the root mean square of the
@@ -44,7 +45,16 @@ pub enum Rounding {
     Int8,
 }
 
-/// The roundings of a backend under one of its numerics. Sums are f32 under all of them.
+/// How the sums of a backend's fastest matrix products are rounded; they are f32 in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sums {
+    /// To the nearest, at each addition.
+    Nearest,
+    /// Towards zero, after each 8 products at most: tensor cores.
+    TowardsZero,
+}
+
+/// The roundings of a backend under one of its numerics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precision {
     /// Activations that meet MXFP4, 4-bit and 8-bit affine weights.
@@ -61,6 +71,8 @@ pub struct Precision {
     pub gqa: Rounding,
     /// Keys and queries of the indexer.
     pub index: Rounding,
+    /// Sums of products of matrices.
+    pub sums: Sums,
     /// Bytes of MXFP4 scales below this one may decode as zero: byte `b` is `2^(b - 127)`.
     pub smallest_scale: u8,
     /// Whether NaN in a product's operands makes its result NaN, as IEEE has it and WGSL does not promise.
@@ -77,15 +89,19 @@ impl Precision {
         mla: Rounding::None,
         gqa: Rounding::None,
         index: Rounding::None,
+        sums: Sums::Nearest,
         smallest_scale: 0,
         keeps_nan: true,
     };
 }
 
-/// The variance of the error of a result, relative to the result's mean square.
+/// The error of a result, relative to the result's root mean square.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Budget {
+    /// Of random errors.
     variance: f64,
+    /// Size of errors that all point the same way.
+    bias: f64,
 }
 
 impl Budget {
@@ -96,17 +112,23 @@ impl Budget {
 
     /// `n` elementwise operations of f32, on both sides.
     pub(crate) fn steps(n: usize) -> Budget {
-        Budget { variance: 2.0 * n as f64 * F32 * F32 / 3.0 }
+        Budget { variance: 2.0 * n as f64 * F32 * F32 / 3.0, bias: 0.0 }
     }
 
     /// A sum of `n` products in f32, on both sides.
     pub(crate) fn sum(n: usize) -> Budget {
-        Budget { variance: 2.0 * F32 * F32 / 3.0 * (1.0 + n as f64 / 2.0) }
+        Budget { variance: 2.0 * F32 * F32 / 3.0 * (1.0 + n as f64 / 2.0), bias: 0.0 }
+    }
+
+    /// What a sum of `n` products in a matrix product has besides.
+    pub(crate) fn of_sums(sums: Sums, n: usize) -> Budget {
+        let bias = if sums == Sums::TowardsZero { F32 * n as f64 / 12.0 } else { 0.0 };
+        Budget { variance: 0.0, bias }
     }
 
     /// The same with weights as `scale * code + bias`.
     pub(crate) fn of_affine(self) -> Budget {
-        Budget { variance: 15.0 * self.variance }
+        Budget { variance: 15.0 * self.variance, bias: 15f64.sqrt() * self.bias }
     }
 
     /// Operands rounded, `crest` being their largest value in units of their root mean square.
@@ -116,24 +138,24 @@ impl Budget {
             Rounding::Bf16 => BF16 * BF16 / 3.0,
             Rounding::Int8 => (crest / 127.0).powi(2) / 12.0,
         };
-        Budget { variance }
+        Budget { variance, bias: 0.0 }
     }
 
     /// Both errors.
     #[must_use]
     pub(crate) fn and(self, other: Budget) -> Budget {
-        Budget { variance: self.variance + other.variance }
+        Budget { variance: self.variance + other.variance, bias: self.bias + other.bias }
     }
 
-    /// The error `n` times, independent each time.
+    /// The error `n` times, independent each time: `sqrt(n)` times its size.
     #[must_use]
     pub(crate) fn times(self, n: f64) -> Budget {
-        Budget { variance: self.variance * n }
+        Budget { variance: self.variance * n, bias: self.bias * n.sqrt() }
     }
 
     /// The tolerance: of the root mean square of a difference, relative to that of the result.
     pub(crate) fn tolerance(self) -> f64 {
-        SAFETY * self.variance.sqrt()
+        SAFETY * self.variance.sqrt() + self.bias
     }
 }
 

@@ -168,6 +168,16 @@ pub enum CacheKind {
     KeyValue,
 }
 
+/// One kind of vector that a decoder layer keeps for each token. A family lists them layer by layer, as it lists its
+/// weights; allocation, pages on disk, planning and accounting read that list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSpec {
+    /// What it holds.
+    pub kind: CacheKind,
+    /// Elements.
+    pub width: usize,
+}
+
 /// A device that can run the models. Buffers are `[rows, width] f32` unless said otherwise.
 pub trait Backend {
     /// Activations.

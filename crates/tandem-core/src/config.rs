@@ -67,11 +67,17 @@ pub enum ModelType {
 impl ModelType {
     /// The `model_type` string.
     pub const fn name(self) -> &'static str {
+        self.parts().name
+    }
+
+    /// What a configuration of this type has: one line per type.
+    const fn parts(self) -> Parts {
+        const DEEPSEEK: Parts = Parts { name: "deepseek_v3", mla: true, moe: true, mtp: true, indexer: None };
         match self {
-            ModelType::GlmMoeDsa => "glm_moe_dsa",
-            ModelType::DeepseekV32 => "deepseek_v32",
-            ModelType::DeepseekV3 => "deepseek_v3",
-            ModelType::Llama => "llama",
+            ModelType::GlmMoeDsa => Parts { name: "glm_moe_dsa", indexer: Some(true), ..DEEPSEEK },
+            ModelType::DeepseekV32 => Parts { name: "deepseek_v32", indexer: Some(false), ..DEEPSEEK },
+            ModelType::DeepseekV3 => DEEPSEEK,
+            ModelType::Llama => Parts { name: "llama", mla: false, moe: false, mtp: false, indexer: None },
         }
     }
 
@@ -81,6 +87,20 @@ impl ModelType {
             .find(|t| t.name() == name)
             .ok_or_else(|| ConfigError::UnknownModelType { found: name.to_string() })
     }
+}
+
+/// The sections that configurations of one `model_type` have. Which are there follows from the type, never from the
+/// fields that a file happens to hold.
+struct Parts {
+    name: &'static str,
+    /// Multi-head latent attention; else grouped-query attention.
+    mla: bool,
+    /// Routed experts.
+    moe: bool,
+    /// Multi-token-prediction layers.
+    mtp: bool,
+    /// An indexer, and whether its rotary pairs are (2i, 2i+1) where the file does not say.
+    indexer: Option<bool>,
 }
 
 /// Frequencies of rotary position embedding.
@@ -607,7 +627,7 @@ impl Fields<'_> {
 
     fn build(&self) -> Result<ModelConfig, ConfigError> {
         let raw = self.raw;
-        let deepseek = self.model_type != ModelType::Llama;
+        let parts = self.model_type.parts();
         let hidden_size = self.size("hidden_size", raw.hidden_size)?;
         let num_attention_heads = self.size("num_attention_heads", raw.num_attention_heads)?;
         let num_hidden_layers = self.size("num_hidden_layers", raw.num_hidden_layers)?;
@@ -616,7 +636,7 @@ impl Fields<'_> {
                 "num_hidden_layers must be at most 4096, found {num_hidden_layers}"
             )));
         }
-        let num_nextn_predict_layers = if deepseek { raw.num_nextn_predict_layers.unwrap_or(0) } else { 0 };
+        let num_nextn_predict_layers = if parts.mtp { raw.num_nextn_predict_layers.unwrap_or(0) } else { 0 };
         if num_nextn_predict_layers > 16 {
             return Err(ConfigError::Invalid(format!(
                 "num_nextn_predict_layers must be at most 16, found {num_nextn_predict_layers}"
@@ -629,7 +649,7 @@ impl Fields<'_> {
         }
         let head_dim = match raw.head_dim {
             Some(d) => self.size("head_dim", Some(d))?,
-            None if deepseek => 1,
+            None if parts.mla => 1,
             None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
             None => {
                 return Err(ConfigError::Invalid(format!(
@@ -640,7 +660,7 @@ impl Fields<'_> {
         };
         let num_key_value_heads =
             raw.num_key_value_heads.map_or(Ok(num_attention_heads), |n| self.size("num_key_value_heads", Some(n)))?;
-        if !deepseek {
+        if !parts.mla {
             if raw.mlp_bias == Some(true) {
                 return Err(ConfigError::Invalid("mlp_bias true is not supported".to_string()));
             }
@@ -683,13 +703,9 @@ impl Fields<'_> {
                 Some(OneOrMany::Many(ids)) => ids.clone(),
             },
             num_nextn_predict_layers,
-            mla: deepseek.then(|| self.mla()).transpose()?,
-            moe: if deepseek { Some(self.moe(num_hidden_layers)?) } else { None },
-            indexer: if matches!(self.model_type, ModelType::GlmMoeDsa | ModelType::DeepseekV32) {
-                Some(self.indexer(num_hidden_layers)?)
-            } else {
-                None
-            },
+            mla: parts.mla.then(|| self.mla()).transpose()?,
+            moe: parts.moe.then(|| self.moe(num_hidden_layers)).transpose()?,
+            indexer: parts.indexer.map(|interleave| self.indexer(num_hidden_layers, interleave)).transpose()?,
             quantization: QuantizationConfig::parse(raw)?,
         };
         let parameters = config.most_parameters();
@@ -787,7 +803,7 @@ impl Fields<'_> {
 
     /// Full and shared indexers: `indexer_types`, else `index_topk_pattern` ("F" / "S"), else
     /// `max(layer - offset + 1, 0) % freq == 0` (transformers' GlmMoeDsaConfig).
-    fn indexer(&self, n_layers: usize) -> Result<IndexerConfig, ConfigError> {
+    fn indexer(&self, n_layers: usize, interleave: bool) -> Result<IndexerConfig, ConfigError> {
         let raw = self.raw;
         let named = |n: usize, what: &str| {
             if n < n_layers {
@@ -816,7 +832,7 @@ impl Fields<'_> {
             index_n_heads: self.size("index_n_heads", raw.index_n_heads)?,
             index_head_dim: self.size("index_head_dim", raw.index_head_dim)?,
             index_topk: self.size("index_topk", raw.index_topk)?,
-            rope_interleave: raw.indexer_rope_interleave.unwrap_or(self.model_type == ModelType::GlmMoeDsa),
+            rope_interleave: raw.indexer_rope_interleave.unwrap_or(interleave),
             full_layers,
         };
         if raw.q_lora_rank.is_none() {

@@ -120,6 +120,24 @@ pub enum Split {
     Once,
 }
 
+/// How much of a weight decoding one token reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// All of it.
+    Always,
+    /// One row.
+    PerRow,
+    /// As many matrices of the stack as a token has experts.
+    Experts {
+        /// Experts per token.
+        per_token: usize,
+    },
+    /// All of it while the context is longer than the indexer selects, else nothing.
+    Sparse,
+    /// Nothing: it is counted, not loaded.
+    Never,
+}
+
 /// One weight a model needs.
 #[derive(Clone, Debug)]
 pub struct WeightSpec {
@@ -137,6 +155,10 @@ pub struct WeightSpec {
     pub form: Form,
     /// How ranks divide it.
     pub split: Split,
+    /// How much of it a token reads.
+    pub read: Read,
+    /// Recipes leave its format as it is, unless a rule names it: a router picks experts by small differences.
+    pub keeps_format: bool,
     /// May be absent.
     pub optional: bool,
 }
@@ -152,6 +174,8 @@ impl WeightSpec {
             layer: None,
             form,
             split: Split::Whole,
+            read: Read::Always,
+            keeps_format: false,
             optional: false,
         }
     }
@@ -166,6 +190,8 @@ impl WeightSpec {
             layer: None,
             form: Form::Vector,
             split: Split::Whole,
+            read: Read::Always,
+            keeps_format: false,
             optional: false,
         }
     }
@@ -174,6 +200,24 @@ impl WeightSpec {
     #[must_use]
     pub fn divided(self, split: Split) -> WeightSpec {
         WeightSpec { split, ..self }
+    }
+
+    /// The same weight, read as `read` says.
+    #[must_use]
+    pub fn read(self, read: Read) -> WeightSpec {
+        WeightSpec { read, ..self }
+    }
+
+    /// The part of `amount` (bytes or elements, of the whole weight or of a rank's slice) that decoding one token reads
+    /// with a context longer than the indexer selects.
+    pub fn read_per_token(&self, amount: u64) -> u64 {
+        let (stack, rows, _) = self.dims();
+        match self.read {
+            Read::Always | Read::Sparse => amount,
+            Read::PerRow => amount / rows as u64,
+            Read::Experts { per_token } => amount * per_token as u64 / stack as u64,
+            Read::Never => 0,
+        }
     }
 
     /// Matrices in the stack, rows and columns of each.
@@ -369,20 +413,19 @@ impl MatrixData {
                     let size = all / cols.div_ceil(group).max(1);
                     groups.start * size..groups.end * size
                 };
-                let parts = self
-                    .parts
-                    .iter()
-                    .map(|p| MatrixPart {
-                        weight: columns(&p.weight, dtype.weight_bytes(1, cols), &elements),
-                        scales: columns(
-                            &p.scales,
-                            dtype.scale_bytes(1, cols),
-                            &group_bytes(dtype.scale_bytes(1, cols)),
-                        ),
-                        biases: columns(&p.biases, dtype.bias_bytes(1, cols), &group_bytes(dtype.bias_bytes(1, cols))),
-                        global_scale: p.global_scale,
-                    })
-                    .collect();
+                let cut = |p: &MatrixPart| MatrixPart {
+                    weight: columns(&p.weight, dtype.weight_bytes(1, cols), &elements),
+                    scales: columns(&p.scales, dtype.scale_bytes(1, cols), &group_bytes(dtype.scale_bytes(1, cols))),
+                    biases: columns(&p.biases, dtype.bias_bytes(1, cols), &group_bytes(dtype.bias_bytes(1, cols))),
+                    global_scale: p.global_scale,
+                };
+                // Matrices that share their bytes go on doing so.
+                let first = &self.parts[0];
+                let parts = if self.parts.iter().all(|p| p.has_bytes_of(first)) {
+                    vec![cut(first); self.parts.len()]
+                } else {
+                    on_threads(&self.parts, first.weight.len(), cut)
+                };
                 MatrixData { rows, cols: range.len(), parts, ..self }
             }
         }
@@ -413,6 +456,14 @@ impl MatrixData {
     }
 }
 
+impl MatrixPart {
+    /// True if this is the same memory as `other`.
+    fn has_bytes_of(&self, other: &MatrixPart) -> bool {
+        let same = |a: &Bytes, b: &Bytes| a.len() == b.len() && std::ptr::eq(a.as_ptr(), b.as_ptr());
+        same(&self.weight, &other.weight) && same(&self.scales, &other.scales) && same(&self.biases, &other.biases)
+    }
+}
+
 /// Bytes `range` of every row of `row_bytes`.
 fn columns(bytes: &Bytes, row_bytes: usize, range: &Range<usize>) -> Bytes {
     if bytes.is_empty() {
@@ -421,6 +472,26 @@ fn columns(bytes: &Bytes, row_bytes: usize, range: &Range<usize>) -> Bytes {
     let mut out = Vec::with_capacity(bytes.len() / row_bytes * range.len());
     bytes.chunks_exact(row_bytes).for_each(|row| out.extend_from_slice(&row[range.clone()]));
     out.into()
+}
+
+/// Memory below which another thread is not worth its start.
+const BYTES_PER_THREAD: usize = 1 << 20;
+
+/// `f` of each item, which reads about `bytes_of_each`, on as many threads as all of it is worth; in the items' order.
+fn on_threads<T: Sync, R: Send>(items: &[T], bytes_of_each: usize, f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_threads = (items.len() * bytes_of_each / BYTES_PER_THREAD).min(n_cores);
+    if n_threads < 2 {
+        return items.iter().map(f).collect();
+    }
+    let f = &f;
+    std::thread::scope(|scope| {
+        let shares = items.chunks(items.len().div_ceil(n_threads));
+        let threads: Vec<_> =
+            shares.map(|share| scope.spawn(move || share.iter().map(f).collect::<Vec<R>>())).collect();
+        // A panic of `f` goes on here.
+        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
+    })
 }
 
 /// Finds every weight of `specs` in `checkpoint`, and checks that nothing else is there.
@@ -758,10 +829,12 @@ impl Weight {
         };
         let data = MatrixData { name: self.spec.module.clone(), dtype: self.dtype, rows, cols, parts };
         if data.dtype.is_quantized() {
-            for part in 0..data.parts.len() {
-                if let Some(index) = quant::has_nan_scale(&data.view(part)) {
-                    return Err(CheckpointError::BadScale { tensor: data.name, index });
-                }
+            // Every scale of a checkpoint passes here, most of them from memory that nobody has touched yet.
+            let scale_bytes = data.parts.first().map_or(0, |p| p.scales.len() + p.biases.len());
+            let numbers: Vec<usize> = (0..data.parts.len()).collect();
+            let bad = on_threads(&numbers, scale_bytes, |part| quant::has_nan_scale(&data.view(*part)));
+            if let Some(index) = bad.into_iter().flatten().next() {
+                return Err(CheckpointError::BadScale { tensor: data.name, index });
             }
         }
         Ok(data)
@@ -878,4 +951,57 @@ fn split_stack(whole: &MatrixPart, dtype: DType, stack: usize, rows: usize, cols
             global_scale: whole.global_scale,
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stack of f32 matrices `[2, 65536]`, of which element `i` of matrix `p` is `p * 131072 + i`.
+    fn stack(n: usize) -> MatrixData {
+        let part = |p: usize| {
+            let values = (0..2 * 65536).map(|i| (p * 131_072 + i) as f32);
+            MatrixPart {
+                weight: values.flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into(),
+                ..MatrixPart::default()
+            }
+        };
+        let parts = (0..n).map(part).collect();
+        MatrixData { name: "stack".into(), dtype: DType::F32, rows: 2, cols: 65536, parts }
+    }
+
+    #[test]
+    fn columns_are_cut_from_every_matrix_of_a_stack() {
+        // Small enough for one thread, and large enough for several.
+        for n in [1, 9] {
+            let cut = stack(n).cut(Axis::Cols, 1000..1003);
+            assert_eq!((cut.rows, cut.cols, cut.parts.len()), (2, 3, n));
+            for p in 0..n {
+                let expected: Vec<f32> = [0, 65536]
+                    .iter()
+                    .flat_map(|row| (1000..1003).map(move |c| (p * 131_072 + row + c) as f32))
+                    .collect();
+                assert_eq!(cut.view(p).dequantize(), expected, "matrix {p} of {n}");
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_that_share_their_bytes_share_what_is_cut_from_them() {
+        let mut repeated = stack(1);
+        repeated.parts = vec![repeated.parts[0].clone(); 4];
+        for axis in [Axis::Rows, Axis::Cols] {
+            let cut = repeated.clone().cut(axis, 1..2);
+            assert!(cut.parts.iter().all(|p| p.has_bytes_of(&cut.parts[0])), "{axis:?}");
+            assert_eq!(cut.view(3).dequantize(), cut.view(0).dequantize());
+        }
+    }
+
+    #[test]
+    fn results_of_several_threads_are_in_order() {
+        let numbers: Vec<usize> = (0..100).collect();
+        for bytes in [0, 1 << 20] {
+            assert_eq!(on_threads(&numbers, bytes, |n| n * n), numbers.iter().map(|n| n * n).collect::<Vec<_>>());
+        }
+    }
 }

@@ -148,15 +148,32 @@ fn fill_f32(cells: &mut [f32], bytes: &[u8]) {
 mod tests {
     use super::*;
 
+    const WIDTH: usize = 24;
+
+    /// What is written to a slot.
+    fn values(slot: usize) -> Vec<f32> {
+        (0..WIDTH).map(|i| (slot * 31 + i) as f32 - 700.0).collect()
+    }
+
+    /// A slot's vector as kernels read it.
+    fn decoded(cache: &CpuCache, slot: usize) -> Vec<f32> {
+        match cache {
+            CpuCache::F32(rows) => rows.row(slot).to_vec(),
+            CpuCache::Bf16(rows) => rows.row(slot).iter().map(|v| v.to_f32()).collect(),
+            CpuCache::Int8(rows) => {
+                let (codes, scale) = rows.row(slot);
+                codes.iter().map(|code| (i32::from(*code) - KEY_OFFSET) as f32 * scale).collect()
+            }
+        }
+    }
+
     #[test]
     fn a_page_moves_to_another_place_unchanged() {
-        const WIDTH: usize = 24;
         let n_slots = 3 * PAGE_SIZE;
         for mut cache in [CpuCache::f32(n_slots, WIDTH), CpuCache::bf16(n_slots, WIDTH), CpuCache::int8(n_slots, WIDTH)]
         {
             for slot in 0..PAGE_SIZE {
-                let values: Vec<f32> = (0..WIDTH).map(|i| (slot * 31 + i) as f32 - 700.0).collect();
-                cache.write(PAGE_SIZE + slot, &values);
+                cache.write(PAGE_SIZE + slot, &values(slot));
             }
             let mut saved = vec![];
             cache.save_page(1, &mut saved);
@@ -164,9 +181,15 @@ mod tests {
             let mut rest = &saved[..];
             assert!(cache.load_page(2, &mut rest));
             assert!(rest.is_empty());
-            let mut again = vec![];
-            cache.save_page(2, &mut again);
-            assert_eq!(saved, again);
+            for slot in 0..PAGE_SIZE {
+                let (found, expected) = (decoded(&cache, 2 * PAGE_SIZE + slot), decoded(&cache, PAGE_SIZE + slot));
+                assert_eq!(found, expected, "slot {slot}");
+                // Half a step of 8 bits, the coarsest of the three.
+                let largest = values(slot).iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                for (found, written) in found.iter().zip(values(slot)) {
+                    assert!((found - written).abs() <= 0.501 * largest / 127.0, "slot {slot}: {found} for {written}");
+                }
+            }
         }
     }
 }

@@ -3,7 +3,6 @@
 // arrived without a fence or a second message. Buffers alternate: a rank that sends for sum s has seen everybody's
 // part of sum s - 1, so everybody is done with s - 2.
 
-#define MAX_RANKS 8
 // Nanoseconds without a part of another rank, after which it is given up.
 #define PATIENCE 20000000000ull
 

@@ -5,10 +5,10 @@
 struct Pages {
     const int* positions;    // [n]
     const int* sequences;    // [n]
-    const int* tables;       // [n_sequences, table_pitch] pages of 64 slots
-    u32 table_pitch;
+    const int* tables;       // [n_sequences, table_pitch] pages of PAGE_TOKENS slots
+    u32 table_pitch, unused;
     DI u32 slot(u32 sequence, u32 position) const {
-        return u32(tables[sequence * table_pitch + position / 64]) * 64 + position % 64;
+        return u32(tables[sequence * table_pitch + position / PAGE_TOKENS]) * PAGE_TOKENS + position % PAGE_TOKENS;
     }
 };
 
@@ -24,13 +24,13 @@ struct AttentionArgs {
     u32 heads_per_key;       // query heads that share a cached head; 0: all share one vector
     u32 n_selected, packed_pitch;
     float scale;
+    u32 unused;
 };
 
 DI float load_element(const float* p) { return *p; }
 DI float load_element(const u16* p) { return bf16_to_f32(*p); }
 
 #define ATTENTION_WARPS 4
-#define ATTENTION_ELEMENTS 20
 
 template <class T>
 DI void attention_f32(const AttentionArgs& args) {

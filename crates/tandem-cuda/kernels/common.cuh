@@ -1,5 +1,5 @@
 // Types, loads and the decoding of every weight format; shared by all kernels, and free of CUDA's headers so that NVRTC
-// needs nothing but itself.
+// needs nothing but itself. Constants in capitals that no kernel defines come from src/preamble.rs, with the formats.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -14,9 +14,6 @@ typedef unsigned long long u64;
 // finishes before its predecessors.
 DI void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 DI void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// Storage formats; the same numbers as in matrix.rs.
-enum : u32 { F32 = 0, F16 = 1, BF16 = 2, MXFP4 = 3, MXFP8 = 4, NVFP4 = 5, FP8_BLOCK = 6, AFFINE_F32 = 7, AFFINE_BF16 = 8 };
 
 // A matrix [rows, cols] or a stack of equal ones. A `tiled` one is kept in tiles (repack.cu) of 8 rows and 128 bytes of
 // elements of each, in the order in which the row kernels read them: `weight` is [parts, row groups, row_bytes] then.
@@ -33,11 +30,27 @@ struct Matrix {
 
 // A tile: elements 0 .. 64 of its 8 rows, elements 64 .. 128, and 8 bytes of scales of each row. Zeros fill it up where
 // the matrix ends.
-#define TILE_BYTES 1088
-#define TILE_SCALES 1024
+static_assert(TILE_ROWS == 8 && TILE_ROW_BYTES == 128 && TILE_ROW_SCALES == 8, "the kernels know the shape of a tile");
 
 DI const u8* tile_of(const Matrix& m, u32 part, u32 row, u32 round) {
     return m.weight + part * m.weight_part + u64(row >> 3) * m.row_bytes + round * TILE_BYTES;
+}
+
+// FOR_TILED_FORMAT(format, statement), from src/preamble.rs, runs the statement with the constant FORMAT for each format
+// that is kept in tiles. What such a format needs is said where FORMAT is asked for; a format that lacks an answer does not
+// compile.
+template <u32 FORMAT>
+constexpr u32 TILED_BITS = 0;    // of an element
+template <>
+constexpr u32 TILED_BITS<MXFP4> = 4;
+template <>
+constexpr u32 TILED_BITS<AFFINE_BF16> = 8;
+
+// Byte of element k in its row.
+DI u32 tiled_byte(const Matrix& m, u32 k) {
+    u32 byte = 0;
+    FOR_TILED_FORMAT(m.format, byte = k / (8 / TILED_BITS<FORMAT>));
+    return byte;
 }
 
 // Place of byte `b` of row `row` in its tile.
@@ -166,28 +179,35 @@ DI float e4m3(u32 byte) {
     return byte & 0x80 ? -magnitude : magnitude;
 }
 
+// Elements k .. k + 7 of a row of a tiled matrix (k a multiple of 8), and the row's scales in the same tile.
+template <u32 FORMAT>
+DI void decode8_tiled(const u8* codes, const u8* scales, u32 k, float (&out)[8]) {
+    if constexpr (FORMAT == MXFP4) {
+        float scale = e8m0(scales[k / 32 & 7]);
+        u32 w = *(const u32*)codes;
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = e2m1(w >> (4 * i) & 15) * scale;
+    } else {
+        static_assert(FORMAT == AFFINE_BF16, "decode8_tiled lacks this format");
+        u32 pair = ((const u32*)scales)[k / 64 & 1];
+        float scale = __uint_as_float(pair << 16), bias = __uint_as_float(pair & 0xffff0000u);
+        uint2 w = *(const uint2*)codes;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 code = (i < 4 ? w.x : w.y) >> (8 * (i & 3)) & 255;
+            out[i] = __fadd_rn(__fmul_rn(scale, float(code)), bias);
+        }
+    }
+}
+
 // Elements k .. k + 7 of a row (k a multiple of 8); those past `cols` are 0.
 DI void decode8(const Matrix& m, u32 part, u32 row, u32 k, float (&out)[8]) {
     if (m.tiled) {
-        u32 byte = m.format == MXFP4 ? k / 2 : k;
-        const u8* tile = tile_of(m, part, row, byte / 128);
-        const u8* codes = tile + tile_place(row, byte & 127);
-        const u8* scales = tile + TILE_SCALES + (row & 7) * 8;
-        if (m.format == MXFP4) {
-            float scale = e8m0(scales[k / 32 & 7]);
-            u32 w = *(const u32*)codes;
-#pragma unroll
-            for (int i = 0; i < 8; i++) out[i] = e2m1(w >> (4 * i) & 15) * scale;
-        } else {
-            u32 pair = ((const u32*)scales)[k / 64 & 1];
-            float scale = __uint_as_float(pair << 16), bias = __uint_as_float(pair & 0xffff0000u);
-            uint2 w = *(const uint2*)codes;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                u32 code = (i < 4 ? w.x : w.y) >> (8 * (i & 3)) & 255;
-                out[i] = __fadd_rn(__fmul_rn(scale, float(code)), bias);
-            }
-        }
+        u32 byte = tiled_byte(m, k);
+        const u8* tile = tile_of(m, part, row, byte / TILE_ROW_BYTES);
+        const u8* codes = tile + tile_place(row, byte & (TILE_ROW_BYTES - 1));
+        const u8* scales = tile + TILE_SCALES + (row & 7) * TILE_ROW_SCALES;
+        FOR_TILED_FORMAT(m.format, decode8_tiled<FORMAT>(codes, scales, k, out));
         return;
     }
     const u8* w = m.weight + part * m.weight_part + u64(row) * m.row_bytes;

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ 
     let_next_start();
     wait_for_previous();
     u32 token = tokens[blockIdx.x];
-    if (token >> 31) token = sampled[token & 0x7fffffffu];
+    if (token & SAMPLED) token = sampled[token & ~SAMPLED];
     // None was sampled: the host will say so.
     if (token >= table.rows) token = 0;
     for (u32 k = threadIdx.x * 8; k < table.cols; k += 2048) {

@@ -2,9 +2,6 @@
 // experts get few; weights are decoded into shared memory as bf16, 64 columns at a time, while the columns before are
 // multiplied. Unlike the row kernels of decoding, affine weights are rounded to bf16 here.
 
-#define GEMM_K 64
-#define GEMM_PITCH (GEMM_K + 8)
-
 struct GemmArgs {
     Matrix m0, m1;           // gated: gate and up, else the same matrix twice
     MoePlan plan;            // routed: the expert of blockIdx.z and its pairs
@@ -24,22 +21,29 @@ struct RawRow {
     u32 scale;
 };
 
+template <u32 FORMAT>
+DI void load_rest(RawRow& raw, const u8* codes, const u8* scales, u32 k) {
+    if constexpr (FORMAT == MXFP4) {
+        raw.scale = scales[k / 32 & 7];
+    } else {
+        static_assert(FORMAT == AFFINE_BF16, "load_rest lacks this format");
+        raw.b = load_stream(codes + 16);
+        raw.scale = ((const u32*)scales)[k / 64 & 1];
+    }
+}
+
 // Elements k .. k + 32 of a row, from the tiles of its group.
 DI RawRow load_raw(const Matrix& m, const u8* group, u32 row, u32 k) {
     RawRow raw;
     raw.a = raw.b = make_uint4(0, 0, 0, 0);
     raw.scale = 0;
     if (k >= m.cols) return raw;
-    u32 byte = m.format == MXFP4 ? k / 2 : k;
-    const u8* tile = group + byte / 128 * TILE_BYTES;
-    const u8* codes = tile + tile_place(row, byte & 127);
+    u32 byte = tiled_byte(m, k);
+    const u8* tile = group + byte / TILE_ROW_BYTES * TILE_BYTES;
+    const u8* codes = tile + tile_place(row, byte & (TILE_ROW_BYTES - 1));
+    const u8* scales = tile + TILE_SCALES + (row & 7) * TILE_ROW_SCALES;
     raw.a = load_stream(codes);
-    if (m.format == MXFP4) {
-        raw.scale = tile[TILE_SCALES + (row & 7) * 8 + (k / 32 & 7)];
-    } else {
-        raw.b = load_stream(codes + 16);
-        raw.scale = ((const u32*)(tile + TILE_SCALES + (row & 7) * 8))[k / 64 & 1];
-    }
+    FOR_TILED_FORMAT(m.format, load_rest<FORMAT>(raw, codes, scales, k));
     return raw;
 }
 
@@ -49,8 +53,9 @@ DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return out;
 }
 
-DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
-    if (m.format == MXFP4) {
+template <u32 FORMAT>
+DI void store_raw_as(const RawRow& raw, u16* to) {
+    if constexpr (FORMAT == MXFP4) {
         u32 scale = (raw.scale + 62 << 7) * 0x10001u;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -59,6 +64,7 @@ DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
             *(uint4*)(to + j * 8) = make_uint4(p[0], p[1], p[2], p[3]);
         }
     } else {
+        static_assert(FORMAT == AFFINE_BF16, "store_raw lacks this format");
         float scale = __uint_as_float(raw.scale << 16);
         float bias = __uint_as_float(raw.scale & 0xffff0000u) + 128.0f * scale;
         u32 scales = pack_bf16(scale, scale), biases = pack_bf16(bias, bias);
@@ -74,13 +80,16 @@ DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
     }
 }
 
+DI void store_raw(const Matrix& m, const RawRow& raw, u16* to) {
+    FOR_TILED_FORMAT(m.format, store_raw_as<FORMAT>(raw, to));
+}
+
 // TOKENS 128: a warp has 64 rows and 32 tokens; TOKENS 32: 32 rows and all tokens, and two warps share the columns.
 template <int TOKENS>
 DI void gemm_mma(const GemmArgs& args) {
     constexpr int ROW_TILES = TOKENS == 128 ? 4 : 2, CHUNKS = TOKENS / 32;
-    // Stages of tokens: with few the steps are so short that copies must be further ahead.
-    constexpr u32 STAGES = TOKENS == 32 ? 4 : 2;
-    constexpr u32 WEIGHTS = 128 * GEMM_PITCH, X = TOKENS * GEMM_PITCH;
+    constexpr u32 STAGES = TOKENS == GEMM_FEW ? GEMM_FEW_STAGES : GEMM_STAGES;
+    constexpr u32 WEIGHTS = GEMM_TILE * GEMM_PITCH, X = TOKENS * GEMM_PITCH;
     u16* memory = (u16*)dynamic_memory;
     let_next_start();
     wait_for_previous();
@@ -101,7 +110,8 @@ DI void gemm_mma(const GemmArgs& args) {
     u32 row0 = blockIdx.y * (args.gated ? 64 : 128);
     u32 row = min(args.gated ? row0 + tile_row / 16 * 8 + (tile_row & 7) : row0 + tile_row, m.rows - 1);
     const u8* group = tile_of(m, part, row, 0);
-    float factor = m.format == MXFP4 ? MXFP4_FACTOR : 1.0f;
+    float factor = 1.0f;
+    FOR_TILED_FORMAT(m.format, factor = TILED_FACTOR<FORMAT>);
     u32 cols = m.cols, steps = (cols + GEMM_K - 1) / GEMM_K;
     u32 warp_row = TOKENS == 128 ? (warp & 1) * 64 : (warp & 3) * 32, warp_token = TOKENS == 128 ? (warp >> 1) * 32 : 0;
     constexpr u32 WARP_K = TOKENS == 128 ? GEMM_K : GEMM_K / 2;

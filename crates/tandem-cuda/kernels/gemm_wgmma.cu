@@ -4,17 +4,13 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Columns of a step, tiles of a warp's ring, and steps of tokens in shared memory.
-#define WGMMA_K 64
-#define WGMMA_RING 3
-#define WGMMA_STAGES 3
-
 // A tile of each of a warp's two groups of 8 rows: [group][half] 8 rows of 64 bytes, each row's four pieces in the order
 // (piece ^ row / 2) so that one piece of every row meets every bank once; and scales.
 struct RawTiles {
     uint4 halves[2][2][32];
     uint2 scales[2][8];
 };
+static_assert(sizeof(RawTiles) == 2 * TILE_BYTES, "the launch makes room for the ring");
 
 DI void start_tiles(RawTiles& to, const u8* w0, const u8* w1, u32 r, u32 lane) {
     u32 place = (lane & ~3u) | ((lane ^ lane >> 3) & 3);
@@ -122,6 +118,7 @@ DI void decode_step(const RawTiles& tiles, u32 step, u32 lane, u32 (&a)[4][4]) {
                 }
             }
         } else {
+            static_assert(FORMAT == AFFINE_BF16, "decode_step lacks this format");
             // Four runs of 16 columns.
             float scale = __uint_as_float(raw << 16), bias = __uint_as_float(raw & 0xffff0000u) + 128.0f * scale;
             u32 scales = pack_bf16(scale, scale), biases = pack_bf16(bias, bias);
@@ -150,9 +147,9 @@ template <u32 FORMAT, int N>
 DI void gemm_tokens(const GemmArgs& args, const WgmmaPlace& at, u32 column0, u8* memory) {
     constexpr u32 TILE_STEPS = FORMAT == MXFP4 ? 4 : 2, STAGE = N * 128, COPIES = N / 32;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, cols = args.m0.cols;
-    u32 steps = (cols + WGMMA_K - 1) / WGMMA_K, rounds = args.m0.row_bytes / TILE_BYTES;
+    u32 steps = (cols + GEMM_K - 1) / GEMM_K, rounds = args.m0.row_bytes / TILE_BYTES;
     u8* tokens = memory;                                                        // [WGMMA_STAGES][N, 128 bytes]
-    RawTiles* ring = (RawTiles*)(memory + WGMMA_STAGES * 128 * 128) + warp * WGMMA_RING;
+    RawTiles* ring = (RawTiles*)(memory + WGMMA_STAGES * GEMM_TILE * 128) + warp * WGMMA_RING;
     // A thread copies 8 columns of each 32nd token. Past the last one it copies that again.
     u32 token = threadIdx.x >> 3, piece = threadIdx.x & 7, sources[COPIES];
 #pragma unroll
@@ -162,7 +159,7 @@ DI void gemm_tokens(const GemmArgs& args, const WgmmaPlace& at, u32 column0, u8*
     }
     const u16* x = args.x + at.x0 + piece * 8;
     auto start_x = [&](u32 step, u32 stage) {
-        u32 k = step * WGMMA_K;
+        u32 k = step * GEMM_K;
         bool inside = k + piece * 8 < cols;
         u8* to = tokens + stage * STAGE + token * 128 + (piece ^ (token & 7)) * 16;
 #pragma unroll
@@ -218,7 +215,7 @@ DI void gemm_tokens(const GemmArgs& args, const WgmmaPlace& at, u32 column0, u8*
     }
     wait_copies<0>();
     __syncthreads();
-    float factor = FORMAT == MXFP4 ? MXFP4_FACTOR : 1.0f;
+    constexpr float factor = TILED_FACTOR<FORMAT>;
     u32 g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
@@ -247,7 +244,7 @@ DI void gemm_tokens(const GemmArgs& args, const WgmmaPlace& at, u32 column0, u8*
 
 template <u32 FORMAT>
 DI void gemm_wgmma(const GemmArgs& args) {
-    u8* memory = dynamic_memory + (-shared_address(dynamic_memory) & 1023);
+    u8* memory = dynamic_memory + (-shared_address(dynamic_memory) & (WGMMA_ALIGNMENT - 1));
     let_next_start();
     wait_for_previous();
     WgmmaPlace at;
@@ -277,6 +274,7 @@ DI void gemm_wgmma(const GemmArgs& args) {
     }
 }
 
+// One for each tiled format (linear.rs picks).
 extern "C" __global__ void __launch_bounds__(256, 2) gemm_wgmma_mxfp4(const __grid_constant__ GemmArgs args) { gemm_wgmma<MXFP4>(args); }
 extern "C" __global__ void __launch_bounds__(256, 2) gemm_wgmma_affine(const __grid_constant__ GemmArgs args) { gemm_wgmma<AFFINE_BF16>(args); }
 

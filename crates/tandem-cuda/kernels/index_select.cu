@@ -21,7 +21,7 @@ DI void index_scores_f32(const IndexArgs& args) {
     u32 visible = args.pages.positions[r] + 1, sequence = args.pages.sequences[r];
     if (visible <= args.k) return;
     const float* q = args.q + u64(r) * args.n_heads * args.dim;
-    for (u32 p = blockIdx.x * 64 + warp; p < min(blockIdx.x * 64 + 64, visible); p += 8) {
+    for (u32 p = blockIdx.x * INDEX_F32_TILE + warp; p < min((blockIdx.x + 1) * INDEX_F32_TILE, visible); p += 8) {
         const T* key = (const T*)args.keys + u64(args.pages.slot(sequence, p)) * args.dim;
         float score = 0.0f;
         for (u32 h = 0; h < args.n_heads; h++) {
@@ -36,18 +36,18 @@ DI void index_scores_f32(const IndexArgs& args) {
 extern "C" __global__ void __launch_bounds__(256) index_scores_f32_f32(const __grid_constant__ IndexArgs args) { index_scores_f32<float>(args); }
 extern "C" __global__ void __launch_bounds__(256) index_scores_f32_bf16(const __grid_constant__ IndexArgs args) { index_scores_f32<u16>(args); }
 
-// bf16 keys of up to 128 elements, a multiple of 32, and up to 64 heads: a warp scores 16 positions at once on the tensor
+// bf16 keys of up to INDEX_MAX_DIM elements, a multiple of 32, and up to INDEX_MAX_HEADS heads: a warp scores 16 positions at once on the tensor
 // cores. Elements meet in the order in which lanes load 16 bytes; queries wait in shared memory in that order.
 extern "C" __global__ void __launch_bounds__(256) index_scores_mma(const __grid_constant__ IndexArgs args) {
-    __shared__ uint4 queries[4][4][2][32];
-    __shared__ float weights[64], cosines[64], sines[64];
+    __shared__ uint4 queries[INDEX_MAX_HEADS / 16][INDEX_MAX_DIM / 32][2][32];
+    __shared__ float weights[INDEX_MAX_HEADS], cosines[INDEX_MAX_DIM / 2], sines[INDEX_MAX_DIM / 2];
     let_next_start();
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, r = args.row0 + blockIdx.y;
     // What comes with the batch is there before any kernel of the step.
     u32 visible = args.pages.positions[r] + 1, sequence = args.pages.sequences[r], half = args.rope.half;
     if (threadIdx.x < half) angle(args.rope, threadIdx.x, visible - 1, cosines[threadIdx.x], sines[threadIdx.x]);
     wait_for_previous();
-    if (visible <= args.k || blockIdx.x * 128 >= visible) return;
+    if (visible <= args.k || blockIdx.x * INDEX_TILE >= visible) return;
     __syncthreads();
     u32 pieces = args.dim / 8, n_groups = (args.n_heads + 15) / 16;
     if (threadIdx.x < n_groups * 16)
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_mma(const __grid_
             make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
     }
     __syncthreads();
-    for (u32 p0 = blockIdx.x * 128 + warp * 16; p0 < visible; p0 += gridDim.x * 128) {
+    for (u32 p0 = blockIdx.x * INDEX_TILE + warp * 16; p0 < visible; p0 += gridDim.x * INDEX_TILE) {
         uint4 keys[2][4];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -251,4 +251,4 @@ DI void index_topk(const IndexArgs& args) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024) index_topk_1(const __grid_constant__ IndexArgs args) { index_topk<1, 8>(args); }
-extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(1024) index_topk_8(const __grid_constant__ IndexArgs args) { index_topk<8, 16>(args); }
+extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 16>(args); }

@@ -10,7 +10,7 @@ struct LinearJob {
 };
 
 struct LinearArgs {
-    LinearJob jobs[4];
+    LinearJob jobs[MAX_JOBS];
     const u16* x;        // packed bf16, [n, x_pitch]
     u32 n_jobs, x_pitch, n, split;
     u32 x_offset, x_stride;      // of part p: x_offset + p * x_stride

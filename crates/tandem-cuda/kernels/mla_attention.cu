@@ -1,11 +1,6 @@
 // Absorbed MLA over bf16 latents on the tensor cores: a block is one row, 16 heads and a span of attended positions.
 // With several spans each block leaves an unnormalised share, which mla_merge adds up; one span stores the result.
 
-#define MLA_TILE 64          // positions in shared memory at once
-#define MLA_MAX_WIDTH 576
-#define MLA_MAX_LATENT 512
-#define MLA_MAX_SPANS 64
-
 struct MlaArgs {
     Pages pages;
     const float* q;          // [n, n_heads * width]

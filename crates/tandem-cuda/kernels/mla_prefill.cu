@@ -4,8 +4,8 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-#define MLA_WIDTH 576
-#define MLA_LATENT 512
+#define MLA_WIDTH MLA_MAX_WIDTH
+#define MLA_LATENT MLA_MAX_LATENT
 // 64 rows (heads, positions) of 64 columns, swizzled for wgmma; nine of them are a tile of whole vectors.
 #define MLA_PANEL 8192
 #define MLA_TILE_BYTES (9 * MLA_PANEL)
@@ -63,7 +63,7 @@ DI u64 describe_columns(u32 address) {
 
 extern "C" __global__ void __launch_bounds__(256, 1) mla_prefill(const __grid_constant__ MlaArgs args) {
     __shared__ float maxima[2][64];
-    u8* memory = dynamic_memory + (-shared_address(dynamic_memory) & 1023);
+    u8* memory = dynamic_memory + (-shared_address(dynamic_memory) & (WGMMA_ALIGNMENT - 1));
     u8 *queries = memory, *keys = memory + MLA_TILE_BYTES, *weights = memory + 3 * MLA_TILE_BYTES;
     u32 r = blockIdx.z, head0 = blockIdx.y * 64, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 group = warp >> 2, g = lane >> 2, t = lane & 3, row = (warp & 3) * 16 + g;

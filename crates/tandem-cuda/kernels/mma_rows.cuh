@@ -11,6 +11,14 @@
 // MXFP4 carries 2^-64 until the end, which keeps every scale from 2^-31 to 2^65 within bf16's exponents.
 #define MXFP4_FACTOR 1.8446744073709552e19f
 
+// What remains to be multiplied into a product of a tiled format's decoded weights.
+template <u32 FORMAT>
+constexpr float TILED_FACTOR = 0.0f;
+template <>
+constexpr float TILED_FACTOR<MXFP4> = MXFP4_FACTOR;
+template <>
+constexpr float TILED_FACTOR<AFFINE_BF16> = 1.0f;
+
 // Eight e2m1 codes times a scale, as bf16 pairs (i, i + 4).
 DI void decode_mxfp4(u32 w, u32 scale, u32 (&p)[4]) {
     p[0] = mul_bf16x2((w << 12 & 0x80008000u) | (w << 6 & 0x01c001c0u), scale);
@@ -31,19 +39,19 @@ DI void decode_bytes(u32 first, u32 second, u32 (&p)[4]) {
 
 // Weights pass through a ring in shared memory that a warp has to itself: copies run ahead without holding registers, and
 // no other warp is waited for.
-#define RING 3
-
 // What one warp loads in one round: a tile of each of its two groups of 8 rows, and a single token's columns.
 struct Round {
     uint4 a[2][32], b[2][32];
     uint2 scales0[8], scales1[8];
     uint4 x[32];
 };
+static_assert(sizeof(Round) == ROUND_BYTES, "the launches make room for the ring");
 
 // A warp's weights: the tiles of two groups of rows, of which lane (g, t) has row g and, of each half, the t-th quarter.
 template <u32 FORMAT>
 struct RowLoader {
     // Columns that a lane takes at once, of a half tile, and of a round.
+    static_assert(FORMAT == MXFP4 || FORMAT == AFFINE_BF16, "RowLoader lacks this format");
     static constexpr u32 LANE = FORMAT == MXFP4 ? 32 : 16, STEP = 4 * LANE, ROUND = 2 * STEP;
     const u8 *w0, *w1;
     u32 end, cols, t, lane;
@@ -125,6 +133,7 @@ DI void packed_rows(float (&acc)[NT][4], const RowLoader<FORMAT>& rows, Round* r
                     }
                 }
             } else {
+                static_assert(FORMAT == AFFINE_BF16, "packed_rows lacks this format");
                 // Codes of 8 bits in groups of 64 with bf16 scales and biases: scale * (q - 128) . x +
                 // (bias + 128 scale) * sum x, the sum from an mma with ones.
                 float scale0 = __uint_as_float(raw0 << 16), scale1 = __uint_as_float(raw1 << 16);
@@ -187,12 +196,8 @@ DI void tile_rows(float (&acc)[NT][4], const Matrix& m0, u32 row0, const Matrix&
 #pragma unroll
         for (int r = 0; r < 4; r++) acc[n][r] = 0.0f;
     Round* ring = (Round*)dynamic_memory + (threadIdx.x >> 5) * RING;
-    if (m0.format == MXFP4) {
-        packed_rows<MXFP4, NT, ONE>(acc, RowLoader<MXFP4>{w0, w1, end, m0.cols, t, lane}, ring, begin, x, column, waited);
-    } else {
-        packed_rows<AFFINE_BF16, NT, ONE>(acc, RowLoader<AFFINE_BF16>{w0, w1, end, m0.cols, t, lane}, ring, begin, x,
-                                          column, waited);
-    }
+    FOR_TILED_FORMAT(m0.format, packed_rows<FORMAT, NT, ONE>(acc, RowLoader<FORMAT>{w0, w1, end, m0.cols, t, lane}, ring,
+                                                             begin, x, column, waited));
 }
 
 // Adds up the shares of the `split` warps of each row tile of a block of 8 warps, in order, and hands each sum to

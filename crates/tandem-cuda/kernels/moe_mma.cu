@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) moe_down_4(const __grid_con
 // A single token: a block has 16 rows of all its experts, a warp one expert after the other and an eighth of the shared
 // one, and adds them up as moe_down (split 1; shared 8) and moe_combine do: `out` is the token's result, [hidden].
 extern "C" __global__ void __launch_bounds__(256, 3) moe_down_token(const __grid_constant__ DownArgs args) {
-    __shared__ float parts[32][16], shares[8][16];
+    __shared__ float parts[MAX_TOP_K][16], shares[SHARED_DOWN_SPLIT][16];
     let_next_start();
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.x * 16;
     bool waited = false, writes = (lane & 3) == 0;
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) moe_down_token(const __grid
     }
     if (args.shared_h) {
         float acc[1][4];
-        tile_rows<1, true>(acc, args.shared_down, row, args.shared_down, row + 8, 0, 8, warp, args.shared_h, column, waited);
+        tile_rows<1, true>(acc, args.shared_down, row, args.shared_down, row + 8, 0, SHARED_DOWN_SPLIT, warp, args.shared_h, column, waited);
         waited = true;
         if (writes) {
             shares[warp][lane >> 2] = acc[0][0];
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) moe_down_token(const __grid
     if (args.shared_h) {
         float share = 0.0f;
 #pragma unroll
-        for (int w = 0; w < 8; w++) share += shares[w][r];
+        for (int w = 0; w < SHARED_DOWN_SPLIT; w++) share += shares[w][r];
         sum += share;
     }
     args.out[row + r] = sum;

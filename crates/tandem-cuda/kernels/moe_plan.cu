@@ -10,6 +10,7 @@ struct MoePlanArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(1024) moe_plan(const __grid_constant__ MoePlanArgs args) {
+    static_assert(MAX_EXPERTS <= 1024, "a thread has one expert");
     __shared__ int counts[1024];
     __shared__ int slots[1024];
     __shared__ int warp_pairs[32], warp_used[32];

@@ -10,9 +10,6 @@ struct NormArgs {
     float eps;
 };
 
-// Elements that a thread keeps in registers; wider rows are read twice.
-#define NORM_KEPT 8
-
 DI void load_8(const float* p, float (&v)[8]) {
     *(float4*)v = *(const float4*)p;
     *(float4*)(v + 4) = *(const float4*)(p + 4);
@@ -66,6 +63,7 @@ DI void norm_row(const NormArgs& args, u64 r, float* scratch) {
     wait_for_previous();
     float* x = args.x + r * args.x_pitch;
     const float* y = args.y + r * args.y_pitch;
+    // Elements beyond what threads keep in registers are read twice.
     float kept[NORM_KEPT], squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < NORM_KEPT; i++) {

@@ -1,7 +1,7 @@
 // Rotary embedding of heads, and the cached vectors that carry one.
 
 struct Rope {
-    float inv_freq[128];     // [half]
+    float inv_freq[MAX_ROPE_PAIRS];  // [half]
     float scaling;
     u32 half, interleaved;
 };
@@ -61,7 +61,7 @@ struct RopeArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ RopeArgs args) {
-    __shared__ float cosines[128], sines[128];
+    __shared__ float cosines[MAX_ROPE_PAIRS], sines[MAX_ROPE_PAIRS];
     let_next_start();
     u32 r = blockIdx.x, half = args.rope.half, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // Positions come with the batch, before any kernel of the step.
@@ -98,7 +98,7 @@ struct WriteArgs {
 
 // Waits for the previous kernel. Before that come the angles of the row's position, which is there with the batch, and the
 // norm's weights, which are constant, into L2.
-DI void prepare_write(const WriteArgs& args, float (&cosines)[128], float (&sines)[128]) {
+DI void prepare_write(const WriteArgs& args, float (&cosines)[MAX_ROPE_PAIRS], float (&sines)[MAX_ROPE_PAIRS]) {
     u32 i = threadIdx.x, normed = args.latent ? args.latent : args.width;
     if (i < args.rope.half) angle(args.rope, i, args.positions[blockIdx.x], cosines[i], sines[i]);
     if (i * 32 < normed) prefetch(args.norm + i * 32);
@@ -109,7 +109,7 @@ DI void prepare_write(const WriteArgs& args, float (&cosines)[128], float (&sine
 // [rms_norm(x[..latent]), rope(x[latent..])], once the previous kernel is done.
 template <class T>
 DI void write_latent(const WriteArgs& args, float* scratch) {
-    __shared__ float cosines[128], sines[128];
+    __shared__ float cosines[MAX_ROPE_PAIRS], sines[MAX_ROPE_PAIRS];
     prepare_write(args, cosines, sines);
     u32 r = blockIdx.x;
     const float* x = args.x + u64(r) * args.x_pitch;
@@ -136,10 +136,10 @@ extern "C" __global__ void __launch_bounds__(256) write_latent_bf16(const __grid
     write_latent<u16>(args, scratch);
 }
 
-// rope(layer_norm(x)), once the previous kernel is done; up to 1024 elements.
+// rope(layer_norm(x)), once the previous kernel is done; up to MAX_INDEX_KEY elements.
 template <class T>
 DI void write_index_key(const WriteArgs& args, float* scratch) {
-    __shared__ float normed[1024], cosines[128], sines[128];
+    __shared__ float normed[MAX_INDEX_KEY], cosines[MAX_ROPE_PAIRS], sines[MAX_ROPE_PAIRS];
     prepare_write(args, cosines, sines);
     u32 r = blockIdx.x, width = args.width;
     const float* x = args.x + u64(r) * args.x_pitch;

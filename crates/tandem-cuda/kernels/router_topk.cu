@@ -1,5 +1,5 @@
 // The choice of experts (DeepSeek-V3's noaux_tc): sigmoid scores plus bias pick groups and experts, scores alone weigh.
-// One warp a row; at most 512 experts in at most 32 groups. Ties go to the lower index.
+// One warp a row; at most MAX_EXPERTS experts in at most 32 groups, a lane each. Ties go to the lower index.
 
 struct RouterArgs {
     const float* logits;     // [n, n_experts]
@@ -24,16 +24,20 @@ DI void best_of_warp(float& value, u32& index) {
     }
 }
 
-// One warp; `scores` and `choice` have 512 floats.
+// Experts of a lane.
+#define LANE_EXPERTS (MAX_EXPERTS / 32)
+static_assert(MAX_TOP_K <= 32 && MAX_GROUPS <= 32, "a lane has one choice and one group");
+
+// One warp; `scores` and `choice` have MAX_EXPERTS floats.
 DI void router_row(const RouterArgs& args, u32 row, float* scores, float* choice) {
     const float none = -__int_as_float(0x7f800000);
     u32 lane = threadIdx.x & 31, n = args.n_experts;
     const float* logits = args.logits + u64(row) * n;
-    float loaded[16];
+    float loaded[LANE_EXPERTS];
 #pragma unroll
-    for (int i = 0; i < 16; i++) loaded[i] = i * 32 + lane < n ? __ldcg(logits + i * 32 + lane) : 0.0f;
+    for (int i = 0; i < LANE_EXPERTS; i++) loaded[i] = i * 32 + lane < n ? __ldcg(logits + i * 32 + lane) : 0.0f;
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < LANE_EXPERTS; i++) {
         u32 e = i * 32 + lane;
         if (e >= n) break;
         float s = 1.0f / (1.0f + expf(-loaded[i]));
@@ -70,9 +74,9 @@ DI void router_row(const RouterArgs& args, u32 row, float* scores, float* choice
         __syncwarp();
     }
     // A lane has experts lane, lane + 32, ..; order-preserving integers, 0 for none and for those taken.
-    u32 keys[16];
+    u32 keys[LANE_EXPERTS];
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < LANE_EXPERTS; i++) {
         u32 e = i * 32 + lane;
         keys[i] = e < n ? ordered(choice[e]) : 0;
     }
@@ -81,15 +85,15 @@ DI void router_row(const RouterArgs& args, u32 row, float* scores, float* choice
     for (u32 k = 0; k < args.top_k; k++) {
         u32 best = 0;
 #pragma unroll
-        for (int i = 0; i < 16; i++) best = max(best, keys[i]);
+        for (int i = 0; i < LANE_EXPERTS; i++) best = max(best, keys[i]);
         best = __reduce_max_sync(FULL, best);
         u32 index = 1u << 30;
 #pragma unroll
-        for (int i = 15; i >= 0; i--)
+        for (int i = LANE_EXPERTS - 1; i >= 0; i--)
             if (keys[i] == best) index = i * 32 + lane;
         index = min(__reduce_min_sync(FULL, index), n - 1);
 #pragma unroll
-        for (int i = 0; i < 16; i++)
+        for (int i = 0; i < LANE_EXPERTS; i++)
             if (index == i * 32 + lane) keys[i] = 0;
         float s = scores[index];
         sum += s;
@@ -106,7 +110,7 @@ DI void router_row(const RouterArgs& args, u32 row, float* scores, float* choice
 }
 
 extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_constant__ RouterArgs args) {
-    __shared__ float scores[512], choice[512];
+    __shared__ float scores[MAX_EXPERTS], choice[MAX_EXPERTS];
     let_next_start();
     wait_for_previous();
     router_row(args, blockIdx.x, scores, choice);
@@ -116,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
 template <int TOKENS>
 DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) {
     constexpr u32 WARPS = TOKENS == 1 ? 1 : 8;
-    __shared__ float scores[WARPS][512], choice[WARPS][512];
+    __shared__ float scores[WARPS][MAX_EXPERTS], choice[WARPS][MAX_EXPERTS];
     __shared__ bool last;
     let_next_start();
     // Constants, on their way while the previous kernel finishes.

@@ -15,7 +15,7 @@ struct Sampling {
 struct SamplingHeader {
     u32* to;                     // [n], memory of the host
     u64 unused[3];
-    Sampling sampling[1];        // [n]
+    DI const Sampling& sampling(u32 row) const { return ((const Sampling*)(this + 1))[row]; }
 };
 
 struct SampleArgs {
@@ -25,8 +25,6 @@ struct SampleArgs {
     u32 vocab, unused;
 };
 
-#define NO_TOKEN 0xffffffffu
-#define NAN_TOKEN 0x80000000u
 #define INFINITE __uint_as_float(0x7f800000u)
 
 // Sums, or maxima, over a block of 1024 threads, which all get them.
@@ -104,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const __grid_constant_
     wait_for_previous();
     u32 row = blockIdx.x, vocab = args.vocab;
     const float* logits = args.logits + u64(row) * vocab;
-    Sampling sampling = args.header->sampling[row];
+    Sampling sampling = args.header->sampling(row);
     auto answer = [&](u32 word) {
         if (threadIdx.x != 0) return;
         args.sampled[row] = word;
@@ -124,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const __grid_constant_
         }
     }
     block_max(best, scratch);
-    if (best[1]) return answer(NAN_TOKEN | ~u32(best[1]));
+    if (best[1]) return answer(SAMPLED | ~u32(best[1]));
     u32 likeliest = ~u32(best[0]);
     float largest = vocab ? __ldcg(logits + likeliest) : -INFINITE;
     if (largest == -INFINITE) return answer(NO_TOKEN);

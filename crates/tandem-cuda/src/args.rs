@@ -1,235 +1,365 @@
-//! Parameters of the kernels, laid out as in `kernels/`.
+//! Parameters of the kernels. `kernels/` declares the same structures; [`layouts`] makes its compiler compare them.
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 use tandem_core::backend::{self, RopeLayout};
 
-/// `struct Matrix` of common.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub(crate) struct Matrix {
-    pub(crate) weight: u64,
-    pub(crate) scales: u64,
-    pub(crate) globals: u64,
-    pub(crate) weight_part: u64,
-    pub(crate) scale_part: u64,
-    pub(crate) rows: u32,
-    pub(crate) cols: u32,
-    pub(crate) row_bytes: u32,
-    pub(crate) scale_pitch: u32,
-    pub(crate) format: u32,
-    pub(crate) bits: u32,
-    pub(crate) group: u32,
-    pub(crate) tiled: u32,
+use crate::preamble::{Field, LAYOUT_TYPES, MAX_JOBS, MAX_RANKS, MAX_ROPE_PAIRS, Mirrored, TILE_ROWS, layout};
+
+/// Declares structures that kernels take, under the same names and with the same fields as in `kernels/`. All of their
+/// fields are plain numbers, so all zeros is a value of each.
+macro_rules! kernel_arguments {
+    ($($(#[$doc:meta])* struct $name:ident { $($field:ident: $type:ty,)* })*) => {
+        $($(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Zeroable)]
+        pub(crate) struct $name { $(pub(crate) $field: $type,)* }
+
+        impl Mirrored for $name {
+            fn cuda() -> String {
+                stringify!($name).into()
+            }
+        })*
+
+        /// Assertions, as CUDA C++, that `kernels/` declares the structures as this file does.
+        pub(crate) fn layouts() -> String {
+            let mut text = LAYOUT_TYPES.to_string();
+            $(text += &layout(stringify!($name), size_of::<$name>(), &[$(Field {
+                name: stringify!($field),
+                kind: <$type>::cuda(),
+                offset: std::mem::offset_of!($name, $field),
+                size: size_of::<$type>(),
+            }),*]);)*
+            text
+        }
+    };
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct LinearJob {
-    pub(crate) m: Matrix,
-    pub(crate) out: u64,
-    pub(crate) packed: u64,
-    pub(crate) out_pitch: u32,
-    pub(crate) packed_pitch: u32,
-    pub(crate) first_block: u32,
-    pub(crate) add: u32,
-}
+kernel_arguments! {
+    /// A matrix or a stack of equal ones (common.cuh).
+    struct Matrix {
+        weight: u64,
+        scales: u64,
+        globals: u64,
+        weight_part: u64,
+        scale_part: u64,
+        rows: u32,
+        cols: u32,
+        row_bytes: u32,
+        scale_pitch: u32,
+        format: u32,
+        bits: u32,
+        group: u32,
+        tiled: u32,
+    }
 
-/// Jobs of one launch.
-pub(crate) const MAX_JOBS: usize = 4;
+    struct LinearJob {
+        m: Matrix,
+        out: u64,
+        packed: u64,
+        out_pitch: u32,
+        packed_pitch: u32,
+        first_block: u32,
+        add: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct LinearArgs {
-    pub(crate) jobs: [LinearJob; MAX_JOBS],
-    pub(crate) x: u64,
-    pub(crate) n_jobs: u32,
-    pub(crate) x_pitch: u32,
-    pub(crate) n: u32,
-    pub(crate) split: u32,
-    pub(crate) x_offset: u32,
-    pub(crate) x_stride: u32,
-    pub(crate) out_offset: u32,
-    pub(crate) out_stride: u32,
-}
+    struct LinearArgs {
+        jobs: [LinearJob; MAX_JOBS],
+        x: u64,
+        n_jobs: u32,
+        x_pitch: u32,
+        n: u32,
+        split: u32,
+        x_offset: u32,
+        x_stride: u32,
+        out_offset: u32,
+        out_stride: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct LinearF32Args {
-    pub(crate) m: Matrix,
-    pub(crate) x: u64,
-    pub(crate) out: u64,
-    pub(crate) packed: u64,
-    pub(crate) ids: u64,
-    pub(crate) x_pitch: u32,
-    pub(crate) out_pitch: u32,
-    pub(crate) packed_pitch: u32,
-    pub(crate) n: u32,
-    pub(crate) x_divisor: u32,
-    pub(crate) x_offset: u32,
-    pub(crate) x_stride: u32,
-    pub(crate) out_offset: u32,
-    pub(crate) out_stride: u32,
-    pub(crate) split: u32,
-}
+    struct LinearF32Args {
+        m: Matrix,
+        x: u64,
+        out: u64,
+        packed: u64,
+        ids: u64,
+        x_pitch: u32,
+        out_pitch: u32,
+        packed_pitch: u32,
+        n: u32,
+        x_divisor: u32,
+        x_offset: u32,
+        x_stride: u32,
+        out_offset: u32,
+        out_stride: u32,
+        split: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct MoePlan {
-    pub(crate) n_active: u64,
-    pub(crate) active: u64,
-    pub(crate) first: u64,
-    pub(crate) sorted: u64,
-}
+    struct MoePlan {
+        n_active: u64,
+        active: u64,
+        first: u64,
+        sorted: u64,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct MoePlanArgs {
-    pub(crate) ids: u64,
-    pub(crate) plan: MoePlan,
-    pub(crate) n_pairs: u32,
-    pub(crate) n_experts: u32,
-}
+    struct MoePlanArgs {
+        ids: u64,
+        n_active: u64,
+        active: u64,
+        first: u64,
+        sorted: u64,
+        n_pairs: u32,
+        n_experts: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct GateUpArgs {
-    pub(crate) gate: Matrix,
-    pub(crate) up: Matrix,
-    pub(crate) shared_gate: Matrix,
-    pub(crate) shared_up: Matrix,
-    pub(crate) plan: MoePlan,
-    pub(crate) x: u64,
-    pub(crate) h: u64,
-    pub(crate) shared_h: u64,
-    pub(crate) x_pitch: u32,
-    pub(crate) h_pitch: u32,
-    pub(crate) shared_h_pitch: u32,
-    pub(crate) n: u32,
-    pub(crate) top_k: u32,
-    pub(crate) shared_blocks: u32,
-    pub(crate) slot_blocks: u32,
-    pub(crate) split: u32,
-    pub(crate) shared_split: u32,
-    pub(crate) unused: u32,
-}
+    struct GateUpArgs {
+        gate: Matrix,
+        up: Matrix,
+        shared_gate: Matrix,
+        shared_up: Matrix,
+        plan: MoePlan,
+        x: u64,
+        h: u64,
+        shared_h: u64,
+        x_pitch: u32,
+        h_pitch: u32,
+        shared_h_pitch: u32,
+        n: u32,
+        top_k: u32,
+        shared_blocks: u32,
+        slot_blocks: u32,
+        split: u32,
+        shared_split: u32,
+        unused: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct DownArgs {
-    pub(crate) down: Matrix,
-    pub(crate) shared_down: Matrix,
-    pub(crate) plan: MoePlan,
-    pub(crate) h: u64,
-    pub(crate) shared_h: u64,
-    pub(crate) out: u64,
-    pub(crate) shared_out: u64,
-    pub(crate) weights: u64,
-    pub(crate) h_pitch: u32,
-    pub(crate) shared_h_pitch: u32,
-    pub(crate) n: u32,
-    pub(crate) hidden: u32,
-    pub(crate) shared_blocks: u32,
-    pub(crate) slot_blocks: u32,
-    pub(crate) split: u32,
-    pub(crate) shared_split: u32,
-    pub(crate) top_k: u32,
-    pub(crate) unused: u32,
-}
+    struct DownArgs {
+        down: Matrix,
+        shared_down: Matrix,
+        plan: MoePlan,
+        h: u64,
+        shared_h: u64,
+        out: u64,
+        shared_out: u64,
+        weights: u64,
+        h_pitch: u32,
+        shared_h_pitch: u32,
+        n: u32,
+        hidden: u32,
+        shared_blocks: u32,
+        slot_blocks: u32,
+        split: u32,
+        shared_split: u32,
+        top_k: u32,
+        unused: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct GemmArgs {
-    pub(crate) m0: Matrix,
-    pub(crate) m1: Matrix,
-    pub(crate) plan: MoePlan,
-    pub(crate) x: u64,
-    pub(crate) out: u64,
-    pub(crate) packed: u64,
-    pub(crate) x_pitch: u32,
-    pub(crate) out_pitch: u32,
-    pub(crate) packed_pitch: u32,
-    pub(crate) n: u32,
-    pub(crate) x_divisor: u32,
-    pub(crate) x_offset: u32,
-    pub(crate) x_stride: u32,
-    pub(crate) out_offset: u32,
-    pub(crate) out_stride: u32,
-    pub(crate) gated: u32,
-    pub(crate) routed: u32,
-    pub(crate) unused: u32,
-}
+    struct GemmArgs {
+        m0: Matrix,
+        m1: Matrix,
+        plan: MoePlan,
+        x: u64,
+        out: u64,
+        packed: u64,
+        x_pitch: u32,
+        out_pitch: u32,
+        packed_pitch: u32,
+        n: u32,
+        x_divisor: u32,
+        x_offset: u32,
+        x_stride: u32,
+        out_offset: u32,
+        out_stride: u32,
+        gated: u32,
+        routed: u32,
+        unused: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct NormArgs {
-    pub(crate) x: u64,
-    pub(crate) y: u64,
-    pub(crate) weight: u64,
-    pub(crate) out: u64,
-    pub(crate) packed: u64,
-    pub(crate) x_pitch: u32,
-    pub(crate) y_pitch: u32,
-    pub(crate) out_pitch: u32,
-    pub(crate) packed_pitch: u32,
-    pub(crate) width: u32,
-    pub(crate) eps: f32,
-}
+    struct NormArgs {
+        x: u64,
+        y: u64,
+        weight: u64,
+        out: u64,
+        packed: u64,
+        x_pitch: u32,
+        y_pitch: u32,
+        out_pitch: u32,
+        packed_pitch: u32,
+        width: u32,
+        eps: f32,
+    }
 
-/// GPUs of one group, at most.
-pub(crate) const MAX_RANKS: usize = 8;
+    struct ReduceArgs {
+        buffers: [u64; MAX_RANKS],
+        state: u64,
+        failed: u64,
+        n_ranks: u32,
+        rank: u32,
+        capacity: u32,
+        unused: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct ReduceArgs {
-    pub(crate) buffers: [u64; MAX_RANKS],
-    pub(crate) state: u64,
-    pub(crate) failed: u64,
-    pub(crate) n_ranks: u32,
-    pub(crate) rank: u32,
-    pub(crate) capacity: u32,
-    pub(crate) unused: u32,
-}
+    struct RouterArgs {
+        logits: u64,
+        bias: u64,
+        ids: u64,
+        weights: u64,
+        n_experts: u32,
+        top_k: u32,
+        n_group: u32,
+        topk_group: u32,
+        normalize: u32,
+        scale: f32,
+        first_expert: u32,
+        n_held: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct RouterArgs {
-    pub(crate) logits: u64,
-    pub(crate) bias: u64,
-    pub(crate) ids: u64,
-    pub(crate) weights: u64,
-    pub(crate) n_experts: u32,
-    pub(crate) top_k: u32,
-    pub(crate) n_group: u32,
-    pub(crate) topk_group: u32,
-    pub(crate) normalize: u32,
-    pub(crate) scale: f32,
-    pub(crate) first_expert: u32,
-    pub(crate) n_held: u32,
-}
+    struct RepackArgs {
+        weight: u64,
+        scales: u64,
+        biases: u64,
+        tiles: u64,
+        rows: u32,
+        row_bytes: u32,
+        scale_row: u32,
+        rounds: u32,
+    }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct RepackArgs {
-    pub(crate) weight: u64,
-    pub(crate) scales: u64,
-    pub(crate) biases: u64,
-    pub(crate) tiles: u64,
-    pub(crate) rows: u32,
-    pub(crate) row_bytes: u32,
-    pub(crate) scale_row: u32,
-    pub(crate) rounds: u32,
-}
+    /// How a token is sampled (sample.cu).
+    #[derive(bytemuck::Pod)]
+    struct Sampling {
+        inverse_temperature: f32,
+        top_k: u32,
+        top_p: f32,
+        least: f32,
+        unit: f64,
+        unused: u64,
+    }
 
-/// `struct Sampling` of sample.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct Sampling {
-    pub(crate) inverse_temperature: f32,
-    pub(crate) top_k: u32,
-    pub(crate) top_p: f32,
-    pub(crate) least: f32,
-    pub(crate) unit: f64,
-    pub(crate) unused: u64,
+    /// In front of a batch whose tokens are sampled; how follows it (sample.cu).
+    #[derive(bytemuck::Pod)]
+    struct SamplingHeader {
+        to: u64,
+        unused: [u64; 3],
+    }
+
+    struct SampleArgs {
+        logits: u64,
+        header: u64,
+        sampled: u64,
+        vocab: u32,
+        unused: u32,
+    }
+
+    struct Rope {
+        inv_freq: [f32; MAX_ROPE_PAIRS],
+        scaling: f32,
+        half: u32,
+        interleaved: u32,
+    }
+
+    struct Heads {
+        n: u32,
+        stride: u32,
+        offset: u32,
+        width: u32,
+    }
+
+    struct RopeArgs {
+        rope: Rope,
+        x: u64,
+        out: u64,
+        positions: u64,
+        from: Heads,
+        to: Heads,
+        x_pitch: u32,
+        out_pitch: u32,
+    }
+
+    struct WriteArgs {
+        rope: Rope,
+        x: u64,
+        norm: u64,
+        norm_bias: u64,
+        cache: u64,
+        slots: u64,
+        positions: u64,
+        x_pitch: u32,
+        width: u32,
+        latent: u32,
+        eps: f32,
+    }
+
+    struct PrepareArgs {
+        query: NormArgs,
+        latent: WriteArgs,
+        key: WriteArgs,
+    }
+
+    struct Pages {
+        positions: u64,
+        sequences: u64,
+        tables: u64,
+        table_pitch: u32,
+        unused: u32,
+    }
+
+    struct AttentionArgs {
+        pages: Pages,
+        q: u64,
+        keys: u64,
+        values: u64,
+        selected: u64,
+        out: u64,
+        packed: u64,
+        n_heads: u32,
+        key_width: u32,
+        value_width: u32,
+        key_pitch: u32,
+        value_pitch: u32,
+        heads_per_key: u32,
+        n_selected: u32,
+        packed_pitch: u32,
+        scale: f32,
+        unused: u32,
+    }
+
+    struct MlaArgs {
+        pages: Pages,
+        q: u64,
+        cache: u64,
+        selected: u64,
+        shares: u64,
+        stats: u64,
+        out: u64,
+        packed: u64,
+        n_heads: u32,
+        width: u32,
+        latent: u32,
+        n_selected: u32,
+        packed_pitch: u32,
+        span: u32,
+        n_spans: u32,
+        scale: f32,
+        rotated_pitch: u32,
+        rotated_stride: u32,
+        rotated: u64,
+        rope: Rope,
+    }
+
+    struct IndexArgs {
+        pages: Pages,
+        q: u64,
+        weights: u64,
+        keys: u64,
+        scores: u64,
+        selected: u64,
+        n_heads: u32,
+        dim: u32,
+        weights_pitch: u32,
+        scores_pitch: u32,
+        k: u32,
+        row0: u32,
+        rope: Rope,
+    }
 }
 
 impl Sampling {
@@ -245,41 +375,11 @@ impl Sampling {
     }
 }
 
-/// `struct SamplingHeader` of sample.cu, without the parameters.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct SamplingHeader {
-    pub(crate) to: u64,
-    pub(crate) unused: [u64; 3],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct SampleArgs {
-    pub(crate) logits: u64,
-    pub(crate) header: u64,
-    pub(crate) sampled: u64,
-    pub(crate) vocab: u32,
-    pub(crate) unused: u32,
-}
-
 impl RepackArgs {
     /// Blocks of its kernel: a tile each.
     pub(crate) fn blocks(&self) -> usize {
-        (self.rows as usize).div_ceil(8) * self.rounds as usize
+        (self.rows as usize).div_ceil(TILE_ROWS) * self.rounds as usize
     }
-}
-
-/// Pairs of a rotary embedding, at most.
-pub(crate) const MAX_ROPE_PAIRS: usize = 128;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct Rope {
-    inv_freq: [f32; MAX_ROPE_PAIRS],
-    scaling: f32,
-    half: u32,
-    interleaved: u32,
 }
 
 impl Rope {
@@ -297,131 +397,10 @@ impl Rope {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct Heads {
-    n: u32,
-    stride: u32,
-    offset: u32,
-    width: u32,
-}
-
 impl From<backend::Heads> for Heads {
     fn from(h: backend::Heads) -> Heads {
         Heads { n: h.n as u32, stride: h.stride as u32, offset: h.offset as u32, width: h.width as u32 }
     }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct RopeArgs {
-    pub(crate) rope: Rope,
-    pub(crate) x: u64,
-    pub(crate) out: u64,
-    pub(crate) positions: u64,
-    pub(crate) from: Heads,
-    pub(crate) to: Heads,
-    pub(crate) x_pitch: u32,
-    pub(crate) out_pitch: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct WriteArgs {
-    pub(crate) rope: Rope,
-    pub(crate) x: u64,
-    pub(crate) norm: u64,
-    pub(crate) norm_bias: u64,
-    pub(crate) cache: u64,
-    pub(crate) slots: u64,
-    pub(crate) positions: u64,
-    pub(crate) x_pitch: u32,
-    pub(crate) width: u32,
-    pub(crate) latent: u32,
-    pub(crate) eps: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct PrepareArgs {
-    pub(crate) query: NormArgs,
-    pub(crate) latent: WriteArgs,
-    pub(crate) key: WriteArgs,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct Pages {
-    pub(crate) positions: u64,
-    pub(crate) sequences: u64,
-    pub(crate) tables: u64,
-    pub(crate) table_pitch: u32,
-    pub(crate) unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct AttentionArgs {
-    pub(crate) pages: Pages,
-    pub(crate) q: u64,
-    pub(crate) keys: u64,
-    pub(crate) values: u64,
-    pub(crate) selected: u64,
-    pub(crate) out: u64,
-    pub(crate) packed: u64,
-    pub(crate) n_heads: u32,
-    pub(crate) key_width: u32,
-    pub(crate) value_width: u32,
-    pub(crate) key_pitch: u32,
-    pub(crate) value_pitch: u32,
-    pub(crate) heads_per_key: u32,
-    pub(crate) n_selected: u32,
-    pub(crate) packed_pitch: u32,
-    pub(crate) scale: f32,
-    pub(crate) unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct MlaArgs {
-    pub(crate) pages: Pages,
-    pub(crate) q: u64,
-    pub(crate) cache: u64,
-    pub(crate) selected: u64,
-    pub(crate) shares: u64,
-    pub(crate) stats: u64,
-    pub(crate) out: u64,
-    pub(crate) packed: u64,
-    pub(crate) n_heads: u32,
-    pub(crate) width: u32,
-    pub(crate) latent: u32,
-    pub(crate) n_selected: u32,
-    pub(crate) packed_pitch: u32,
-    pub(crate) span: u32,
-    pub(crate) n_spans: u32,
-    pub(crate) scale: f32,
-    pub(crate) rotated_pitch: u32,
-    pub(crate) rotated_stride: u32,
-    pub(crate) rotated: u64,
-    pub(crate) rope: Rope,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct IndexArgs {
-    pub(crate) pages: Pages,
-    pub(crate) q: u64,
-    pub(crate) weights: u64,
-    pub(crate) keys: u64,
-    pub(crate) scores: u64,
-    pub(crate) selected: u64,
-    pub(crate) n_heads: u32,
-    pub(crate) dim: u32,
-    pub(crate) weights_pitch: u32,
-    pub(crate) scores_pitch: u32,
-    pub(crate) k: u32,
-    pub(crate) row0: u32,
-    pub(crate) rope: Rope,
 }
 
 /// Pointers to kernel parameters, in order.

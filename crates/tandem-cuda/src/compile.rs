@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use cudarc::nvrtc::sys;
 
 use crate::CudaError;
+use crate::args::layouts;
+use crate::preamble::preamble;
 
 macro_rules! kernel_files {
     ($($name:literal),* $(,)?) => {
@@ -40,9 +42,14 @@ kernel_files!(
     "sample.cu",
 );
 
-/// The kernels as one program.
+/// The kernels as one program: what src/preamble.rs says first, and last the assertions that both sides lay arguments out
+/// alike.
 pub fn kernel_source() -> String {
-    KERNEL_FILES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
+    let (preamble, layouts) = (preamble(), layouts());
+    let first = std::iter::once(("preamble.rs", preamble.as_str()));
+    let last = std::iter::once(("args.rs", layouts.as_str()));
+    let files = first.chain(KERNEL_FILES.iter().copied()).chain(last);
+    files.map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
 }
 
 /// Machine code of the kernels for `arch` (such as `sm_90a`), from the cache or from NVRTC.

@@ -77,10 +77,13 @@ fn check(result: CUresult, what: &str) -> Result<(), CudaError> {
     Err(CudaError::Driver { what: what.to_string(), message: message(result) })
 }
 
-/// A device, its only stream and its kernels.
+/// A device, its streams and its kernels.
 pub(crate) struct Device {
     context: sys::CUcontext,
+    /// Where everything runs, in order.
     stream: sys::CUstream,
+    /// Where weights are copied from the host, beside kernels that rearrange the ones before.
+    copies: sys::CUstream,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
     error: Mutex<Option<CudaError>>,
@@ -138,10 +141,13 @@ impl Device {
             check(sys::cuModuleLoadData(&mut module, code.as_ptr().cast()), "load the kernels")?;
             let mut stream = null_mut();
             check(sys::cuStreamCreate(&mut stream, 1), "make a stream")?;
+            let mut copies = null_mut();
+            check(sys::cuStreamCreate(&mut copies, 1), "make a stream")?;
             let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
             Ok(Device {
                 context,
                 stream,
+                copies,
                 module,
                 functions: Mutex::default(),
                 error: Mutex::default(),
@@ -194,18 +200,29 @@ impl Device {
 
     /// Zeroed memory; at least 256 bytes, so that kernels may be given a pointer to nothing.
     pub(crate) fn alloc(self: &Arc<Self>, bytes: usize) -> Memory {
+        let memory = self.alloc_for_all_bytes(bytes);
+        if memory.pointer != 0 {
+            // SAFETY: the range was just allocated.
+            let cleared = unsafe { sys::cuMemsetD8Async(memory.pointer, 0, memory.bytes, self.stream) };
+            self.note(cleared, "clear memory");
+        }
+        memory
+    }
+
+    /// Memory for what writes all of its bytes before anything reads them.
+    pub(crate) fn alloc_for_all_bytes(self: &Arc<Self>, bytes: usize) -> Memory {
         self.bind();
         let mut pointer = 0;
         let size = bytes.max(256).next_multiple_of(256);
         if !self.failed() {
-            // SAFETY: out-pointer is a local; the range was just allocated.
+            // SAFETY: out-pointer is a local.
             unsafe {
                 let result = sys::cuMemAlloc_v2(&mut pointer, size);
                 if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                     let remedy = "use a smaller --context or --prefill-chunk, a smaller model, or --backend cpu";
                     self.fail(CudaError::OutOfMemory { wanted: size as u64, free: self.free_memory(), remedy });
-                } else if self.note(result, "allocate memory") {
-                    self.note(sys::cuMemsetD8Async(pointer, 0, size, self.stream), "clear memory");
+                } else {
+                    self.note(result, "allocate memory");
                 }
             }
         }
@@ -278,6 +295,35 @@ impl Device {
         self.note(copied, "copy to the device");
     }
 
+    /// Enqueues a copy of pinned memory beside the stream: [`Device::after_copies`] makes the stream wait for it.
+    pub(crate) fn fetch_aside(&self, to: u64, from: &Pinned, bytes: usize) {
+        if bytes == 0 || self.failed() {
+            return;
+        }
+        assert!(bytes <= from.bytes, "a copy beyond the pinned memory");
+        // SAFETY: the range is within the buffer; `to` has room, by the callers' sizes.
+        let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.pointer, bytes, self.copies) };
+        self.note(copied, "copy to the device");
+    }
+
+    /// Copies beside the stream wait for what the stream has been given.
+    pub(crate) fn copies_after_stream(&self, event: &Event) {
+        // SAFETY: all three are open.
+        unsafe {
+            self.note(sys::cuEventRecord(event.0, self.stream), "record an event");
+            self.note(sys::cuStreamWaitEvent(self.copies, event.0, 0), "order copies");
+        }
+    }
+
+    /// The stream waits for the copies beside it that have been enqueued.
+    pub(crate) fn after_copies(&self, event: &Event) {
+        // SAFETY: all three are open.
+        unsafe {
+            self.note(sys::cuEventRecord(event.0, self.copies), "record an event");
+            self.note(sys::cuStreamWaitEvent(self.stream, event.0, 0), "order copies");
+        }
+    }
+
     /// What another process maps this memory by.
     pub(crate) fn share(&self, memory: &Memory) -> Result<[u8; 64], CudaError> {
         // SAFETY: the memory is an allocation of its own.
@@ -312,6 +358,12 @@ impl Device {
     pub(crate) fn record(&self, event: &Event) {
         // SAFETY: both are open.
         self.note(unsafe { sys::cuEventRecord(event.0, self.stream) }, "record an event");
+    }
+
+    /// Puts the mark after the copies beside the stream.
+    pub(crate) fn record_copies(&self, event: &Event) {
+        // SAFETY: both are open.
+        self.note(unsafe { sys::cuEventRecord(event.0, self.copies) }, "record an event");
     }
 
     /// Waits until the mark is passed, if it was put anywhere.
@@ -465,6 +517,7 @@ impl Drop for Device {
             sys::cuStreamSynchronize(self.stream);
             lock(&self.pinned).take();
             sys::cuModuleUnload(self.module);
+            sys::cuStreamDestroy_v2(self.copies);
             sys::cuStreamDestroy_v2(self.stream);
         }
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use tandem_core::EXACT_ROWS;
 use tandem_core::backend::TensorGroup;
 
-use crate::args::{MAX_RANKS, ReduceArgs};
+use crate::args::ReduceArgs;
 use crate::driver::{Device, Memory, PeerMemory, Pinned};
 use crate::nccl::{Communicator, UniqueId};
+use crate::preamble::MAX_RANKS;
 use crate::{CudaBackend, CudaBuffer, CudaError};
 
 /// Elements of one sum by the kernel; longer ones are made in pieces. 64 rows of 6144.

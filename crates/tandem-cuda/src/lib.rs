@@ -4,6 +4,7 @@
 
 #[macro_use]
 mod args;
+mod attention;
 mod backend;
 mod batch;
 mod buffer;
@@ -12,9 +13,15 @@ mod driver;
 mod error;
 mod group;
 mod host_experts;
+mod index;
+mod linear;
 mod matrix;
+mod mlp;
 mod nccl;
+mod norm;
+mod preamble;
 mod stager;
+mod step;
 
 pub use backend::{CudaBackend, Options};
 pub use buffer::{CudaBuffer, CudaIndices};

@@ -10,25 +10,11 @@ use tandem_core::weights::{MatrixData, MatrixPart};
 
 use crate::args::{self, RepackArgs};
 use crate::driver::{Device, Memory};
+use crate::preamble::{Format, TILE_BYTES, TILE_ROW_BYTES, TILE_ROWS, Tiled};
 use crate::stager::{Piece, Stager};
 
-/// Numbers of the formats in common.cuh.
-const F32: u32 = 0;
-const F16: u32 = 1;
-pub(crate) const BF16: u32 = 2;
-pub(crate) const MXFP4: u32 = 3;
-const MXFP8: u32 = 4;
-const NVFP4: u32 = 5;
-const FP8_BLOCK_FORMAT: u32 = 6;
-const AFFINE_F32: u32 = 7;
-const AFFINE_BF16: u32 = 8;
-
 /// Bytes of mma_rows.cuh's MXFP4 scales, which must stay normal bf16 numbers after its shift by 2^-64.
-const FAST_E8M0: std::ops::RangeInclusive<u8> = 96..=192;
-/// Rows of a tile, bytes of elements of each, and its size.
-const TILE_ROWS: usize = 8;
-const TILE_ROW_BYTES: usize = 128;
-pub(crate) const TILE_BYTES: usize = TILE_ROWS * (TILE_ROW_BYTES + 8);
+const TILED_E8M0: std::ops::RangeInclusive<u8> = 96..=192;
 /// NVFP4's global scales are relative to the largest product of its element and scale, 6 * 448.
 const NVFP4_LARGEST: f32 = 2688.0;
 
@@ -36,6 +22,8 @@ const NVFP4_LARGEST: f32 = 2688.0;
 pub struct CudaMatrix {
     pub(crate) view: args::Matrix,
     pub(crate) parts: usize,
+    /// If tensor-core kernels read it.
+    pub(crate) tiled: Option<Tiled>,
     /// Its number among the experts that stay on the host.
     pub(crate) on_host: Option<usize>,
     _memory: Vec<Memory>,
@@ -58,15 +46,10 @@ impl CudaMatrix {
         self.view.cols as usize
     }
 
-    /// True if the tensor-core kernels read this format.
-    pub(crate) fn tiled(&self) -> bool {
-        self.view.tiled != 0
-    }
-
     /// Without its weights on the device.
     pub(crate) fn empty(data: &MatrixData) -> CudaMatrix {
         let view = args::Matrix { rows: data.rows as u32, cols: data.cols as u32, ..args::Matrix::zeroed() };
-        CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: vec![] }
+        CudaMatrix { view, parts: data.parts.len(), tiled: None, on_host: None, _memory: vec![] }
     }
 
     /// In memory of the host, where it is known by `number`.
@@ -83,41 +66,43 @@ impl CudaMatrix {
             return CudaMatrix::empty(data);
         }
         let (format, bits, group) = match dtype {
-            DType::Float(Float::F32) => (F32, 32, 1),
-            DType::Float(Float::F16) => (F16, 16, 1),
-            DType::Float(Float::BF16) => (BF16, 16, 1),
-            DType::Mxfp4 => (MXFP4, 4, 32),
-            DType::Mxfp8 => (MXFP8, 8, 32),
-            DType::Nvfp4 => (NVFP4, 4, 16),
-            DType::Fp8Block => (FP8_BLOCK_FORMAT, 8, FP8_BLOCK as u32),
-            DType::Affine { bits, group_size, params: Float::BF16 } => (AFFINE_BF16, bits.into(), group_size.into()),
-            DType::Affine { bits, group_size, .. } => (AFFINE_F32, bits.into(), group_size.into()),
+            DType::Float(Float::F32) => (Format::F32, 32, 1),
+            DType::Float(Float::F16) => (Format::F16, 16, 1),
+            DType::Float(Float::BF16) => (Format::Bf16, 16, 1),
+            DType::Mxfp4 => (Format::Mxfp4, 4, 32),
+            DType::Mxfp8 => (Format::Mxfp8, 8, 32),
+            DType::Nvfp4 => (Format::Nvfp4, 4, 16),
+            DType::Fp8Block => (Format::Fp8Block, 8, FP8_BLOCK as u32),
+            DType::Affine { bits, group_size, params: Float::BF16 } => {
+                (Format::AffineBf16, bits.into(), group_size.into())
+            }
+            DType::Affine { bits, group_size, .. } => (Format::AffineF32, bits.into(), group_size.into()),
         };
         let tiled = match dtype {
-            DType::Mxfp4 => has_tile_scales(data),
-            DType::Affine { bits: 8, group_size: 64, params: Float::BF16 } => true,
-            _ => false,
+            DType::Mxfp4 => has_tiled_scales(data).then_some(Tiled::Mxfp4),
+            DType::Affine { bits: 8, group_size: 64, params: Float::BF16 } => Some(Tiled::Affine8),
+            _ => None,
         };
+        assert!(tiled.is_none_or(|tiled| tiled.format() == format), "{tiled:?} is another format than {dtype}");
         let mut view = args::Matrix {
             rows: rows as u32,
             cols: cols as u32,
-            format,
+            format: format as u32,
             bits,
             group,
-            tiled: tiled.into(),
+            tiled: tiled.is_some().into(),
             ..args::Matrix::zeroed()
         };
-        let memory = if tiled {
-            load_tiles(device, stager, data, &mut view)
-        } else {
-            load_rows(device, stager, data, &mut view)
+        let memory = match tiled {
+            Some(Tiled::Mxfp4 | Tiled::Affine8) => load_tiles(device, stager, data, &mut view),
+            None => load_rows(device, stager, data, &mut view),
         };
-        CudaMatrix { view, parts: data.parts.len(), on_host: None, _memory: memory }
+        CudaMatrix { view, parts: data.parts.len(), tiled, on_host: None, _memory: memory }
     }
 }
 
 /// True if the row kernels' arithmetic holds every scale of an MXFP4 matrix.
-fn has_tile_scales(data: &MatrixData) -> bool {
+fn has_tiled_scales(data: &MatrixData) -> bool {
     let fits = |part: &MatrixPart| {
         // Zero is as good as a usual one. Extremes of blocks, so that this takes vector instructions.
         part.scales.chunks(4096).all(|block| {
@@ -125,7 +110,7 @@ fn has_tile_scales(data: &MatrixData) -> bool {
                 let e = if *e == 0 { 127 } else { *e };
                 (e.min(low), e.max(high))
             });
-            FAST_E8M0.contains(&low) && FAST_E8M0.contains(&high)
+            TILED_E8M0.contains(&low) && TILED_E8M0.contains(&high)
         })
     };
     let parts = if is_repeated(data, 1) { &data.parts[..1] } else { &data.parts[..] };
@@ -156,7 +141,8 @@ fn load_tiles(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view
     let rounds = row_bytes.div_ceil(TILE_ROW_BYTES);
     let (group_bytes, groups) = (rounds * TILE_BYTES, rows.div_ceil(TILE_ROWS));
     let part_bytes = groups * group_bytes;
-    let memory = device.alloc(part_bytes * data.parts.len());
+    // Tiles are written whole.
+    let memory = device.alloc_for_all_bytes(part_bytes * data.parts.len());
     let of_row = row_bytes + 2 * scale_row;
     let rows_at_once = stager.room() / of_row / TILE_ROWS * TILE_ROWS;
     let mut pieces = vec![];

@@ -36,10 +36,13 @@ impl Piece<'_> {
 }
 
 struct Buffer {
-    pinned: Pinned,
-    /// On the device, for what does not stay as it comes.
+    /// On the device, for what does not stay as it comes. Dropped first: that waits for the copies.
     staging: Memory,
-    fetched: Event,
+    pinned: Pinned,
+    /// Its copy has arrived.
+    arrived: Event,
+    /// The device is done with it.
+    free: Event,
 }
 
 /// The buffers of one thread, the next one first.
@@ -51,6 +54,8 @@ struct Worker {
 /// Threads' buffers, and where the time of loading went.
 pub(crate) struct Stager {
     workers: Vec<Worker>,
+    /// Orders what does not belong to one buffer.
+    order: Option<Event>,
     capacity: usize,
     threads: usize,
     start: Instant,
@@ -61,7 +66,15 @@ pub(crate) struct Stager {
 impl Stager {
     pub(crate) fn new() -> Stager {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
-        Stager { workers: vec![], capacity: 0, threads, start: Instant::now(), bytes: 0, copying: Duration::ZERO }
+        Stager {
+            workers: vec![],
+            order: None,
+            capacity: 0,
+            threads,
+            start: Instant::now(),
+            bytes: 0,
+            copying: Duration::ZERO,
+        }
     }
 
     /// Makes buffers for a matrix of `bytes`, of which `least` must fit at once; false if the device is out of memory, which
@@ -74,9 +87,12 @@ impl Stager {
         }
         let capacity = self.capacity;
         let buffer = || {
-            let (pinned, staging) = (device.pinned(capacity)?, device.alloc(capacity));
-            Some(Buffer { pinned, staging, fetched: device.event()? })
+            let (pinned, staging) = (device.pinned(capacity)?, device.alloc_for_all_bytes(capacity));
+            Some(Buffer { staging, pinned, arrived: device.event()?, free: device.event()? })
         };
+        if self.order.is_none() {
+            self.order = device.event();
+        }
         while self.workers.len() < bytes.div_ceil(BYTES_PER_THREAD).clamp(1, self.threads) {
             let (Some(next), Some(busy)) = (buffer(), buffer()) else { return false };
             self.workers.push(Worker { next, busy });
@@ -94,6 +110,11 @@ impl Stager {
         let start = Instant::now();
         let total: usize = pieces.iter().map(Piece::bytes).sum();
         let n_workers = total.div_ceil(BYTES_PER_THREAD).clamp(1, self.workers.len().max(1));
+        let stays = pieces.iter().any(|piece| matches!(piece, Piece::Copy { .. }));
+        if let Some(order) = self.order.as_ref().filter(|_| stays) {
+            // The memory that such pieces go to has just been cleared.
+            device.copies_after_stream(order);
+        }
         let taken = AtomicUsize::new(0);
         let work = |worker: &mut Worker| {
             while let Some(piece) = pieces.get(taken.fetch_add(1, Ordering::Relaxed)) {
@@ -108,6 +129,9 @@ impl Stager {
                     scope.spawn(|| work(worker));
                 }
             }),
+        }
+        if let Some(order) = self.order.as_ref().filter(|_| stays) {
+            device.after_copies(order);
         }
         self.bytes += total;
         self.copying += start.elapsed();
@@ -127,28 +151,31 @@ impl Stager {
 
 impl Worker {
     fn send(&mut self, device: &Device, piece: &Piece<'_>) {
-        let Buffer { pinned, staging, fetched } = &mut self.next;
-        // The device is done with what this buffer held before.
-        device.wait(fetched);
+        let Buffer { staging, pinned, arrived, free } = &mut self.next;
+        device.wait(free);
         match piece {
             Piece::Copy { bytes, to } => {
                 pinned.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
-                device.fetch(*to, pinned, 0, bytes.len());
+                device.fetch_aside(*to, pinned, bytes.len());
+                device.record_copies(free);
             }
             Piece::Repack { sources, args } => {
-                let (mut offset, mut places) = (0, [0; SOURCES]);
+                // One copy for all: each costs as much time as many bytes.
+                let (mut end, mut places) = (0usize, [0; SOURCES]);
                 for (source, place) in sources.iter().zip(&mut places).filter(|(source, _)| !source.is_empty()) {
+                    let offset = end.next_multiple_of(ALIGNMENT);
+                    end = offset + source.len();
                     *place = staging.pointer() + offset as u64;
-                    pinned.bytes_mut()[offset..offset + source.len()].copy_from_slice(source);
-                    device.fetch(*place, pinned, offset, source.len());
-                    offset += source.len().next_multiple_of(ALIGNMENT);
+                    pinned.bytes_mut()[offset..end].copy_from_slice(source);
                 }
+                device.fetch_aside(staging.pointer(), pinned, end);
+                device.after_copies(arrived);
                 let [weight, scales, biases] = places;
                 let args = RepackArgs { weight, scales, biases, ..*args };
                 device.launch("repack", (args.blocks(), 1, 1), 128, 0, &mut args![args]);
+                device.record(free);
             }
         }
-        device.record(fetched);
         std::mem::swap(&mut self.next, &mut self.busy);
     }
 }

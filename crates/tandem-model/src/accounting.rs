@@ -1,7 +1,7 @@
 //! Bytes and parameters of a model by module kind: what is resident, and what one decoded token reads.
 
 use tandem_core::ModelConfig;
-use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::weights::{ModuleKind, Read, Weight};
 
 /// One module kind's share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +46,8 @@ impl Accounting {
                 let (elements, bytes) = (weight.spec.elements() as u64, weight.bytes() as u64);
                 share.parameters += elements;
                 share.resident_bytes += bytes;
-                share.active_parameters += active(kind, elements, config);
-                share.read_bytes += active(kind, bytes, config);
+                share.active_parameters += weight.spec.read_per_token(elements);
+                share.read_bytes += weight.spec.read_per_token(bytes);
                 let name = weight.dtype.to_string();
                 match share.formats.iter_mut().find(|(format, _)| *format == name) {
                     Some((_, total)) => *total += bytes,
@@ -66,11 +66,8 @@ impl Accounting {
                 kinds.push(share);
             }
         }
-        let is_query = |w: &&Weight| {
-            w.spec.kind == ModuleKind::Indexer
-                && (w.spec.module.ends_with("indexer.wq_b") || w.spec.module.ends_with("indexer.weights_proj"))
-        };
-        Accounting { kinds, index_query_bytes: weights.iter().filter(is_query).map(|w| w.bytes() as u64).sum() }
+        let queries = weights.iter().filter(|w| w.spec.read == Read::Sparse);
+        Accounting { kinds, index_query_bytes: queries.map(|w| w.bytes() as u64).sum() }
     }
 
     /// Sum over kinds.
@@ -82,15 +79,5 @@ impl Accounting {
     pub fn read_bytes_at(&self, config: &ModelConfig, context: usize) -> u64 {
         let sparse = config.indexer.as_ref().is_some_and(|i| context > i.index_topk);
         self.total(|k| k.read_bytes) - if sparse { 0 } else { self.index_query_bytes }
-    }
-}
-
-/// The part of a module kind that one token uses.
-fn active(kind: ModuleKind, amount: u64, config: &ModelConfig) -> u64 {
-    match (kind, &config.moe) {
-        (ModuleKind::Mtp, _) => 0,
-        (ModuleKind::Embed, _) => amount / config.vocab_size as u64,
-        (ModuleKind::RoutedExperts, Some(moe)) => amount / moe.n_routed_experts as u64 * moe.num_experts_per_tok as u64,
-        _ => amount,
     }
 }

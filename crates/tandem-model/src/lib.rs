@@ -1,30 +1,32 @@
 //! The model families, each written once over [`tandem_core::Backend`].
 //!
-//! A family is one file: its table of weights and its forward pass. Nothing here knows which backend runs it.
+//! A family is one file: its tables of weights and cached vectors, and its forward pass. Nothing here knows which backend
+//! runs it.
 
 mod accounting;
-mod cache_fill;
-mod deepseek_v32;
+mod cache;
+mod decoder;
 mod dummy;
-mod llama;
+mod families;
 mod loader;
 mod offload;
 mod plan;
 mod recipe;
+mod registry;
 mod share;
 
-use tandem_core::backend::{Backend, Batch};
-use tandem_core::weights::{self, Weight, WeightSpec};
+use tandem_core::backend::{Backend, Batch, CacheSpec};
+use tandem_core::weights::{self, Weight};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 
 pub use accounting::{Accounting, KindShare};
-pub use deepseek_v32::DeepseekV32;
+pub use cache::{KvCache, LayerCache};
 pub use dummy::{DummyWeights, RandomRows, Stacks};
-pub use llama::Llama;
 pub use loader::{CheckpointWeights, Loader, WeightSource};
 pub use offload::Offload;
 pub use plan::{Plan, PlanError, Planner, RankPlan, RankResources, Request};
 pub use recipe::{Recipe, Target, glob_matches};
+pub use registry::{cache_specs, mtp_specs, weight_specs};
 pub use share::{Division, Part, PartWeights, Share};
 
 /// Sizes fixed when a model is loaded.
@@ -54,62 +56,6 @@ impl StepShape {
     }
 }
 
-/// The cache of one decoder layer.
-pub enum LayerCache<B: Backend> {
-    /// Multi-head latent attention: one vector per token, and the indexer's key if the layer has an indexer.
-    Latent {
-        /// `[n_slots, kv_lora_rank + qk_rope_head_dim]`
-        latent: B::Cache,
-        /// `[n_slots, index_head_dim]`
-        index: Option<B::Cache>,
-    },
-    /// Grouped-query attention: `[n_slots, n_kv_heads * head_dim]` each.
-    KeyValue {
-        /// Keys, rotated.
-        keys: B::Cache,
-        /// Values.
-        values: B::Cache,
-    },
-}
-
-/// The key-value cache of all layers.
-pub struct KvCache<B: Backend> {
-    /// One entry per decoder layer.
-    pub layers: Vec<LayerCache<B>>,
-}
-
-impl<B: Backend> KvCache<B> {
-    /// The vectors of a page in all layers; `None` if the backend cannot save them.
-    pub fn save_page(&self, backend: &B, page: u32) -> Option<Vec<u8>> {
-        let mut bytes = vec![];
-        let saved = self.layers.iter().all(|layer| match layer {
-            LayerCache::Latent { latent, index } => {
-                backend.save_page(latent, page, &mut bytes)
-                    && index.as_ref().is_none_or(|index| backend.save_page(index, page, &mut bytes))
-            }
-            LayerCache::KeyValue { keys, values } => {
-                backend.save_page(keys, page, &mut bytes) && backend.save_page(values, page, &mut bytes)
-            }
-        });
-        saved.then_some(bytes)
-    }
-
-    /// Fills a page with what [`KvCache::save_page`] returned for the same model and numerics; false, and the page's
-    /// contents are undefined, when that is not possible.
-    pub fn load_page(&mut self, backend: &B, page: u32, mut bytes: &[u8]) -> bool {
-        let loaded = self.layers.iter_mut().all(|layer| match layer {
-            LayerCache::Latent { latent, index } => {
-                backend.load_page(latent, page, &mut bytes)
-                    && index.as_mut().is_none_or(|index| backend.load_page(index, page, &mut bytes))
-            }
-            LayerCache::KeyValue { keys, values } => {
-                backend.load_page(keys, page, &mut bytes) && backend.load_page(values, page, &mut bytes)
-            }
-        });
-        loaded && bytes.is_empty()
-    }
-}
-
 /// A loaded model.
 pub trait Model<B: Backend> {
     /// Enqueues one step: from tokens, or from [`Model::hidden_mut`] if an earlier stage has the embedding. Afterwards the
@@ -121,25 +67,15 @@ pub trait Model<B: Backend> {
     fn hidden(&self) -> &B::Buffer;
     /// The residual stream, to be filled before [`Model::forward`].
     fn hidden_mut(&mut self) -> &mut B::Buffer;
+    /// What each of its layers caches for each token.
+    fn cache_specs(&self) -> &[Vec<CacheSpec>];
     /// An empty cache for `n_slots` tokens.
-    fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B>;
-    /// Bytes that one token takes in the cache.
-    fn cache_bytes_per_token(&self, backend: &B) -> usize;
-}
-
-/// The weights a model of this configuration needs.
-pub fn weight_specs(config: &ModelConfig) -> Vec<WeightSpec> {
-    match config.mla {
-        Some(_) => deepseek_v32::weight_specs(config),
-        None => llama::weight_specs(config),
+    fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B> {
+        KvCache::new(backend, self.cache_specs(), n_slots)
     }
-}
-
-/// The weights of the multi-token-prediction layers, if the configuration announces any.
-pub fn mtp_specs(config: &ModelConfig) -> Vec<WeightSpec> {
-    match config.mla {
-        Some(_) => deepseek_v32::mtp_specs(config),
-        None => vec![],
+    /// Bytes that one token takes in the cache.
+    fn cache_bytes_per_token(&self, backend: &B) -> usize {
+        self.cache_specs().iter().flatten().map(|spec| backend.cache_bytes(spec.kind, spec.width)).sum()
     }
 }
 
@@ -195,9 +131,5 @@ pub fn load_share<B: Backend + 'static>(
     limits: Limits,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
-    let mut loader = Loader::new(backend, source, progress);
-    Ok(match config.mla {
-        Some(_) => Box::new(DeepseekV32::load(&mut loader, config, share, limits)?),
-        None => Box::new(Llama::load(&mut loader, config, share, limits)?),
-    })
+    registry::load(&mut Loader::new(backend, source, progress), config, share, limits)
 }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use tandem_core::ModelConfig;
-use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::weights::{ModuleKind, Read, Weight};
 
 use crate::Accounting;
 
@@ -32,8 +32,7 @@ impl Offload {
     /// the rest fit into `room` bytes. It may not fit for all that.
     pub fn new(weights: &[Weight], config: &ModelConfig, room: u64, n_layers: Option<usize>) -> Offload {
         let of = |kept: &dyn Fn(&Weight) -> bool| {
-            let kept: Vec<Weight> =
-                weights.iter().filter(|w| w.spec.kind != ModuleKind::Mtp && kept(w)).cloned().collect();
+            let kept: Vec<Weight> = weights.iter().filter(|w| w.spec.read != Read::Never && kept(w)).cloned().collect();
             let accounting = Accounting::new(&kept, config);
             (accounting.total(|k| k.resident_bytes), accounting.total(|k| k.read_bytes))
         };
@@ -71,7 +70,7 @@ mod tests {
 
     #[test]
     fn as_few_experts_as_possible_stay_behind() {
-        let text = include_str!("../../tandem/src/presets/glm-5.1.json");
+        let text = include_str!("../../tandem-runtime/src/presets/glm-5.1.json");
         let mut value: serde_json::Value = serde_json::from_str(text).unwrap();
         value["num_hidden_layers"] = 6.into();
         value["first_k_dense_replace"] = 1.into();

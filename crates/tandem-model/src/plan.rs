@@ -10,6 +10,7 @@ use tandem_core::ModelConfig;
 use tandem_core::backend::CacheKind;
 use tandem_core::weights::{ModuleKind, Weight};
 
+use crate::registry::cache_specs;
 use crate::share::{Division, Part};
 
 /// What one rank has.
@@ -84,19 +85,6 @@ impl Plan {
     }
 }
 
-/// The cache of one layer in bytes per token, by layer.
-fn cache_bytes(config: &ModelConfig, bytes: &dyn Fn(CacheKind, usize) -> usize) -> Vec<u64> {
-    let layer = |layer: usize| match &config.mla {
-        Some(mla) => {
-            let index = config.indexer.as_ref().filter(|_| config.has_indexer(layer));
-            bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim)
-                + index.map_or(0, |i| bytes(CacheKind::IndexKey, i.index_head_dim))
-        }
-        None => 2 * bytes(CacheKind::KeyValue, config.num_key_value_heads * config.head_dim),
-    };
-    (0..config.num_hidden_layers).map(|l| layer(l) as u64).collect()
-}
-
 /// Divides the model.
 pub struct Planner<'a> {
     /// The whole model's.
@@ -165,8 +153,6 @@ impl Planner<'_> {
 
     fn with(&self, n_stages: usize, tensor_size: usize, slice: bool, by_expert: bool) -> Result<Plan, PlanError> {
         let n_layers = self.config.num_hidden_layers;
-        let cache: Vec<u64> =
-            cache_bytes(self.config, self.cache_bytes).iter().map(|b| b * self.n_slots as u64).collect();
         let part = |layers: Range<usize>, position: usize, tensor_rank: usize| Part {
             layers,
             embeds: position == 0,
@@ -180,13 +166,14 @@ impl Planner<'_> {
         let whole = |rank: usize| part(0..n_layers, 0, rank);
         let divisions: Vec<Division> =
             (0..tensor_size).map(|r| Division::new(&whole(r), self.config, self.weights)).collect();
+        let cache: Vec<Vec<u64>> = divisions.iter().map(|division| self.cache(&division.config(self.config))).collect();
         let mut layers = vec![vec![(0u64, 0u64); n_layers]; tensor_size];
         for (division, layers) in divisions.iter().zip(&mut layers) {
             for weight in self.weights {
                 if let Some(layer) = weight.spec.layer.filter(|l| *l < n_layers) {
                     let bytes = division.bytes(weight, self.config);
                     layers[layer].0 += bytes;
-                    layers[layer].1 += read(weight, bytes, self.config);
+                    layers[layer].1 += weight.spec.read_per_token(bytes);
                 }
             }
         }
@@ -195,8 +182,9 @@ impl Planner<'_> {
             let tied = self.config.tie_word_embeddings && part.head;
             of_end.fold((0, 0), |(held, reads), w| {
                 let bytes = w.bytes() as u64;
-                let whole_read = w.spec.kind != ModuleKind::Embed || tied;
-                (held + bytes, reads + if whole_read { bytes } else { read(w, bytes, self.config) })
+                // A tied embedding is the output projection too.
+                let whole = tied && w.spec.kind == ModuleKind::Embed;
+                (held + bytes, reads + if whole { bytes } else { w.spec.read_per_token(bytes) })
             })
         };
         let rank_plan = |stage_layers: &Range<usize>, position: usize, tensor_rank: usize| -> RankPlan {
@@ -207,7 +195,7 @@ impl Planner<'_> {
             let read_bytes = end_reads + sum(&|l| layers[tensor_rank][l].1);
             RankPlan {
                 weight_bytes: end_bytes + sum(&|l| layers[tensor_rank][l].0),
-                cache_bytes: sum(&|l| cache[l]),
+                cache_bytes: sum(&|l| cache[tensor_rank][l]),
                 tokens_per_second: self.ranks[rank].bandwidth / read_bytes.max(1) as f64,
                 read_bytes,
                 part,
@@ -241,7 +229,7 @@ impl Planner<'_> {
             }
         }
         if cost[n_stages].last().is_none_or(|c| c.is_infinite()) {
-            return Err(self.does_not_fit(&layers, &cache, &divisions));
+            return Err(self.does_not_fit(&layers, &cache));
         }
         let mut ranges = vec![];
         let mut end = cuts.len() - 1;
@@ -265,6 +253,13 @@ impl Planner<'_> {
         Ok(Plan { n_stages, tensor_size, ranks, tokens_per_second: 1.0 / (work + hops as f64 * hop) })
     }
 
+    /// Bytes of each layer's cache for a rank with this configuration.
+    fn cache(&self, config: &ModelConfig) -> Vec<u64> {
+        let layer =
+            |layer| cache_specs(config, layer).iter().map(|c| (self.cache_bytes)(c.kind, c.width)).sum::<usize>();
+        (0..config.num_hidden_layers).map(|l| (layer(l) * self.n_slots) as u64).collect()
+    }
+
     /// A stage may start at a layer that does not reuse the selection of the layer before it.
     fn may_cut(&self, layer: usize) -> bool {
         self.config.indexer.is_none()
@@ -273,11 +268,11 @@ impl Planner<'_> {
             || self.config.has_indexer(layer)
     }
 
-    fn does_not_fit(&self, layers: &[Vec<(u64, u64)>], cache: &[u64], divisions: &[Division]) -> PlanError {
+    fn does_not_fit(&self, layers: &[Vec<(u64, u64)>], cache: &[Vec<u64>]) -> PlanError {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         let held: u64 = layers.iter().flatten().map(|(bytes, _)| bytes).sum();
         let ends: u64 = self.weights.iter().filter(|w| w.spec.layer.is_none()).map(|w| w.bytes() as u64).sum();
-        let cache = cache.iter().sum::<u64>() * divisions.len() as u64;
+        let cache: u64 = cache.iter().flatten().sum();
         let needed = held + ends + cache;
         let all: u64 = self.ranks.iter().map(|r| r.memory).sum();
         let mut message = format!(
@@ -299,15 +294,5 @@ impl Planner<'_> {
                 .to_string()
         };
         PlanError::Memory(message + &remedy)
-    }
-}
-
-/// Bytes of `weight` that one decoded token reads, of `held` bytes in memory.
-fn read(weight: &Weight, held: u64, config: &ModelConfig) -> u64 {
-    match (weight.spec.kind, &config.moe) {
-        (ModuleKind::Mtp, _) => 0,
-        (ModuleKind::Embed, _) => held / config.vocab_size as u64,
-        (ModuleKind::RoutedExperts, Some(moe)) => held * moe.num_experts_per_tok as u64 / moe.n_routed_experts as u64,
-        _ => held,
     }
 }

@@ -111,7 +111,7 @@ impl Recipe {
         let rule = self.rules.iter().find(|(pattern, _)| glob_matches(pattern, &spec.module));
         let target = match (rule, spec.form) {
             (Some((_, target)), _) => *target,
-            (None, _) if spec.module.ends_with(".mlp.gate") => Target::Keep,
+            (None, _) if spec.keeps_format => Target::Keep,
             (None, Form::Experts) => self.experts,
             (None, _) => self.rest,
         };

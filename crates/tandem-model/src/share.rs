@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tandem_core::backend::{Backend, TensorGroup};
 use tandem_core::dtype::FP8_BLOCK;
-use tandem_core::weights::{Axis, MatrixData, MatrixPart, ModuleKind, Split, Weight, WeightSpec};
+use tandem_core::weights::{Axis, MatrixData, MatrixPart, ModuleKind, Read, Split, Weight, WeightSpec};
 use tandem_core::{CheckpointError, DType, ModelConfig};
 
 use crate::WeightSource;
@@ -51,7 +51,7 @@ impl Part {
     /// True when this rank needs the weight at all.
     pub(crate) fn needs(&self, spec: &WeightSpec, config: &ModelConfig) -> bool {
         match (spec.kind, spec.layer) {
-            (ModuleKind::Mtp, _) => false,
+            _ if spec.read == Read::Never => false,
             (_, Some(layer)) => self.layers.contains(&layer),
             (ModuleKind::Embed, None) => self.embeds || (self.head && config.tie_word_embeddings),
             (_, None) => self.head,
@@ -163,9 +163,15 @@ impl Division {
         }
     }
 
-    /// Whether attention, a dense MLP, a mixture of experts need a sum over ranks.
-    pub(crate) fn reduces(&self) -> [bool; 3] {
-        [self.heads.is_some(), self.dense.is_some(), self.part.tensor_size > 1]
+    /// True when each rank computes a part of what a module of this kind adds to the residual stream.
+    fn is_summed(&self, kind: ModuleKind) -> bool {
+        match kind {
+            ModuleKind::Attention => self.heads.is_some(),
+            ModuleKind::DenseMlp => self.dense.is_some(),
+            // The shared expert is added on one rank only where it is not sliced.
+            ModuleKind::RoutedExperts => self.part.tensor_size > 1,
+            _ => false,
+        }
     }
 
     fn cut(&self, spec: &WeightSpec) -> Cut {
@@ -352,9 +358,10 @@ impl<B: Backend> Share<B> {
         }
     }
 
-    /// Adds up `x` over ranks when the module before was `sliced`.
-    pub(crate) fn all_reduce(&self, backend: &B, sliced: bool, x: &mut B::Buffer, n_rows: usize, module: &'static str) {
-        if let (true, Some(group)) = (sliced, &self.group) {
+    /// Adds up `x`, which a module of this kind computed, over the ranks that have parts of it.
+    pub(crate) fn all_reduce(&self, backend: &B, kind: ModuleKind, x: &mut B::Buffer, n_rows: usize) {
+        if let (true, Some(group)) = (self.division.is_summed(kind), &self.group) {
+            let module = if kind == ModuleKind::Attention { "attention" } else { "the MLP" };
             group.all_reduce(backend, x, n_rows, module);
         }
     }

@@ -2,12 +2,29 @@
 
 use tandem_core::ModelConfig;
 use tandem_core::backend::CacheKind;
-use tandem_model::{DummyWeights, Plan, PlanError, Planner, RankResources, Recipe, Request, Stacks};
+use tandem_core::weights::ModuleKind;
+use tandem_model::{
+    Accounting, DummyWeights, Plan, PlanError, Planner, RankResources, Recipe, Request, Stacks, cache_specs,
+};
 
 const GB: u64 = 1_000_000_000;
 
+const GLM: &str = include_str!("../../../crates/tandem-runtime/src/presets/glm-5.1.json");
+const DEEPSEEK: &str = include_str!("../../../crates/tandem-runtime/src/presets/deepseek-v3.2.json");
+const LLAMA: &str = include_str!("../../../crates/tandem-runtime/src/presets/llama-3.2-3b.json");
+
 fn plan(memory: &[u64], bandwidth: &[f64], round_trip: f64, request: Request) -> Result<Plan, PlanError> {
-    let config = ModelConfig::parse(include_str!("../../../crates/tandem/src/presets/glm-5.1.json")).expect("valid");
+    plan_of(GLM, memory, bandwidth, round_trip, request)
+}
+
+fn plan_of(
+    config: &str,
+    memory: &[u64],
+    bandwidth: &[f64],
+    round_trip: f64,
+    request: Request,
+) -> Result<Plan, PlanError> {
+    let config = ModelConfig::parse(config).expect("valid");
     let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"), Stacks::Distinct);
     let ranks: Vec<RankResources> = memory
         .iter()
@@ -86,4 +103,42 @@ fn what_does_not_fit_is_refused_with_the_remedy() {
     assert!(error.contains("are missing") && error.contains("rank 1 (host): 150.00 GB free"), "{error}");
     let error = plan(&[200; 2], &[2e11; 2], 1e-4, pp(3)).expect_err("three").to_string();
     assert!(error.contains("needs 3 ranks, but there are 2"), "{error}");
+}
+
+#[test]
+fn plans_and_accounts_agree_on_what_a_token_reads_and_caches() {
+    let cached = |kind, width| if kind == CacheKind::IndexKey { width + 4 } else { 2 * width };
+    for (text, per_token) in [
+        // Latents of 512 + 64; GLM-5.1 and DeepSeek-V3.2 have an indexer in every layer, with keys of 128.
+        (GLM, 78 * (2 * 576 + 132)),
+        (DEEPSEEK, 61 * (2 * 576 + 132)),
+        // 8 heads of 128, keys and values.
+        (LLAMA, 28 * 2 * 2 * 8 * 128),
+    ] {
+        let config = ModelConfig::parse(text).expect("valid");
+        let specs: Vec<_> = (0..config.num_hidden_layers).flat_map(|layer| cache_specs(&config, layer)).collect();
+        assert_eq!(specs.iter().map(|spec| cached(spec.kind, spec.width)).sum::<usize>(), per_token);
+
+        let weights = DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").expect("known"), Stacks::Distinct);
+        let accounting = Accounting::new(weights.weights(), &config);
+        let rank = plan_of(text, &[1024], &[2e11], 0.0, pp(1)).expect("fits").ranks.remove(0);
+        let row = accounting.kinds.iter().find(|k| k.kind == ModuleKind::Embed).map_or(0, |k| k.read_bytes);
+        // A tied embedding is read whole, its row with it.
+        let twice = if config.tie_word_embeddings { row } else { 0 };
+        assert_eq!(rank.read_bytes, accounting.total(|k| k.read_bytes) - twice);
+        assert_eq!(rank.weight_bytes, accounting.total(|k| k.resident_bytes));
+        assert_eq!(rank.cache_bytes, (8192 * per_token) as u64);
+    }
+}
+
+#[test]
+fn a_rank_with_half_of_the_key_heads_caches_half() {
+    let tp = Request { tp: Some(2), ..Request::default() };
+    for (text, shares) in [(LLAMA, 2), (GLM, 1)] {
+        let one = plan_of(text, &[1024], &[2e11], 0.0, pp(1)).expect("fits");
+        let two = plan_of(text, &[1024; 2], &[2e11; 2], 0.0, tp).expect("fits");
+        for rank in &two.ranks {
+            assert_eq!(rank.cache_bytes * shares, one.ranks[0].cache_bytes, "every rank has the whole latent");
+        }
+    }
 }

@@ -1,12 +1,13 @@
 //! Commands and flags.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
-use anyhow::ensure;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::{Deserialize, Serialize};
+use tandem_convert::ConvertOptions;
 use tandem_model::Recipe;
+use tandem_runtime::measured::MeasuredOptions;
+use tandem_runtime::options::{Activations, BackendChoice, ShapeOptions, TransportKind};
+use tandem_runtime::{DeviceOptions, ModelOptions, ParallelOptions};
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
 #[derive(Debug, Parser)]
@@ -529,9 +530,6 @@ pub(crate) struct BenchDecodeArgs {
     /// Steps before that.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub(crate) warmup: usize,
-    /// Acceptance rates of drafted tokens.
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
-    pub(crate) force_acceptance: Vec<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -627,7 +625,7 @@ fn token_count(text: &str) -> Result<usize, String> {
 }
 
 /// How a model is divided among ranks.
-#[derive(Clone, Debug, Default, Args, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Several ranks")]
 pub(crate) struct ParallelArgs {
     /// Ranks; on this machine, unless `tandem launch` has a hostfile.
@@ -656,14 +654,14 @@ pub(crate) struct ParallelArgs {
     pub(crate) wire_bf16: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PlanArg {
     /// The fastest division that fits.
     #[default]
     Auto,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TransportArg {
     /// TCP.
     #[default]
@@ -679,32 +677,113 @@ pub(crate) enum TransportArg {
     Nccl,
 }
 
-impl ParallelArgs {
-    /// Ranks asked for.
-    pub(crate) fn n_ranks(&self) -> anyhow::Result<usize> {
-        let of_plan = self.pp.unwrap_or(1) * self.tp.unwrap_or(1).max(self.ep.unwrap_or(1));
-        let n = self.ranks.unwrap_or(of_plan);
-        ensure!((1..=4096).contains(&n), "--ranks, --pp, --tp and --ep must be at least 1");
-        Ok(n)
-    }
-
-    /// The bound on a wait.
-    pub(crate) fn patience(&self) -> anyhow::Result<Duration> {
-        let seconds = self.deadline.unwrap_or(10.0);
-        ensure!((0.1..=86_400.0).contains(&seconds), "--deadline must be between 0.1 and 86400 seconds");
-        Ok(Duration::from_secs_f64(seconds))
-    }
-
-    /// The same as flags of a command.
-    pub(crate) fn flags(&self, n_ranks: usize) -> Vec<String> {
-        let transport = self.transport.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
-        let mut flags = vec!["--transport".to_string(), transport, "--ranks".to_string(), n_ranks.to_string()];
-        for (name, value) in [("--pp", self.pp), ("--tp", self.tp), ("--ep", self.ep)] {
-            flags.extend(value.into_iter().flat_map(|n| [name.to_string(), n.to_string()]));
+impl From<&ParallelArgs> for ParallelOptions {
+    fn from(args: &ParallelArgs) -> ParallelOptions {
+        ParallelOptions {
+            ranks: args.ranks,
+            pp: args.pp,
+            tp: args.tp,
+            ep: args.ep,
+            transport: args.transport.into(),
+            deadline: args.deadline,
+            wire_bf16: args.wire_bf16,
         }
-        flags.extend(self.deadline.into_iter().flat_map(|s| ["--deadline".to_string(), s.to_string()]));
-        flags.extend(self.wire_bf16.then(|| "--wire-bf16".to_string()));
-        flags
+    }
+}
+
+impl From<TransportArg> for TransportKind {
+    fn from(arg: TransportArg) -> TransportKind {
+        match arg {
+            TransportArg::Auto => TransportKind::Auto,
+            TransportArg::Local => TransportKind::Local,
+            TransportArg::Tcp => TransportKind::Tcp,
+            TransportArg::Mpi => TransportKind::Mpi,
+            TransportArg::Nccl => TransportKind::Nccl,
+        }
+    }
+}
+
+impl From<BackendArg> for BackendChoice {
+    fn from(arg: BackendArg) -> BackendChoice {
+        match arg {
+            BackendArg::Cpu => BackendChoice::Cpu,
+            BackendArg::Cuda => BackendChoice::Cuda,
+            BackendArg::Auto => BackendChoice::Auto,
+        }
+    }
+}
+
+impl From<ActivationsArg> for Activations {
+    fn from(arg: ActivationsArg) -> Activations {
+        match arg {
+            ActivationsArg::F32 => Activations::F32,
+            ActivationsArg::Bf16 => Activations::Bf16,
+            ActivationsArg::Int8 => Activations::Int8,
+            ActivationsArg::Auto => Activations::Auto,
+        }
+    }
+}
+
+impl From<&ModelArgs> for ModelOptions {
+    fn from(args: &ModelArgs) -> ModelOptions {
+        ModelOptions {
+            model: args.model.clone(),
+            context: args.context,
+            prefill_chunk: args.prefill_chunk,
+            lock: args.lock,
+            device: DeviceOptions {
+                backend: args.backend.into(),
+                activations: args.activations.into(),
+                threads: args.threads,
+                n_cpu_moe: args.n_cpu_moe,
+            },
+            parallel: (&args.parallel).into(),
+        }
+    }
+}
+
+impl From<&BenchModelArgs> for MeasuredOptions {
+    fn from(args: &BenchModelArgs) -> MeasuredOptions {
+        MeasuredOptions {
+            model: args.model.clone(),
+            shapes: (&args.shapes).into(),
+            quant: args.quant.clone(),
+            lock: args.lock,
+            device: DeviceOptions {
+                backend: args.backend.into(),
+                activations: args.activations.into(),
+                threads: args.threads,
+                n_cpu_moe: args.n_cpu_moe,
+            },
+            parallel: (&args.parallel).into(),
+            sync_every: args.sync_every,
+        }
+    }
+}
+
+impl From<&ConvertArgs> for ConvertOptions {
+    fn from(args: &ConvertArgs) -> ConvertOptions {
+        ConvertOptions {
+            source: args.source.clone(),
+            shapes: (&args.shapes).into(),
+            quant: args.quant.clone(),
+            search: args.search,
+            calibrate: args.calibrate.clone(),
+            max_shard_size: args.max_shard_size,
+            threads: args.threads,
+        }
+    }
+}
+
+impl From<&ShapeArgs> for ShapeOptions {
+    fn from(args: &ShapeArgs) -> ShapeOptions {
+        ShapeOptions {
+            config: args.config.clone(),
+            dummy: args.load_format == LoadFormatArg::Dummy,
+            num_layers: args.num_layers,
+            first_dense: args.first_dense,
+            vocab: args.vocab,
+        }
     }
 }
 
@@ -746,10 +825,10 @@ pub(crate) struct LaunchArgs {
 
 impl LaunchArgs {
     /// `--ranks N` of a command, without a launch.
-    pub(crate) fn short_form(command: Vec<String>, parallel: ParallelArgs) -> LaunchArgs {
+    pub(crate) fn short_form(command: Vec<String>) -> LaunchArgs {
         LaunchArgs {
             hostfile: None,
-            parallel,
+            parallel: ParallelArgs::default(),
             backend: None,
             restart: 0,
             starting_port: 0,
@@ -763,8 +842,9 @@ impl LaunchArgs {
     }
 
     /// The flags, --backend counted in.
-    pub(crate) fn parallel_args(&self) -> ParallelArgs {
-        ParallelArgs { transport: self.backend.unwrap_or(self.parallel.transport), ..self.parallel.clone() }
+    pub(crate) fn parallel(&self) -> ParallelOptions {
+        let transport = self.backend.unwrap_or(self.parallel.transport).into();
+        ParallelOptions { transport, ..(&self.parallel).into() }
     }
 }
 

@@ -1,75 +1,40 @@
 //! `tandem eval`: logits and perplexity of a model.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
-use tandem_core::weights::{Form, ModuleKind, Weight};
-use tandem_core::{Checkpoint, CheckpointError};
-use tandem_cpu::system::default_threads;
+use serde_json::json;
 use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
-use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, ModelArgs, PerplexityArgs};
-use crate::load::{Loaded, LogitsRows, load};
+use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
+use crate::news::on_terminal;
 use crate::report::print_json;
+use tandem_runtime::judge::{documents, load_checked};
+use tandem_runtime::ranks::Joined;
+use tandem_runtime::{Loaded, LogitsRows};
 use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
 const DEFAULT_WINDOW: usize = 512;
 
-/// Checks what loading does not read: elements of matrices that stay mapped until an expert or a token asks for them, and
-/// layers that do not run. An evaluation that happens not to meet a damaged weight would say nothing about the model.
-pub(crate) fn check_weights(checkpoint: &Checkpoint, weights: &[Weight]) -> Result<(), CheckpointError> {
-    let left: Vec<&Weight> = weights
-        .iter()
-        .filter(|weight| weight.dtype.has_non_finite_codes() || weight.spec.kind == ModuleKind::Mtp)
-        .collect();
-    let next = AtomicUsize::new(0);
-    let check = || {
-        while let Some(weight) = left.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if weight.spec.form == Form::Vector {
-                weight.vector(checkpoint)?;
-                continue;
-            }
-            let matrix = weight.matrix(checkpoint)?;
-            for part in 0..matrix.parts.len() {
-                matrix.check_finite(part, 0, matrix.rows)?;
-            }
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..default_threads()).map(|_| scope.spawn(check)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
-    })
-}
-
-/// [`load`], and [`check_weights`].
-pub(crate) fn load_checked(args: &ModelArgs, rows: LogitsRows) -> anyhow::Result<Loaded> {
-    let loaded = load(args, rows)?;
-    let checkpoint = Checkpoint::open(&loaded.dir)?;
-    check_weights(&checkpoint, &tandem_model::resolve(&checkpoint, &loaded.config)?)?;
-    Ok(loaded)
-}
-
 /// Runs the command.
-pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+pub(crate) fn eval(args: &EvalArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     match &args.command {
-        EvalCommand::Logits(args) => logits(args),
-        EvalCommand::Perplexity(args) => perplexity(args),
+        EvalCommand::Logits(args) => logits(args, joined),
+        EvalCommand::Perplexity(args) => perplexity(args, joined),
         EvalCommand::Compare(args) => crate::compare::compare(args),
-        EvalCommand::Tasks(args) => crate::tasks::tasks(args),
+        EvalCommand::Tasks(args) => crate::tasks::tasks(args, joined),
     }
 }
 
-fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
+fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.tokens)?;
     let tokens: Vec<u32> = serde_json::from_str(&text)
         .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
-    let Loaded { mut engine, prefill_chunk, .. } = load_checked(&args.model, LogitsRows::Chunk)?;
+    let Loaded { mut engine, prefill_chunk, .. } =
+        load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
     let start = Instant::now();
     let mut sequence = Sequence::default();
@@ -97,9 +62,10 @@ fn logits(args: &LogitsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
+fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.text)?;
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load_checked(&args.model, LogitsRows::Chunk)?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } =
+        load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let start = Instant::now();
     let mut score = Score::default();
@@ -147,28 +113,6 @@ fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     }
     println!("perplexity {perplexity:.4} over {} tokens", score.n);
     Ok(())
-}
-
-/// Strings of a JSON file, each a document; `None` when the file is plain text.
-pub(crate) fn documents(path: &Path, text: &str) -> anyhow::Result<Option<Vec<String>>> {
-    if path.extension().is_none_or(|e| e != "json") {
-        return Ok(None);
-    }
-    fn collect(value: Value, out: &mut Vec<String>) {
-        match value {
-            Value::String(s) => out.push(s),
-            Value::Array(values) => values.into_iter().for_each(|v| collect(v, out)),
-            Value::Object(map) => map.into_iter().for_each(|(_, v)| collect(v, out)),
-            _ => {}
-        }
-    }
-    let value = serde_json::from_str(text).with_context(|| format!("{} is not JSON", path.display()))?;
-    let mut out = vec![];
-    collect(value, &mut out);
-    if out.is_empty() {
-        bail!("{} has no strings in it; expected an array or object of texts", path.display());
-    }
-    Ok(Some(out))
 }
 
 /// Negative log likelihood in nats, in f64.

@@ -6,8 +6,9 @@ use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::Accounting;
 
 use crate::cli::InspectArgs;
-use crate::load::model_dir;
-use crate::report::{bytes, count, print_json, thousands};
+use crate::report::print_json;
+use tandem_runtime::model_dir;
+use tandem_runtime::units::{bytes, count, thousands};
 
 /// Runs the command.
 pub(crate) fn inspect(args: &InspectArgs) -> anyhow::Result<()> {

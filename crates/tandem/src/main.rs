@@ -4,13 +4,10 @@ mod bench;
 mod cli;
 mod compare;
 mod convert;
-#[cfg(feature = "cuda")]
-mod cuda;
-mod distributed;
 mod eval;
 mod inspect;
-mod load;
-mod presets;
+mod launch;
+mod news;
 mod pull;
 mod report;
 mod run;
@@ -21,11 +18,11 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use distributed::Role;
+use tandem_runtime::ranks::{self, Joined, Role};
+use tandem_runtime::{ModelOptions, ParallelOptions, measured};
 
 fn main() -> ExitCode {
-    #[cfg(feature = "cuda")]
-    tandem_cuda::forbid_multicast();
+    tandem_runtime::device::prepare_process();
     let cli = cli::Cli::parse();
     init_logging(cli.verbose);
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.
@@ -46,34 +43,42 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
-    match distributed::role(&cli)? {
-        Role::Lead => {}
-        Role::Launch(n) => {
-            let parallel = cli.command.parallel_args().cloned().unwrap_or_default();
-            return distributed::launch::launch_here(n, &parallel);
-        }
-        Role::Follow(started) => {
-            if let cli::Command::Bench(cli::BenchArgs { command: cli::BenchCommand::Comm(args) }) = &cli.command {
-                return bench::comm::comm(args, Some(*started)).map(|()| ExitCode::SUCCESS);
-            }
-            if let Some(args) = cli.command.bench_model_args() {
-                return bench::model::follow(*started, args).map(|()| ExitCode::SUCCESS);
-            }
-            let args = cli.command.model_args().context("tandem launch runs run, serve, eval and bench")?;
-            return distributed::follow(*started, args).map(|()| ExitCode::SUCCESS);
-        }
-    }
+    let parallel = cli.command.parallel_args().map(ParallelOptions::from);
+    let joined = match Role::find(cli.launch_fd, parallel.as_ref(), quit)? {
+        Role::Alone => None,
+        Role::Lead(joined) => Some(joined),
+        Role::Launch(n) => return launch::launch_here(n, &parallel.unwrap_or_default()),
+        Role::Follow(joined) => return follow(joined, &cli.command).map(|()| ExitCode::SUCCESS),
+    };
     match cli.command {
-        cli::Command::Launch(args) => return distributed::launch::launch(&args),
-        cli::Command::Run(args) => run::run(&args)?,
+        cli::Command::Launch(args) => return launch::launch(&args),
+        cli::Command::Run(args) => run::run(&args, joined)?,
         cli::Command::Inspect(args) => inspect::inspect(&args)?,
-        cli::Command::Eval(args) => eval::eval(&args)?,
-        cli::Command::Bench(args) => bench::bench(&args)?,
+        cli::Command::Eval(args) => eval::eval(&args, joined)?,
+        cli::Command::Bench(args) => bench::bench(&args, joined)?,
         cli::Command::Convert(args) => convert::convert(&args)?,
         cli::Command::Pull(args) => pull::pull(&args)?,
-        cli::Command::Serve(args) => serve::serve(&args)?,
+        cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Another rank than 0 of the same command.
+fn follow(joined: Joined, command: &cli::Command) -> anyhow::Result<()> {
+    if let cli::Command::Bench(cli::BenchArgs { command: cli::BenchCommand::Comm(args) }) = command {
+        return bench::comm::comm(args, Some(joined));
+    }
+    if let Some(args) = command.bench_model_args() {
+        return measured::follow(joined, &args.into());
+    }
+    let args = command.model_args().context("tandem launch runs run, serve, eval and bench")?;
+    ranks::follow(joined, &ModelOptions::from(args))
+}
+
+/// Ends this process: the launcher or another rank is lost, and every thread may be waiting for it.
+fn quit(message: &str) {
+    eprintln!("error: {message}");
+    std::process::exit(1);
 }
 
 fn init_logging(verbose: u8) {

@@ -22,8 +22,9 @@ use ureq::http::{Response, StatusCode};
 use url::Url;
 
 use crate::cli::PullArgs;
-use crate::load::{hugging_face_cache, hugging_face_token};
-use crate::report::{bytes, print_json};
+use crate::report::print_json;
+use tandem_runtime::units::bytes;
+use tandem_runtime::{hugging_face_cache, hugging_face_token};
 
 /// What a model needs besides its weights, and nothing else of its repository.
 const METADATA: [&str; 5] = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"];

@@ -12,14 +12,17 @@ use tandem_cpu::system::peak_memory_bytes;
 use tandem_engine::{FinishReason, Generated, GenerationConfig, Request, SamplingOverrides, SamplingParams};
 
 use crate::cli::{OnOff, RunArgs, SamplingArgs};
-use crate::load::{Loaded, LogitsRows, load};
-use crate::report::{bytes, print_json};
+use crate::news::on_terminal;
+use crate::report::print_json;
+use tandem_runtime::ranks::Joined;
+use tandem_runtime::units::bytes;
+use tandem_runtime::{LoadOptions, Loaded, LogitsRows, load};
 use tandem_text::ChatTemplate;
 use tandem_text::prompt;
 use tandem_text::{StopMatcher, Tokenizer};
 
 /// Runs the command.
-pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let prompt = match &args.prompt {
         Some(prompt) => Some(prompt.clone()),
         None if std::io::stdin().is_terminal() => None,
@@ -32,7 +35,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     if prompt.is_none() && args.json {
         bail!("--json needs a prompt, as an argument or on standard input");
     }
-    let mut session = Session::new(args)?;
+    let mut session = Session::new(args, joined)?;
     match prompt {
         Some(prompt) => session.answer_once(&prompt, args),
         None => session.chat(args),
@@ -82,8 +85,9 @@ struct Answer {
 }
 
 impl Session {
-    fn new(args: &RunArgs) -> anyhow::Result<Session> {
-        let loaded = load(&args.model, LogitsRows::One)?;
+    fn new(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Session> {
+        let loaded =
+            load(&(&args.model).into(), LoadOptions::one_sequence(LogitsRows::One), joined, &mut on_terminal())?;
         let defaults = GenerationConfig::load(&loaded.dir)?;
         let mut extra = Map::new();
         if let Some(thinking) = args.thinking {

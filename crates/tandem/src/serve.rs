@@ -14,11 +14,14 @@ use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
 use tandem_engine::{Engine, GenerationConfig, PageStore, RankStatus, Scheduling};
 use tandem_model::Accounting;
+use tandem_runtime::device::{DeviceKind, cpu_backend};
+use tandem_runtime::ranks::{Joined, Quit};
+use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, load};
 use tandem_serve::{App, Model, Options, StepBytes, Worker, router};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer};
 
 use crate::cli::ServeArgs;
-use crate::load::{Device, Loaded, LogitsRows, choose, cpu_backend, load_with_cache};
+use crate::news::on_terminal;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
 const BANDWIDTH_BYTES: usize = 256 << 20;
@@ -28,7 +31,7 @@ const GROUP_GRACE: Duration = Duration::from_millis(500);
 const DEFAULT_CONTEXTS: usize = 4;
 
 /// Runs the command.
-pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
     // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
     let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
@@ -36,7 +39,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         // Faults of the flags show before the model is loaded.
         let options = options(args)?;
         options.check()?;
-        let (worker, facts) = tokio::task::block_in_place(|| start(args))?;
+        let (worker, facts) = tokio::task::block_in_place(|| start(args, joined, quit))?;
         // A token is a small packet, and must not wait for the one before it to be acknowledged.
         let no_delay = |tcp: &mut tokio::net::TcpStream| {
             if let Err(error) = tcp.set_nodelay(true) {
@@ -96,31 +99,33 @@ async fn signal() {
 }
 
 /// Loads everything and starts the engine.
-fn start(args: &ServeArgs) -> anyhow::Result<(Worker, Facts)> {
+fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<(Worker, Facts)> {
     ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
     let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
     let inter_token = inter_token.context("--inter-token-ms is not a number of milliseconds")?;
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
-    let is_group = crate::distributed::leads();
-    let is_cpu = !is_group && matches!(choose(args.model.backend, args.model.activations)?, Device::Cpu);
-    let measured = is_cpu.then(|| {
-        let (backend, _) = cpu_backend(args.model.threads, args.model.activations, 0);
-        measure_read_bandwidth(backend.pool(), BANDWIDTH_BYTES)
-    });
+    let load_options = ModelOptions::from(&args.model);
+    let is_group = joined.is_some();
+    let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
+    let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
     let (made_facts, made_args) = (Arc::clone(&slot), args.clone());
-    let mut is_first = true;
+    let mut joined = joined;
     let mut make = move || -> anyhow::Result<(Engine, StepBytes)> {
         let args = &made_args;
-        if is_group && !std::mem::take(&mut is_first) {
+        let joined = joined.take();
+        if is_group && joined.is_none() {
             // The other ranks are gone: only the launcher can start the group again. The errors go out first.
             std::thread::sleep(GROUP_GRACE);
-            eprintln!("error: the group of ranks failed; the launcher starts it again if it is asked to");
-            std::process::exit(1);
+            quit("the group of ranks failed; the launcher starts it again if it is asked to");
         }
-        let rows = LogitsRows::Several(args.max_batch);
-        let loaded = load_with_cache(&args.model, rows, args.cache_tokens, DEFAULT_CONTEXTS)?;
+        let what = LoadOptions {
+            logits: LogitsRows::Several(args.max_batch),
+            cache_tokens: args.cache_tokens,
+            n_contexts: DEFAULT_CONTEXTS,
+        };
+        let loaded = load(&load_options, what, joined, &mut on_terminal())?;
         let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, .. } = loaded;
         let mut engine = engine.with_scheduling(Scheduling {
             max_batch: args.max_batch,

@@ -9,9 +9,11 @@ use serde_json::{Value, json};
 use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
 use crate::cli::TasksArgs;
-use crate::eval::load_checked;
-use crate::load::{Loaded, LogitsRows};
+use crate::news::on_terminal;
 use crate::report::print_json;
+use tandem_runtime::judge::load_checked;
+use tandem_runtime::ranks::Joined;
+use tandem_runtime::{Loaded, LogitsRows};
 use tandem_text::dialect::opens_reasoning;
 use tandem_text::{AnswerStream, Delta, Dialect, Tokenizer};
 
@@ -109,7 +111,7 @@ struct Score {
 }
 
 /// Runs the command.
-pub(crate) fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
+pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let path = args.tasks.display();
     let text = std::fs::read_to_string(&args.tasks).with_context(|| format!("cannot read {path}"))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
@@ -124,7 +126,8 @@ pub(crate) fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
     }
     let needs_rows = tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
     let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
-    let Loaded { dir, mut engine, prefill_chunk, .. } = load_checked(&args.model, rows)?;
+    let Loaded { dir, mut engine, prefill_chunk, .. } =
+        load_checked(&(&args.model).into(), rows, joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();

@@ -229,3 +229,60 @@ impl Case for SameInAnyBatch {
         Ok(())
     }
 }
+
+/// [`Backend::moe`] with stacks that take a while to load: several batches with one loading.
+pub(crate) struct LargeMoe {
+    pub(crate) experts: MlpData,
+    pub(crate) shared: MlpData,
+    pub(crate) routing: Routing,
+    pub(crate) batches: [usize; 3],
+    /// Columns of the result that are compared.
+    pub(crate) only: Vec<usize>,
+}
+
+impl LargeMoe {
+    fn run<B: Backend>(&self, b: &Subject<B>, experts: &MlpData, shared: &MlpData) -> Vec<Vec<f32>> {
+        let (inner, hidden, n_experts) = (experts[0].cols, experts[2].rows, experts[0].parts.len());
+        let (experts, shared) = (b.load_mlp(experts), b.load_mlp(shared));
+        let run = |n: usize| {
+            let (x, logits) = (coarse(3, n * inner), noise(17, n * n_experts));
+            b.moe_loaded((&x, n, hidden), &experts, Some(&shared), (&logits, n_experts), &self.routing)
+        };
+        self.batches.iter().map(|n| run(*n)).collect()
+    }
+}
+
+impl Case for LargeMoe {
+    type Expected = Vec<Vec<f32>>;
+
+    fn name(&self) -> String {
+        let [gate, ..] = &self.experts;
+        let Routing { top_k, n_group, .. } = self.routing;
+        let of = gate.parts.len();
+        format!(
+            "moe {} {}x{}, {top_k} of {of} experts in {n_group} groups, shared one",
+            gate.name, gate.rows, gate.cols
+        )
+    }
+
+    fn bytes(&self) -> usize {
+        let [gate, ..] = &self.experts;
+        gate.parts.len() * gate.dtype.weight_bytes(gate.rows, gate.cols)
+    }
+
+    fn expected(&self, oracle: &Oracle) -> Self::Expected {
+        let cut = |[gate, up, down]: &MlpData| [gate.clone(), up.clone(), sampled(down, &self.only)];
+        self.run(oracle, &cut(&self.experts), &cut(&self.shared))
+    }
+
+    fn check<B: Backend>(&self, b: &Subject<B>, expected: &Self::Expected) -> Result<(), String> {
+        let hidden = self.experts[2].rows;
+        for ((n, found), expected) in self.batches.iter().zip(self.run(b, &self.experts, &self.shared)).zip(expected) {
+            let found = columns(found, hidden, Some(&self.only));
+            let both = [&self.experts, &self.shared].map(|mlp| mlp_budget(b.precision, mlp, *n));
+            let budget = both[0].and(both[1]).and(routing_weights(&self.routing));
+            compare(&format!("outputs of {n} rows"), &found, expected, 0.0, budget)?;
+        }
+        Ok(())
+    }
+}

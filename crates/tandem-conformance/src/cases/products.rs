@@ -107,7 +107,7 @@ pub(crate) fn activations(precision: Precision, dtype: DType) -> Rounding {
 
 /// The error of a product of `n` rows with `cols` columns, the rounding of its input left out.
 pub(crate) fn product(precision: Precision, dtype: DType, n: usize, cols: usize) -> Budget {
-    let sum = Budget::sum(cols).and(Budget::steps(2));
+    let sum = Budget::sum(cols).and(Budget::steps(2)).and(Budget::of_sums(precision.sums, cols));
     match dtype {
         DType::Affine { .. } if n > EXACT_ROWS => sum.of_affine().and(Budget::rounded(precision.prefill_weights, EVEN)),
         DType::Affine { .. } => sum.of_affine(),
@@ -362,7 +362,7 @@ impl Case for UniformScale {
         let rounding = Input::Coarse.after(activations(b.precision, DType::Mxfp4));
         // Terms below 2^-126 keep fewer bits, down to 2^-149: a step of the smallest for each is lost on both sides.
         let lost = UniformScale::COLS as f64 * 2f64.powi(-149);
-        let budget = Budget::sum(UniformScale::COLS).and(Budget::rounded(rounding, EVEN));
+        let budget = product(b.precision, DType::Mxfp4, 1, UniformScale::COLS).and(Budget::rounded(rounding, EVEN));
         let budget = budget.and(Budget::steps(1).times((lost / size * f64::from(1 << 24)).powi(2)));
         compare("products", &found, expected, 0.0, budget)
     }

@@ -15,7 +15,7 @@ pub(crate) fn run<B: Backend>(suite: &mut Suite<B>, batches: &[usize]) {
             suite.case(&Embed { dtype, table: matrix(dtype, 1, vocab, width, 3), n: batches[batches.len() / 2] });
         }
     }
-    for (dtype, width) in [(DType::F32, 7), (DType::BF16, 200), (DType::Nvfp4, 48), (DType::Fp8Block, 200)] {
+    for (dtype, width) in [(DType::F32, 40), (DType::BF16, 200), (DType::Nvfp4, 48), (DType::Fp8Block, 200)] {
         assert!(fits(dtype, width));
         batches.iter().for_each(|n| suite.case(&Embed { dtype, table: matrix(dtype, 1, 300, width, 3), n: *n }));
     }

@@ -317,8 +317,9 @@ mod tests {
             let plain = quantize(dtype, 2, 128, &values).expect("fits");
             let searched = quantize_searched(dtype, 2, 128, &values, None).expect("fits");
             prop_assert_eq!((plain.weight.len(), plain.scales.len()), (searched.weight.len(), searched.scales.len()));
-            // mlx takes codes from scales before rounding them: rarely luckier.
-            prop_assert!(error(&searched, &values) <= error(&plain, &values) * 1.02 + 1e-9);
+            let (found, limit) = (error(&searched, &values), error(&plain, &values));
+            // Codes are the nearest of the stored scales, of which the plain one is a candidate; decoding rounds.
+            prop_assert!(found <= limit * (1.0 + 1e-6), "{}: {} instead of at most {}", dtype, found, limit);
         }
     }
 

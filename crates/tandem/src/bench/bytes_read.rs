@@ -1,10 +1,11 @@
 //! Bytes that a decode step really reads, and arithmetic that a prefill really does.
 
 use serde_json::{Map, Value, json};
-use tandem_core::backend::CacheKind;
+use tandem_core::backend::{CacheKind, CacheSpec};
 use tandem_core::weights::ModuleKind;
+use tandem_model::cache_specs;
 
-use super::model::BenchModel;
+use tandem_runtime::measured::MeasuredModel;
 
 /// Bytes of one step by module kind.
 pub(super) struct BytesRead {
@@ -17,7 +18,7 @@ impl BytesRead {
     /// Of decoding `batch` sequences with `visible` positions each: weights once, routed experts as often as they were
     /// counted to differ, and each sequence's attended cache.
     pub(super) fn of_decode_step(
-        model: &BenchModel,
+        model: &MeasuredModel,
         visible: usize,
         batch: usize,
         experts_per_layer: Option<f64>,
@@ -57,33 +58,24 @@ impl BytesRead {
 }
 
 /// Cached bytes that one sequence's token attends to, each counted once.
-fn cache_bytes(model: &BenchModel, visible: usize, sparse: bool) -> f64 {
-    let (config, backend) = (&model.config, &model.runner);
-    let n_layers = config.num_hidden_layers;
-    let bytes = match (&config.mla, &config.indexer) {
-        (Some(mla), indexer) => {
-            let vector = backend.cache_bytes(CacheKind::Latent, mla.kv_lora_rank + mla.qk_rope_head_dim);
-            let attended = indexer.as_ref().map_or(visible, |i| visible.min(i.index_topk));
-            let keys = match indexer {
-                Some(i) if sparse => {
-                    let n_indexers = (0..n_layers).filter(|l| config.has_indexer(*l)).count();
-                    n_indexers * visible * backend.cache_bytes(CacheKind::IndexKey, i.index_head_dim)
-                }
-                _ => 0,
-            };
-            n_layers * attended * vector + keys
-        }
-        (None, _) => {
-            let width = config.num_key_value_heads * config.head_dim;
-            n_layers * 2 * visible * backend.cache_bytes(CacheKind::KeyValue, width)
-        }
+fn cache_bytes(model: &MeasuredModel, visible: usize, sparse: bool) -> f64 {
+    let config = &model.config;
+    let read = |spec: CacheSpec| {
+        let positions = match spec.kind {
+            CacheKind::Latent => config.indexer.as_ref().map_or(visible, |i| visible.min(i.index_topk)),
+            CacheKind::IndexKey if !sparse => 0,
+            CacheKind::IndexKey | CacheKind::KeyValue => visible,
+        };
+        positions * model.runner.cache_bytes(spec.kind, spec.width)
     };
+    let specs = (0..config.num_hidden_layers).flat_map(|layer| cache_specs(config, layer));
+    let bytes: usize = specs.map(read).sum();
     bytes as f64
 }
 
 /// Floating-point operations of a prompt: 2 per weight that a token meets. The output projection runs for the last
 /// token only, index queries only in chunks that see more than `index_topk` positions.
-pub(super) fn prefill_flop(model: &BenchModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
+pub(super) fn prefill_flop(model: &MeasuredModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
     let config = &model.config;
     let end = context + n_tokens;
     let scored: usize = (context..end)

@@ -8,9 +8,12 @@ use anyhow::Context;
 use serde_json::{Value, json};
 use tandem_comm::{Channel, Doing, Group, Wire};
 
-use crate::cli::{BenchCommArgs, TransportArg};
-use crate::distributed;
-use crate::distributed::Started;
+use tandem_runtime::ParallelOptions;
+use tandem_runtime::device::{SumTimes, time_device_sums};
+use tandem_runtime::options::TransportKind;
+use tandem_runtime::ranks::{self, Joined};
+
+use crate::cli::BenchCommArgs;
 use crate::report::print_json;
 
 const DOING: Doing = Doing::of("bench comm");
@@ -22,14 +25,14 @@ const READ_BETWEEN: usize = 128 << 20;
 const DUPLEX_BYTES: usize = 64 << 10;
 
 /// Runs the command; every rank comes here.
-pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Result<()> {
-    let raw_address = started.as_ref().map(Started::listen).unwrap_or_else(distributed::own_address);
-    let transport =
-        started.as_ref().map_or_else(|| distributed::transport(&args.parallel), |s| s.order.parallel.transport);
-    let local_rank = started.as_ref().map_or(0, |s| s.place().local_rank);
-    let world = distributed::world(started, &args.parallel)?;
+pub(crate) fn comm(args: &BenchCommArgs, joined: Option<Joined>) -> anyhow::Result<()> {
+    let parallel = ParallelOptions::from(&args.parallel);
+    let raw_address = joined.as_ref().map_or(std::net::IpAddr::from([127, 0, 0, 1]), Joined::own_address);
+    let transport = joined.as_ref().map_or(parallel.transport, |joined| joined.transport(&parallel));
+    let local_rank = joined.as_ref().map_or(0, Joined::local_rank);
+    let world = ranks::world(joined, &parallel)?;
     let mut rows = vec![];
-    if transport == TransportArg::Nccl {
+    if transport == TransportKind::Nccl {
         rows.extend(device_sums(&world, local_rank)?);
     }
     let sizes: Vec<usize> =
@@ -59,45 +62,21 @@ pub(crate) fn comm(args: &BenchCommArgs, started: Option<Started>) -> anyhow::Re
     Ok(())
 }
 
-/// Sums that the GPUs make among themselves, each as one of many in a graph.
-#[cfg(feature = "cuda")]
+/// Sums that the ranks' devices make among themselves.
 fn device_sums(world: &Group, local_rank: usize) -> anyhow::Result<Vec<Value>> {
-    use tandem_cuda::{CudaBackend, Numerics, Options, Way};
-    const SUMS: usize = 100;
-    const REPETITIONS: usize = 15;
-    let backend = CudaBackend::new(Options { ordinal: local_rank as i32, ..Options::new(Numerics::Bf16) })?;
-    let sums = crate::cuda::connect(&backend, world)?;
-    let mut rows = vec![];
-    for (name, way) in [("on GPUs", Way::Peers), ("NCCL", Way::Nccl)] {
-        for bytes in [4 << 10, 12 << 10, 24 << 10, 192 << 10, 1536 << 10, 12 << 20, 96 << 20] {
-            let n_sums = if bytes > 4 << 20 { 10 } else { SUMS };
-            let mut times = vec![];
-            for _ in 0..REPETITIONS {
-                world.barrier(DOING)?;
-                times.extend(sums.measure(bytes / 4, n_sums, way)?.map(|seconds| seconds * 1e6));
-            }
-            anyhow::ensure!(!sums.has_failed(), "a part of a sum over GPUs did not arrive");
-            if times.is_empty() {
-                continue;
-            }
-            times.sort_by(f64::total_cmp);
-            let median = times[REPETITIONS / 2];
-            rows.push(json!({
-                "operation": name,
-                "bytes": bytes,
-                "repetitions": REPETITIONS * n_sums,
-                "us_median": median,
-                "us_p90": times[REPETITIONS * 9 / 10],
-                "gb_per_s": bytes as f64 * 2.0 * (world.size() - 1) as f64 / world.size() as f64 / median / 1e3,
-            }));
-        }
-    }
-    Ok(rows)
-}
-
-#[cfg(not(feature = "cuda"))]
-fn device_sums(_: &Group, _: usize) -> anyhow::Result<Vec<Value>> {
-    anyhow::bail!(distributed::NO_CUDA)
+    let share = (world.size() - 1) as f64 / world.size() as f64;
+    let row = |times: SumTimes| {
+        let at = |q: f64| times.microseconds[(q * (times.microseconds.len() - 1) as f64) as usize];
+        json!({
+            "operation": times.name,
+            "bytes": times.bytes,
+            "repetitions": times.repetitions,
+            "us_median": at(0.5),
+            "us_p90": at(0.9),
+            "gb_per_s": times.bytes as f64 * 2.0 * share / at(0.5) / 1e3,
+        })
+    };
+    Ok(time_device_sums(world, local_rank)?.into_iter().map(row).collect())
 }
 
 /// Every collective at one size; bandwidth is what one rank sends and receives each way.

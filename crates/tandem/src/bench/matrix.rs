@@ -201,7 +201,7 @@ mod tests {
             let words = std::iter::once("tandem".to_string()).chain(flags.iter().cloned());
             let row = crate::cli::Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{name}: {e}"));
             let model = row.command.bench_model_args().expect("bench decode");
-            let ranks = model.parallel.n_ranks().expect("valid");
+            let ranks = tandem_runtime::ParallelOptions::from(&model.parallel).n_ranks().expect("valid");
             assert_eq!(model.threads, Some(4 / ranks), "{name}");
         }
     }

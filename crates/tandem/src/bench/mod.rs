@@ -6,11 +6,8 @@
 
 mod bytes_read;
 pub(crate) mod comm;
-mod device;
 mod matrix;
-pub(crate) mod model;
 mod plot;
-mod ranks;
 mod serve;
 
 use std::time::Instant;
@@ -23,11 +20,14 @@ use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
-use crate::distributed;
-use crate::report::{bytes, print_json};
 use bytes_read::BytesRead;
-use model::BenchModel;
-use ranks::{RankReport, by_stage};
+use tandem_model::Limits;
+use tandem_runtime::measured::{MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage};
+use tandem_runtime::ranks::Joined;
+use tandem_runtime::units::{bytes, count};
+
+use crate::news::on_terminal;
+use crate::report::print_json;
 
 /// Read between two steps, for the bandwidth of that moment.
 const PASS_BYTES: usize = 256 << 20;
@@ -35,29 +35,28 @@ const PASS_BYTES: usize = 256 << 20;
 const PROFILED_STEPS: usize = 8;
 
 /// Runs the command.
-pub(crate) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+pub(crate) fn bench(args: &BenchArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     match &args.command {
-        BenchCommand::Decode(args) => decode(args),
-        BenchCommand::Prefill(args) => prefill(args),
+        BenchCommand::Decode(args) => decode(args, joined),
+        BenchCommand::Prefill(args) => prefill(args, joined),
         BenchCommand::Serve(args) => serve::serve(args),
-        BenchCommand::Comm(args) => comm::comm(args, None),
+        BenchCommand::Comm(args) => comm::comm(args, joined),
         BenchCommand::Matrix(args) => matrix::matrix(args),
     }
 }
 
-fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
-    if !args.force_acceptance.is_empty() {
-        bail!("--force-acceptance comes with drafting, which is not built yet; leave it out");
-    }
+fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     ensure!(args.batch >= 1, "--batch must be at least 1");
     ensure!(args.steps >= 1, "--steps must be at least 1");
     let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
     let longest = contexts.iter().copied().max().unwrap_or(0);
-    let grouped = distributed::leads();
-    let bandwidth_before = if grouped { 0.0 } else { device::bandwidth_before(&args.model)? };
+    let options = MeasuredOptions::from(&args.model);
+    let bandwidth_before = bandwidth_alone(&options, joined.as_ref())?;
     let sequences = Sequences::new(args.batch, longest + 1);
-    let mut model = BenchModel::load(&args.model, args.batch, args.batch, longest + 1, sequences.n_slots())?;
-    model.fill_cache(if longest > 0 { sequences.n_slots() } else { 0 })?;
+    let limits = Limits { max_rows: args.batch, max_logits_rows: args.batch };
+    let mut model =
+        MeasuredModel::load(&options, limits, longest + 1, sequences.n_slots(), joined, &mut on_terminal())?;
+    fill_cache(&mut model, if longest > 0 { sequences.n_slots() } else { 0 })?;
 
     // A processor's memory is shared with others and changes speed; a device's does not. Of ranks it is
     // measured once.
@@ -93,7 +92,7 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     if args.model.json {
         print_json(&report)?;
     } else {
-        model.print();
+        print_model(&model);
         for point in &points {
             point.print(measured);
         }
@@ -116,6 +115,37 @@ fn decode(args: &BenchDecodeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Bytes per second before the model is loaded, where nothing else runs; 0 where the device or the ranks measure.
+fn bandwidth_alone(options: &MeasuredOptions, joined: Option<&Joined>) -> anyhow::Result<f64> {
+    if joined.is_some() {
+        return Ok(0.0);
+    }
+    let bandwidth = bandwidth_before(&options.device)?;
+    if bandwidth > 0.0 {
+        eprintln!("read bandwidth: {:.2} GB/s", bandwidth / 1e9);
+    }
+    Ok(bandwidth)
+}
+
+/// Puts random vectors into the first `n_slots` slots of the cache.
+fn fill_cache(model: &mut MeasuredModel, n_slots: usize) -> anyhow::Result<()> {
+    let start = Instant::now();
+    model.fill_cache(n_slots)?;
+    eprintln!("cache filled with {n_slots} random vectors per layer in {:.1} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The model and its device, for people.
+fn print_model(model: &MeasuredModel) {
+    println!("{}; {}", model.title, model.runner.name());
+    println!(
+        "{} parameters active per token, weights {}, peak memory {}",
+        count(model.accounting.total(|k| k.active_parameters)),
+        bytes(model.resident_bytes),
+        bytes(model.peak_memory_bytes)
+    );
+}
+
 /// Decoding at one context.
 struct DecodePoint {
     context: usize,
@@ -134,7 +164,7 @@ struct DecodePoint {
 }
 
 fn decode_point(
-    model: &mut BenchModel,
+    model: &mut MeasuredModel,
     meter: Option<&ReadMeter<'_>>,
     sequences: &Sequences,
     context: usize,
@@ -143,7 +173,7 @@ fn decode_point(
     let mut random = Random::new(context as u64);
     let vocab_size = model.config.vocab_size;
     let mut logits = vec![];
-    let mut step = |model: &mut BenchModel| -> anyhow::Result<f64> {
+    let mut step = |model: &mut MeasuredModel| -> anyhow::Result<f64> {
         let batch = sequences.decode_batch(context, &mut random, vocab_size);
         logits.clear();
         let start = Instant::now();
@@ -157,7 +187,7 @@ fn decode_point(
         step(model)?;
     }
     let (mut times, mut around) = (vec![], vec![]);
-    let pass = |model: &BenchModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
+    let pass = |model: &MeasuredModel| meter.map_or_else(|| model.runner.bandwidth(), ReadMeter::pass);
     let mut before = pass(model);
     model.runner.start(false)?;
     match model.runner.device_sampler().filter(|_| samples) {
@@ -266,22 +296,24 @@ impl DecodePoint {
     }
 }
 
-fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
+fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     ensure!(args.steps >= 1, "--steps must be at least 1");
     ensure!(args.prompt_tokens >= 1, "--prompt-tokens must be at least 1");
     ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
     let chunk = args.prefill_chunk.min(args.prompt_tokens);
     let length = args.context + args.prompt_tokens;
-    let before = if distributed::leads() { 0.0 } else { device::bandwidth_before(&args.model)? };
+    let options = MeasuredOptions::from(&args.model);
+    let before = bandwidth_alone(&options, joined.as_ref())?;
     let sequences = Sequences::new(1, length);
-    let mut model = BenchModel::load(&args.model, chunk, 1, length, sequences.n_slots())?;
-    model.fill_cache(args.context)?;
+    let limits = Limits { max_rows: chunk, max_logits_rows: 1 };
+    let mut model = MeasuredModel::load(&options, limits, length, sequences.n_slots(), joined, &mut on_terminal())?;
+    fill_cache(&mut model, args.context)?;
 
     let mut random = Random::new(args.prompt_tokens as u64);
     let vocab_size = model.config.vocab_size;
     let mut chunk_times = vec![];
     let mut logits = vec![];
-    let mut prompt = |model: &mut BenchModel, chunk_times: &mut Vec<f64>| -> anyhow::Result<f64> {
+    let mut prompt = |model: &mut MeasuredModel, chunk_times: &mut Vec<f64>| -> anyhow::Result<f64> {
         let start = Instant::now();
         for first in (args.context..length).step_by(chunk) {
             let end = (first + chunk).min(length);
@@ -349,7 +381,7 @@ fn prefill(args: &BenchPrefillArgs) -> anyhow::Result<()> {
         breakdown.insert_json(&mut report);
         return print_json(&report);
     }
-    model.print();
+    print_model(&model);
     println!();
     println!("prefill of {} tokens in chunks of {chunk} after {} cached", args.prompt_tokens, args.context);
     println!("  {:.1} ms (median; p10 {:.1}, p90 {:.1})", ms.median, ms.p10, ms.p90);
@@ -518,7 +550,7 @@ struct RankTotals {
 }
 
 impl RankTotals {
-    fn new(reports: &[RankReport], total_ms: f64, n_steps: usize, model: &BenchModel) -> RankTotals {
+    fn new(reports: &[RankReport], total_ms: f64, n_steps: usize, model: &MeasuredModel) -> RankTotals {
         let (busy, _) = by_stage(reports, |r| r.working + r.summing);
         let resident: u64 = reports.iter().map(|r| r.resident_bytes).sum();
         RankTotals {

@@ -1,0 +1,264 @@
+//! Where a model runs. The only file that says which backends this build has.
+//!
+//! A backend is one file here that implements [`Device`], an arm of [`DeviceKind`], and a feature.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use std::sync::Arc;
+
+use anyhow::bail;
+use serde_json::{Map, Value};
+use tandem_comm::Group;
+use tandem_core::Backend;
+use tandem_core::backend::TensorGroup;
+use tandem_core::weights::Weight;
+use tandem_cpu::{CpuBackend, Pool, system};
+use tandem_engine::{Check, Profiled};
+use tandem_model::Stacks;
+
+use crate::load::Shape;
+use crate::news::OnNews;
+use crate::options::{Activations, BackendChoice, DeviceOptions, TransportKind};
+
+pub use cpu::{cpu_backend, fits_in_memory, lock_memory};
+
+/// A kind of device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// This machine's processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl DeviceKind {
+    /// The device of a model that runs in one process.
+    ///
+    /// # Errors
+    /// This build does not have what is asked for.
+    pub fn choose(options: &DeviceOptions) -> anyhow::Result<DeviceKind> {
+        match options.backend {
+            BackendChoice::Cpu => Ok(DeviceKind::Cpu),
+            BackendChoice::Cuda if HAS_CUDA => Ok(DeviceKind::Cuda),
+            BackendChoice::Cuda => {
+                bail!("this tandem was built without CUDA; build it with --features cuda, or use --backend cpu")
+            }
+            // int8 is the processor's.
+            BackendChoice::Auto if options.activations != Activations::Int8 && cuda_device_present() => {
+                Ok(DeviceKind::Cuda)
+            }
+            BackendChoice::Auto => Ok(DeviceKind::Cpu),
+        }
+    }
+
+    /// The device of each of several ranks.
+    ///
+    /// # Errors
+    /// This build does not have what is asked for, or the transport does not go with it.
+    pub fn choose_for_ranks(options: &DeviceOptions, transport: TransportKind) -> anyhow::Result<DeviceKind> {
+        match transport {
+            TransportKind::Nccl if HAS_CUDA => Ok(DeviceKind::Cuda),
+            TransportKind::Nccl => {
+                bail!("this tandem was built without CUDA, which --transport nccl needs; build it with --features cuda")
+            }
+            _ if options.backend == BackendChoice::Cuda => {
+                bail!("several ranks run on GPUs with --transport nccl; add it, or use --backend cpu")
+            }
+            _ => Ok(DeviceKind::Cpu),
+        }
+    }
+
+    /// Runs `work` with the backend of this kind.
+    ///
+    /// # Errors
+    /// The work's own; this build does not have the backend.
+    pub fn with<W: WithDevice>(self, work: W) -> anyhow::Result<W::Output> {
+        match self {
+            DeviceKind::Cpu => work.run::<CpuBackend>(),
+            #[cfg(feature = "cuda")]
+            DeviceKind::Cuda => work.run::<tandem_cuda::CudaBackend>(),
+            #[cfg(not(feature = "cuda"))]
+            DeviceKind::Cuda => bail!("this tandem was built without CUDA"),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+const HAS_CUDA: bool = true;
+#[cfg(not(feature = "cuda"))]
+const HAS_CUDA: bool = false;
+
+#[cfg(feature = "cuda")]
+fn cuda_device_present() -> bool {
+    tandem_cuda::device_present()
+}
+#[cfg(not(feature = "cuda"))]
+fn cuda_device_present() -> bool {
+    false
+}
+
+/// What the backends of this build need before anything else runs in the process.
+pub fn prepare_process() {
+    #[cfg(feature = "cuda")]
+    tandem_cuda::forbid_multicast();
+}
+
+/// Work on a backend whose type only the run time knows.
+pub trait WithDevice {
+    /// Its result.
+    type Output;
+    /// Does it.
+    ///
+    /// # Errors
+    /// The work's own.
+    fn run<D: Device>(self) -> anyhow::Result<Self::Output>;
+}
+
+/// Where a rank is.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Ranks of this host.
+    pub on_this_host: usize,
+    /// This one among them.
+    pub local_rank: usize,
+}
+
+/// Sums on devices, and what knows of their failures.
+pub struct Sums<B: Backend> {
+    /// Makes them.
+    pub group: Arc<dyn TensorGroup<B>>,
+    /// Says whether one failed.
+    pub check: Check,
+}
+
+/// How long sums of one size take between devices.
+pub struct SumTimes {
+    /// `on GPUs`, or the library that made them.
+    pub name: &'static str,
+    /// Size of each sum.
+    pub bytes: usize,
+    /// Sums timed.
+    pub repetitions: usize,
+    /// Microseconds of one sum: means of runs of many, sorted.
+    pub microseconds: Vec<f64>,
+}
+
+/// A backend that this program can choose: how it is opened, divided and measured.
+pub trait Device: Backend + Sized + 'static {
+    /// A rank's device before the ranks have agreed on numerics.
+    type Opened;
+
+    /// Opens the device of one rank.
+    ///
+    /// # Errors
+    /// It is not there, or does not have the numerics.
+    fn open(options: &DeviceOptions, place: Place) -> anyhow::Result<Self::Opened>;
+    /// Bytes that the rank may fill.
+    fn memory(opened: &Self::Opened, place: Place) -> u64;
+    /// Bytes per second, roughly, for the plan.
+    fn plan_bandwidth(opened: &Self::Opened) -> f64;
+    /// Name of the numerics that the options ask for.
+    ///
+    /// # Errors
+    /// The device does not have them.
+    fn numerics(options: &DeviceOptions) -> anyhow::Result<&'static str>;
+    /// The backend, with the numerics of rank 0.
+    ///
+    /// # Errors
+    /// The device does not have them.
+    fn finish(opened: Self::Opened, numerics: &str) -> anyhow::Result<Self>;
+    /// Told whether a rank's weights fit in memory.
+    #[must_use]
+    fn with_fit(self, _fits: bool) -> Self {
+        self
+    }
+    /// The backend of a model that runs in one process, told what it has to hold.
+    ///
+    /// # Errors
+    /// It does not fit, or an option means nothing here.
+    fn alone(options: &DeviceOptions, load: &ToHold<'_>, on_news: OnNews<'_>) -> anyhow::Result<Self>;
+    /// Name of this backend's numerics.
+    fn numerics_name(&self) -> &'static str;
+    /// Bytes per second, where that is known without a measurement.
+    fn known_bandwidth(&self) -> Option<f64>;
+    /// Whether made-up experts may share their bytes.
+    fn stacks() -> Stacks;
+    /// Sums over `group` that the device makes itself.
+    ///
+    /// # Errors
+    /// The ranks cannot agree on them.
+    fn sums(&self, _group: &Group, _on_news: OnNews<'_>) -> anyhow::Result<Option<Sums<Self>>> {
+        Ok(None)
+    }
+
+    /// With a stopwatch that counts the experts of a step.
+    fn profiled(self) -> Profiled<Self>;
+    /// Bytes per second that the memory delivers, measured with care.
+    fn bandwidth(&self) -> f64;
+    /// The same, quickly, while other ranks of this host measure too.
+    fn bandwidth_of_rank(&self) -> f64 {
+        self.bandwidth()
+    }
+    /// The threads that compute, if the device is the processor.
+    fn pool(&self) -> Option<Arc<Pool>> {
+        None
+    }
+    /// Operations per second that the arithmetic reaches, where that can be measured.
+    fn peak(&self) -> Option<f64> {
+        None
+    }
+    /// Share of the positions that f32 index scores select which this device's select too; `None` where it uses f32.
+    fn index_agreement(&self, _n_heads: usize, _dim: usize, _n_keys: usize, _k: usize) -> Option<f64> {
+        None
+    }
+    /// Peak memory of the process, or memory in use on the device.
+    fn memory_bytes(&self) -> u64;
+    /// The device in one line.
+    fn name(&self) -> String;
+    /// The device in JSON.
+    fn describe(&self) -> Map<String, Value>;
+}
+
+/// What a device of one process has to hold.
+pub struct ToHold<'a> {
+    /// The model's shapes and the cache.
+    pub shape: Shape<'a>,
+    /// Every weight.
+    pub weights: &'a [Weight],
+    /// Bytes of the weights that stay in memory.
+    pub resident: u64,
+}
+
+/// Refuses `--n-cpu-moe` where it means nothing.
+///
+/// # Errors
+/// It is given.
+pub fn no_host_experts(options: &DeviceOptions) -> anyhow::Result<()> {
+    if options.n_cpu_moe.is_some() {
+        bail!(
+            "--n-cpu-moe leaves experts of one GPU's model on the host; without a GPU, or with several ranks, leave it out"
+        );
+    }
+    Ok(())
+}
+
+/// Times sums that devices make between the ranks of `world`; all ranks come here.
+///
+/// # Errors
+/// This build or machine has no such devices, or a rank failed.
+pub fn time_device_sums(world: &Group, local_rank: usize) -> anyhow::Result<Vec<SumTimes>> {
+    #[cfg(feature = "cuda")]
+    return cuda::time_sums(world, local_rank);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (world, local_rank);
+        DeviceKind::choose_for_ranks(&DeviceOptions::default(), TransportKind::Nccl).map(|_| vec![])
+    }
+}
+
+/// Threads to use.
+pub fn n_threads(options: &DeviceOptions) -> usize {
+    options.threads.unwrap_or_else(system::default_threads).max(1)
+}

@@ -1,0 +1,182 @@
+//! From options to an engine that is ready to run.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tandem_core::weights::ModuleKind;
+use tandem_core::{Backend, Checkpoint, ModelConfig};
+use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
+use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
+
+use crate::device::{Device, DeviceKind, ToHold, WithDevice, lock_memory, no_host_experts};
+use crate::model_dir::model_dir;
+use crate::news::{Meter, OnNews, Unit};
+use crate::options::{LoadOptions, ModelOptions};
+use crate::ranks::{self, Joined, Model};
+
+/// A model ready to run.
+pub struct Loaded {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Its config.json.
+    pub config: ModelConfig,
+    /// Runs it.
+    pub engine: Engine,
+    /// Its bytes by kind of module.
+    pub accounting: Accounting,
+    /// From the call to here.
+    pub load_time: Duration,
+    /// Tokens of a prompt that run at once.
+    pub prefill_chunk: usize,
+    /// Name of the activations' numerics.
+    pub numerics: &'static str,
+    /// The device in one line.
+    pub device: String,
+    /// Bytes per second at which GPUs or several ranks read the model; the processor's is measured by those who want it.
+    pub bandwidth: Option<f64>,
+}
+
+/// Rows whose logits one step may return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitsRows {
+    /// Only the last row's: generation.
+    One,
+    /// Every row's: evaluation.
+    Chunk,
+    /// The last row's of each of this many sequences: serving.
+    Several(usize),
+}
+
+/// What a runner is made for.
+#[derive(Clone, Copy)]
+pub struct Shape<'a> {
+    /// The model.
+    pub config: &'a ModelConfig,
+    /// Rows of a step.
+    pub limits: Limits,
+    /// Tokens in the cache.
+    pub n_slots: usize,
+}
+
+/// Loads the model that the options name; as rank 0 of several if `joined` leads to others.
+///
+/// # Errors
+/// The options contradict the model, a file is missing or malformed, it does not fit, or another rank failed.
+pub fn load(
+    options: &ModelOptions,
+    what: LoadOptions,
+    joined: Option<Joined>,
+    on_news: OnNews<'_>,
+) -> anyhow::Result<Loaded> {
+    let start = Instant::now();
+    let dir = model_dir(options.model.as_deref())?;
+    let config = ModelConfig::load(&dir)?;
+    let context = options.context(&config)?;
+    let checkpoint = Checkpoint::open(&dir)?;
+    let weights = tandem_model::resolve(&checkpoint, &config)?;
+    let accounting = Accounting::new(&weights, &config);
+    let prefill_chunk = options.prefill_chunk.clamp(1, context);
+    let limits = match what.logits {
+        LogitsRows::One => Limits { max_rows: prefill_chunk, max_logits_rows: 1 },
+        LogitsRows::Chunk => Limits { max_rows: prefill_chunk, max_logits_rows: prefill_chunk },
+        // A step of decoding may hold prompt tokens too.
+        LogitsRows::Several(n) => Limits { max_rows: prefill_chunk.max(EXACT_ROWS), max_logits_rows: n },
+    };
+    // One sequence always fits.
+    let blocks = BlockManager::for_tokens(what.cache_tokens.unwrap_or(what.n_contexts * context).max(context));
+    let n_slots = blocks.n_slots();
+    let running = match joined {
+        Some(joined) => {
+            no_host_experts(&options.device)?;
+            let kind = DeviceKind::choose_for_ranks(&options.device, joined.transport(&options.parallel))?;
+            let model = Model::new(config.clone(), checkpoint, weights, options);
+            kind.with(Lead { model, options, limits, n_slots, joined, on_news })?
+        }
+        None => {
+            let shape = Shape { config: &config, limits, n_slots };
+            let source = CheckpointWeights::new(&checkpoint, weights.clone());
+            let resident = resident_bytes(&accounting);
+            let to_hold = ToHold { shape, weights: &weights, resident };
+            DeviceKind::choose(&options.device)?.with(Alone { options, source: &source, to_hold, on_news })?
+        }
+    };
+    let Running { runner, numerics, device, bandwidth } = running;
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
+    let load_time = start.elapsed();
+    Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth })
+}
+
+/// Bytes of the weights that are loaded: a multi-token-prediction head stays in its file.
+pub(crate) fn resident_bytes(accounting: &Accounting) -> u64 {
+    accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes })
+}
+
+struct Running {
+    runner: Box<dyn Runner>,
+    numerics: &'static str,
+    device: String,
+    bandwidth: Option<f64>,
+}
+
+/// Rank 0 of several.
+struct Lead<'a, 'n> {
+    model: Model,
+    options: &'a ModelOptions,
+    limits: Limits,
+    n_slots: usize,
+    joined: Joined,
+    on_news: OnNews<'n>,
+}
+
+impl WithDevice for Lead<'_, '_> {
+    type Output = Running;
+
+    fn run<D: Device>(self) -> anyhow::Result<Running> {
+        let Lead { model, options, limits, n_slots, joined, on_news } = self;
+        let (runner, numerics) = ranks::lead::<D>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
+        let (plan, device) = (runner.plan(), Device::name(runner.backend()));
+        let device = format!("{} ranks, {device} each", plan.ranks.len());
+        let bandwidth = Some(plan.bandwidth());
+        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth })
+    }
+}
+
+/// The whole model in this process.
+struct Alone<'a, 'n> {
+    options: &'a ModelOptions,
+    source: &'a dyn WeightSource,
+    to_hold: ToHold<'a>,
+    on_news: OnNews<'n>,
+}
+
+impl WithDevice for Alone<'_, '_> {
+    type Output = Running;
+
+    fn run<D: Device>(self) -> anyhow::Result<Running> {
+        let Alone { options, source, to_hold, on_news } = self;
+        let backend = D::alone(&options.device, &to_hold, on_news)?;
+        let (numerics, device, bandwidth) = (backend.numerics_name(), backend.name(), backend.known_bandwidth());
+        let runner = runner(backend, source, to_hold.shape, to_hold.resident, on_news)?;
+        if options.lock {
+            lock_memory(on_news);
+        }
+        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth })
+    }
+}
+
+/// Loads a model of `resident` bytes onto a backend.
+pub(crate) fn runner<B: Backend + 'static>(
+    backend: B,
+    source: &dyn WeightSource,
+    shape: Shape<'_>,
+    resident: u64,
+    on_news: OnNews<'_>,
+) -> anyhow::Result<ModelRunner<B>> {
+    let Shape { config, limits, n_slots } = shape;
+    let meter = Meter::new("loading", Unit::Bytes, resident, on_news);
+    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| meter.add(bytes as u64))?;
+    meter.finish();
+    let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(resident);
+    runner.sync()?;
+    Ok(runner)
+}

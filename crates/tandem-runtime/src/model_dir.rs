@@ -1,0 +1,123 @@
+//! Finding a model's directory, and Hugging Face's cache.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+/// The model that ships with the project.
+const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
+
+/// The directory of a model: the bundled one if there is no name, a path, or a Hugging Face id in the local cache.
+///
+/// # Errors
+/// There is no such directory, or it holds no model.
+pub fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
+    let Some(name) = name else {
+        return bundled_model();
+    };
+    let path = Path::new(name);
+    if path.join("config.json").exists() {
+        return Ok(path.to_path_buf());
+    }
+    if path.exists() {
+        bail!("{name} has no config.json; --model takes a model directory or a Hugging Face id");
+    }
+    let is_id = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']);
+    if !is_id {
+        bail!("{name} does not exist; --model takes a model directory or a Hugging Face id (owner/name)");
+    }
+    let cache = hugging_face_cache().context("neither HF_HOME nor HOME is set, so there is no Hugging Face cache")?;
+    let repo = cache.join(format!("models--{}", name.replace('/', "--")));
+    snapshot(&repo).with_context(|| {
+        format!(
+            "{name} is neither a directory nor in the Hugging Face cache at {}; `tandem pull {name}` gets it",
+            cache.display()
+        )
+    })
+}
+
+/// Where models from Hugging Face are kept, found as its own library finds it.
+pub fn hugging_face_cache() -> Option<PathBuf> {
+    path_variable("HF_HUB_CACHE")
+        .or_else(|| path_variable("HUGGINGFACE_HUB_CACHE"))
+        .or_else(|| hugging_face_home().map(|home| home.join("hub")))
+}
+
+/// The user's token, if there is one.
+pub fn hugging_face_token() -> Option<String> {
+    let variable = |name| std::env::var(name).ok();
+    let file = || path_variable("HF_TOKEN_PATH").or_else(|| hugging_face_home().map(|home| home.join("token")));
+    let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN"));
+    let token = token.filter(|token| !token.trim().is_empty()).or_else(|| std::fs::read_to_string(file()?).ok())?;
+    Some(token.trim().to_owned()).filter(|token| !token.is_empty())
+}
+
+fn hugging_face_home() -> Option<PathBuf> {
+    path_variable("HF_HOME")
+        .or_else(|| path_variable("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
+        .or_else(|| home().map(|home| home.join(".cache/huggingface")))
+}
+
+fn home() -> Option<PathBuf> {
+    std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from)
+}
+
+/// A variable that names a folder; `~` stands for the home directory, `$NAME` and `${NAME}` for other variables.
+fn path_variable(name: &str) -> Option<PathBuf> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
+    let Some(text) = value.to_str() else { return Some(PathBuf::from(value)) };
+    let variable = |name: &str| std::env::var(name).ok();
+    let expanded = expand(text, &variable);
+    Some(match (expanded.strip_prefix('~'), home()) {
+        (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => home.join(rest.trim_start_matches('/')),
+        _ => PathBuf::from(expanded),
+    })
+}
+
+/// Puts values in the place of `$NAME` and `${NAME}`; names without a value stay as they are.
+fn expand(text: &str, variable: &dyn Fn(&str) -> Option<String>) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push_str(before);
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, tail) = match after.strip_prefix('{').and_then(|braced| braced.split_once('}')) {
+            Some(braced) => braced,
+            None => after.split_at(after.find(|c| !is_name(c)).unwrap_or(after.len())),
+        };
+        match variable(name).filter(|_| !name.is_empty()) {
+            Some(value) => out.push_str(&value),
+            None => out.push_str(&rest[before.len()..rest.len() - tail.len()]),
+        }
+        rest = tail;
+    }
+    out + rest
+}
+
+/// The snapshot that `refs/main` names, else the only one with a config.json.
+fn snapshot(repo: &Path) -> Option<PathBuf> {
+    let snapshots = repo.join("snapshots");
+    if let Ok(revision) = std::fs::read_to_string(repo.join("refs/main")) {
+        let dir = snapshots.join(revision.trim());
+        if dir.join("config.json").exists() {
+            return Some(dir);
+        }
+    }
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(&snapshots)
+        .ok()?
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(|dir| dir.join("config.json").exists())
+        .collect();
+    dirs.sort();
+    dirs.pop()
+}
+
+/// Next to the working directory or above the executable, as in a clone.
+fn bundled_model() -> anyhow::Result<PathBuf> {
+    let executable = std::env::current_exe().unwrap_or_default();
+    std::iter::once(Path::new(""))
+        .chain(executable.ancestors())
+        .map(|dir| dir.join(BUNDLED))
+        .find(|dir| dir.join("config.json").exists())
+        .with_context(|| format!("the bundled model {BUNDLED} was not found; name one with --model DIR"))
+}

@@ -1,0 +1,526 @@
+//! `tandem launch`: starts a rank on every host of a hostfile, and sees that none outlives the others.
+//!
+//! Ranks on this host are child processes, the others are started through the system's ssh. The launcher does not take
+//! part in the model: it passes on addresses, prints what ranks say, and ends every rank when one fails.
+
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::Value;
+use tandem_comm::tcp::Secret;
+
+use tandem_runtime::ParallelOptions;
+use tandem_runtime::options::TransportKind;
+use tandem_runtime::ranks::{Announcement, NEWS, Order};
+
+use crate::cli::LaunchArgs;
+
+/// Exit code after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Ranks that fail so soon will probably fail again.
+const SHORT: Duration = Duration::from_secs(2);
+
+/// One rank's host.
+#[derive(Clone, Debug, PartialEq)]
+struct Host {
+    /// For ssh, and for messages.
+    name: String,
+    ip: IpAddr,
+}
+
+impl Host {
+    fn is_local(&self) -> bool {
+        matches!(self.name.as_str(), "localhost" | "127.0.0.1" | "::1")
+    }
+}
+
+/// Runs `tandem launch`.
+pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
+    let parallel = args.parallel();
+    let hosts = match &args.hostfile {
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            hosts(&text, &path.display().to_string())?
+        }
+        None => local_hosts(parallel.n_ranks()?),
+    };
+    if args.hostfile.is_some() && parallel.ranks.is_some_and(|n| n != hosts.len()) {
+        bail!("--ranks says {} and the hostfile has {} hosts; leave one out", parallel.n_ranks()?, hosts.len());
+    }
+    catch_signals()?;
+    match parallel.transport {
+        TransportKind::Mpi => {
+            let command = mpirun(args, &parallel, &hosts)?;
+            restarting(args.restart, |_| {
+                run_to_end(command(), || {
+                    format!(
+                        "cannot start {}; install Open MPI or MPICH, or name its launcher with --mpirun",
+                        args.mpirun.display()
+                    )
+                })
+            })
+        }
+        TransportKind::Local => {
+            ensure!(
+                hosts.iter().all(Host::is_local),
+                "--transport local runs threads of one process, but the hostfile has other hosts; use tcp or mpi"
+            );
+            let program = std::env::current_exe()?;
+            restarting(args.restart, |_| {
+                let mut command = Command::new(&program);
+                command.args(&args.command).args(parallel.flags(hosts.len()));
+                run_to_end(command, || "cannot start this program again".to_string())
+            })
+        }
+        TransportKind::Auto | TransportKind::Tcp | TransportKind::Nccl => {
+            let launcher = Launcher { args, parallel, hosts };
+            restarting(args.restart, |generation| launcher.generation(generation))
+        }
+    }
+}
+
+/// The short form: `command` with `n` ranks on this host.
+pub(crate) fn launch_here(n: usize, parallel: &ParallelOptions) -> anyhow::Result<ExitCode> {
+    let command = std::env::args().skip(1).collect();
+    let args = LaunchArgs::short_form(command);
+    catch_signals()?;
+    Launcher { args: &args, parallel: parallel.clone(), hosts: local_hosts(n) }.generation(0)
+}
+
+fn catch_signals() -> anyhow::Result<()> {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, INTERRUPT.clone()).context("cannot wait for signals")?;
+    }
+    Ok(())
+}
+
+/// Runs generations of ranks until one ends well, the user ends it, or `restarts` are used up. What fails again within
+/// [`SHORT`] is started again later and later.
+fn restarting(restarts: u32, mut run: impl FnMut(u32) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    let (mut generation, mut n_short) = (0, 0);
+    loop {
+        let start = Instant::now();
+        let result = run(generation)?;
+        if result == ExitCode::SUCCESS || INTERRUPT.load(Ordering::Relaxed) || generation >= restarts {
+            return Ok(result);
+        }
+        generation += 1;
+        n_short = if start.elapsed() < SHORT { n_short + 1 } else { 0 };
+        let pause = pause_after(n_short);
+        let when = if pause.is_zero() { String::new() } else { format!(" in {} s", pause.as_secs()) };
+        eprintln!("launch: starting the ranks again ({generation} of {restarts}){when}");
+        let start = Instant::now();
+        while start.elapsed() < pause {
+            if INTERRUPT.load(Ordering::Relaxed) {
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// The first restart is at once, then after 1, 2, 4, .. 32 seconds.
+fn pause_after(n_short: u32) -> Duration {
+    Duration::from_secs(n_short.checked_sub(2).map_or(0, |n| 1 << n.min(5)))
+}
+
+/// Runs a program that starts and watches the ranks itself, and ends it when this one is to end.
+fn run_to_end(mut command: Command, cannot: impl Fn() -> String) -> anyhow::Result<ExitCode> {
+    let mut child = command.spawn().with_context(cannot)?;
+    loop {
+        if let Some(status) = child.try_wait().context("cannot wait for the ranks")? {
+            return Ok(if INTERRUPT.load(Ordering::Relaxed) { ExitCode::from(INTERRUPTED) } else { code(status) });
+        }
+        if INTERRUPT.load(Ordering::Relaxed)
+            && let Some(pid) = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw)
+        {
+            // It may have ended meanwhile.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn local_hosts(n: usize) -> Vec<Host> {
+    vec![Host { name: "localhost".to_string(), ip: IpAddr::from([127, 0, 0, 1]) }; n]
+}
+
+/// mlx.launch's hostfiles: `[{"ssh": "name", "ips": ["10.0.0.1"]}]`, or the same list under "hosts".
+fn hosts(text: &str, path: &str) -> anyhow::Result<Vec<Host>> {
+    let wrong = |what: &str| format!("{path}: {what}; expected [{{\"ssh\": \"name\", \"ips\": [\"10.0.0.1\"]}}, ...]");
+    let value: Value = serde_json::from_str(text).with_context(|| wrong("this is not JSON"))?;
+    let list = value.get("hosts").unwrap_or(&value).as_array().with_context(|| wrong("there is no list of hosts"))?;
+    ensure!(!list.is_empty(), wrong("the list is empty"));
+    let host = |entry: &Value| -> anyhow::Result<Host> {
+        let name = entry.get("ssh").and_then(Value::as_str).with_context(|| wrong("a host has no \"ssh\""))?;
+        let first = entry.get("ips").and_then(|ips| ips.get(0)).and_then(Value::as_str);
+        let local = name == "localhost" || name == "127.0.0.1";
+        let ip = match first {
+            Some(ip) => ip.parse().with_context(|| wrong(&format!("{ip:?} is not an address")))?,
+            None if local => IpAddr::from([127, 0, 0, 1]),
+            None => bail!(wrong(&format!("{name} has no \"ips\""))),
+        };
+        ensure!(!name.starts_with('-'), wrong("a host's name starts with -"));
+        Ok(Host { name: name.to_string(), ip })
+    };
+    list.iter().map(host).collect()
+}
+
+/// MPI's launcher, which starts the ranks itself.
+fn mpirun<'a>(
+    args: &'a LaunchArgs,
+    parallel: &'a ParallelOptions,
+    hosts: &'a [Host],
+) -> anyhow::Result<impl Fn() -> Command + 'a> {
+    let binary = args.remote_binary.clone().map_or_else(std::env::current_exe, Ok)?;
+    Ok(move || {
+        let mut command = Command::new(&args.mpirun);
+        command.args(["-n", &hosts.len().to_string()]);
+        if !hosts.iter().all(Host::is_local) {
+            command.args(["--host", &hosts.iter().map(|h| h.name.as_str()).collect::<Vec<_>>().join(",")]);
+        }
+        command.arg(&binary).args(&args.command).args(parallel.flags(hosts.len()));
+        command
+    })
+}
+
+fn code(status: ExitStatus) -> ExitCode {
+    // As shells have it, 128 and the signal.
+    let number = status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1);
+    ExitCode::from(u8::try_from(number).unwrap_or(1))
+}
+
+/// Set by Ctrl-C and its like.
+static INTERRUPT: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+struct Launcher<'a> {
+    args: &'a LaunchArgs,
+    parallel: ParallelOptions,
+    hosts: Vec<Host>,
+}
+
+/// What happens to ranks.
+enum Event {
+    Line(usize, String),
+    News(usize, Announcement),
+}
+
+/// A started rank. Dropping the pipe ends it.
+struct Rank {
+    child: Child,
+    /// None once a remote rank 0 reads the user's input from it.
+    pipe: Option<Box<dyn Write + Send>>,
+    status: Option<ExitStatus>,
+}
+
+impl Launcher<'_> {
+    /// Starts every rank and waits for the end of all.
+    fn generation(&self, generation: u32) -> anyhow::Result<ExitCode> {
+        let secret: String = Secret::random()?.0.iter().map(|b| format!("{b:02x}")).collect();
+        let (sender, events) = channel();
+        let mut ranks: Vec<Rank> = vec![];
+        let result = (0..self.hosts.len())
+            .try_for_each(|rank| {
+                ranks.push(self.start(rank, &secret, generation, &sender)?);
+                Ok(())
+            })
+            .and_then(|()| self.watch(&mut ranks, &events));
+        drop(sender);
+        end(&mut ranks, Duration::from_millis(500));
+        // What the ranks said last.
+        while let Ok(event) = events.recv_timeout(Duration::from_millis(200)) {
+            self.show(&event, &Bars::none());
+        }
+        result
+    }
+
+    fn order(&self, rank: usize, secret: &str, generation: u32) -> Order {
+        let host = &self.hosts[rank];
+        let port = if self.args.starting_port == 0 { 0 } else { self.args.starting_port + rank as u16 };
+        Order {
+            secret: secret.to_string(),
+            rank,
+            hosts: self.hosts.iter().map(|h| h.name.clone()).collect(),
+            listen: host.ip,
+            port,
+            generation,
+            parallel: self.parallel.clone(),
+            on_this_host: self.hosts.iter().filter(|h| h.name == host.name).count(),
+            start_timeout: self.args.start_timeout,
+            model: self.args.remote_model.clone().filter(|_| !host.is_local()),
+        }
+    }
+
+    fn start(&self, rank: usize, secret: &str, generation: u32, events: &Sender<Event>) -> anyhow::Result<Rank> {
+        let host = &self.hosts[rank];
+        let order = serde_json::to_string(&self.order(rank, secret, generation))? + "\n";
+        let exe = std::env::current_exe().context("cannot find this program")?;
+        let mut inherited: Option<OwnedFd> = None;
+        let mut pipe: Option<Box<dyn Write + Send>> = None;
+        let mut command = if host.is_local() {
+            // Standard input is the user's; orders come on a pipe of their own.
+            let (read, write) =
+                rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot make a pipe")?;
+            rustix::io::fcntl_setfd(&read, rustix::io::FdFlags::empty()).context("cannot pass a pipe on")?;
+            let mut command = Command::new(&exe);
+            command.args(["--launch-fd", &read.as_raw_fd().to_string()]).args(&self.args.command);
+            command.stdin(if rank == 0 { Stdio::inherit() } else { Stdio::null() });
+            inherited = Some(read);
+            pipe = Some(Box::new(std::fs::File::from(write)));
+            command
+        } else {
+            let binary = self.args.remote_binary.clone().unwrap_or(exe);
+            let mut remote = vec![binary.display().to_string(), "--launch-fd".to_string(), "0".to_string()];
+            remote.extend(self.args.command.iter().cloned());
+            let remote: Vec<String> = remote.iter().map(|word| quoted(word)).collect();
+            let mut command = Command::new("ssh");
+            command.args(["-o", "BatchMode=yes"]);
+            self.args.ssh_option.iter().for_each(|option| {
+                command.args(["-o", option]);
+            });
+            command.args([&host.name, &remote.join(" ")]).stdin(Stdio::piped());
+            command
+        };
+        command.stderr(Stdio::piped()).stdout(if rank == 0 { Stdio::inherit() } else { Stdio::piped() });
+        let mut child = command.spawn().with_context(|| match host.is_local() {
+            true => "cannot start this program again".to_string(),
+            false => format!("cannot start ssh to reach {}", host.name),
+        })?;
+        drop(inherited);
+        if let Some(stdin) = child.stdin.take() {
+            pipe = Some(Box::new(stdin));
+        }
+        if let Some(stream) = child.stderr.take() {
+            read_lines(rank, stream, events.clone());
+        }
+        if let Some(stream) = child.stdout.take() {
+            read_lines(rank, stream, events.clone());
+        }
+        if let Some(pipe) = &mut pipe {
+            // A rank that is gone already is noticed by its exit.
+            let _ = pipe.write_all(order.as_bytes());
+        }
+        Ok(Rank { child, pipe, status: None })
+    }
+
+    /// Passes addresses on, prints, and returns when rank 0 is done or a rank has failed.
+    fn watch(&self, ranks: &mut [Rank], events: &Receiver<Event>) -> anyhow::Result<ExitCode> {
+        let mut addresses: Vec<Option<SocketAddr>> = vec![None; ranks.len()];
+        let mut told = false;
+        let start = Instant::now();
+        let bars = Bars::new(ranks.len());
+        let patience = self.parallel.deadline()?;
+        let mut first_failure: Option<(usize, ExitStatus, Instant)> = None;
+        let mut finished: Option<Instant> = None;
+        loop {
+            match events.recv_timeout(Duration::from_millis(10)) {
+                Ok(Event::News(rank, Announcement::Listening(address))) => addresses[rank] = Some(address),
+                Ok(event) => self.show(&event, &bars),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            if !told && addresses.iter().all(Option::is_some) {
+                told = true;
+                let text = serde_json::to_string(&addresses.iter().flatten().collect::<Vec<_>>())? + "\n";
+                for (i, rank) in ranks.iter_mut().enumerate() {
+                    if let Some(pipe) = &mut rank.pipe {
+                        let _ = pipe.write_all(text.as_bytes());
+                    }
+                    if i == 0 && !self.hosts[0].is_local() {
+                        forward_input(rank.pipe.take());
+                    }
+                }
+            }
+            if INTERRUPT.load(Ordering::Relaxed) {
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
+            if !told && start.elapsed().as_secs_f64() > self.args.start_timeout {
+                let missing = addresses.iter().position(Option::is_none).unwrap_or(0);
+                bail!(
+                    "rank {missing} ({}) did not start within {:.0} s; does `ssh {} {}` work without a question? \
+                     (--remote-binary names the program there, --start-timeout waits longer)",
+                    self.hosts[missing].name,
+                    self.args.start_timeout,
+                    self.hosts[missing].name,
+                    self.args.remote_binary.as_deref().map_or_else(|| "tandem".into(), |b| b.display().to_string())
+                );
+            }
+            for (i, rank) in ranks.iter_mut().enumerate().filter(|(_, r)| r.status.is_none()) {
+                let Some(status) = rank.child.try_wait().context("cannot wait for a rank")? else { continue };
+                rank.status = Some(status);
+                if i == 0 && status.success() {
+                    finished = Some(Instant::now());
+                } else if !status.success() && first_failure.is_none() {
+                    first_failure = Some((i, status, Instant::now()));
+                }
+            }
+            let all_ended = ranks.iter().all(|r| r.status.is_some());
+            if let Some((rank, status, at)) = first_failure {
+                // The others have most of the deadline to say what they saw.
+                if all_ended || at.elapsed() > patience.mul_f64(0.8) {
+                    // Ranks end within moments of each other: one that a signal ended did not follow another.
+                    let by_signal =
+                        |(i, r): (usize, &Rank)| r.status.filter(|s| s.signal().is_some()).map(|status| (i, status));
+                    let (rank, status) = ranks.iter().enumerate().find_map(by_signal).unwrap_or((rank, status));
+                    eprintln!("launch: rank {rank} ({}) ended first: {status}", self.hosts[rank].name);
+                    return Ok(match code(status) {
+                        ExitCode::SUCCESS => ExitCode::FAILURE,
+                        other => other,
+                    });
+                }
+            } else if all_ended || finished.is_some_and(|at| at.elapsed() > patience) {
+                return Ok(ExitCode::SUCCESS);
+            }
+        }
+    }
+
+    fn show(&self, event: &Event, bars: &Bars) {
+        match event {
+            Event::Line(rank, line) => {
+                bars.print(format!("[rank {rank} {}] {line}", self.hosts[*rank].name));
+            }
+            Event::News(rank, Announcement::Loading { done, total }) => bars.set(*rank, *done, *total),
+            Event::News(_, Announcement::Listening(_)) => {}
+        }
+    }
+}
+
+/// Ends every rank that still runs: first its pipe, then the process.
+fn end(ranks: &mut [Rank], grace: Duration) {
+    ranks.iter_mut().for_each(|rank| rank.pipe = None);
+    let start = Instant::now();
+    while start.elapsed() < grace && ranks.iter_mut().any(|r| !matches!(r.child.try_wait(), Ok(Some(_)))) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    for rank in ranks {
+        // Killing what has ended is no failure.
+        let _ = rank.child.kill();
+        let _ = rank.child.wait();
+    }
+}
+
+fn read_lines(rank: usize, stream: impl Read + Send + 'static, events: Sender<Event>) {
+    std::thread::spawn(move || {
+        let mut lines = BufReader::new(stream);
+        let mut line = vec![];
+        while matches!(lines.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end().to_string();
+            line.clear();
+            let news = text.strip_prefix(NEWS).and_then(|json| serde_json::from_str(json).ok());
+            let event = match news {
+                Some(news) => Event::News(rank, news),
+                None => Event::Line(rank, text),
+            };
+            if events.send(event).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// The user's input goes to a remote rank 0.
+fn forward_input(pipe: Option<Box<dyn Write + Send>>) {
+    let Some(mut pipe) = pipe else { return };
+    if std::io::stdin().is_terminal() {
+        // Nobody types there: chats need a local rank 0. The pipe's end tells rank 0 so.
+        return;
+    }
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut pipe);
+    });
+}
+
+/// A word for the remote shell.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+/// A load bar per rank, on a terminal.
+struct Bars {
+    all: MultiProgress,
+    bars: Vec<ProgressBar>,
+}
+
+impl Bars {
+    fn none() -> Bars {
+        Bars { all: MultiProgress::new(), bars: vec![] }
+    }
+
+    fn new(n: usize) -> Bars {
+        let all = MultiProgress::new();
+        if !std::io::stderr().is_terminal() {
+            return Bars { all, bars: vec![] };
+        }
+        let style = ProgressStyle::with_template("{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
+        let bars = (0..n)
+            .map(|rank| {
+                let bar = all.add(ProgressBar::new(0)).with_prefix(format!("rank {rank}"));
+                if let Ok(style) = &style {
+                    bar.set_style(style.clone());
+                }
+                bar
+            })
+            .collect();
+        Bars { all, bars }
+    }
+
+    fn set(&self, rank: usize, done: u64, total: u64) {
+        if let Some(bar) = self.bars.get(rank) {
+            bar.set_length(total);
+            bar.set_position(done);
+            if done == total {
+                bar.finish_and_clear();
+            }
+        }
+    }
+
+    fn print(&self, line: String) {
+        self.all.suspend(|| eprintln!("{line}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_fail_at_once_are_started_later_and_later() {
+        let seconds = |n| pause_after(n).as_secs();
+        assert_eq!([0, 1, 2, 3, 7, 8, 100].map(seconds), [0, 0, 1, 2, 32, 32, 32]);
+    }
+
+    #[test]
+    fn hostfiles_of_mlx_launch() {
+        let host = |name: &str, ip: [u8; 4]| Host { name: name.to_string(), ip: IpAddr::from(ip) };
+        let list = r#"[{"ssh": "a.local", "ips": ["10.0.0.1", "10.0.1.1"]}, {"ssh": "localhost"}]"#;
+        let expected = [host("a.local", [10, 0, 0, 1]), host("localhost", [127, 0, 0, 1])];
+        assert_eq!(hosts(list, "f").expect("valid"), expected);
+        let jaccl = r#"{"hosts": [{"ssh": "b", "ips": ["10.0.0.2"], "rdma": [null, "rdma_en5"]}]}"#;
+        assert_eq!(hosts(jaccl, "f").expect("valid"), [host("b", [10, 0, 0, 2])]);
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            "[1]",
+            r#"[{"ssh": "a"}]"#,
+            r#"[{"ssh": "a", "ips": ["x"]}]"#,
+            r#"[{"ssh": "-oProxyCommand=x", "ips": ["10.0.0.1"]}]"#,
+        ] {
+            assert!(hosts(bad, "f").is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn words_survive_the_remote_shell() {
+        assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
+    }
+}
