@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use axum::serve::ListenerExt;
 use sha2::{Digest, Sha256};
 use tandem_core::ModelConfig;
 use tandem_core::weights::ModuleKind;
@@ -17,7 +16,7 @@ use tandem_model::Accounting;
 use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::ranks::{Joined, Quit};
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, load};
-use tandem_serve::{App, Model, Options, StepBytes, Worker, router};
+use tandem_serve::{App, Limits, Model, Options, StepBytes, Worker, router};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer};
 
 use crate::cli::ServeArgs;
@@ -30,6 +29,14 @@ const GROUP_GRACE: Duration = Duration::from_millis(500);
 /// Cache of this many full contexts unless --cache-tokens says otherwise.
 const DEFAULT_CONTEXTS: usize = 4;
 
+/// Bytes of all requests together that are being read; a single larger one is read all the same.
+const IN_FLIGHT_BYTES: usize = 64 << 20;
+/// A year is for ever.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
+/// Connections at most, and descriptors that are kept for everything else.
+const MAX_CONNECTIONS: usize = 4096;
+const OTHER_DESCRIPTORS: usize = 128;
+
 /// Runs the command.
 pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
     // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
@@ -40,12 +47,6 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         let options = options(args)?;
         options.check()?;
         let (worker, facts) = tokio::task::block_in_place(|| start(args, joined, quit))?;
-        // A token is a small packet, and must not wait for the one before it to be acknowledged.
-        let no_delay = |tcp: &mut tokio::net::TcpStream| {
-            if let Err(error) = tcp.set_nodelay(true) {
-                tracing::warn!("cannot set TCP_NODELAY: {error}");
-            }
-        };
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
         })?;
@@ -56,7 +57,8 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         announce(address, &app, options.api_keys.is_empty());
         let (stopping, ending) = (Arc::clone(&app), Arc::clone(&app));
         let (stopped, wait) = tokio::sync::oneshot::channel();
-        let server = axum::serve(listener.tap_io(no_delay), router(app)).with_graceful_shutdown(async move {
+        let limits = Limits { max_connections: max_connections(), ..Limits::default() };
+        let server = tandem_serve::serve(listener, router(app), limits, async move {
             signal().await;
             eprintln!("stopping: answers in flight are completed; a second signal ends them");
             stopping.worker().stop();
@@ -64,7 +66,7 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         });
         let drained = Duration::from_secs(args.drain_timeout);
         tokio::select! {
-            result = server => result.context("the server failed")?,
+            () = server => {}
             () = async {
                 let _ = wait.await;
                 tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} }
@@ -80,6 +82,27 @@ fn announce(address: SocketAddr, app: &App, is_open: bool) {
     if !address.ip().is_loopback() && is_open {
         eprintln!("warning: every machine that reaches {address} may use it; --api-key-file asks for a key");
     }
+}
+
+/// Connections that there are descriptors for; the system's soft bound is raised as far as it lets us.
+fn max_connections() -> usize {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        let wanted = (MAX_CONNECTIONS + OTHER_DESCRIPTORS) as u64;
+        let mut limit = getrlimit(Resource::Nofile);
+        if limit.current.is_some_and(|current| current < wanted) {
+            let mut raised = limit.clone();
+            raised.current = Some(limit.maximum.map_or(wanted, |most| most.min(wanted)));
+            if setrlimit(Resource::Nofile, raised.clone()).is_ok() {
+                limit = raised;
+            }
+        }
+        let n_descriptors = limit.current.map_or(usize::MAX, |n| n as usize);
+        n_descriptors.saturating_sub(OTHER_DESCRIPTORS).clamp(16, MAX_CONNECTIONS)
+    }
+    #[cfg(not(unix))]
+    MAX_CONNECTIONS
 }
 
 /// Ctrl-C, or the system's request to end.
@@ -101,6 +124,11 @@ async fn signal() {
 /// Loads everything and starts the engine.
 fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<(Worker, Facts)> {
     ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
+    ensure!(args.max_queue <= 1 << 20, "--max-queue is {}, expected at most 1048576", args.max_queue);
+    ensure!(args.max_body_mb >= 1, "--max-body-mb is 0, expected at least 1");
+    if let Some(n) = args.cache_tokens {
+        ensure!(n <= 1 << 32, "--cache-tokens is {n}, expected at most 4294967296");
+    }
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
     let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
     let inter_token = inter_token.context("--inter-token-ms is not a number of milliseconds")?;
@@ -174,8 +202,10 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         api_keys: args.api_key_file.as_deref().map(read_keys).transpose()?.unwrap_or_default(),
         allowed_hosts: Some(args.allowed_host.clone()),
         cors_origins: args.cors_origin.clone(),
-        max_body_bytes: args.max_body_mb << 20,
-        request_timeout: Duration::from_secs(args.request_timeout),
+        max_body_bytes: args.max_body_mb.saturating_mul(1 << 20),
+        max_body_bytes_in_flight: IN_FLIGHT_BYTES.max(args.max_body_mb.saturating_mul(1 << 20)),
+        store_dir: args.cache_dir.as_ref().map(|dir| dir.join("responses")),
+        request_timeout: Duration::from_secs(args.request_timeout).min(LONGEST_TIMEOUT),
         log_text: args.log_text,
     })
 }
