@@ -62,6 +62,8 @@ pub struct Options {
     pub store_dir: Option<PathBuf>,
     /// Time after which an answer that is not complete is given up.
     pub request_timeout: Duration,
+    /// Time without a finished step, while requests wait, after which /health says so.
+    pub stall_timeout: Duration,
     /// Whether prompts are logged.
     pub log_text: bool,
 }
@@ -76,6 +78,7 @@ impl Default for Options {
             max_body_bytes_in_flight: IN_FLIGHT,
             store_dir: None,
             request_timeout: Duration::from_secs(3600),
+            stall_timeout: Duration::from_secs(600),
             log_text: false,
         }
     }
@@ -127,6 +130,8 @@ pub struct App {
     pub(crate) created: u64,
     /// Of one request.
     pub(crate) timeout: Duration,
+    /// Of one step.
+    pub(crate) stall_timeout: Duration,
     /// SHA-256 of the keys, none if the server is open.
     pub(crate) keys: Vec<[u8; 32]>,
     /// Whether prompts and answers may be logged.
@@ -171,6 +176,7 @@ impl App {
             model_names: names,
             created: generation::now(),
             timeout: options.request_timeout,
+            stall_timeout: options.stall_timeout,
             keys: options.api_keys.iter().map(|key| Sha256::digest(key.trim()).into()).collect(),
             log_text: options.log_text,
             max_body_bytes: options.max_body_bytes,

@@ -83,8 +83,8 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, body: Body<ChatRequest>) -
     let request = body.value;
     app.check_model(request.model.as_deref())?;
     app.worker.check_open()?;
-    let conversation = read(&request, body.notes)?;
-    let ask = ask(&app, &request, &conversation)?;
+    let mut conversation = read(&request, body.notes)?;
+    let ask = ask(&app, &request, &mut conversation)?;
     drop(body.admitted);
     let n_prompt = ask.prompt.len();
     let generations = app.start(ask)?;
@@ -546,7 +546,7 @@ fn read_calls(message: &Map<String, Value>, path: &str) -> Result<Vec<Value>, Ap
 }
 
 /// The prompt of a conversation, and how to continue it.
-fn ask(app: &App, request: &ChatRequest, conversation: &Conversation) -> Result<Ask, ApiError> {
+fn ask(app: &App, request: &ChatRequest, conversation: &mut Conversation) -> Result<Ask, ApiError> {
     let top_logprobs = match (request.logprobs == Some(true), request.top_logprobs) {
         (_, Some(Count(n))) if n > 20 => {
             return Err(ApiError::invalid("top_logprobs", format!("top_logprobs is {n}, expected 0 to 20")));

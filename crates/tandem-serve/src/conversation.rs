@@ -269,15 +269,30 @@ impl Thinking {
         }
     }
 
-    /// Variables by which templates know it: GLM's and Qwen's, DeepSeek's, and the effort by its own name.
-    fn variables(self, variables: &mut Map<String, Value>) {
+    /// Variables by which templates know it: GLM's and Qwen's, DeepSeek's, and the effort in the nearest of the words that the
+    /// template has.
+    fn variables(self, template: &str, variables: &mut Map<String, Value>, notes: &mut Notes) {
         if let Some(is_on) = self.is_on {
             variables.insert("enable_thinking".into(), json!(is_on));
             variables.insert("thinking".into(), json!(is_on));
         }
-        if let Some(effort) = self.effort.filter(|effort| *effort != Effort::None) {
-            variables.insert("reasoning_effort".into(), json!(effort.name()));
+        if !template.contains("reasoning_effort") {
+            return;
         }
+        let has_switch = template.contains("enable_thinking") || template.contains("thinking is");
+        let mut effort = self.effort.filter(|effort| *effort != Effort::None);
+        if self.is_on == Some(false) && !has_switch {
+            notes.add("the chat template cannot switch reasoning off: it gets the least effort instead");
+            effort = Some(Effort::None);
+        }
+        let Some(effort) = effort else { return };
+        let lower = template.to_lowercase();
+        let knows = |word: &str| lower.contains(&format!("'{word}'")) || lower.contains(&format!("\"{word}\""));
+        let known = Effort::ALL.iter().filter(|(word, known)| *known != Effort::None && knows(word));
+        let distance = |known: Effort| (known as i32 - effort as i32).abs();
+        let nearest = known.min_by_key(|(_, known)| (distance(*known), std::cmp::Reverse(*known as i32)));
+        let word = nearest.map_or(if effort == Effort::None { "low" } else { effort.name() }, |(word, _)| word);
+        variables.insert("reasoning_effort".into(), json!(word));
     }
 }
 
@@ -368,7 +383,7 @@ impl Conversation {
     }
 
     /// The prompt, and how its answer is taken apart; everything else is at its default.
-    pub(crate) fn ask(&self, app: &App) -> Result<Ask, ApiError> {
+    pub(crate) fn ask(&mut self, app: &App) -> Result<Ask, ApiError> {
         if self.messages.is_empty() {
             return Err(ApiError::invalid(self.param, format!("{} is empty; give at least one message", self.param)));
         }
@@ -376,6 +391,9 @@ impl Conversation {
             let message = format!("there are {} messages, expected at most {MAX_MESSAGES}", self.messages.len());
             return Err(ApiError::invalid(self.param, message));
         }
+        let mut variables = Map::new();
+        let template = app.template.as_ref().map_or("", |template| template.source());
+        self.thinking.variables(template, &mut variables, &mut self.notes);
         let (callable, is_required) = self.callable()?;
         let functions: Vec<Function> = callable
             .iter()
@@ -384,8 +402,6 @@ impl Conversation {
         // All are shown, so that the prompt stays the same while the choice changes.
         let shown: Option<Vec<Value>> =
             (!functions.is_empty()).then(|| self.tools.iter().map(Tool::declaration).collect());
-        let mut variables = Map::new();
-        self.thinking.variables(&mut variables);
         variables.extend(self.variables.clone());
         let (prompt, in_reasoning) =
             app.prompt(self.param, &self.messages, shown.as_deref(), &variables, self.continues)?;

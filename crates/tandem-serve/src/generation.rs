@@ -226,6 +226,7 @@ impl App {
             index,
             replies,
             one_call: ask.chat.as_ref().is_some_and(|chat| chat.one_call),
+            has_stop_tokens: !ask.stop_token_ids.is_empty(),
             stream: match ask.chat.clone() {
                 Some(Chat { functions, in_reasoning, .. }) => {
                     AnswerStream::chat(&self.tokenizer, self.dialect, functions, in_reasoning, ask.stop.clone())
@@ -300,6 +301,8 @@ pub(crate) struct Generation {
     replies: Replies,
     stream: AnswerStream,
     one_call: bool,
+    /// The client has named tokens that end the answer, in the middle of a call as well.
+    has_stop_tokens: bool,
     n_prompt: usize,
     n_tokens: usize,
     n_reasoning: usize,
@@ -400,10 +403,9 @@ impl Generation {
     }
 
     fn finished(&mut self, mut chunk: Chunk, reason: FinishReason) -> Result<Chunk, ApiError> {
-        let (deltas, by) = self
-            .stream
-            .finish(reason == FinishReason::Length)
-            .map_err(|error| ApiError::internal(error.to_string()))?;
+        // A call that something else than the model ended is not complete.
+        let is_cut = reason == FinishReason::Length || (self.has_stop_tokens && self.stream.in_call());
+        let (deltas, by) = self.stream.finish(is_cut).map_err(|error| ApiError::internal(error.to_string()))?;
         chunk.deltas.extend(deltas);
         chunk.finish = Some(match by {
             FinishedBy::EndOfTurn => Finish::Stop,

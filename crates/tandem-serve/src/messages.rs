@@ -214,7 +214,7 @@ pub(crate) async fn messages(State(app): State<Arc<App>>, body: Body<MessagesReq
     {
         return Err(ApiError::invalid("temperature", format!("temperature is {t}, expected 0 to 1")));
     }
-    let conversation = CountRequest {
+    let mut conversation = CountRequest {
         model: request.model,
         messages: request.messages,
         system: request.system,

@@ -197,10 +197,19 @@ pub(crate) struct Health {
     status: &'static str,
 }
 
-/// Whether the process lives.
-#[utoipa::path(get, path = "/health", tag = "Server", responses((status = 200, description = "It does", body = Health)))]
-pub(crate) async fn health() -> axum::Json<Health> {
-    axum::Json(Health { status: "ok" })
+/// Whether the process lives, and its engine gets on.
+#[utoipa::path(get, path = "/health", tag = "Server", responses(
+    (status = 200, description = "It does", body = Health),
+    (status = 503, description = "Requests wait, and no step has passed all ranks for a while", body = ErrorResponse),
+))]
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<axum::Json<Health>, ApiError> {
+    let stalled = app.worker.stalled_for();
+    if stalled > app.stall_timeout {
+        let seconds = stalled.as_secs();
+        let message = format!("requests wait, and no step has passed all ranks for {seconds} s");
+        return Err(ApiError::unavailable(message));
+    }
+    Ok(axum::Json(Health { status: "ok" }))
 }
 
 /// Whether requests are served.

@@ -126,6 +126,14 @@ struct Shared {
     status: Mutex<Status>,
     /// As of about a second ago.
     ranks: Mutex<Vec<RankStatus>>,
+    /// When the engine last had nothing to do or got something done, through all ranks.
+    progress: Mutex<Instant>,
+}
+
+impl Shared {
+    fn note_progress(&self) {
+        *self.progress.lock().unwrap_or_else(|e| e.into_inner()) = Instant::now();
+    }
 }
 
 /// Weight bytes that a step of so many rows reads.
@@ -165,6 +173,7 @@ impl Worker {
             n_open: AtomicUsize::new(0),
             status: Mutex::default(),
             ranks: Mutex::default(),
+            progress: Mutex::new(Instant::now()),
         });
         let (jobs, receiver) = channel();
         let (first, first_result) = channel();
@@ -201,6 +210,14 @@ impl Worker {
     /// State as of the last step.
     pub(crate) fn status(&self) -> Status {
         *self.shared.status.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// For how long requests have waited without a step that passed all ranks; zero if nothing waits.
+    pub(crate) fn stalled_for(&self) -> Duration {
+        match self.shared.n_open.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            _ => self.shared.progress.lock().unwrap_or_else(|e| e.into_inner()).elapsed(),
+        }
     }
 
     /// The ranks as of about a second ago.
@@ -335,6 +352,7 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
     let (mut asked, mut steps_asked) = (Instant::now(), 0);
     let mut scorings: VecDeque<Scoring> = VecDeque::new();
     loop {
+        shared.note_progress();
         let is_idle = clients.is_empty() && scorings.is_empty();
         let mut next =
             if is_idle { jobs.recv_timeout(IDLE) } else { jobs.try_recv().map_err(|_| RecvTimeoutError::Timeout) };

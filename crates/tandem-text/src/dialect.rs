@@ -98,6 +98,8 @@ pub struct Parser {
     /// Where to go on after a call.
     after_call: State,
     pending: String,
+    /// Bytes of `pending` in which a call that is one JSON value does not end.
+    n_tried: usize,
     /// Of the call being read.
     function: usize,
     keys: Vec<String>,
@@ -119,6 +121,7 @@ impl Parser {
             state,
             after_call: state,
             pending: String::new(),
+            n_tried: 0,
             function: 0,
             keys: vec![],
             n_calls: 0,
@@ -142,6 +145,11 @@ impl Parser {
     /// What looked like calls and was passed on as text.
     pub fn n_malformed(&self) -> usize {
         self.n_malformed
+    }
+
+    /// Whether a call has begun that is not complete.
+    pub fn in_call(&self) -> bool {
+        matches!(self.state, State::Name | State::Arguments)
     }
 
     /// Takes more text.
@@ -227,6 +235,7 @@ impl Parser {
             if tag == CALL {
                 self.after_call = self.state;
                 self.state = State::Name;
+                self.n_tried = 0;
             } else {
                 self.state = State::Content;
                 if in_reasoning {
@@ -245,8 +254,9 @@ impl Parser {
     fn advance_name(&mut self, at_end: bool) -> bool {
         if self.pending.trim_start().starts_with(['{', '[']) {
             // The end tag may stand inside a string: the first one after which the JSON is complete counts.
-            let ends: Vec<usize> = self.pending.match_indices(END_CALL).map(|(at, _)| at).collect();
-            for at in ends {
+            // Each is tried once: a model may write any number of them.
+            while let Some(at) = self.pending[self.n_tried..].find(END_CALL).map(|at| at + self.n_tried) {
+                self.n_tried = at + 1;
                 let json = self.pending[..at].trim().to_owned();
                 if serde_json::from_str::<Value>(&json).is_ok() {
                     let rest = self.pending.split_off(at + END_CALL.len());

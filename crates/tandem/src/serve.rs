@@ -44,8 +44,12 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
     runtime.block_on(async {
         // Faults of the flags show before the model is loaded.
-        let options = options(args)?;
+        let mut options = options(args)?;
         options.check()?;
+        if joined.is_some() {
+            // Within it the ranks find a lost one themselves; two that wait for each other only show here.
+            options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;
+        }
         let (worker, facts) = tokio::task::block_in_place(|| start(args, joined, quit))?;
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
@@ -206,6 +210,7 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         max_body_bytes_in_flight: IN_FLIGHT_BYTES.max(args.max_body_mb.saturating_mul(1 << 20)),
         store_dir: args.cache_dir.as_ref().map(|dir| dir.join("responses")),
         request_timeout: Duration::from_secs(args.request_timeout).min(LONGEST_TIMEOUT),
+        stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
     })
 }
