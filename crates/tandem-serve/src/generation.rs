@@ -191,7 +191,13 @@ impl App {
         let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
         let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {
             GrammarError::Invalid(error) => {
-                ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
+                let param = match (&ask.form, ask.param) {
+                    (Some(Form::Calls { or_text: None, .. }), _) => "tools",
+                    (Some(Form::JsonSchema(_) | Form::Calls { .. }), "input") => "text.format",
+                    (Some(Form::JsonSchema(_) | Form::Calls { .. }) | None, _) => "response_format",
+                    _ => "structured_outputs",
+                };
+                ApiError::invalid(param, format!("the schema or grammar cannot be used: {error}"))
             }
             GrammarError::Busy => ApiError::unavailable("other schemas and grammars are being compiled; try again"),
         })?;
