@@ -24,7 +24,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let make = move || {
         let what = LoadOptions { logits: LogitsRows::Several(MAX_BATCH), cache_tokens: None, n_contexts: 2 };
         let loaded = load(&options, what, None, &mut ignore_news)?;
-        Ok((loaded.engine, Box::new(|_| 0) as StepBytes))
+        Ok((loaded.engine, Box::new(|_| 0u64) as StepBytes))
     };
     let worker = Worker::start(make, MAX_BATCH + 64)?;
     let template = ChatTemplate::from_dir(&dir, None)?;

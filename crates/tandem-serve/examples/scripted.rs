@@ -73,7 +73,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let make = move || {
         let runner = Scripted { script: Arc::clone(&engine_script), end, vocab_size };
         let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * CONTEXT), CONTEXT, CONTEXT);
-        Ok((engine, Box::new(|_| 0) as StepBytes))
+        Ok((engine, Box::new(|_| 0u64) as StepBytes))
     };
     let model = Model {
         names: NAMES.iter().map(|name| (*name).to_owned()).collect(),
