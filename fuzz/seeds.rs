@@ -1,4 +1,4 @@
-//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint,gguf}`: `cargo run --bin seeds`.
+//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint,gguf,gguf_tokenizer,template,tokenizer,page_store}`: `cargo run --bin seeds`.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ const SMALL: [(&str, usize); 16] = [
 
 fn main() -> std::io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    for target in ["config", "checkpoint", "gguf"] {
+    for target in ["config", "checkpoint", "gguf", "gguf_tokenizer", "template", "tokenizer", "page_store"] {
         std::fs::create_dir_all(root.join("corpus").join(target))?;
     }
     let write =
@@ -37,6 +37,15 @@ fn main() -> std::io::Result<()> {
         let text = std::fs::read_to_string(dir.join("config.json"))?;
         write("config", name.clone(), text.as_bytes())?;
         let small = shrink(&text)?;
+        let tokenizer = std::fs::read(dir.join("tokenizer.json")).unwrap_or_default();
+        let config = std::fs::read_to_string(dir.join("tokenizer_config.json")).unwrap_or_default();
+        let length = config.len().min(u16::MAX.into());
+        let both = [&(length as u16).to_le_bytes()[..], &config.as_bytes()[..length], &tokenizer].concat();
+        write("tokenizer", name.clone(), &both)?;
+        let config: Value = serde_json::from_str(&config).unwrap_or_default();
+        if let Some(template) = config["chat_template"].as_str() {
+            write("template", name.clone(), template.as_bytes())?;
+        }
         write("config", format!("{name}-small"), small.as_bytes())?;
         for (variant, choices) in variants().iter().enumerate() {
             write("checkpoint", format!("{name}-{variant}"), &input(1, &small, choices))?;
@@ -54,8 +63,9 @@ fn main() -> std::io::Result<()> {
     write("checkpoint", "tiny-file".to_string(), &input(0, "{}", &file))?;
     for (number, bytes) in [(0u32, 4 * 256), (2, 18 * 8), (3, 20 * 8), (7, 24 * 8), (8, 34 * 8), (12, 144), (13, 176), (14, 210), (39, 17 * 8)] {
         write("gguf", format!("type-{number}"), &gguf(number, bytes))?;
+        write("gguf_tokenizer", format!("type-{number}"), &gguf(number, bytes))?;
     }
-    Ok(())
+    write("page_store", "page".into(), &[[1; 32], [2; 32]].concat())
 }
 
 /// A GGUF file with one metadata value and one tensor of 256 elements of ggml's type `number`.

@@ -21,7 +21,7 @@ const IDLE: Duration = Duration::from_millis(20);
 /// For ranks to tell their hosts at the start, and to take the last commands at the end.
 const PATIENCE: Duration = Duration::from_secs(60);
 const THREAD_SERIALIZED: c_int = 2;
-/// Of both Open MPI and MPICH.
+/// Both Open MPI and MPICH have it.
 const MAX_PROCESSOR_NAME: usize = 256;
 
 /// A communicator, datatype or request: a pointer in Open MPI, an int in MPICH.
@@ -43,7 +43,7 @@ pub struct Mpi {
     byte: Handle,
     status_ignore: *mut c_void,
     rank: usize,
-    /// Of every rank.
+    /// Host name of every rank.
     hosts: Vec<String>,
     sent: Vec<Counters>,
     received: Vec<Counters>,

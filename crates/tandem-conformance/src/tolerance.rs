@@ -43,6 +43,8 @@ pub enum Rounding {
     Bf16,
     /// 8-bit integers with a scale per group of 32, or per vector of the indexer.
     Int8,
+    /// 16-bit integers with a scale per group of 32.
+    Int16,
 }
 
 /// How the sums of a backend's fastest matrix products are rounded; they are f32 in any case.
@@ -59,6 +61,10 @@ pub enum Sums {
 pub struct Precision {
     /// Activations that meet MXFP4, 4-bit and 8-bit affine weights.
     pub packed: Rounding,
+    /// Activations that meet NVFP4 and affine weights of other widths.
+    pub other_packed: Rounding,
+    /// Activations that meet the 8-bit floats of MXFP8 and of FP8 in blocks.
+    pub fp8: Rounding,
     /// Activations that meet bf16 weights.
     pub bf16: Rounding,
     /// Affine weights in batches of more than 64 rows.
@@ -83,6 +89,8 @@ impl Precision {
     /// Single precision everywhere.
     pub const F32: Precision = Precision {
         packed: Rounding::None,
+        other_packed: Rounding::None,
+        fp8: Rounding::None,
         bf16: Rounding::None,
         prefill_weights: Rounding::None,
         cache: Rounding::None,
@@ -137,6 +145,7 @@ impl Budget {
             Rounding::None => 0.0,
             Rounding::Bf16 => BF16 * BF16 / 3.0,
             Rounding::Int8 => (crest / 127.0).powi(2) / 12.0,
+            Rounding::Int16 => (crest / 32767.0).powi(2) / 12.0,
         };
         Budget { variance, bias: 0.0 }
     }
@@ -185,6 +194,7 @@ pub(crate) fn score(scores: &Scores<'_>, key: &[f32]) -> (f64, f64) {
         Rounding::None => 0.0,
         Rounding::Bf16 => (BF16 * wide(v)).powi(2) / 3.0,
         Rounding::Int8 => step * step / 12.0,
+        Rounding::Int16 => (step * 127.0 / 32767.0).powi(2) / 12.0,
     };
     let (mut value, mut error) = (0.0, 0.0);
     let mut passed = vec![0.0; key.len()];

@@ -93,7 +93,7 @@ impl Calibration {
 /// How wide the blocks of covariances are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Blocks {
-    /// Of the last projections of experts, one for each.
+    /// Covariances of the last projections of experts, one for each.
     experts: usize,
     others: usize,
 }

@@ -4,15 +4,31 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
+use tandem_core::config::yarn_mscale;
 use tandem_core::gguf::{GgmlType, Gguf, GgufTensor, Value as Meta};
 use tandem_core::weights::{Form, MatrixPart, Weight, WeightSpec};
 use tandem_core::{CheckpointError, DType, Float, ModelConfig, ModelType};
 use tandem_model::{mtp_specs, weight_specs};
 
 use super::gguf_tokenizer;
-use super::source::{Source, file_fingerprint};
+use super::source::{Source, copy, file_fingerprint};
+
+/// Layers of the deepest model; config.json is held to it too.
+const MAX_BLOCKS: usize = 4096;
+
+/// What `--tokenizer DIR` takes from a model.
+const TOKENIZER_FILES: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+];
 
 /// A model in GGUF.
 pub(super) struct GgufSource {
@@ -22,6 +38,8 @@ pub(super) struct GgufSource {
     config: ModelConfig,
     weights: Vec<Weight>,
     places: Vec<Place>,
+    /// Taken from another model instead.
+    tokenizer: Option<PathBuf>,
 }
 
 /// Where rows of a weight are.
@@ -42,7 +60,8 @@ enum Rows {
 }
 
 impl GgufSource {
-    pub(super) fn open(path: &Path) -> anyhow::Result<GgufSource> {
+    /// Opens a file; `tokenizer` is a folder whose tokenizer is taken in place of the file's own.
+    pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<GgufSource> {
         let gguf = Gguf::open(path)?;
         let config_json = config_json(&gguf).with_context(|| format!("{} cannot be converted", path.display()))?;
         let config = ModelConfig::parse(&Value::Object(config_json.clone()).to_string())?;
@@ -68,7 +87,15 @@ impl GgufSource {
         if !problems.is_empty() {
             return Err(CheckpointError::Mismatch { problems }.into());
         }
-        Ok(GgufSource { path: path.to_path_buf(), gguf, config_json, config, weights, places })
+        let tokenizer = tokenizer.map(Path::to_path_buf);
+        match &tokenizer {
+            Some(dir) => {
+                ensure!(dir.join("tokenizer.json").exists(), "--tokenizer {} has no tokenizer.json", dir.display())
+            }
+            // What cannot be read is said before any weight is.
+            None => drop(gguf_tokenizer::files(&gguf, &config).with_context(|| path.display().to_string())?),
+        }
+        Ok(GgufSource { path: path.to_path_buf(), gguf, config_json, config, weights, places, tokenizer })
     }
 }
 
@@ -163,7 +190,17 @@ impl Source for GgufSource {
     }
 
     fn write_other_files(&self, out: &Path) -> anyhow::Result<()> {
-        gguf_tokenizer::write(&self.gguf, &self.config, out).with_context(|| format!("{}", self.path.display()))
+        let Some(dir) = &self.tokenizer else {
+            return gguf_tokenizer::write(&self.gguf, &self.config, out)
+                .with_context(|| self.path.display().to_string());
+        };
+        for name in TOKENIZER_FILES {
+            let path = dir.join(name);
+            if path.exists() {
+                copy(&path, &out.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
+            }
+        }
+        Ok(())
     }
 
     fn fingerprint(&self) -> String {
@@ -289,6 +326,9 @@ fn config_json(gguf: &Gguf) -> anyhow::Result<Map<String, Value>> {
             .with_context(|| format!("its metadata must have a number {architecture}.{key}; the file is incomplete"))
     };
     let number = |key: &str| get(key).and_then(Meta::as_f64).map(shortest);
+    for (key, found) in gguf.metadata().filter_map(|(key, value)| Some((key, value.as_f64()?))) {
+        ensure!(found.is_finite(), "its metadata has {key} = {found}, expected a finite number");
+    }
     let (model_type, class) = match architecture.as_str() {
         "llama" => ("llama", "LlamaForCausalLM"),
         "glm-dsa" => ("glm_moe_dsa", "GlmMoeDsaForCausalLM"),
@@ -302,7 +342,13 @@ fn config_json(gguf: &Gguf) -> anyhow::Result<Map<String, Value>> {
         None => get("vocab_size").and_then(Meta::as_usize).or(n_tokens).unwrap_or(0),
     };
     let nextn = get("nextn_predict_layers").and_then(Meta::as_usize).unwrap_or(0);
-    let n_layers = size("block_count")?.saturating_sub(nextn);
+    // Before anything is made for each of them.
+    let n_blocks = size("block_count")?;
+    ensure!(
+        n_blocks <= MAX_BLOCKS && nextn <= n_blocks,
+        "its metadata has {architecture}.block_count = {n_blocks} with {nextn} layers for drafting, expected at most {MAX_BLOCKS}"
+    );
+    let n_layers = n_blocks - nextn;
     let heads = size("attention.head_count")?;
     let hidden = size("embedding_length")?;
     let mut config = json!({
@@ -381,22 +427,47 @@ fn config_json(gguf: &Gguf) -> anyhow::Result<Map<String, Value>> {
     if model_type == "glm_moe_dsa" {
         add(json!({"indexer_rope_interleave": true, "rope_interleave": true}));
     }
-    let original = || size("rope.scaling.original_context_length");
-    match get("rope.scaling.type").and_then(Meta::as_str).unwrap_or("none") {
+    let original = || match get("rope.scaling.original_context_length") {
+        Some(_) => size("rope.scaling.original_context_length"),
+        None => size("context_length"),
+    };
+    // As llama.cpp reads them: the old key, linear if only a factor is there, and a factor of 0 for none.
+    let factor = number("rope.scaling.factor").or(number("rope.scale_linear")).filter(|factor| *factor != 0.0);
+    let kind = get("rope.scaling.type").and_then(Meta::as_str).unwrap_or("linear");
+    let attention =
+        number("rope.scaling.attn_factor").unwrap_or(1.0) * number("rope.scaling.yarn_attn_factor").unwrap_or(1.0);
+    ensure!(
+        attention == 1.0 || kind == "yarn",
+        "it has rope.scaling.attn_factor without yarn, which no configuration of Hugging Face says"
+    );
+    if let Some(found) = number("rope.scaling.yarn_ext_factor").filter(|factor| *factor != 1.0 && *factor >= 0.0) {
+        bail!("its rope.scaling.yarn_ext_factor is {found}; read is 1");
+    }
+    match kind {
         "none" => {}
-        "linear" => add(json!({"rope_scaling": {"rope_type": "linear", "factor": number("rope.scaling.factor")}})),
+        "linear" => match factor.filter(|factor| *factor != 1.0) {
+            Some(factor) => add(json!({"rope_scaling": {"rope_type": "linear", "factor": factor}})),
+            None => {}
+        },
         "yarn" => {
+            let factor = factor.unwrap_or(1.0);
             let log = number("rope.scaling.yarn_log_multiplier").map(|m| shortest(m * 10.0));
-            add(json!({"rope_scaling": {
+            let mut scaling = json!({
                 "type": "yarn",
                 "rope_type": "yarn",
-                "factor": number("rope.scaling.factor"),
+                "factor": factor,
                 "original_max_position_embeddings": original()?,
                 "beta_fast": number("rope.scaling.yarn_beta_fast").unwrap_or(32.0),
                 "beta_slow": number("rope.scaling.yarn_beta_slow").unwrap_or(1.0),
                 "mscale": log.unwrap_or(1.0),
                 "mscale_all_dim": log.unwrap_or(0.0),
-            }}));
+            });
+            if attention != 1.0 {
+                // llama.cpp's factor is on top of yarn's own.
+                let own = if log.is_some() { 1.0 } else { yarn_mscale(factor, 1.0) };
+                scaling["attention_factor"] = json!(shortest(attention * own));
+            }
+            add(json!({"rope_scaling": scaling}));
         }
         other => bail!("its rope scaling is {other:?}; read are linear and yarn"),
     }
@@ -425,7 +496,8 @@ fn llama3_scaling(gguf: &Gguf, theta: f64) -> anyhow::Result<Option<Value>> {
         let wavelength = 2.0 * std::f64::consts::PI * theta.powf(i as f64 / divisors.len() as f64);
         let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
         let expected = 1.0 / ((1.0 - smooth) / factor + smooth);
-        if (expected / divisor - 1.0).abs() > 1e-3 {
+        // Written so that NaN is refused.
+        if !((expected / divisor - 1.0).abs() <= 1e-3) {
             bail!("its rope_freqs are not Llama 3.1's for a trained context of 8192; this scaling is not read");
         }
     }

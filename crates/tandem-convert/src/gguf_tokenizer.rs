@@ -1,12 +1,13 @@
 //! tokenizer.json, tokenizer_config.json and generation_config.json from a GGUF file's metadata.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use tandem_core::ModelConfig;
 use tandem_core::gguf::{Gguf, Value as Meta};
+use tandem_text::ends_by_name;
 
 /// Token types of llama.cpp.
 const UNKNOWN: i64 = 2;
@@ -19,24 +20,46 @@ const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
 
-/// Writes the files; none when the GGUF has no tokenizer.
+/// Writes the files; none of a tokenizer when the GGUF has none.
 pub(super) fn write(gguf: &Gguf, config: &ModelConfig, out: &Path) -> anyhow::Result<()> {
-    let save = |name: &str, value: &Value| {
+    for (name, value) in files(gguf, config)? {
         let path = out.join(name);
-        std::fs::write(&path, serde_json::to_vec_pretty(value)?)
-            .with_context(|| format!("cannot write {}", path.display()))
-    };
+        // Never through a link.
+        if path.symlink_metadata().is_ok() {
+            std::fs::remove_file(&path).with_context(|| format!("cannot replace {}", path.display()))?;
+        }
+        std::fs::write(&path, serde_json::to_vec_pretty(&value)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Names and contents of the files.
+pub(super) fn files(gguf: &Gguf, config: &ModelConfig) -> anyhow::Result<Vec<(&'static str, Value)>> {
+    let mut files = vec![];
+    let mut save = |name, value: &Value| files.push((name, value.clone()));
     let get = |key: &str| gguf.get(&format!("tokenizer.ggml.{key}"));
-    let id = |key: &str| get(&format!("{key}_token_id")).and_then(Meta::as_usize);
-    let mut eos: Vec<usize> = [id("eos"), id("eot"), id("eom")].into_iter().flatten().collect();
-    eos.dedup();
-    save(
-        "generation_config.json",
-        &json!({"bos_token_id": id("bos"), "eos_token_id": eos, "pad_token_id": id("padding")}),
-    )?;
     let model = get("model").and_then(Meta::as_str).unwrap_or("none");
+    let n_tokens = get("tokens").and_then(Meta::as_list).map_or(config.vocab_size, <[Meta]>::len);
+    // llama.cpp's defaults of a SentencePiece vocabulary.
+    let default = |key: &str| match (model, key) {
+        ("llama", "unknown") => Some(0),
+        ("llama", "bos") => Some(1),
+        ("llama", "eos") => Some(2),
+        _ => None,
+    };
+    // Ids beyond the vocabulary are passed over, as llama.cpp does.
+    let id = |key: &str| {
+        let found = get(&format!("{key}_token_id")).and_then(Meta::as_usize).or_else(|| default(key));
+        found.filter(|id| *id < n_tokens)
+    };
+    let mut eos: Vec<usize> = [id("eos"), id("eot"), id("eom")].into_iter().flatten().collect();
+    let generation =
+        |eos: &[usize]| json!({"bos_token_id": id("bos"), "eos_token_id": eos, "pad_token_id": id("padding")});
     if model == "none" {
-        return Ok(());
+        eos.dedup();
+        save("generation_config.json", &generation(&eos));
+        return Ok(files);
     }
     let tokens: Vec<&str> = get("tokens")
         .and_then(Meta::as_list)
@@ -47,10 +70,24 @@ pub(super) fn write(gguf: &Gguf, config: &ModelConfig, out: &Path) -> anyhow::Re
     if tokens.len() > config.vocab_size {
         bail!("it has {} tokens for a vocabulary of {}", tokens.len(), config.vocab_size);
     }
-    let types: Vec<i64> = match get("token_type").and_then(Meta::as_list) {
+    let mut types: Vec<i64> = match get("token_type").and_then(Meta::as_list) {
         Some(types) => types.iter().map(|t| t.as_usize().map_or(1, |t| t as i64)).collect(),
         None => vec![1; tokens.len()],
     };
+    if types.len() != tokens.len() {
+        bail!("it has {} token types for {} tokens", types.len(), tokens.len());
+    }
+    // What ends a turn by its name is a control token, and an end, whatever the file says: llama.cpp corrects it so.
+    let ends = ends_by_name(|name| tokens.contains(&name));
+    for (token, kind) in tokens.iter().zip(&mut types) {
+        if ends.contains(token) {
+            *kind = CONTROL;
+        }
+    }
+    eos.extend(tokens.iter().enumerate().filter(|(_, token)| ends.contains(token)).map(|(id, _)| id));
+    let mut seen = HashSet::new();
+    eos.retain(|id| seen.insert(*id));
+    save("generation_config.json", &generation(&eos));
     let added: Vec<Value> = tokens
         .iter()
         .zip(&types)
@@ -68,7 +105,7 @@ pub(super) fn write(gguf: &Gguf, config: &ModelConfig, out: &Path) -> anyhow::Re
     }
     let text_of = |key: &str| id(key).and_then(|id| tokens.get(id)).map(|token| token.to_string());
     let parts = match model {
-        "gpt2" => byte_level(get("pre").and_then(Meta::as_str).unwrap_or("default"), get("merges"))?,
+        "gpt2" => byte_level(get("pre").and_then(Meta::as_str), get("merges"))?,
         "llama" => {
             let scores = get("scores").and_then(Meta::as_list).context("its metadata has no tokenizer.ggml.scores")?;
             let scores: Vec<f64> = scores.iter().filter_map(Meta::as_f64).collect();
@@ -84,7 +121,8 @@ pub(super) fn write(gguf: &Gguf, config: &ModelConfig, out: &Path) -> anyhow::Re
         }
         other => bail!("its tokenizer is of kind {other:?}; read are gpt2 (byte-level BPE) and llama (SentencePiece)"),
     };
-    let add_bos = get("add_bos_token").and_then(Meta::as_bool).unwrap_or(model == "llama");
+    let has_bos = model == "llama" || get("pre").and_then(Meta::as_str).is_some_and(is_llama3);
+    let add_bos = get("add_bos_token").and_then(Meta::as_bool).unwrap_or(has_bos);
     let post_processor = match (add_bos, text_of("bos"), id("bos")) {
         (true, Some(bos), Some(id)) => json!({
             "type": "TemplateProcessing",
@@ -108,7 +146,7 @@ pub(super) fn write(gguf: &Gguf, config: &ModelConfig, out: &Path) -> anyhow::Re
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": parts.normalizer,
             "pre_tokenizer": parts.pre_tokenizer, "post_processor": post_processor, "decoder": parts.decoder, "model": bpe,
         }),
-    )?;
+    );
     let mut settings = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": false,
@@ -121,10 +159,28 @@ pub(super) fn write(gguf: &Gguf, config: &ModelConfig, out: &Path) -> anyhow::Re
             settings[name] = json!(text);
         }
     }
-    if let Some(template) = gguf.get("tokenizer.chat_template").and_then(Meta::as_str) {
-        settings["chat_template"] = json!(template);
+    let prefix = "tokenizer.chat_template";
+    let variants = gguf.metadata().filter_map(|(key, value)| {
+        let name = key.strip_prefix(prefix)?.strip_prefix('.')?;
+        Some(json!({"name": name, "template": value.as_str()?}))
+    });
+    let variants: Vec<Value> = variants.collect();
+    match gguf.get(prefix).and_then(Meta::as_str) {
+        Some(template) if variants.is_empty() => settings["chat_template"] = json!(template),
+        Some(template) => {
+            let default = json!({"name": "default", "template": template});
+            settings["chat_template"] = std::iter::once(default).chain(variants).collect();
+        }
+        None if !variants.is_empty() => settings["chat_template"] = json!(variants),
+        None => {}
     }
-    save("tokenizer_config.json", &settings)
+    save("tokenizer_config.json", &settings);
+    Ok(files)
+}
+
+/// Names of Llama 3's pre-tokenizer, which comes with a first token.
+fn is_llama3(pre: &str) -> bool {
+    matches!(pre, "llama-bpe" | "llama3" | "llama-v3")
 }
 
 /// What differs between kinds of BPE.
@@ -138,11 +194,25 @@ struct Parts {
     ignore_merges: bool,
 }
 
-fn byte_level(pre: &str, merges: Option<&Meta>) -> anyhow::Result<Parts> {
+fn byte_level(pre: Option<&str>, merges: Option<&Meta>) -> anyhow::Result<Parts> {
     let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
     let sequence = |parts: Vec<Value>| json!({"type": "Sequence", "pretokenizers": parts});
+    let pre = pre.unwrap_or_else(|| {
+        tracing::warn!(
+            "the file names no pre-tokenizer (tokenizer.ggml.pre): llama.cpp's default is taken, which may not be the \
+             model's; --tokenizer DIR takes the original's"
+        );
+        "default"
+    });
     let pre_tokenizer = match pre {
+        "default" => sequence(vec![
+            split(r"[\p{P}\$\+<=>\^~\|]+"),
+            split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+            split(r"\p{N}+"),
+            split("[0-9][0-9][0-9]"),
+            bytes(false),
+        ]),
         "gpt-2" | "gpt2" | "mpt" | "olmo" | "phi-2" | "jina-es" | "jina-de" => bytes(true),
         "smollm" | "codeshell" | "refact" | "command-r" => {
             sequence(vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)])
@@ -156,7 +226,7 @@ fn byte_level(pre: &str, merges: Option<&Meta>) -> anyhow::Result<Parts> {
         }
         other => bail!(
             "its tokenizer's pre-tokenizer is {other:?}; read are gpt-2, smollm, llama-bpe, glm4, chatglm-bpe, qwen2 and \
-             deepseek-v3. Take tokenizer.json from the original model"
+             deepseek-v3. --tokenizer DIR takes the tokenizer of the original model"
         ),
     };
     let merges = merges.and_then(Meta::as_list).context("its metadata has no tokenizer.ggml.merges")?;

@@ -42,6 +42,8 @@ pub struct ConvertOptions {
     pub search: bool,
     /// A text that the source reads for the search, instead of one of its own.
     pub calibrate: Option<PathBuf>,
+    /// A model directory whose tokenizer is taken in place of a GGUF file's own.
+    pub tokenizer: Option<PathBuf>,
     /// Bytes of one output file, at most, unless a single weight is larger.
     pub max_shard_size: u64,
     /// Threads; one per core if `None`.
@@ -57,6 +59,7 @@ impl ConvertOptions {
             quant: quant.to_string(),
             search: false,
             calibrate: None,
+            tokenizer: None,
             max_shard_size: 5_000_000_000,
             threads: None,
         }
@@ -221,7 +224,10 @@ fn open(options: &ConvertOptions, recipe: &Recipe) -> anyhow::Result<Box<dyn Sou
          model"
     );
     match gguf_file(Path::new(name)) {
-        Some(file) => Ok(Box::new(GgufSource::open(&file)?)),
+        Some(file) => Ok(Box::new(GgufSource::open(&file, options.tokenizer.as_deref())?)),
+        None if options.tokenizer.is_some() => {
+            bail!("--tokenizer is for GGUF files; {name} has a tokenizer of its own")
+        }
         None => Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?)),
     }
 }

@@ -211,7 +211,8 @@ fn new_config(source: &Map<String, Value>, config: &ModelConfig, weights: &[Weig
             DType::Mxfp4 => "mxfp4",
             DType::Mxfp8 => "mxfp8",
             DType::Nvfp4 => "nvfp4",
-            _ => "affine",
+            DType::Affine { .. } => "affine",
+            DType::Float(_) | DType::Fp8Block => unreachable!("{dtype} has no mode of MLX"),
         };
         json!({"group_size": dtype.group_size(), "bits": dtype.bits(), "mode": mode})
     };

@@ -4,13 +4,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value};
+use tandem_core::json::without_literals;
 use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_core::{Checkpoint, CheckpointError, DType, ModelConfig};
 use tandem_model::{DummyWeights, RandomRows, Recipe, Stacks};
 
-use tandem_runtime::presets;
+use tandem_runtime::{presets, settle_tie};
 
 /// Weights by rows, in the formats that they have.
 pub(super) trait Source: Sync {
@@ -50,9 +51,15 @@ pub(super) struct CheckpointSource {
 impl CheckpointSource {
     pub(super) fn open(dir: &Path) -> anyhow::Result<CheckpointSource> {
         refuse_pickle(dir)?;
-        let config = ModelConfig::load(dir)?;
-        let config_json = json_object(&presets::read(&dir.join("config.json"))?)?;
+        let mut config = ModelConfig::load(dir)?;
+        let mut config_json = json_object(&presets::read(&dir.join("config.json"))?)?;
         let checkpoint = Checkpoint::open(dir)?;
+        if settle_tie(&mut config, &checkpoint) {
+            config_json.insert("tie_word_embeddings".into(), false.into());
+            if let Some(Value::Object(inner)) = config_json.get_mut("text_config") {
+                inner.insert("tie_word_embeddings".into(), false.into());
+            }
+        }
         let weights = tandem_model::resolve(&checkpoint, &config)?;
         let open = weights.iter().map(|_| Mutex::default()).collect();
         Ok(CheckpointSource { config_json, config, checkpoint, weights, open })
@@ -110,7 +117,8 @@ impl Source for CheckpointSource {
             let wanted =
                 matches!(extension, "json" | "jinja" | "model" | "txt" | "tiktoken") || name.starts_with("LICENSE");
             if path.is_file() && wanted && name != "config.json" && !name.ends_with(".index.json") {
-                std::fs::copy(&path, out.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
+                check_link(dir, &path)?;
+                copy(&path, &out.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
             }
         }
         Ok(())
@@ -119,6 +127,33 @@ impl Source for CheckpointSource {
     fn fingerprint(&self) -> String {
         self.checkpoint.files().map(file_fingerprint).collect::<Vec<_>>().join(" ")
     }
+}
+
+/// Refuses links that lead out of a model: its copy would hold what it never had. The cache of Hugging Face links a
+/// snapshot's files to blobs of the same repository.
+fn check_link(dir: &Path, path: &Path) -> anyhow::Result<()> {
+    if !path.symlink_metadata()?.is_symlink() {
+        return Ok(());
+    }
+    let (target, dir) = (path.canonicalize()?, dir.canonicalize()?);
+    let snapshots = dir.parent().filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
+    let blobs = snapshots.and_then(Path::parent).map(|repository| repository.join("blobs"));
+    ensure!(
+        target.starts_with(&dir) || blobs.is_some_and(|blobs| target.starts_with(blobs)),
+        "{} is a link to {}, outside of the model; replace it by the file, or remove it",
+        path.display(),
+        target.display()
+    );
+    Ok(())
+}
+
+/// Copies a file in the place of whatever has its new name, never through a link.
+pub(super) fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    if to.symlink_metadata().is_ok() {
+        std::fs::remove_file(to)?;
+    }
+    let mut new = std::fs::File::options().write(true).create_new(true).open(to)?;
+    std::io::copy(&mut std::fs::File::open(from)?, &mut new).map(|_| ())
 }
 
 /// Name, length and time of change.
@@ -163,7 +198,7 @@ fn refuse_pickle(dir: &Path) -> anyhow::Result<()> {
 }
 
 pub(super) fn json_object(text: &str) -> anyhow::Result<Map<String, Value>> {
-    serde_json::from_str(text).context("config.json is not a JSON object")
+    serde_json::from_str(&without_literals(text)).context("config.json is not a JSON object")
 }
 
 /// Random weights of true shapes, already in their final formats.

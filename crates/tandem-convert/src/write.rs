@@ -16,6 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tandem_core::CheckpointError;
+use tandem_core::checkpoint::check_mapped;
 use tandem_core::quant::{self, QuantError};
 use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_runtime::Meter;
@@ -36,7 +37,7 @@ const LOCK: &str = "conversion.lock";
 /// What `DIR.partial` holds.
 #[derive(Default, Deserialize, Serialize)]
 struct State {
-    /// Of source and settings.
+    /// Digest of source and settings.
     fingerprint: String,
     /// Digests of complete files.
     files: BTreeMap<String, String>,
@@ -146,10 +147,12 @@ fn fill_files(
     for shard in &plan.shards {
         let path = partial.join(&shard.name);
         if let Some(digest) = known.get(&shard.name)
-            && path.exists()
+            && path.symlink_metadata().is_ok_and(|m| m.is_file())
         {
             let found = run(plan, shard, n_threads, meter, &|task, _| read_back(&path, plan, shard, task), &|_| {})?;
-            if format!("{found:016x}") == *digest && std::fs::metadata(&path)?.len() == shard.bytes {
+            let header = read_header(&path, shard.header.len()).unwrap_or_default();
+            let is_whole = std::fs::metadata(&path)?.len() == shard.bytes && header == shard.header;
+            if format!("{found:016x}") == *digest && is_whole {
                 written.n_kept += 1;
                 continue;
             }
@@ -157,7 +160,7 @@ fn fill_files(
         }
         let temporary = temporary(partial, &shard.name);
         let cannot = || format!("cannot write {}", temporary.display());
-        let file = File::create(&temporary).with_context(cannot)?;
+        let file = create(&temporary).with_context(cannot)?;
         file.set_len(shard.bytes).with_context(cannot)?;
         file.write_all_at(&shard.header, 0).with_context(cannot)?;
         let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
@@ -166,6 +169,7 @@ fn fill_files(
                 source.prefetch(weight(later), later.part, later.rows.clone());
             }
             let pieces = convert(source, plan, shard, quantize, task)?;
+            check_mapped()?;
             let mut digest = 0u64;
             for (bytes, at) in
                 [&pieces.weight, &pieces.scales, &pieces.biases].into_iter().zip(places(plan, shard, task))
@@ -285,6 +289,22 @@ fn places(plan: &Plan, shard: &Shard, task: &Task) -> [u64; 3] {
     item.places(&plan.weights[item.weight], task)
 }
 
+/// The first bytes of a file that is there.
+fn read_header(path: &Path, length: usize) -> std::io::Result<Vec<u8>> {
+    let mut header = vec![0; length];
+    File::open(path)?.read_exact_at(&mut header, 0)?;
+    Ok(header)
+}
+
+/// A new file, in the place of whatever has its name: nothing is written through a link.
+fn create(path: &Path) -> std::io::Result<File> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    File::options().write(true).create_new(true).open(path)
+}
+
 /// The digest of a task's bytes in a file that is there.
 fn read_back(path: &Path, plan: &Plan, shard: &Shard, task: &Task) -> anyhow::Result<u64> {
     let weight = &plan.weights[shard.items[task.item].weight];
@@ -313,11 +333,21 @@ fn convert(
     let index = shard.items[task.item].weight;
     let (from, to) = (&source.weights()[index], &plan.weights[index]);
     let part = source.rows(index, task.part, task.rows.clone())?;
-    if from.dtype == to.dtype && part.global_scale.is_none() {
-        return Ok(part);
-    }
     let (rows, cols) = (task.rows.len(), to.spec.dims().2);
     let matrix = MatrixData { name: from.spec.module.clone(), dtype: from.dtype, rows, cols, parts: vec![part] };
+    // Quantisers look at every value themselves.
+    let n_checked = if from.dtype != to.dtype && to.dtype.is_quantized() { 0 } else { rows };
+    matrix.check_finite(0, 0, n_checked).map_err(|error| match error {
+        CheckpointError::NotFinite { place, value, .. } => {
+            let tensor = format!("{}.{}", from.spec.module, from.spec.leaf);
+            let at = [task.part, task.rows.start + place[0], place[1]];
+            CheckpointError::NotFinite { tensor, place: at[3 - from.spec.shape.len().min(3)..].to_vec(), value }
+        }
+        other => other,
+    })?;
+    if from.dtype == to.dtype && matrix.parts[0].global_scale.is_none() {
+        return Ok(matrix.parts.into_iter().next().unwrap_or_default());
+    }
     let view = matrix.view(0);
     let (mut weight, mut scales, mut biases) = (
         Vec::with_capacity(to.dtype.weight_bytes(rows, cols)),
@@ -335,6 +365,9 @@ fn convert(
             let source = match source {
                 QuantError::NonFinite { dtype, row, col, value } => {
                     QuantError::NonFinite { dtype, row: task.rows.start + first + row, col, value }
+                }
+                QuantError::Overflow { dtype, row, col, value } => {
+                    QuantError::Overflow { dtype, row: task.rows.start + first + row, col, value }
                 }
                 other => other,
             };

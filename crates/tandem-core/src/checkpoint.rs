@@ -9,11 +9,16 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use crate::shrink::check_mapped;
+
 use bytes::Bytes;
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+
+use crate::json::without_literals;
+use crate::shrink;
 
 /// Why a checkpoint cannot be opened or does not fit its configuration.
 #[derive(Debug, thiserror::Error)]
@@ -53,8 +58,8 @@ pub enum CheckpointError {
     },
     /// An element that no correct checkpoint holds.
     #[error(
-        "{tensor}{place:?} is {value}, not a finite number; the file is damaged or was converted wrongly: download or \
-         convert it again"
+        "{tensor}{place:?} is {value}, not a finite number: a damaged checkpoint, or one that was converted wrongly; download \
+         or convert it again"
     )]
     NotFinite {
         /// The tensor.
@@ -63,6 +68,15 @@ pub enum CheckpointError {
         place: Vec<usize>,
         /// NaN or an infinity.
         value: f32,
+    },
+    /// A file became shorter, or could not be read, while it was mapped.
+    #[error(
+        "{path} was cut short, overwritten or could not be read while it was in use; nothing that was computed since then \
+         counts. Restore the file and start again"
+    )]
+    Shrunk {
+        /// The file.
+        path: String,
     },
     /// A matrix cannot be represented as asked.
     #[error("{tensor}: {source}")]
@@ -126,6 +140,23 @@ struct Index {
     weight_map: HashMap<String, String>,
 }
 
+impl Index {
+    /// Whether it is of other files than the whole one that lies beside it, which wins then, as in transformers.
+    fn is_stale(&self, dir: &Path) -> bool {
+        const WHOLE: &str = "model.safetensors";
+        dir.join(WHOLE).exists() && !self.weight_map.values().any(|file| file == WHOLE)
+    }
+}
+
+/// Where checkpoints that wrap a language model for images or sound put its tensors.
+const WRAPPERS: [(&str, &str); 2] = [("language_model.", ""), ("model.language_model.", "model.")];
+
+/// The name of a language model's module or tensor without what a wrapper puts before it.
+pub(crate) fn text_name(name: &str) -> String {
+    let inner = WRAPPERS.iter().find_map(|(prefix, inner)| Some(format!("{inner}{}", name.strip_prefix(prefix)?)));
+    inner.unwrap_or_else(|| name.to_string())
+}
+
 impl Checkpoint {
     /// Opens every safetensors file of `dir`: those that `model.safetensors.index.json` names, else
     /// `model.safetensors`, else every `*.safetensors`.
@@ -133,7 +164,7 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, truncated or not safetensors, or the index and the files disagree.
     pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
-        let index = read_index(dir)?;
+        let index = read_index(dir)?.filter(|index| !index.is_stale(dir));
         let mut paths: Vec<PathBuf> = match &index {
             Some(index) => {
                 let mut names: Vec<&String> = index.weight_map.values().collect();
@@ -165,7 +196,7 @@ impl Checkpoint {
         if let Some(index) = index {
             checkpoint.check_index(&index)?;
         }
-        Ok(checkpoint)
+        Ok(checkpoint.unwrapped())
     }
 
     /// Opens what is there: like [`Checkpoint::open`], or names alone when the index exists and the weights do not.
@@ -173,13 +204,25 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`], when neither weights nor an index exist.
     pub fn open_or_index(dir: &Path) -> Result<Checkpoint, CheckpointError> {
-        if let Some(index) = read_index(dir)?
+        if let Some(index) = read_index(dir)?.filter(|index| !index.is_stale(dir))
             && index.weight_map.values().any(|f| !dir.join(f).exists())
         {
             let tensors = index.weight_map.into_keys().map(|name| (name, None)).collect();
-            return Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![], tensors, duplicates: vec![] });
+            return Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![], tensors, duplicates: vec![] }.unwrapped());
         }
         Checkpoint::open(dir)
+    }
+
+    /// Of a checkpoint that wraps a language model, that model alone.
+    fn unwrapped(mut self) -> Checkpoint {
+        let is_wrapped = |name: &str| WRAPPERS.iter().any(|(prefix, _)| name.starts_with(prefix));
+        if self.tensors.keys().any(|name| is_wrapped(name)) {
+            let tensors = std::mem::take(&mut self.tensors).into_iter();
+            // The head may stand outside.
+            let kept = tensors.filter(|(name, _)| is_wrapped(name) || name.starts_with("lm_head."));
+            self.tensors = kept.map(|(name, info)| (text_name(&name), info)).collect();
+        }
+        self
     }
 
     /// A checkpoint of the given names, without data.
@@ -346,7 +389,7 @@ fn read_index(dir: &Path) -> Result<Option<Index>, CheckpointError> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(read_error(&path, e)),
     };
-    let index = serde_json::from_str(&text).map_err(|e| CheckpointError::Read {
+    let index = serde_json::from_str(&without_literals(&text)).map_err(|e| CheckpointError::Read {
         path: path.display().to_string(),
         message: format!("not a weight index ({e})"),
     })?;
@@ -370,11 +413,26 @@ fn shard_path(dir: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    map: Arc<Map>,
+}
+
+/// A mapping, watched until it ends.
+#[derive(Debug)]
+struct Map {
+    map: Mmap,
+    _watched: shrink::Watched,
+}
+
+impl std::ops::Deref for Map {
+    type Target = Mmap;
+
+    fn deref(&self) -> &Mmap {
+        &self.map
+    }
 }
 
 /// [`Bytes::from_owner`] wants an owner that is a slice.
-struct Shared(Arc<Mmap>);
+struct Shared(Arc<Map>);
 
 impl AsRef<[u8]> for Shared {
     fn as_ref(&self) -> &[u8] {
@@ -388,7 +446,8 @@ impl MappedFile {
         // SAFETY: the mapping is read-only and private to this process. A writer that changes the file under us would
         // change the weights, as it would with any mapped model; nothing here relies on the bytes being constant.
         let map = unsafe { Mmap::map(file)? };
-        Ok(MappedFile { path: path.to_path_buf(), map: Arc::new(map) })
+        let watched = shrink::watch(path, &map);
+        Ok(MappedFile { path: path.to_path_buf(), map: Arc::new(Map { map, _watched: watched }) })
     }
 
     pub(crate) fn bytes(&self) -> Bytes {
@@ -414,7 +473,7 @@ impl MappedFile {
 
 /// A part of a mapped file.
 pub struct MappedPages {
-    map: Arc<Mmap>,
+    map: Arc<Map>,
     start: usize,
     end: usize,
 }

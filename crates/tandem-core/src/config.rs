@@ -8,7 +8,9 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::checkpoint::{Checkpoint, text_name};
 use crate::dtype::{DType, Float};
+use crate::json::without_literals;
 
 /// Why a `config.json` cannot be used. Every message says what was expected, what was found and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -31,8 +33,8 @@ pub enum ConfigError {
     },
     /// A `model_type` this engine does not run.
     #[error(
-        "model_type is {found:?}; supported are glm_moe_dsa, deepseek_v32, deepseek_v3 and llama. \
-         Pick a checkpoint of one of these families"
+        "model_type is {found:?}; supported are {}. Pick a checkpoint of one of these families",
+        ModelType::names()
     )]
     UnknownModelType {
         /// What the file says.
@@ -65,6 +67,10 @@ pub enum ModelType {
 }
 
 impl ModelType {
+    /// All of them.
+    pub const ALL: [ModelType; 4] =
+        [ModelType::GlmMoeDsa, ModelType::DeepseekV32, ModelType::DeepseekV3, ModelType::Llama];
+
     /// The `model_type` string.
     pub const fn name(self) -> &'static str {
         self.parts().name
@@ -81,11 +87,15 @@ impl ModelType {
         }
     }
 
+    /// All names in a sentence.
+    fn names() -> String {
+        let (last, others) = ModelType::ALL.split_last().expect("there are some");
+        format!("{} and {}", others.iter().map(|t| t.name()).collect::<Vec<_>>().join(", "), last.name())
+    }
+
     fn parse(name: &str) -> Result<ModelType, ConfigError> {
-        [ModelType::GlmMoeDsa, ModelType::DeepseekV32, ModelType::DeepseekV3, ModelType::Llama]
-            .into_iter()
-            .find(|t| t.name() == name)
-            .ok_or_else(|| ConfigError::UnknownModelType { found: name.to_string() })
+        let found = ModelType::ALL.into_iter().find(|t| t.name() == name);
+        found.ok_or_else(|| ConfigError::UnknownModelType { found: name.to_string() })
     }
 }
 
@@ -296,18 +306,35 @@ pub struct IndexerConfig {
 
 /// One module's quantisation as MLX writes it: `{group_size, bits, mode}`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "RawQuantization")]
 pub struct ModuleQuantization {
     /// Elements per scale.
     pub group_size: usize,
     /// Bits per element.
     pub bits: usize,
     /// affine, mxfp4, mxfp8 or nvfp4.
-    #[serde(default = "affine_mode")]
     pub mode: String,
 }
 
-fn affine_mode() -> String {
-    "affine".to_string()
+/// An entry as it is written: what is left out has the default of its mode, as in MLX's `nn.quantize`.
+#[derive(Deserialize)]
+struct RawQuantization {
+    group_size: Option<usize>,
+    bits: Option<usize>,
+    mode: Option<String>,
+}
+
+impl From<RawQuantization> for ModuleQuantization {
+    fn from(raw: RawQuantization) -> ModuleQuantization {
+        let mode = raw.mode.unwrap_or_else(|| "affine".to_string());
+        let (group_size, bits) = match mode.as_str() {
+            "mxfp4" => (32, 4),
+            "mxfp8" => (32, 8),
+            "nvfp4" => (16, 4),
+            _ => (64, 4),
+        };
+        ModuleQuantization { group_size: raw.group_size.unwrap_or(group_size), bits: raw.bits.unwrap_or(bits), mode }
+    }
 }
 
 impl ModuleQuantization {
@@ -399,10 +426,10 @@ impl QuantizationConfig {
                     let entry: ModuleQuantization = serde_json::from_value(value.clone())
                         .map_err(|e| invalid(format!("quantization.{key:?} is not {{group_size, bits, mode}}: {e}")))?;
                     entry.dtype(Float::BF16)?;
-                    config.modules.insert(key.clone(), Some(entry));
+                    config.modules.insert(text_name(key), Some(entry));
                 }
                 Value::Bool(false) => {
-                    config.modules.insert(key.clone(), None);
+                    config.modules.insert(text_name(key), None);
                 }
                 Value::Bool(true) => {} // "quantised with the default", which needs no entry
                 _ => {
@@ -410,7 +437,7 @@ impl QuantizationConfig {
                 }
             }
         }
-        if default.contains_key("bits") {
+        if ["bits", "group_size", "mode"].iter().any(|key| default.contains_key(*key)) {
             let entry: ModuleQuantization = serde_json::from_value(Value::Object(default))
                 .map_err(|e| invalid(format!("quantization is not {{group_size, bits, mode}}: {e}")))?;
             entry.dtype(Float::BF16)?;
@@ -552,11 +579,39 @@ impl ModelConfig {
     /// # Errors
     /// See [`ConfigError`].
     pub fn parse(text: &str) -> Result<ModelConfig, ConfigError> {
-        let raw: RawConfig = serde_json::from_str(text)
-            .map_err(|e| ConfigError::Parse { path: "config.json".to_string(), message: e.to_string() })?;
+        let malformed =
+            |e: serde_json::Error| ConfigError::Parse { path: "config.json".to_string(), message: e.to_string() };
+        let text = without_literals(text);
+        let raw: RawConfig = serde_json::from_str(&text).map_err(malformed)?;
+        let raw = match wrapped(&text, &raw) {
+            Some(inner) => serde_json::from_value(inner).map_err(malformed)?,
+            None => raw,
+        };
         let found = raw.model_type.clone().unwrap_or_default();
         let model_type = ModelType::parse(&found)?;
         Fields { raw: &raw, model_type }.build()
+    }
+
+    /// Gives a model that ties its head to the embedding its own head if the checkpoint has a different one, as
+    /// transformers does; true if so.
+    pub fn settle_tie(&mut self, checkpoint: &Checkpoint) -> bool {
+        let leaves = |module: &str| -> Vec<String> {
+            let names = checkpoint.names().filter_map(|name| name.strip_prefix(module)?.strip_prefix('.'));
+            names.map(str::to_string).collect()
+        };
+        let (head, embedding) = ("lm_head", "model.embed_tokens");
+        let is_same = |leaf: &String| {
+            let (a, b) = (format!("{head}.{leaf}"), format!("{embedding}.{leaf}"));
+            let type_of = |name: &str| checkpoint.info(name).map(|info| (info.dtype, info.shape.clone()));
+            type_of(&a) == type_of(&b) && checkpoint.bytes(&a) == checkpoint.bytes(&b)
+        };
+        let found = leaves(head);
+        let differs = self.tie_word_embeddings
+            && checkpoint.has_data()
+            && !found.is_empty()
+            && (found != leaves(embedding) || !found.iter().all(is_same));
+        self.tie_word_embeddings &= !differs;
+        differs
     }
 
     /// Layers of the MTP head that follow the decoder layers, as layer indices.
@@ -607,6 +662,23 @@ impl ModelConfig {
     pub fn has_indexer(&self, layer: usize) -> bool {
         self.indexer.as_ref().is_some_and(|i| i.full_layers.get(layer).copied().unwrap_or(true))
     }
+}
+
+/// The language model's part of a configuration that wraps it for images or sound (`text_config`); what concerns the whole
+/// checkpoint stays.
+fn wrapped(text: &str, outer: &RawConfig) -> Option<Value> {
+    if ModelType::parse(outer.model_type.as_deref()?).is_ok() {
+        return None;
+    }
+    let mut outer: serde_json::Map<String, Value> = serde_json::from_str(text).ok()?;
+    let Value::Object(mut inner) = outer.remove("text_config")? else { return None };
+    ModelType::parse(inner.get("model_type")?.as_str()?).ok()?;
+    for key in ["quantization", "quantization_config", "eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings"] {
+        if let Some(value) = outer.remove(key).filter(|_| inner.get(key).is_none_or(Value::is_null)) {
+            inner.insert(key.to_string(), value);
+        }
+    }
+    Some(Value::Object(inner))
 }
 
 struct Fields<'a> {
@@ -851,18 +923,30 @@ impl Fields<'_> {
     fn rope(&self) -> Result<RopeParameters, ConfigError> {
         let raw = self.raw;
         let empty = BTreeMap::new();
-        let section = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&empty);
-        let optional = |key: &'static str| section.get(key).and_then(Value::as_f64);
+        // Beside rope_parameters, a rope_scaling that says anything wins, as in transformers.
+        let scaling = raw.rope_scaling.as_ref().filter(|section| !section.is_empty());
+        let section = scaling.or(raw.rope_parameters.as_ref()).unwrap_or(&empty);
+        let optional = |key: &'static str| match section.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value
+                .as_f64()
+                .map(Some)
+                .ok_or_else(|| ConfigError::Invalid(format!("rope parameter {key:?} must be a number, found {value}"))),
+        };
         let required = |key: &'static str| {
             let value =
-                optional(key).ok_or_else(|| ConfigError::Invalid(format!("rope parameters need a number {key:?}")))?;
+                optional(key)?.ok_or_else(|| ConfigError::Invalid(format!("rope parameters need a number {key:?}")))?;
             if value.is_finite() && value > 0.0 {
                 Ok(value)
             } else {
                 Err(ConfigError::Invalid(format!("rope parameter {key:?} must be positive, found {value}")))
             }
         };
-        let theta = optional("rope_theta").or(raw.rope_theta).unwrap_or(10000.0);
+        let theta = optional("rope_theta")?.or(raw.rope_theta).unwrap_or(10000.0);
+        let trained = || match section.get("original_max_position_embeddings") {
+            None | Some(Value::Null) => Ok(raw.max_position_embeddings.unwrap_or(2048) as f64),
+            Some(_) => required("original_max_position_embeddings"),
+        };
         if !(theta.is_finite() && theta > 1.0) {
             return Err(ConfigError::Invalid(format!("rope_theta must be above 1, found {theta}")));
         }
@@ -872,19 +956,19 @@ impl Fields<'_> {
             "linear" => RopeScaling::Linear { factor: required("factor")? },
             "yarn" => RopeScaling::Yarn {
                 factor: required("factor")?,
-                original_max_position_embeddings: required("original_max_position_embeddings")?,
-                beta_fast: optional("beta_fast").unwrap_or(32.0),
-                beta_slow: optional("beta_slow").unwrap_or(1.0),
-                mscale: optional("mscale"),
-                mscale_all_dim: optional("mscale_all_dim"),
-                attention_factor: optional("attention_factor"),
+                original_max_position_embeddings: trained()?,
+                beta_fast: optional("beta_fast")?.unwrap_or(32.0),
+                beta_slow: optional("beta_slow")?.unwrap_or(1.0),
+                mscale: optional("mscale")?,
+                mscale_all_dim: optional("mscale_all_dim")?,
+                attention_factor: optional("attention_factor")?,
                 truncate: section.get("truncate").and_then(Value::as_bool).unwrap_or(true),
             },
             "llama3" => RopeScaling::Llama3 {
                 factor: required("factor")?,
                 low_freq_factor: required("low_freq_factor")?,
                 high_freq_factor: required("high_freq_factor")?,
-                original_max_position_embeddings: required("original_max_position_embeddings")?,
+                original_max_position_embeddings: trained()?,
             },
             other => {
                 return Err(ConfigError::Invalid(format!(

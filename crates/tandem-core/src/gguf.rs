@@ -358,6 +358,8 @@ pub struct Gguf {
 }
 
 const MAX_DEPTH: usize = 4;
+/// Files of one model.
+const MAX_FILES: usize = 1 << 14;
 /// Metadata values of one file, those in lists included: vocabularies have some hundred thousand.
 const MAX_VALUES: usize = 1 << 24;
 
@@ -370,6 +372,10 @@ impl Gguf {
         let mut gguf = Gguf { files: vec![], metadata: BTreeMap::new(), tensors: BTreeMap::new() };
         gguf.add(path)?;
         let n_files = gguf.metadata.get("split.count").and_then(Value::as_usize).unwrap_or(1);
+        if n_files > MAX_FILES {
+            let message = format!("it says that it is one of {n_files} files, expected at most {MAX_FILES}");
+            return Err(GgufError::Damaged { path: path.display().to_string(), message });
+        }
         for i in 2..=n_files {
             let sibling = sibling(path, i, n_files).ok_or_else(|| GgufError::Damaged {
                 path: path.display().to_string(),
@@ -383,6 +389,11 @@ impl Gguf {
     /// Metadata by key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
+    }
+
+    /// All metadata, by key.
+    pub fn metadata(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.metadata.iter().map(|(key, value)| (key.as_str(), value))
     }
 
     /// A tensor's type and shape.

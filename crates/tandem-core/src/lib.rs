@@ -7,8 +7,10 @@ pub mod checkpoint;
 pub mod config;
 pub mod dtype;
 pub mod gguf;
+pub mod json;
 mod numerics;
 pub mod quant;
+mod shrink;
 pub mod weights;
 
 pub use backend::{Backend, Batch, EXACT_ROWS};

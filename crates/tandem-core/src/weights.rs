@@ -733,7 +733,9 @@ impl Resolver<'_> {
                 let n_stack = shape.len().saturating_sub(2);
                 let mut blocks = shape.to_vec();
                 blocks[n_stack..].iter_mut().for_each(|n| *n = n.div_ceil(FP8_BLOCK));
-                self.expect(source.scales.as_deref().unwrap_or_default(), &[TensorDType::F32], &blocks);
+                let types =
+                    [TensorDType::F32, TensorDType::BF16, TensorDType::F16, TensorDType::F8_E8M0, TensorDType::U8];
+                self.expect(source.scales.as_deref().unwrap_or_default(), &types, &blocks);
             }
         }
     }
@@ -926,12 +928,32 @@ fn load(checkpoint: &Checkpoint, source: &Source) -> Result<MatrixPart, Checkpoi
         None => Ok(Bytes::new()),
     };
     let global = bytes(&source.global_scale)?;
+    let mut scales = bytes(&source.scales)?;
+    if source.dtype == DType::Fp8Block
+        && let Some(info) = source.scales.as_ref().and_then(|name| checkpoint.info(name))
+    {
+        scales = f32_scales(info.dtype, scales);
+    }
     Ok(MatrixPart {
         weight: tensor_bytes(checkpoint, &source.weight)?,
-        scales: bytes(&source.scales)?,
+        scales,
         biases: bytes(&source.biases)?,
         global_scale: (global.len() >= 4).then(|| Float::F32.read(&global, 0)),
     })
+}
+
+/// Block scales of any published type as f32, which holds every value of them.
+fn f32_scales(dtype: TensorDType, bytes: Bytes) -> Bytes {
+    let widen = |values: &mut dyn Iterator<Item = f32>| values.flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into();
+    match dtype {
+        TensorDType::BF16 => widen(&mut (0..bytes.len() / 2).map(|i| Float::BF16.read(&bytes, i))),
+        TensorDType::F16 => widen(&mut (0..bytes.len() / 2).map(|i| Float::F16.read(&bytes, i))),
+        // Powers of two; 255 is NaN.
+        TensorDType::F8_E8M0 | TensorDType::U8 => {
+            widen(&mut bytes.iter().map(|byte| if *byte == u8::MAX { f32::NAN } else { quant::minifloat::e8m0(*byte) }))
+        }
+        _ => bytes,
+    }
 }
 
 fn tensor_bytes(checkpoint: &Checkpoint, name: &str) -> Result<Bytes, CheckpointError> {

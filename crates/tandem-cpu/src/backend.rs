@@ -1,5 +1,6 @@
 //! [`Backend`] on the CPU: splits each operation over the pool and calls the kernels.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
 use tandem_core::backend::{
@@ -7,7 +8,7 @@ use tandem_core::backend::{
     RouterTopk, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::MatrixData;
-use tandem_core::{Backend, CheckpointError, Numerics};
+use tandem_core::{Backend, CheckpointError, DType, Numerics};
 
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
@@ -24,7 +25,6 @@ use crate::matrix::{CpuMatrix, Mapped};
 use crate::pool::Pool;
 use crate::scratch::{with_activations, with_scratch};
 use crate::shared_mut::SharedMut;
-#[cfg(target_arch = "x86_64")]
 use crate::tiles::Tiles;
 
 /// Packed bytes of one task of a matrix product, at most: long runs stream better (64 KB: 42 to 55 ms for two GLM-5.1
@@ -110,6 +110,8 @@ pub struct CpuBackend {
     work: Mutex<Work>,
     /// The first error; it stays, and every [`Backend::sync`] tells it.
     failed: Mutex<Option<CpuError>>,
+    /// Formats that [`CpuBackend::say_if_slow`] has spoken of.
+    slow: Mutex<HashSet<DType>>,
 }
 
 /// Memory that operations reuse.
@@ -140,6 +142,7 @@ impl CpuBackend {
             pool: Arc::new(Pool::new(n_threads)),
             work: Mutex::default(),
             failed: Mutex::default(),
+            slow: Mutex::default(),
         }
     }
 
@@ -150,9 +153,19 @@ impl CpuBackend {
         self
     }
 
-    /// The numerics that are fastest without quantising activations.
+    /// The numerics that this processor computes fast and well, see [`CpuBackend::default_numerics_for`].
     pub fn default_numerics() -> Numerics {
-        if Isa::detect().has_bf16() { Numerics::Bf16 } else { Numerics::F32 }
+        CpuBackend::default_numerics_for(Isa::detect())
+    }
+
+    /// The numerics that `isa` computes fast and well: with 16-bit activations where it multiplies these fast enough for
+    /// its memory, with 8-bit ones on Arm, where only bytes have such products, else in f32.
+    pub fn default_numerics_for(isa: Isa) -> Numerics {
+        match isa {
+            Isa::Avx2 | Isa::Avx512 | Isa::Amx => Numerics::Bf16,
+            Isa::Neon if isa.has_int8_dot() => Numerics::Int8,
+            Isa::Neon | Isa::Scalar => Numerics::F32,
+        }
     }
 
     /// Numerics in use.
@@ -173,6 +186,23 @@ impl CpuBackend {
     /// Threads in use.
     pub fn n_threads(&self) -> usize {
         self.pool.n_threads()
+    }
+
+    /// Says once for each format that a matrix has no kernel that reads it as it is.
+    fn say_if_slow(&self, name: &str, matrix: &CpuMatrix) {
+        let dtype = matrix.dtype();
+        // Plain f32 is read as it is, and the scalar kernels are there to be slow.
+        let is_slow = self.isa != Isa::Scalar
+            && dtype != DType::F32
+            && Kernel::choose(matrix, self.numerics, self.isa) == Kernel::Generic;
+        if is_slow && self.slow.lock().unwrap_or_else(|e| e.into_inner()).insert(dtype) {
+            tracing::warn!(
+                "{name} ({dtype}, {} columns) is not repacked and has no kernel of its own on {}: each row of such \
+                 matrices is decoded at every use, which is slow",
+                matrix.cols(),
+                self.isa
+            );
+        }
     }
 
     /// Keeps the first error for [`Backend::sync`].
@@ -487,16 +517,16 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&self, data: MatrixData) -> CpuMatrix {
-        #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512
-            && self.repack
-            && Tiles::supports(data.dtype, data.cols)
-            && let Some((tiles, checked)) = Tiles::new(&data, &self.pool)
+        if self.repack
+            && let Some((tiles, checked)) = Tiles::new(&data, self.isa, &self.pool)
         {
             self.note(checked);
             return CpuMatrix::Tiled(tiles);
         }
-        CpuMatrix::Mapped(Mapped::new(data))
+        let name = data.name.clone();
+        let matrix = CpuMatrix::Mapped(Mapped::new(data));
+        self.say_if_slow(&name, &matrix);
+        matrix
     }
 
     fn load_vector(&self, values: &[f32]) -> CpuBuffer {

@@ -13,7 +13,6 @@ mod cache;
 mod matrix;
 mod scratch;
 mod shared_mut;
-#[cfg(target_arch = "x86_64")]
 mod tiles;
 
 pub use backend::{CpuBackend, CpuBuffer, CpuError, CpuIndices};

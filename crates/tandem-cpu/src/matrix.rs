@@ -5,15 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_core::weights::MatrixData;
 use tandem_core::{CheckpointError, DType};
 
-#[cfg(target_arch = "x86_64")]
 use crate::tiles::Tiles;
 
 /// A matrix or stack of equal matrices.
 pub enum CpuMatrix {
     /// As it is in the checkpoint, usually mapped from its file.
     Mapped(Mapped),
-    /// Repacked in memory for AVX-512.
-    #[cfg(target_arch = "x86_64")]
+    /// Repacked in memory, see the module `tiles`.
     Tiled(Tiles),
 }
 
@@ -75,7 +73,6 @@ impl CpuMatrix {
     pub fn dtype(&self) -> DType {
         match self {
             CpuMatrix::Mapped(mapped) => mapped.data.dtype,
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.dtype,
         }
     }
@@ -84,7 +81,6 @@ impl CpuMatrix {
     pub fn rows(&self) -> usize {
         match self {
             CpuMatrix::Mapped(mapped) => mapped.data.rows,
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.rows,
         }
     }
@@ -93,7 +89,6 @@ impl CpuMatrix {
     pub fn cols(&self) -> usize {
         match self {
             CpuMatrix::Mapped(mapped) => mapped.data.cols,
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.cols,
         }
     }
@@ -102,8 +97,7 @@ impl CpuMatrix {
     pub fn n_parts(&self) -> usize {
         match self {
             CpuMatrix::Mapped(mapped) => mapped.data.parts.len(),
-            #[cfg(target_arch = "x86_64")]
-            CpuMatrix::Tiled(tiles) => tiles.n_parts,
+            CpuMatrix::Tiled(tiles) => tiles.n_parts(),
         }
     }
 
@@ -116,7 +110,6 @@ impl CpuMatrix {
     pub(crate) fn dequantize_row(&self, part: usize, row: usize, out: &mut [f32]) {
         match self {
             CpuMatrix::Mapped(mapped) => mapped.data.view(part).dequantize_row(row, out),
-            #[cfg(target_arch = "x86_64")]
             CpuMatrix::Tiled(tiles) => tiles.dequantize_row(part, row, out),
         }
     }

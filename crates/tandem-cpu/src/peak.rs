@@ -16,7 +16,7 @@ const STEPS: usize = 1 << 20;
 /// multiplications that `numerics` uses, operands in registers; `None` where no such loop is written.
 pub fn measure_peak(pool: &Pool, numerics: Numerics, isa: Isa) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 {
+    if matches!(isa, Isa::Avx2 | Isa::Avx512 | Isa::Amx) {
         return Some(x86::best(pool, numerics, isa));
     }
     let _ = (pool, numerics, isa);
@@ -37,10 +37,13 @@ mod x86 {
 
     pub(super) fn best(pool: &Pool, numerics: Numerics, isa: Isa) -> f64 {
         // Loop, and multiplications in one instruction.
-        let (run, lanes): (unsafe fn(), usize) = match numerics {
-            Numerics::Int8 if isa.has_vnni() => (int8, 64),
-            Numerics::Bf16 if isa.has_bf16() => (bf16, 32),
-            _ => (f32, 16),
+        let (run, lanes): (unsafe fn(), usize) = match (isa, numerics) {
+            (Isa::Avx512 | Isa::Amx, Numerics::Int8) => (int8, 64),
+            (Isa::Avx512 | Isa::Amx, Numerics::Bf16) => (int16, 32),
+            (Isa::Avx512 | Isa::Amx, Numerics::F32) => (f32, 16),
+            (_, Numerics::Int8) => (int8_avx2, 32),
+            (_, Numerics::Bf16) => (int16_avx2, 16),
+            (_, Numerics::F32) => (f32_avx2, 8),
         };
         let operations = 2 * lanes * CHAINS * STEPS * pool.n_threads();
         let mut best = 0.0f64;
@@ -69,13 +72,13 @@ mod x86 {
         black_box(sums);
     }
 
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn bf16() {
-        let a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(black_box(1.0)), _mm512_set1_ps(1.0));
-        let mut sums = [_mm512_set1_ps(black_box(1.0)); CHAINS];
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn int16() {
+        let (a, b) = (black_box(_mm512_set1_epi16(3)), black_box(_mm512_set1_epi16(1)));
+        let mut sums = [a; CHAINS];
         for _ in 0..STEPS {
             for sum in &mut sums {
-                *sum = _mm512_dpbf16_ps(*sum, a, a);
+                *sum = _mm512_dpwssd_epi32(*sum, a, b);
             }
         }
         black_box(sums);
@@ -88,6 +91,43 @@ mod x86 {
         for _ in 0..STEPS {
             for sum in &mut sums {
                 *sum = _mm512_fmadd_ps(*sum, a, a);
+            }
+        }
+        black_box(sums);
+    }
+
+    /// A product of bytes in pairs and its addition.
+    #[target_feature(enable = "avx2")]
+    unsafe fn int8_avx2() {
+        let (a, b) = (black_box(_mm256_set1_epi8(3)), black_box(_mm256_set1_epi8(1)));
+        let mut sums = [a; CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(*sum, b));
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx2")]
+    unsafe fn int16_avx2() {
+        let (a, b) = (black_box(_mm256_set1_epi16(3)), black_box(_mm256_set1_epi16(1)));
+        let mut sums = [a; CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*sum, b));
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn f32_avx2() {
+        let a = _mm256_set1_ps(black_box(0.5));
+        let mut sums = [_mm256_set1_ps(black_box(1.0)); CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, a, a);
             }
         }
         black_box(sums);

@@ -20,7 +20,7 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) ->
     result
 }
 
-/// Calls `body` with this thread's activations, to be prepared anew.
+/// Calls `body` with this thread's activations, to be prepared again.
 pub(crate) fn with_activations<R>(body: impl FnOnce(&mut Activations) -> R) -> R {
     let mut activations = ACTIVATIONS.with(|a| a.borrow_mut().take()).unwrap_or_default();
     let result = body(&mut activations);

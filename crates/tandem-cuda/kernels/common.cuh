@@ -11,9 +11,14 @@ typedef unsigned long long u64;
 
 // Programmatic dependent launch: the next kernel may start its preamble now, and this one goes on when those before it
 // have finished. Both do nothing in an ordinary launch. Every thread of every kernel waits, so that a kernel never
-// finishes before its predecessors.
+// finishes before its predecessors. Before compute capability 9.0 there are only ordinary launches.
+#if __CUDA_ARCH__ >= 900
 DI void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 DI void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+DI void let_next_start() {}
+DI void wait_for_previous() {}
+#endif
 
 // A matrix [rows, cols] or a stack of equal ones. A `tiled` one is kept in tiles (repack.cu) of 8 rows and 128 bytes of
 // elements of each, in the order in which the row kernels read them: `weight` is [parts, row groups, row_bytes] then.
@@ -80,16 +85,31 @@ DI float f16_to_f32(u16 bits) {
     return out;
 }
 
-DI u32 mul_bf16x2(u32 a, u32 b) {
+DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     u32 out;
-    asm("mul.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
     return out;
 }
 
+// Before compute capability 9.0 these are fused multiply-adds, which give the same bits: a . b - 0, and b . -1 + a.
+DI u32 mul_bf16x2(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+    u32 out;
+    asm("mul.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+#else
+    return fma_bf16x2(a, b, 0x80008000u);
+#endif
+}
+
 DI u32 sub_bf16x2(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
     u32 out;
     asm("sub.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
     return out;
+#else
+    return fma_bf16x2(b, 0xbf80bf80u, a);
+#endif
 }
 
 // 16 bytes that are read once: past L1.

@@ -47,12 +47,6 @@ DI RawRow load_raw(const Matrix& m, const u8* group, u32 row, u32 k) {
     return raw;
 }
 
-DI u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-    u32 out;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-}
-
 template <u32 FORMAT>
 DI void store_raw_as(const RawRow& raw, u16* to) {
     if constexpr (FORMAT == MXFP4) {

@@ -110,7 +110,8 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_mma(const __grid_
     }
 }
 
-// Blocks of a row: one, or a cluster of 8 that read each other's shared memory.
+// Blocks of a row: one, or a cluster of 8 that read each other's shared memory, which compute capability 9.0 has.
+#if __CUDA_ARCH__ >= 900
 DI void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -121,6 +122,10 @@ DI u32 load_cluster(const u32* p, u32 rank) {
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
+#else
+DI void cluster_sync() {}
+DI u32 load_cluster(const u32* p, u32) { return *p; }
+#endif
 
 // Positions of the k highest scores, ascending; all of them while there are no more, then -1. Among equal scores at the
 // threshold the earlier positions win. Radix selection in digits of 11, 11 and 10 bits; a warp has a run of positions, of
@@ -251,4 +256,6 @@ DI void index_topk(const IndexArgs& args) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024) index_topk_1(const __grid_constant__ IndexArgs args) { index_topk<1, 8>(args); }
+#if __CUDA_ARCH__ >= 900
 extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 16>(args); }
+#endif

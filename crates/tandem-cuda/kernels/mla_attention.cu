@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) mla_attention(const __grid_
     u32 pitch = args.width + 8;
     u16* q = memory;                     // [16, pitch]
     u16* keys = memory + 16 * pitch;     // [MLA_TILE, pitch]
-    __shared__ float cosines[MLA_MAX_WIDTH / 2], sines[MLA_MAX_WIDTH / 2];
+    __shared__ float cosines[MAX_ROPE_PAIRS], sines[MAX_ROPE_PAIRS];
     let_next_start();
     u32 r = blockIdx.z, head0 = blockIdx.y * 16, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 g = lane >> 2, t = lane & 3;

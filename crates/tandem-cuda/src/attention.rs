@@ -92,9 +92,8 @@ impl CudaBackend {
             args.shares = self.scratch("shares", n * n_spans * n_heads * latent * 4);
             args.stats = self.scratch("stats", n * n_spans * n_heads * 8);
         }
-        let shared = (MLA_HEADS + MLA_TILE) * (width + 8) * 2;
         let grid = (n_spans, n_heads.div_ceil(MLA_HEADS), n);
-        self.device.launch("mla_attention", grid, 256, shared, &mut args![args]);
+        self.device.launch("mla_attention", grid, 256, mla_shared(width), &mut args![args]);
         if n_spans > 1 {
             self.launch("mla_merge", (n_heads, n, 1), 512, &mut args![args]);
         }

@@ -144,7 +144,7 @@ pub(crate) struct Sampled {
     places: Option<Places>,
     /// Which half of the host's memory each step under way writes, and how many tokens.
     under_way: VecDeque<(usize, usize)>,
-    /// Of the next step.
+    /// The half that the next step writes.
     half: usize,
 }
 

@@ -89,6 +89,11 @@ fn compile(source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
     if !unsafe { sys::is_culib_present() } {
         return Err(CudaError::NoCompiler);
     }
+    if let Some(newest) = supported_architectures().into_iter().max()
+        && arch.trim_start_matches("sm_").trim_end_matches('a').parse().is_ok_and(|wanted: i32| wanted > newest)
+    {
+        return Err(CudaError::OldCompiler { arch: arch.to_string(), newest });
+    }
     let text = CString::new(source).map_err(|e| failed(e.to_string()))?;
     // Generic lambdas count as host functions otherwise.
     let on_device = "--device-as-default-execution-space";
@@ -128,6 +133,21 @@ fn compile(source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
     }
 }
 
+/// Architectures that the compiler knows, as 10 times their compute capability; none if it does not say.
+#[allow(unsafe_code)]
+fn supported_architectures() -> Vec<i32> {
+    let mut count = 0;
+    // SAFETY: out-pointers are locals; the list has as many places as NVRTC said that it fills.
+    unsafe {
+        if sys::nvrtcGetNumSupportedArchs(&mut count) != sys::nvrtcResult::NVRTC_SUCCESS || count < 0 {
+            return vec![];
+        }
+        let mut list = vec![0; count as usize];
+        let found = sys::nvrtcGetSupportedArchs(list.as_mut_ptr());
+        if found == sys::nvrtcResult::NVRTC_SUCCESS { list } else { vec![] }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,5 +162,7 @@ mod tests {
         }
         let code = compile(&kernel_source(), "sm_90a").expect("compiles");
         assert!(code.len() > 10_000);
+        let later = compile(&kernel_source(), "sm_999").expect_err("no such architecture");
+        assert!(matches!(later, CudaError::OldCompiler { .. }), "{later}");
     }
 }

@@ -27,6 +27,8 @@ pub struct DeviceInfo {
     pub multiprocessors: i32,
     /// True if it has Hopper's own instructions (sm_90a).
     pub hopper: bool,
+    /// True if blocks form clusters, and kernels may start while their predecessors finish: compute capability 9.0 on.
+    pub clusters: bool,
 }
 
 /// True if there is a driver with at least one device.
@@ -127,7 +129,7 @@ impl Device {
             let mut name = [0 as std::ffi::c_char; 256];
             sys::cuDeviceGetName(name.as_mut_ptr(), 256, device);
             let name = CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned();
-            if major < 9 {
+            if major < 8 {
                 return Err(CudaError::Architecture { name, major, minor });
             }
             let mut total = 0;
@@ -135,7 +137,7 @@ impl Device {
             let mut context = null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut context, device), "open the device")?;
             check(sys::cuCtxSetCurrent(context), "use the device")?;
-            let hopper = (major, minor) == (9, 0);
+            let (hopper, clusters) = ((major, minor) == (9, 0), major >= 9);
             let code = machine_code(&if hopper { "sm_90a".into() } else { format!("sm_{major}{minor}") })?;
             let mut module = null_mut();
             check(sys::cuModuleLoadData(&mut module, code.as_ptr().cast()), "load the kernels")?;
@@ -151,10 +153,10 @@ impl Device {
                 module,
                 functions: Mutex::default(),
                 error: Mutex::default(),
-                programmatic,
+                programmatic: programmatic && clusters,
                 max_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
                 pinned: Mutex::default(),
-                info: DeviceInfo { name, total_memory: total as u64, multiprocessors, hopper },
+                info: DeviceInfo { name, total_memory: total as u64, multiprocessors, hopper, clusters },
             })
         }
     }

@@ -17,7 +17,7 @@ pub enum CudaError {
     DriverTooOld(i32),
     /// The device lacks instructions that the kernels use.
     #[error(
-        "{name} has compute capability {major}.{minor}, and the kernels need 9.0 (Hopper) or later: run with --backend cpu"
+        "{name} has compute capability {major}.{minor}, and the kernels need 8.0 (Ampere) or later: run with --backend cpu"
     )]
     Architecture {
         /// The device's name.
@@ -33,6 +33,17 @@ pub enum CudaError {
          cuda-nvrtc, or the wheel nvidia-cuda-nvrtc and LD_LIBRARY_PATH)"
     )]
     NoCompiler,
+    /// NVRTC is older than the device.
+    #[error(
+        "the CUDA run-time compiler does not know {arch}, the newest that it compiles for is sm_{newest}: install a newer \
+         one (package cuda-nvrtc, or the wheel nvidia-cuda-nvrtc and LD_LIBRARY_PATH; 12.8 or later for Blackwell)"
+    )]
+    OldCompiler {
+        /// Target.
+        arch: String,
+        /// The newest architecture that it knows, as 10 times its compute capability.
+        newest: i32,
+    },
     /// NVRTC refused the kernels.
     #[error("the kernels do not compile for {arch}, which is a bug:\n{log}")]
     Compile {

@@ -12,7 +12,7 @@ use crate::driver::{Device, Pinned};
 
 /// Computes experts in memory of the host.
 pub trait HostExperts {
-    /// Takes a stack of matrices over and returns the number by which it is known.
+    /// Takes a stack of matrices over and returns its number.
     fn load(&self, data: MatrixData) -> usize;
     /// `out = sum_k weights[k] * expert[ids[k]](x)` over ids that are not negative, by gate, up and down of these numbers;
     /// `x` and `out` are `[n_rows, hidden]`, `ids` and `weights` `[n_rows, top_k]`.

@@ -56,7 +56,7 @@ impl CudaBackend {
                 let name = ["index_scores_f32_f32", "index_scores_f32_bf16"][usize::from(cache.bf16)];
                 self.launch(name, (context.div_ceil(INDEX_F32_TILE), n, 1), 256, &mut args![args]);
             }
-            if context > TOPK_CLUSTER_CONTEXT && n <= TOPK_CLUSTER_ROWS {
+            if context > TOPK_CLUSTER_CONTEXT && n <= TOPK_CLUSTER_ROWS && self.device.info.clusters {
                 self.launch("index_topk_8", (TOPK_CLUSTER * n, 1, 1), 1024, &mut args![args]);
             } else {
                 self.launch("index_topk_1", (n, 1, 1), 1024, &mut args![args]);

@@ -10,8 +10,6 @@ use crate::buffer::CudaBuffer;
 use crate::matrix::CudaMatrix;
 use crate::preamble::*;
 
-/// Shared memory of the row kernels: a ring for each warp.
-pub(crate) const ROWS_SHARED: usize = ROW_WARPS * RING * ROUND_BYTES;
 /// Shared memory of gemm_wgmma: stages of bf16 tokens, a ring of tiles for two groups of rows of each of 8 warps, and what
 /// aligns it.
 const WGMMA_SHARED: usize = WGMMA_STAGES * GEMM_TILE * GEMM_K * 2 + 8 * WGMMA_RING * 2 * TILE_BYTES + WGMMA_ALIGNMENT;
@@ -147,9 +145,7 @@ impl CudaBackend {
         }
         let (name, stages) =
             if tokens == GEMM_TILE { ("gemm_mma_128", GEMM_STAGES) } else { ("gemm_mma_32", GEMM_FEW_STAGES) };
-        // Two stages of decoded rows, and those of tokens.
-        let shared = (2 * GEMM_TILE + stages * tokens) * GEMM_PITCH * 2;
-        self.device.launch(name, grid, 256, shared, &mut args![args]);
+        self.device.launch(name, grid, 256, gemm_shared(tokens, stages), &mut args![args]);
     }
 }
 

@@ -79,7 +79,7 @@ impl CudaMatrix {
             DType::Affine { bits, group_size, .. } => (Format::AffineF32, bits.into(), group_size.into()),
         };
         let tiled = match dtype {
-            DType::Mxfp4 => has_tiled_scales(data).then_some(Tiled::Mxfp4),
+            DType::Mxfp4 => stager.check(|| has_tiled_scales(data)).then_some(Tiled::Mxfp4),
             DType::Affine { bits: 8, group_size: 64, params: Float::BF16 } => Some(Tiled::Affine8),
             _ => None,
         };
@@ -142,7 +142,7 @@ fn load_tiles(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view
     let (group_bytes, groups) = (rounds * TILE_BYTES, rows.div_ceil(TILE_ROWS));
     let part_bytes = groups * group_bytes;
     // Tiles are written whole.
-    let memory = device.alloc_for_all_bytes(part_bytes * data.parts.len());
+    let memory = stager.alloc(device, part_bytes * data.parts.len(), false);
     let of_row = row_bytes + 2 * scale_row;
     let rows_at_once = stager.room() / of_row / TILE_ROWS * TILE_ROWS;
     let mut pieces = vec![];
@@ -187,8 +187,8 @@ fn load_rows(device: &Arc<Device>, stager: &mut Stager, data: &MatrixData, view:
     let scale_rows = if dtype == DType::Fp8Block { rows.div_ceil(FP8_BLOCK) } else { rows };
     let (weight_part, scale_part) = (rows * row_bytes, scale_rows * scale_pitch);
     // A margin, as kernels may load whole vectors at the end of the last row.
-    let weight = device.alloc(weight_part * data.parts.len() + 16);
-    let scales = device.alloc(scale_part * data.parts.len());
+    let weight = stager.alloc(device, weight_part * data.parts.len() + 16, true);
+    let scales = stager.alloc(device, scale_part * data.parts.len(), true);
     let globals: Vec<f32> = data.parts.iter().filter_map(|p| p.global_scale).map(|g| g / NVFP4_LARGEST).collect();
     let has_globals = globals.len() == data.parts.len() && !globals.is_empty();
     let globals_memory = device.alloc(globals.len() * 4);

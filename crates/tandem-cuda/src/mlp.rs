@@ -7,7 +7,7 @@ use crate::CudaBackend;
 use crate::args;
 use crate::batch::DECODE_ROWS;
 use crate::buffer::{CudaBuffer, CudaIndices};
-use crate::linear::{ROWS_SHARED, linear_f32_args, split, token_tiles};
+use crate::linear::{linear_f32_args, split, token_tiles};
 use crate::matrix::CudaMatrix;
 use crate::preamble::*;
 

@@ -92,6 +92,31 @@ constants! {
     PAGE_TOKENS = PAGE_SIZE;
 }
 
+/// Dynamic shared memory of the row kernels, in bytes: a ring for each warp.
+pub(crate) const ROWS_SHARED: usize = ROW_WARPS * RING * ROUND_BYTES;
+
+/// Dynamic shared memory of gemm_mma, in bytes: two stages of decoded rows, and `stages` of tokens.
+pub(crate) const fn gemm_shared(tokens: usize, stages: usize) -> usize {
+    (2 * GEMM_TILE + stages * tokens) * GEMM_PITCH * 2
+}
+
+/// Dynamic shared memory of mla_attention, in bytes, for cached vectors of `width`: queries and a tile of positions.
+pub(crate) const fn mla_shared(width: usize) -> usize {
+    (MLA_HEADS + MLA_TILE) * (width + 8) * 2
+}
+
+/// The largest requests for dynamic shared memory of kernels that run on every architecture.
+const SHARED: &[(&str, usize)] = &[
+    ("linear_mma_1", ROWS_SHARED),
+    ("linear_mma_4", ROWS_SHARED),
+    ("moe_gate_up_4", ROWS_SHARED),
+    ("moe_down_4", ROWS_SHARED),
+    ("moe_down_token", ROWS_SHARED),
+    ("gemm_mma_128", gemm_shared(GEMM_TILE, GEMM_STAGES)),
+    ("gemm_mma_32", gemm_shared(GEMM_FEW, GEMM_FEW_STAGES)),
+    ("mla_attention", mla_shared(MLA_MAX_WIDTH)),
+];
+
 /// Words of 32 bits with a meaning of their own.
 const WORDS: &[(&str, u32)] = &[("SAMPLED", SAMPLED), ("NO_TOKEN", NO_TOKEN)];
 
@@ -120,33 +145,39 @@ formats! {
     AffineBf16 = "AFFINE_BF16",
 }
 
-/// The formats that tensor cores read, which are kept in tiles. Every kernel that takes tiles takes all of them: in Rust by
-/// a `match`, in CUDA by `FOR_TILED_FORMAT`, whose cases are these.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Tiled {
-    /// With scales that the kernels' arithmetic holds.
-    Mxfp4,
-    /// 8 bits in groups of 64 with bf16 scales and biases.
-    Affine8,
-}
+macro_rules! tiled_formats {
+    ($($(#[$doc:meta])* $name:ident = $format:ident,)*) => {
+        /// The formats that tensor cores read, which are kept in tiles. Every kernel that takes tiles takes all of them: in
+        /// Rust by a `match`, in CUDA by `FOR_TILED_FORMAT`, whose cases are these.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Tiled { $($(#[$doc])* $name,)* }
 
-impl Tiled {
-    const ALL: [Tiled; 2] = [Tiled::Mxfp4, Tiled::Affine8];
+        impl Tiled {
+            const ALL: &[Tiled] = &[$(Tiled::$name),*];
 
-    /// As kernels know it.
-    pub(crate) const fn format(self) -> Format {
-        match self {
-            Tiled::Mxfp4 => Format::Mxfp4,
-            Tiled::Affine8 => Format::AffineBf16,
+            /// As kernels know it.
+            pub(crate) const fn format(self) -> Format {
+                match self {
+                    $(Tiled::$name => Format::$format,)*
+                }
+            }
         }
-    }
+    };
 }
 
-/// The constants and formats as CUDA C++.
+tiled_formats! {
+    /// With scales that the kernels' arithmetic holds.
+    Mxfp4 = Mxfp4,
+    /// 8 bits in groups of 64 with bf16 scales and biases.
+    Affine8 = AffineBf16,
+}
+
+/// The constants and formats as CUDA C++; what launches ask of shared memory is for scripts/check-cuda-kernels.
 pub(crate) fn preamble() -> String {
     let name_of = |format| FORMATS.iter().find(|(_, f)| *f == format).map_or("", |(name, _)| *name);
     let constants: String = CONSTANTS.iter().map(|(name, value)| format!("#define {name} {value}\n")).collect();
     let words: String = WORDS.iter().map(|(name, value)| format!("#define {name} {value:#x}u\n")).collect();
+    let shared: String = SHARED.iter().map(|(kernel, bytes)| format!("#define SHARED_{kernel} {bytes}\n")).collect();
     let formats: Vec<String> = FORMATS.iter().map(|(name, format)| format!("{name} = {}", *format as u32)).collect();
     let cases: String = Tiled::ALL
         .iter()
@@ -154,7 +185,7 @@ pub(crate) fn preamble() -> String {
         .map(|name| format!("case {name}: {{ constexpr u32 FORMAT = {name}; __VA_ARGS__; break; }} "))
         .collect();
     format!(
-        "{constants}{words}enum : unsigned int {{ {} }};\n\
+        "{constants}{words}{shared}enum : unsigned int {{ {} }};\n\
          #define FOR_TILED_FORMAT(format, ...) switch (format) {{ {cases}default: __builtin_unreachable(); }}\n",
         formats.join(", "),
     )

@@ -61,6 +61,10 @@ pub(crate) struct Stager {
     start: Instant,
     bytes: usize,
     copying: Duration,
+    /// Making buffers, and memory on the device.
+    allocating: Duration,
+    /// Deciding how matrices are kept.
+    checking: Duration,
 }
 
 impl Stager {
@@ -74,12 +78,37 @@ impl Stager {
             start: Instant::now(),
             bytes: 0,
             copying: Duration::ZERO,
+            allocating: Duration::ZERO,
+            checking: Duration::ZERO,
         }
     }
 
     /// Makes buffers for a matrix of `bytes`, of which `least` must fit at once; false if the device is out of memory, which
     /// its next `sync` says.
     pub(crate) fn prepare(&mut self, device: &Arc<Device>, bytes: usize, least: usize) -> bool {
+        let start = Instant::now();
+        let prepared = self.make_buffers(device, bytes, least);
+        self.allocating += start.elapsed();
+        prepared
+    }
+
+    /// Memory on the device, zeroed unless all of it will be written.
+    pub(crate) fn alloc(&mut self, device: &Arc<Device>, bytes: usize, cleared: bool) -> Memory {
+        let start = Instant::now();
+        let memory = if cleared { device.alloc(bytes) } else { device.alloc_for_all_bytes(bytes) };
+        self.allocating += start.elapsed();
+        memory
+    }
+
+    /// Times what decides how a matrix is kept.
+    pub(crate) fn check<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        self.checking += start.elapsed();
+        result
+    }
+
+    fn make_buffers(&mut self, device: &Arc<Device>, bytes: usize, least: usize) -> bool {
         let wanted = BUFFER.max(least + SOURCES * ALIGNMENT);
         if self.capacity < wanted {
             self.workers.clear();
@@ -140,11 +169,14 @@ impl Stager {
     /// Tells the log where the time went.
     pub(crate) fn report(&self) {
         tracing::info!(
-            "{:.2} GB of weights went through pinned memory in {:.2} s by {} threads, and {:.2} s were spent between",
+            "{:.2} GB of weights went through pinned memory in {:.2} s by {} threads, and {:.2} s were spent between: {:.2} s \
+             on memory, {:.2} s on ranges of scales, the rest on reading and checking the files",
             self.bytes as f64 / 1e9,
             self.copying.as_secs_f64(),
             self.threads,
             self.start.elapsed().saturating_sub(self.copying).as_secs_f64(),
+            self.allocating.as_secs_f64(),
+            self.checking.as_secs_f64(),
         );
     }
 }

@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release -p tandem-engine --example generate -- models/fable-30m-MXFP4-Q8 2,4,7,216,648
 //!
-//! Text to ids and back is the binary's work (crates/tandem/src/text); this example shows the library alone.
+//! Text to ids and back is tandem-text's work; this example shows the engine alone.
 
 use std::error::Error;
 use std::ops::ControlFlow;

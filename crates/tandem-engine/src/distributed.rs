@@ -235,7 +235,7 @@ pub struct RankRunner<B: Backend> {
     times: RankTimes,
     answer: Option<Answer<B>>,
     check: Option<Check>,
-    /// Steps run, by which ranks know when to compare.
+    /// Steps run, from which ranks know when to compare.
     n_steps: u64,
 }
 

@@ -44,7 +44,7 @@ pub enum EngineError {
          damaged checkpoint)"
     )]
     NotFinite {
-        /// Of the token whose successor the logits are for, from 0.
+        /// Position of the token whose successor the logits are for, from 0.
         position: usize,
         /// The first such token.
         token_id: usize,
@@ -73,7 +73,7 @@ pub enum EngineError {
 pub struct Sequence {
     tokens: Vec<u32>,
     pages: Vec<u32>,
-    /// Of the full pages that others may find.
+    /// Hashes of the full pages that others may find.
     hashes: Vec<PageHash>,
 }
 
@@ -102,7 +102,7 @@ pub struct Counters {
     pub prompt_tokens: u64,
     /// Prompt tokens that the cache held.
     pub cached_tokens: u64,
-    /// Of these, tokens whose pages came from the disk.
+    /// The part of these whose pages came from the disk.
     pub disk_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use tandem_core::json::without_literals;
 use thiserror::Error;
 
 use crate::sampler::{InvalidParam, SamplingParams};
@@ -42,7 +43,7 @@ pub enum GenerationConfigError {
 /// Generation defaults of a model; what the files do not say is `None`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationConfig {
-    /// Tokens that end a turn; from `config.json` when `generation_config.json` names none, empty when neither does.
+    /// Tokens that end a turn, of `generation_config.json` and of `config.json`: either may leave some out.
     pub eos_token_ids: Vec<u32>,
     /// `false` asks for greedy decoding, whatever the other values are.
     pub do_sample: Option<bool>,
@@ -93,10 +94,12 @@ impl GenerationConfig {
         let path = dir.join("generation_config.json");
         let file: GenerationFile = read_json(&path)?.unwrap_or_default();
         let mut eos_token_ids = file.eos_token_id.map(TokenIds::into_vec).unwrap_or_default();
-        if eos_token_ids.is_empty() {
-            let model: ModelFile = read_json(&dir.join("config.json"))?.unwrap_or_default();
-            let nested = model.text_config.and_then(|text| text.eos_token_id);
-            eos_token_ids = model.eos_token_id.or(nested).map(TokenIds::into_vec).unwrap_or_default();
+        let model: ModelFile = read_json(&dir.join("config.json"))?.unwrap_or_default();
+        let nested = model.text_config.and_then(|text| text.eos_token_id);
+        for id in [model.eos_token_id, nested].into_iter().flatten().flat_map(TokenIds::into_vec) {
+            if !eos_token_ids.contains(&id) {
+                eos_token_ids.push(id);
+            }
         }
         let config = Self {
             eos_token_ids,
@@ -146,16 +149,18 @@ impl GenerationConfig {
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "eos_token_id is neither a token id nor a list of token ids")]
 enum TokenIds {
-    One(u32),
-    Many(Vec<u32>),
+    One(i64),
+    Many(Vec<i64>),
 }
 
 impl TokenIds {
+    /// Without -1, which some files write for none.
     fn into_vec(self) -> Vec<u32> {
-        match self {
+        let ids = match self {
             Self::One(token_id) => vec![token_id],
             Self::Many(token_ids) => token_ids,
-        }
+        };
+        ids.into_iter().filter(|id| *id >= 0).map(|id| u32::try_from(id).unwrap_or(u32::MAX)).collect()
     }
 }
 
@@ -187,7 +192,7 @@ struct TextFile {
 
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, GenerationConfigError> {
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
+        Ok(bytes) => serde_json::from_str(&without_literals(&String::from_utf8_lossy(&bytes)))
             .map(Some)
             .map_err(|source| GenerationConfigError::Parse { path: path.to_owned(), source }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -230,7 +235,8 @@ mod tests {
         let check = |generation: Option<&str>, model: Option<&str>, expected: &[u32]| {
             assert_eq!(load(generation, model).unwrap().eos_token_ids, expected, "{generation:?} {model:?}");
         };
-        check(Some(r#"{"eos_token_id": 5}"#), Some(r#"{"eos_token_id": 9}"#), &[5]);
+        check(Some(r#"{"eos_token_id": 5}"#), Some(r#"{"eos_token_id": 9}"#), &[5, 9]);
+        check(Some(r#"{"eos_token_id": [5, -1], "x": Infinity}"#), Some(r#"{"eos_token_id": -1, "y": NaN}"#), &[5]);
         check(Some(r#"{"eos_token_id": [5, 6]}"#), None, &[5, 6]);
         check(Some(r#"{"eos_token_id": null}"#), Some(r#"{"eos_token_id": [9, 8]}"#), &[9, 8]);
         check(None, Some(r#"{"text_config": {"eos_token_id": 3}}"#), &[3]);

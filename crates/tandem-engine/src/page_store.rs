@@ -1,10 +1,16 @@
 //! Cache pages on disk, so that a restart need not run old prompts again.
 //!
 //! One file per full page, named by its hash; the model's fingerprint names the folder. A file that cannot be read, or
-//! whose checksum is wrong, is removed and counts as missing: the cache may be deleted at any time.
+//! whose checksum is wrong, is removed and counts as missing: the cache may be deleted at any time. The checksum is of the
+//! model's and the page's name too, so that a page is not taken for another.
+//!
+//! Pages hold what people wrote: folder and files are for their owner alone, and nothing else than the owner's regular
+//! files is read.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::Write;
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::io::{Error, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,6 +29,8 @@ const CHECKSUM: usize = 32;
 /// A folder of pages.
 pub struct PageStore {
     dir: PathBuf,
+    /// Names the model and the numerics.
+    fingerprint: String,
     /// Bytes of each page that is on disk or on its way there.
     sizes: HashMap<PageHash, u64>,
     /// Oldest first.
@@ -40,16 +48,34 @@ impl PageStore {
     /// Opens or makes the folder `dir/fingerprint`; the oldest pages go when there are more than `max_bytes`.
     ///
     /// # Errors
-    /// The folder cannot be made or listed.
+    /// The folder cannot be made or listed, is a link, or belongs to somebody else.
     pub fn open(dir: &Path, fingerprint: &str, max_bytes: u64) -> std::io::Result<PageStore> {
         let dir = dir.join(fingerprint);
-        std::fs::create_dir_all(&dir)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        let meta = dir.symlink_metadata()?;
+        if !meta.is_dir() || !is_own(&meta) {
+            let message = format!("{} is a link or belongs to another user; choose another folder", dir.display());
+            return Err(Error::new(ErrorKind::PermissionDenied, message));
+        }
+        std::fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
         let mut found: Vec<(SystemTime, PageHash, u64)> = vec![];
         for entry in std::fs::read_dir(&dir)? {
             let entry = entry?;
-            if let (Some(hash), Ok(meta)) = (entry.file_name().to_str().and_then(parse_name), entry.metadata()) {
-                found.push((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), hash, meta.len()));
+            let (name, path) = (entry.file_name(), entry.path());
+            // What a run that was ended left half written.
+            if path.extension().is_some_and(|extension| extension == "part") {
+                let _ = std::fs::remove_file(&path);
             }
+            // Without following links.
+            let (Some(hash), Ok(meta)) = (name.to_str().and_then(parse_name), entry.metadata()) else { continue };
+            if !meta.is_file() || !is_own(&meta) {
+                tracing::warn!("{} is no regular file of this user: it is not read", path.display());
+                continue;
+            }
+            if meta.mode() & 0o077 != 0 {
+                std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+            }
+            found.push((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), hash, meta.len()));
         }
         found.sort();
         let (sender, receiver) = channel::<(PathBuf, Option<Vec<u8>>)>();
@@ -69,6 +95,7 @@ impl PageStore {
         })?;
         let mut store = PageStore {
             dir,
+            fingerprint: fingerprint.to_string(),
             total_bytes: found.iter().map(|f| f.2).sum(),
             sizes: found.iter().map(|f| (f.1, f.2)).collect(),
             order: found.iter().map(|f| f.1).collect(),
@@ -93,13 +120,10 @@ impl PageStore {
 
     /// What was written for `hash`.
     pub fn read(&mut self, hash: &PageHash) -> Option<Vec<u8>> {
-        if !self.contains(hash) {
-            return None;
-        }
-        let path = self.path(hash);
-        let checked = std::fs::read(&path).ok().and_then(|mut bytes| {
+        let size = *self.sizes.get(hash)?;
+        let checked = read_file(&self.path(hash), size).ok().and_then(|mut bytes| {
             let content = bytes.len().checked_sub(CHECKSUM)?;
-            (Sha256::digest(&bytes[..content])[..] == bytes[content..]).then(|| {
+            (self.digest(hash, &bytes[..content])[..] == bytes[content..]).then(|| {
                 bytes.truncate(content);
                 bytes
             })
@@ -122,6 +146,9 @@ impl PageStore {
         if self.contains(&hash) || size > self.max_bytes || !self.has_room() {
             return;
         }
+        let mut bytes = bytes;
+        let digest = self.digest(&hash, &bytes);
+        bytes.extend_from_slice(&digest);
         self.send((self.path(&hash), Some(bytes)));
         self.sizes.insert(hash, size);
         self.order.push_back(hash);
@@ -149,6 +176,15 @@ impl PageStore {
             self.n_queued.fetch_add(1, Ordering::Relaxed);
             let _ = writer.send(message);
         }
+    }
+
+    /// Of a page and its name.
+    fn digest(&self, hash: &PageHash, content: &[u8]) -> [u8; CHECKSUM] {
+        let mut hasher = Sha256::new_with_prefix(b"tandem cache page\0");
+        for part in [self.fingerprint.as_bytes(), b"\0", hash, content] {
+            hasher.update(part);
+        }
+        hasher.finalize().into()
     }
 
     fn path(&self, hash: &PageHash) -> PathBuf {
@@ -182,13 +218,38 @@ fn parse_name(name: &str) -> Option<PageHash> {
     Some(hash)
 }
 
-/// Writes a page and its checksum beside and renames, so that a crash leaves no half page under its name.
-fn write_file(path: &Path, mut bytes: Vec<u8>) -> std::io::Result<()> {
-    let digest = Sha256::digest(&bytes);
-    bytes.extend_from_slice(&digest);
+/// Writes a page beside and renames, so that a crash leaves no half page under its name.
+fn write_file(path: &Path, bytes: Vec<u8>) -> std::io::Result<()> {
     let beside = path.with_extension("part");
-    std::fs::File::create(&beside)?.write_all(&bytes)?;
+    // Never through what is there: a new file of our own.
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?.write_all(&bytes)?;
     std::fs::rename(beside, path)
+}
+
+/// Reads a file of `size` bytes; neither a link nor a pipe, of which the end may never come.
+fn read_file(path: &Path, size: u64) -> std::io::Result<Vec<u8>> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+    check_file(&file, size)?;
+    let mut bytes = Vec::with_capacity(size as usize);
+    file.take(size).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn check_file(file: &File, size: u64) -> std::io::Result<()> {
+    let meta = file.metadata()?;
+    match meta.is_file() && is_own(&meta) && meta.len() == size {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::InvalidData, "not a regular file of this user, or of another length")),
+    }
+}
+
+fn is_own(meta: &std::fs::Metadata) -> bool {
+    meta.uid() == rustix::process::geteuid().as_raw()
 }
 
 #[cfg(test)]
@@ -215,5 +276,85 @@ mod tests {
         drop(store);
         assert!(!path.exists());
         assert_eq!(PageStore::open(dir.path(), "other model", 300).unwrap().n_pages(), 0);
+    }
+
+    /// Everything that may stand in a page's place but the page itself.
+    #[test]
+    fn only_the_page_itself_is_read() {
+        let hashes = [[1; 32], [2; 32]];
+        let check = |what: &str, spoil: &dyn Fn(&Path, &Path)| {
+            let dir = tempfile::tempdir().unwrap();
+            let mut store = PageStore::open(dir.path(), "model", 1 << 20).unwrap();
+            hashes.iter().for_each(|hash| store.write(*hash, vec![hash[0]; 1000]));
+            let paths = hashes.map(|hash| store.path(&hash));
+            drop(store);
+            // Spoiled before the store is opened, and while it is open.
+            for before in [true, false] {
+                let copies = paths.each_ref().map(|path| std::fs::read(path).unwrap());
+                let mut store = (!before).then(|| PageStore::open(dir.path(), "model", 1 << 20).unwrap());
+                spoil(&paths[0], &paths[1]);
+                let store = store.get_or_insert_with(|| PageStore::open(dir.path(), "model", 1 << 20).unwrap());
+                assert_eq!(store.read(&hashes[0]), None, "{what}, before: {before}");
+                drop(std::mem::replace(store, PageStore::open(dir.path(), "other", 1).unwrap()));
+                for (path, bytes) in paths.iter().zip(copies) {
+                    let _ = std::fs::remove_file(path).or_else(|_| std::fs::remove_dir(path));
+                    std::fs::write(path, bytes).unwrap();
+                }
+            }
+        };
+        check("another page of the model", &|a, b| {
+            std::fs::copy(b, a).unwrap();
+        });
+        check("swapped", &|a, b| {
+            let (of_a, of_b) = (std::fs::read(a).unwrap(), std::fs::read(b).unwrap());
+            std::fs::write(a, of_b).unwrap();
+            std::fs::write(b, of_a).unwrap();
+        });
+        check("a link to a page", &|a, b| {
+            std::fs::remove_file(a).unwrap();
+            std::os::unix::fs::symlink(b, a).unwrap();
+        });
+        check("a link without an end", &|a, _| {
+            std::fs::remove_file(a).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", a).unwrap();
+        });
+        check("a pipe", &|a, _| {
+            std::fs::remove_file(a).unwrap();
+            let made = std::process::Command::new("mkfifo").arg(a).status().unwrap();
+            assert!(made.success());
+        });
+        check("a folder", &|a, _| {
+            std::fs::remove_file(a).unwrap();
+            std::fs::create_dir(a).unwrap();
+        });
+        check("cut short", &|a, _| File::options().write(true).open(a).unwrap().set_len(500).unwrap());
+        check("longer", &|a, _| File::options().write(true).open(a).unwrap().set_len(5000).unwrap());
+        check("empty", &|a, _| std::fs::write(a, b"").unwrap());
+        check("with a checksum of its content alone", &|a, _| {
+            let content = vec![9u8; 1000];
+            std::fs::write(a, [content.as_slice(), &Sha256::digest(&content)].concat()).unwrap();
+        });
+    }
+
+    #[test]
+    fn pages_are_for_their_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("model");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
+        std::fs::write(folder.join("left.part"), b"half").unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().mode() & 0o777;
+        let mut store = PageStore::open(dir.path(), "model", 1 << 20).unwrap();
+        assert!(!folder.join("left.part").exists());
+        store.write([1; 32], vec![1; 100]);
+        let path = store.path(&[1; 32]);
+        drop(store);
+        assert_eq!((mode(&folder), mode(&path)), (0o700, 0o600));
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(PageStore::open(dir.path(), "model", 1 << 20).unwrap().n_pages(), 1);
+        assert_eq!(mode(&path), 0o600);
+        // A folder that is a link.
+        std::os::unix::fs::symlink(&folder, dir.path().join("link")).unwrap();
+        assert!(PageStore::open(dir.path(), "link", 1 << 20).is_err());
     }
 }

@@ -58,14 +58,14 @@ impl FinishReason {
 pub struct Logprobs {
     /// Log probability of the sampled token.
     pub chosen: f32,
-    /// Of the likeliest tokens, likeliest first.
+    /// Log-probabilities of the likeliest tokens, likeliest first.
     pub top: Vec<(u32, f32)>,
 }
 
 /// What happened to a request.
 #[derive(Debug)]
 pub enum Event {
-    /// It runs; so many tokens of its prompt were in the cache.
+    /// It runs; this many tokens of its prompt were in the cache.
     Started {
         /// Prompt tokens that need not run.
         cached_tokens: usize,

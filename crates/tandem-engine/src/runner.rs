@@ -106,7 +106,7 @@ impl<B: Backend> ModelRunner<B> {
         ModelRunner { backend, model, cache, limits, vocab_size, status, n_under_way: 0, busy_since: Instant::now() }
     }
 
-    /// The same with so many bytes of weights in its status.
+    /// The same with this number of weight bytes in its status.
     #[must_use]
     pub fn with_weight_bytes(mut self, weight_bytes: u64) -> Self {
         self.status.weight_bytes = weight_bytes;
@@ -123,7 +123,8 @@ impl<B: Backend> ModelRunner<B> {
     /// # Errors
     /// What went wrong since the last time: after loading, too little memory.
     pub fn sync(&self) -> Result<(), EngineError> {
-        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))
+        self.backend.sync().map_err(|e| EngineError::Device(Box::new(e)))?;
+        tandem_core::checkpoint::check_mapped().map_err(|e| EngineError::Device(Box::new(e)))
     }
 
     /// Enqueues a step.

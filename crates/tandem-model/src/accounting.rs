@@ -25,7 +25,7 @@ pub struct KindShare {
 pub struct Accounting {
     /// Kinds that exist, in report order.
     pub kinds: Vec<KindShare>,
-    /// Of the indexer's `read_bytes`, those not read while the context is at most `index_topk`.
+    /// The part of the indexer's `read_bytes` that is not read while the context is at most `index_topk`.
     pub index_query_bytes: u64,
 }
 

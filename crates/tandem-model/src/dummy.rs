@@ -177,7 +177,7 @@ impl RandomRows {
                     pick(scales, &self.table, params.bytes(), !seed);
                     pick(biases, &self.biases, params.bytes(), !seed);
                 }
-                _ => {
+                DType::Mxfp4 | DType::Mxfp8 | DType::Nvfp4 | DType::Fp8Block => {
                     // Without bit 6, no e4m3 byte is NaN.
                     random(elements, seed, if dtype == DType::Mxfp8 { 0xbf } else { 0xff });
                     pick(scales, &self.table, 1, !seed);

@@ -7,7 +7,7 @@ use tandem_core::checkpoint::MappedPages;
 use tandem_core::weights::{MatrixData, MatrixPart, Weight};
 use tandem_core::{Checkpoint, CheckpointError};
 
-/// Advice on so many mapped bytes takes the system longer than starting a thread that gives it.
+/// Advice on this many mapped bytes takes the system longer than starting a thread that gives it.
 const WORTH_A_THREAD: usize = 16 << 20;
 
 /// Where weights come from, by module name.

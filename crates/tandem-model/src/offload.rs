@@ -21,7 +21,7 @@ pub struct Offload {
     pub host_bytes: u64,
     /// Bytes on the device.
     pub device_bytes: u64,
-    /// Of the host's bytes, those that one decoded token reads.
+    /// The part of the host's bytes that one decoded token reads.
     pub host_read_bytes: u64,
     /// The same of the device's.
     pub device_read_bytes: u64,
@@ -57,7 +57,7 @@ impl Offload {
         Offload { layers, modules, host_bytes, device_bytes, host_read_bytes, device_read_bytes }
     }
 
-    /// Tokens per second of one sequence at most, if the device reads so many bytes per second and the host so many.
+    /// Tokens per second of one sequence at most, at these bytes per second of the device and of the host.
     pub fn tokens_per_second(&self, device: f64, host: f64) -> f64 {
         1.0 / (self.device_read_bytes as f64 / device + self.host_read_bytes as f64 / host)
     }

@@ -72,7 +72,7 @@ pub struct Plan {
     pub tensor_size: usize,
     /// By rank.
     pub ranks: Vec<RankPlan>,
-    /// Of one sequence: every stage in turn, and the way between them.
+    /// Speed of one sequence: every stage in turn, and the way between them.
     pub tokens_per_second: f64,
 }
 

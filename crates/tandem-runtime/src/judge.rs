@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
+use tandem_core::checkpoint::check_mapped;
 use tandem_core::weights::{Form, ModuleKind, Weight};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 use tandem_cpu::CpuBackend;
@@ -14,7 +15,7 @@ use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 use tandem_text::Tokenizer;
 
 use crate::device::cpu_backend;
-use crate::load::{Loaded, LogitsRows, load};
+use crate::load::{Loaded, LogitsRows, load, settle_tie};
 use crate::model_dir::model_dir;
 use crate::news::OnNews;
 use crate::options::{DeviceOptions, LoadOptions, ModelOptions};
@@ -78,7 +79,8 @@ pub fn check_weights(checkpoint: &Checkpoint, weights: &[Weight]) -> Result<(), 
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..default_threads()).map(|_| scope.spawn(check)).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
-    })
+    })?;
+    check_mapped()
 }
 
 /// [`load`], and [`check_weights`].
@@ -113,8 +115,9 @@ impl Side {
     /// A file is missing or malformed.
     pub fn open(name: &str) -> anyhow::Result<Side> {
         let dir = model_dir(Some(name))?;
-        let config = ModelConfig::load(&dir)?;
-        Ok(Side { config, checkpoint: Checkpoint::open(&dir)?, tokenizer: Tokenizer::from_dir(&dir)? })
+        let (mut config, checkpoint) = (ModelConfig::load(&dir)?, Checkpoint::open(&dir)?);
+        settle_tie(&mut config, &checkpoint);
+        Ok(Side { config, checkpoint, tokenizer: Tokenizer::from_dir(&dir)? })
     }
 
     /// Every weight, found.

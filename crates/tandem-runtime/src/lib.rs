@@ -4,6 +4,7 @@
 //! ([`load()`]), measuring ([`measured`]) and judging ([`judge`]). It knows no flags and prints nothing: news go to the
 //! caller ([`News`]).
 
+mod chat;
 pub mod device;
 pub mod judge;
 mod load;
@@ -15,7 +16,8 @@ pub mod presets;
 pub mod ranks;
 pub mod units;
 
-pub use load::{Loaded, LogitsRows, Shape, load};
+pub use chat::Chat;
+pub use load::{Loaded, LogitsRows, Shape, load, settle_tie};
 pub use model_dir::{hugging_face_cache, hugging_face_token, model_dir};
 pub use news::{Meter, News, OnNews, Progress, Unit, ignore_news};
 pub use options::{DeviceOptions, LoadOptions, ModelOptions, ParallelOptions};

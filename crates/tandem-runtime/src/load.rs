@@ -1,18 +1,22 @@
 //! From options to an engine that is ready to run.
 
+use std::any::TypeId;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use tandem_core::weights::ModuleKind;
 use tandem_core::{Backend, Checkpoint, ModelConfig};
-use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
+use tandem_cpu::CpuBackend;
+use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Profiled, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
-use crate::device::{Device, DeviceKind, ToHold, WithDevice, lock_memory, no_host_experts};
+use crate::device::{Device, DeviceKind, ToHold, WithDevice, fits_in_memory, lock_memory, no_host_experts};
 use crate::model_dir::model_dir;
 use crate::news::{Meter, OnNews, Unit};
 use crate::options::{LoadOptions, ModelOptions};
 use crate::ranks::{self, Joined, Model};
+use crate::units;
 
 /// A model ready to run.
 pub struct Loaded {
@@ -70,9 +74,10 @@ pub fn load(
 ) -> anyhow::Result<Loaded> {
     let start = Instant::now();
     let dir = model_dir(options.model.as_deref())?;
-    let config = ModelConfig::load(&dir)?;
+    let mut config = ModelConfig::load(&dir)?;
     let context = options.context(&config)?;
     let checkpoint = Checkpoint::open(&dir)?;
+    settle_tie(&mut config, &checkpoint);
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
     let prefill_chunk = options.prefill_chunk.clamp(1, context);
@@ -104,6 +109,17 @@ pub fn load(
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
     let load_time = start.elapsed();
     Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth })
+}
+
+/// [`ModelConfig::settle_tie`], with a line that says so.
+pub fn settle_tie(config: &mut ModelConfig, checkpoint: &Checkpoint) -> bool {
+    let differs = config.settle_tie(checkpoint);
+    if differs {
+        tracing::warn!(
+            "config.json ties lm_head to the embedding, but the checkpoint has an lm_head that differs: that one is used"
+        );
+    }
+    differs
 }
 
 /// Bytes of the weights that are loaded: a multi-token-prediction head stays in its file.
@@ -176,6 +192,15 @@ pub(crate) fn runner<B: Backend + 'static>(
     let meter = Meter::new("loading", Unit::Bytes, resident, on_news);
     let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| meter.add(bytes as u64))?;
     meter.finish();
+    // A GPU says so itself.
+    let cache = model.cache_bytes_per_token(&backend) as u64 * n_slots as u64;
+    let backends = [TypeId::of::<CpuBackend>(), TypeId::of::<Profiled<CpuBackend>>()];
+    let is_cpu = backends.contains(&TypeId::of::<B>());
+    ensure!(
+        !is_cpu || fits_in_memory(cache),
+        "a cache of {n_slots} tokens takes {}, more than there is memory; ask for less with --context or --cache-tokens",
+        units::bytes(cache)
+    );
     let runner = ModelRunner::new(backend, model, limits, config.vocab_size, n_slots).with_weight_bytes(resident);
     runner.sync()?;
     Ok(runner)

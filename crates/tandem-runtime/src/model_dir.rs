@@ -7,7 +7,8 @@ use anyhow::{Context, bail};
 /// The model that ships with the project.
 const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
 
-/// The directory of a model: the bundled one if there is no name, a path, or a Hugging Face id in the local cache.
+/// The directory of a model: the bundled one if there is no name, a path, or a Hugging Face id in the local cache, perhaps
+/// with a branch, tag or commit (`owner/name@revision`).
 ///
 /// # Errors
 /// There is no such directory, or it holds no model.
@@ -22,15 +23,18 @@ pub fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
     if path.exists() {
         bail!("{name} has no config.json; --model takes a model directory or a Hugging Face id");
     }
-    let is_id = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']);
+    let (id, revision) = name.split_once('@').map_or((name, None), |(id, revision)| (id, Some(revision)));
+    let is_inside = |revision: &str| revision.split('/').all(|part| !matches!(part, "" | "." | ".."));
+    let is_id = id.split('/').count() == 2 && !id.starts_with(['.', '/', '~']) && revision.is_none_or(is_inside);
     if !is_id {
         bail!("{name} does not exist; --model takes a model directory or a Hugging Face id (owner/name)");
     }
     let cache = hugging_face_cache().context("neither HF_HOME nor HOME is set, so there is no Hugging Face cache")?;
-    let repo = cache.join(format!("models--{}", name.replace('/', "--")));
-    snapshot(&repo).with_context(|| {
+    let repo = cache.join(format!("models--{}", id.replace('/', "--")));
+    snapshot(&repo, revision).with_context(|| {
+        let get = revision.map_or_else(String::new, |revision| format!(" --revision {revision}"));
         format!(
-            "{name} is neither a directory nor in the Hugging Face cache at {}; `tandem pull {name}` gets it",
+            "{name} is neither a directory nor in the Hugging Face cache at {}; `tandem pull {id}{get}` gets it",
             cache.display()
         )
     })
@@ -94,22 +98,26 @@ fn expand(text: &str, variable: &dyn Fn(&str) -> Option<String>) -> String {
     out + rest
 }
 
-/// The snapshot that `refs/main` names, else the only one with a config.json.
-fn snapshot(repo: &Path) -> Option<PathBuf> {
+/// The snapshot of a revision: that which `refs` names so, else the commit itself. Without one that of `main`, else the only
+/// one with a config.json.
+fn snapshot(repo: &Path, revision: Option<&str>) -> Option<PathBuf> {
     let snapshots = repo.join("snapshots");
-    if let Ok(revision) = std::fs::read_to_string(repo.join("refs/main")) {
-        let dir = snapshots.join(revision.trim());
-        if dir.join("config.json").exists() {
-            return Some(dir);
-        }
+    let found = |dir: PathBuf| Some(dir).filter(|dir| dir.join("config.json").exists());
+    if let Ok(commit) = std::fs::read_to_string(repo.join("refs").join(revision.unwrap_or("main")))
+        && let Some(dir) = found(snapshots.join(commit.trim()))
+    {
+        return Some(dir);
+    }
+    if let Some(commit) = revision {
+        return found(snapshots.join(commit));
     }
     let mut dirs: Vec<PathBuf> = std::fs::read_dir(&snapshots)
         .ok()?
         .filter_map(|e| e.ok().map(|e| e.path()))
         .filter(|dir| dir.join("config.json").exists())
         .collect();
-    dirs.sort();
-    dirs.pop()
+    // Of several, nothing says which is meant.
+    dirs.pop().filter(|_| dirs.is_empty())
 }
 
 /// Next to the working directory or above the executable, as in a clone.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use tandem_core::ModelConfig;
+use tandem_cpu::Isa;
 
 /// Context when nobody asks for more: the cache of a model made for 200,000 tokens would take tens of gigabytes.
 const DEFAULT_CONTEXT: usize = 32768;
@@ -89,6 +90,8 @@ pub struct DeviceOptions {
     pub activations: Activations,
     /// Threads of the processor; one per core if `None`.
     pub threads: Option<usize>,
+    /// Kernels of the processor; the best that it has if `None`.
+    pub isa: Option<Isa>,
     /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if `None`.
     pub n_cpu_moe: Option<usize>,
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tandem_engine::GenerationConfig;
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_engine::{EngineError, GenerationConfig, check_vocabulary};
+use tandem_text::{ChatTemplate, Dialect, Tokenizer, ends_of_turn};
 use thiserror::Error;
 
 use crate::body::{Admission, IN_FLIGHT};
@@ -110,6 +110,9 @@ pub enum ServeError {
     /// The vocabulary is of no use for structured output.
     #[error("the vocabulary cannot be used for structured output: {0}")]
     Vocabulary(String),
+    /// The model's files end turns with a token that it does not have.
+    #[error("eos_token_id: {0}")]
+    Ends(EngineError),
 }
 
 /// Everything that handlers need.
@@ -128,7 +131,7 @@ pub struct App {
     pub(crate) model_names: Vec<String>,
     /// Seconds since 1970 at the start.
     pub(crate) created: u64,
-    /// Of one request.
+    /// Longest time of one request.
     pub(crate) timeout: Duration,
     /// Of one step.
     pub(crate) stall_timeout: Duration,
@@ -152,7 +155,9 @@ impl App {
     /// # Errors
     /// An option is not usable, or the vocabulary is not.
     pub fn new(worker: Worker, model: Model, options: &Options) -> Result<Arc<App>, ServeError> {
-        let Model { names, model_type, tokenizer, template, dialect, defaults, vocab_size, context, .. } = model;
+        let Model { names, model_type, tokenizer, template, dialect, mut defaults, vocab_size, context, .. } = model;
+        check_vocabulary(&defaults.eos_token_ids, vocab_size).map_err(ServeError::Ends)?;
+        defaults.eos_token_ids = ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size);
         let sampling = defaults.apply(&tandem_engine::SamplingOverrides::default());
         let token_bytes = |id| tokenizer.token_bytes(id).map_or(0, |bytes| bytes.len());
         let longest_token = (0..vocab_size as u32).map(token_bytes).max().unwrap_or(1);

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 use tandem_engine::{Event, FinishReason, Logprobs, Request, SamplingOverrides};
 use tandem_text::dialect::{Delta, END_THINK, Function};
-use tandem_text::{AnswerStream, Conversation, FinishedBy};
+use tandem_text::{AnswerStream, Conversation, FinishedBy, stop_tokens};
 use tokio::time::timeout_at;
 
 use crate::api::{TokenLogprob, TopLogprob, Usage};
@@ -187,6 +187,7 @@ impl App {
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
         let mut eos = if ask.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() };
         eos.extend(&ask.stop_token_ids);
+        eos.extend(stop_tokens(&ask.stop, &self.tokenizer));
         // Schemas and grammars take milliseconds.
         let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
         let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {
@@ -232,7 +233,7 @@ impl App {
             index,
             replies,
             one_call: ask.chat.as_ref().is_some_and(|chat| chat.one_call),
-            has_stop_tokens: !ask.stop_token_ids.is_empty(),
+            has_stop_tokens: !ask.stop_token_ids.is_empty() || !stop_tokens(&ask.stop, &self.tokenizer).is_empty(),
             stream: match ask.chat.clone() {
                 Some(Chat { functions, in_reasoning, .. }) => {
                     AnswerStream::chat(&self.tokenizer, self.dialect, functions, in_reasoning, ask.stop.clone())

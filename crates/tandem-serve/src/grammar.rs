@@ -116,7 +116,10 @@ impl Grammars {
         let (done, result) = sync_channel(1);
         let (form, reasoning) = (form.clone(), reasoning.map(str::to_owned));
         let compile = move || {
-            let _ = done.send(place.0.compile(&form, reasoning.as_deref()));
+            let compiled = place.0.compile(&form, reasoning.as_deref());
+            // Who has the answer may ask again at once.
+            drop(place);
+            let _ = done.send(compiled);
         };
         let thread = std::thread::Builder::new().name("tandem-grammar".into()).stack_size(STACK_BYTES).spawn(compile);
         thread.map_err(|error| GrammarError::Invalid(anyhow!("no thread can be started: {error}")))?;

@@ -121,7 +121,7 @@ impl Metrics {
             ("disk_prompt_tokens", "Of these, tokens read from disk", &metrics.disk_tokens),
             ("generated_tokens", "Tokens generated", &metrics.generated_tokens),
             ("preemptions", "Requests that gave up their pages for a while", &metrics.preemptions),
-            ("engine_restarts", "Times that the engine was made anew", &metrics.restarts),
+            ("engine_restarts", "Times that the engine was made again", &metrics.restarts),
         ];
         for (name, help, counter) in counters {
             registry.register(name, help, counter.clone());

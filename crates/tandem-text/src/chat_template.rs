@@ -12,7 +12,8 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value as Jinja
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::tokenizer::{TokenizerError, read_tokenizer_config, token_text};
+use crate::jinja;
+use crate::tokenizer::{SPECIAL_TOKENS, TokenizerError, content_of, read_tokenizer_config, token_text};
 
 /// Why a chat template could not be loaded or rendered.
 #[derive(Debug, Error)]
@@ -70,39 +71,26 @@ pub enum TemplateError {
     },
 }
 
-/// The special tokens that a template may name; absent ones are undefined, as in Hugging Face.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TemplateTokens {
-    /// `bos_token`.
-    pub bos_token: Option<String>,
-    /// `eos_token`.
-    pub eos_token: Option<String>,
-    /// `pad_token`.
-    pub pad_token: Option<String>,
-    /// `unk_token`.
-    pub unk_token: Option<String>,
-}
+/// The special tokens that a template may name, as transformers passes them (`bos_token`, `eos_token`, ...,
+/// `additional_special_tokens`, and those that only this model has); absent ones are undefined.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TemplateTokens(Vec<(String, Value)>);
 
 impl TemplateTokens {
     /// Reads the tokens of a `tokenizer_config.json` (each a string, or an object with `content`).
     pub fn from_config(config: &Map<String, Value>) -> Self {
-        Self {
-            bos_token: token_text(config, "bos_token"),
-            eos_token: token_text(config, "eos_token"),
-            pad_token: token_text(config, "pad_token"),
-            unk_token: token_text(config, "unk_token"),
+        let mut tokens = vec![];
+        let named = config.get("extra_special_tokens").and_then(Value::as_object);
+        let models_own =
+            named.into_iter().flat_map(|map| map.keys().filter_map(|key| Some((key, token_text(map, key)?))));
+        tokens.extend(models_own.map(|(key, token)| (key.clone(), Value::String(token))));
+        for key in SPECIAL_TOKENS {
+            tokens.extend(token_text(config, key).map(|token| (key.to_owned(), Value::String(token))));
         }
-    }
-
-    fn variables(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        [
-            ("bos_token", &self.bos_token),
-            ("eos_token", &self.eos_token),
-            ("pad_token", &self.pad_token),
-            ("unk_token", &self.unk_token),
-        ]
-        .into_iter()
-        .filter_map(|(name, token)| Some((name, token.as_deref()?)))
+        let list = config.get("additional_special_tokens").and_then(Value::as_array);
+        let texts = list.map(|list| list.iter().filter_map(content_of).map(Value::String).collect());
+        tokens.extend(texts.map(|texts| ("additional_special_tokens".into(), Value::Array(texts))));
+        Self(tokens)
     }
 }
 
@@ -114,7 +102,8 @@ const TOOL_USE: &str = "tool_use";
 pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: TemplateTokens,
-    has_tool_use: bool,
+    /// Name and source of each variant, the default one first.
+    variants: Vec<(String, String)>,
     /// As they came, all variants.
     source: String,
 }
@@ -125,14 +114,14 @@ impl ChatTemplate {
     /// # Errors
     /// [`TemplateError::Syntax`] when it is not valid Jinja.
     pub fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
-        let mut template = Self { environment: environment(), tokens, has_tool_use: false, source: String::new() };
+        let mut template = Self { environment: environment(), tokens, variants: vec![], source: String::new() };
         template.add(DEFAULT, source)?;
         Ok(template)
     }
 
-    /// Finds a model's template: `explicit`, else `chat_template.jinja`, else `chat_template` of
-    /// `tokenizer_config.json` (a string, or a list of named templates, of which `default` and, for tools, `tool_use`
-    /// are taken). `None` when the model has no template.
+    /// Finds a model's template: `explicit`, else `chat_template.jinja` and `additional_chat_templates/*.jinja`, else
+    /// `chat_template.json`, else `chat_template` of `tokenizer_config.json` (a string, or a list of named templates). Of
+    /// several, `default` and, for tools, `tool_use` are taken. `None` when the model has no template.
     ///
     /// # Errors
     /// When a file is unreadable or malformed, or the template is not valid Jinja.
@@ -145,31 +134,68 @@ impl ChatTemplate {
         if let Some(path) = explicit {
             return Self::new(&read(path)?, tokens).map(Some);
         }
+        let mut named: Vec<(String, String)> = vec![];
         let path = dir.join("chat_template.jinja");
         if path.exists() {
-            return Self::new(&read(&path)?, tokens).map(Some);
+            named.push((DEFAULT.into(), read(&path)?));
         }
-        let shape = |cause: String| TemplateError::Shape { path: dir.join("tokenizer_config.json"), cause };
-        let list = match config.get("chat_template") {
-            None | Some(Value::Null) => return Ok(None),
-            Some(Value::String(source)) => return Self::new(source, tokens).map(Some),
-            Some(Value::Array(list)) => list,
-            Some(_) => return Err(shape("chat_template is neither a string nor a list of {name, template}".into())),
+        for entry in std::fs::read_dir(dir.join("additional_chat_templates")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if let (Some("jinja"), Some(name)) =
+                (path.extension().and_then(|e| e.to_str()), path.file_stem().and_then(|name| name.to_str()))
+            {
+                named.push((name.to_owned(), read(&path)?));
+            }
+        }
+        if !named.is_empty() {
+            let path = dir.join("additional_chat_templates");
+            return Self::of_variants(named, tokens, &path).map(Some);
+        }
+        let path = dir.join("chat_template.json");
+        let (path, value) = if path.exists() {
+            let shape = |cause: String| TemplateError::Shape { path: path.clone(), cause };
+            let value: Map<String, Value> = serde_json::from_str(&read(&path)?)
+                .map_err(|error| shape(format!("not an object of JSON ({error})")))?;
+            let value = value.get("chat_template").cloned();
+            (path, value)
+        } else {
+            (dir.join("tokenizer_config.json"), config.get("chat_template").cloned())
         };
-        let named = |name: &str| {
-            let entry = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(name))?;
-            entry.get("template")?.as_str()
-        };
-        let default = named(DEFAULT).ok_or_else(|| {
-            let names: Vec<&str> = list.iter().filter_map(|entry| entry.get("name")?.as_str()).collect();
-            shape(format!("chat_template lists {names:?}, none of them \"default\""))
+        let shape = |cause: String| TemplateError::Shape { path: path.clone(), cause };
+        match value {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(source)) => Self::new(&source, tokens).map(Some),
+            Some(Value::Array(list)) => {
+                let text = |entry: &Value, key: &str| entry.get(key).and_then(Value::as_str).map(str::to_owned);
+                let variant = |entry: &Value| Some((text(entry, "name")?, text(entry, "template")?));
+                let named: Option<Vec<(String, String)>> = list.iter().map(variant).collect();
+                let named =
+                    named.ok_or_else(|| shape("chat_template has an entry without name and template".into()))?;
+                Self::of_variants(named, tokens, &path).map(Some)
+            }
+            Some(Value::Object(map)) => {
+                let variant = |(name, source): (&String, &Value)| Some((name.clone(), source.as_str()?.to_owned()));
+                let named: Option<Vec<(String, String)>> = map.iter().map(variant).collect();
+                let named = named.ok_or_else(|| shape("chat_template has a variant that is no text".into()))?;
+                Self::of_variants(named, tokens, &path).map(Some)
+            }
+            Some(_) => Err(shape("chat_template is neither a string nor a list of {name, template}".into())),
+        }
+    }
+
+    /// The variants that Tandem chooses from; the first of equal names counts.
+    fn of_variants(named: Vec<(String, String)>, tokens: TemplateTokens, path: &Path) -> Result<Self, TemplateError> {
+        let find = |name: &str| named.iter().find(|(n, _)| n == name).map(|(_, source)| source);
+        let default = find(DEFAULT).ok_or_else(|| {
+            let names: Vec<&str> = named.iter().map(|(name, _)| name.as_str()).collect();
+            let cause = format!("chat_template lists {names:?}, none of them \"default\"");
+            TemplateError::Shape { path: path.to_owned(), cause }
         })?;
         let mut template = Self::new(default, tokens)?;
-        if let Some(source) = named(TOOL_USE) {
+        if let Some(source) = find(TOOL_USE) {
             template.add(TOOL_USE, source)?;
-            template.has_tool_use = true;
         }
-        Ok(Some(template))
+        Ok(template)
     }
 
     /// Renders a conversation. `extra` are further template variables (`enable_thinking`, ...) and win over all others.
@@ -190,13 +216,13 @@ impl ChatTemplate {
             ("documents", JinjaValue::from(())),
             ("add_generation_prompt", add_generation_prompt.into()),
         ];
-        variables.extend(self.tokens.variables().map(|(name, token)| (name, token.into())));
+        let tokens = self.tokens.0.iter();
+        variables.extend(tokens.map(|(name, token)| (name.as_str(), JinjaValue::from_serialize(token))));
         variables.extend(extra.iter().map(|(name, value)| (name.as_str(), JinjaValue::from_serialize(value))));
-        let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { DEFAULT };
-        self.environment
-            .get_template(name)
-            .and_then(|template| template.render(variables.into_iter().collect::<JinjaValue>()))
-            .map_err(|error| render_error(&error))
+        let tool_use = self.variants.iter().find(|(name, _)| tools.is_some() && name == TOOL_USE);
+        let Some((_, source)) = tool_use.or(self.variants.first()) else { return Ok(String::new()) };
+        let root = variables.into_iter().collect::<JinjaValue>();
+        jinja::render(&self.environment, source, root, render_error)
     }
 
     /// Text of the template, its variants one after the other.
@@ -204,13 +230,17 @@ impl ChatTemplate {
         &self.source
     }
 
-    fn add(&mut self, name: &'static str, source: &str) -> Result<(), TemplateError> {
+    fn add(&mut self, name: &str, source: &str) -> Result<(), TemplateError> {
         self.source.push_str(source);
-        self.environment.add_template_owned(name, replace_generation_tags(source)).map_err(|error| {
-            let cause = describe(&error);
+        // Jinja2's lexer makes one kind of line end of all.
+        let source = replace_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
+        jinja::check(&source, |error| {
+            let cause = describe(error);
             let cause = cause.strip_prefix("syntax error: ").unwrap_or(&cause).to_string();
             TemplateError::Syntax { line: error.line().unwrap_or(1), cause }
-        })
+        })?;
+        self.variants.push((name.to_owned(), source));
+        Ok(())
     }
 }
 
@@ -246,16 +276,18 @@ fn describe(error: &Error) -> String {
 /// Hugging Face's environment: trim_blocks, lstrip_blocks, loop controls, Python methods, its `tojson`, no escaping.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python_method);
     environment.set_formatter(|out, _state, value| match value.as_str() {
-        Some(text) => out.write_str(text).map_err(Error::from),
-        None => out.write_str(&python_str(value)).map_err(Error::from),
+        Some(text) => {
+            jinja::charge(text.len())?;
+            out.write_str(text).map_err(Error::from)
+        }
+        None => out.write_str(&jinja::text(value)?).map_err(Error::from),
     });
+    jinja::set_up(&mut environment);
     environment.add_filter("tojson", tojson);
-    environment.add_filter("string", |value: &JinjaValue| python_str(value));
+    environment.add_filter("string", jinja::text);
     // In Python strings and dicts have a length and items.
     environment.add_test("sequence", |value: &JinjaValue| {
         matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
@@ -277,6 +309,16 @@ fn environment() -> Environment<'static> {
 
 /// Python methods beyond those of minijinja-contrib.
 fn python_method(state: &State, value: &JinjaValue, method: &str, args: &[JinjaValue]) -> Result<JinjaValue, Error> {
+    if let Some(text) = value.as_str() {
+        // Every method looks at all of it.
+        jinja::charge(if text.len() < 256 { 0 } else { text.len() })?;
+        if method == "format" {
+            jinja::check_format(text, args)?;
+        }
+        if let Some(result) = text_method(text, method, args) {
+            return result;
+        }
+    }
     if let (Some(text), [argument]) = (value.as_str(), args)
         && let Some(argument) = argument.as_str()
     {
@@ -296,6 +338,76 @@ fn python_method(state: &State, value: &JinjaValue, method: &str, args: &[JinjaV
         }
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// Methods of Python's strings; `None` for those that are elsewhere.
+fn text_method(text: &str, method: &str, args: &[JinjaValue]) -> Option<Result<JinjaValue, Error>> {
+    let word = |i: usize| args.get(i).and_then(JinjaValue::as_str);
+    let count = |i: usize| args.get(i).and_then(|count| i64::try_from(count.clone()).ok());
+    let fill = || word(1).and_then(|fill| fill.chars().next()).unwrap_or(' ');
+    let width = || args.first().and_then(JinjaValue::as_usize).unwrap_or(0);
+    let missing = || Err(jinja::failed(format!("str.{method}: substring not found")));
+    let place = |at: Option<usize>| at.map(|at| Ok(text[..at].chars().count().into()));
+    Some(match method {
+        "rsplit" => {
+            let max = count(1).and_then(|max| usize::try_from(max).ok()).unwrap_or(usize::MAX);
+            let mut parts: Vec<&str> = match word(0) {
+                Some("") => return Some(Err(jinja::failed("empty separator"))),
+                Some(separator) => text.rsplitn(max.saturating_add(1), separator).collect(),
+                None => {
+                    let (mut parts, mut rest) = (vec![], text.trim_end_matches(jinja::is_python_space));
+                    while !rest.is_empty() && parts.len() < max {
+                        let (before, word) = rest.rsplit_once(jinja::is_python_space).unwrap_or(("", rest));
+                        parts.push(word);
+                        rest = before.trim_end_matches(jinja::is_python_space);
+                    }
+                    parts.extend((!rest.trim_start_matches(jinja::is_python_space).is_empty()).then_some(rest));
+                    parts
+                }
+            };
+            parts.reverse();
+            Ok(parts.into_iter().map(JinjaValue::from).collect())
+        }
+        "replace" => match (word(0), word(1)) {
+            (Some(old), Some(new)) => jinja::replace(text, old, new, count(2)),
+            _ => return None,
+        },
+        "join" => jinja::join_method(text, args.first()?),
+        "ljust" => jinja::pad(text, width(), fill(), jinja::Side::Right),
+        "rjust" => jinja::pad(text, width(), fill(), jinja::Side::Left),
+        "center" => jinja::pad(text, width(), fill(), jinja::Side::Both),
+        "zfill" => {
+            let (sign, digits) = match text.strip_prefix(['-', '+']) {
+                Some(digits) => text.split_at(text.len() - digits.len()),
+                None => ("", text),
+            };
+            let padded = jinja::pad(digits, width().saturating_sub(sign.len()), '0', jinja::Side::Left);
+            padded.map(|padded| format!("{sign}{}", padded.as_str().unwrap_or_default()).into())
+        }
+        "index" => return Some(place(text.find(word(0)?)).unwrap_or_else(missing)),
+        "rindex" => return Some(place(text.rfind(word(0)?)).unwrap_or_else(missing)),
+        "casefold" => Ok(text.to_lowercase().into()),
+        "swapcase" => {
+            let swap = |c: char| -> String {
+                if c.is_uppercase() { c.to_lowercase().collect() } else { c.to_uppercase().collect() }
+            };
+            Ok(text.chars().map(swap).collect::<String>().into())
+        }
+        "isdigit" | "isdecimal" | "isnumeric" => Ok((!text.is_empty()
+            && text.chars().all(|c| c.is_numeric() && (method != "isdecimal" || c.is_ascii_digit())))
+        .into()),
+        "istitle" => {
+            let (mut cased, mut found) = (false, false);
+            let fits = text.chars().all(|c| {
+                let fits = if c.is_uppercase() { !cased } else { !c.is_lowercase() || cased };
+                cased = c.is_uppercase() || c.is_lowercase();
+                found |= cased;
+                fits
+            });
+            Ok((fits && found).into())
+        }
+        _ => return None,
+    })
 }
 
 /// `transformers`' tojson: `json.dumps(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
@@ -322,6 +434,7 @@ fn tojson(value: &JinjaValue, positional_ascii: Option<bool>, options: Kwargs) -
     let mut writer =
         JsonWriter { out: String::new(), ensure_ascii, indent, item_separator, key_separator, sort_keys, depth: 0 };
     writer.value(value)?;
+    jinja::charge(writer.out.len())?;
     Ok(writer.out)
 }
 
@@ -338,6 +451,7 @@ struct JsonWriter {
 
 impl JsonWriter {
     fn value(&mut self, value: &JinjaValue) -> Result<(), Error> {
+        jinja::check_depth(&self.out, self.depth)?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -434,65 +548,8 @@ fn not_serializable(kind: ValueKind) -> Error {
     Error::new(ErrorKind::InvalidOperation, format!("a value of type {kind} is not JSON serializable"))
 }
 
-/// Python's `str(x)`, which is what Jinja prints.
-fn python_str(value: &JinjaValue) -> String {
-    match value.as_str() {
-        Some(text) => text.to_owned(),
-        None if value.is_undefined() => String::new(),
-        None => python_repr(value),
-    }
-}
-
-fn python_repr(value: &JinjaValue) -> String {
-    let join = |items: Vec<String>| items.join(", ");
-    match value.kind() {
-        ValueKind::None => "None".into(),
-        ValueKind::Undefined => "Undefined".into(),
-        ValueKind::Bool => if value.is_true() { "True" } else { "False" }.into(),
-        ValueKind::Number => number_text(value).replace("Infinity", "inf").replace("NaN", "nan"),
-        ValueKind::String => python_quote(value.as_str().unwrap_or_default()),
-        ValueKind::Seq => match value.try_iter() {
-            Ok(items) => format!("[{}]", join(items.map(|item| python_repr(&item)).collect())),
-            Err(_) => value.to_string(),
-        },
-        // A plain dict; objects such as namespace() and loop keep their own words.
-        ValueKind::Map => match value.try_iter() {
-            Ok(keys) => format!(
-                "{{{}}}",
-                join(
-                    keys.map(|key| {
-                        let item = value.get_item(&key).unwrap_or_default();
-                        format!("{}: {}", python_repr(&key), python_repr(&item))
-                    })
-                    .collect()
-                )
-            ),
-            Err(_) => value.to_string(),
-        },
-        _ => value.to_string(),
-    }
-}
-
-fn python_quote(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
-    let mut out = String::from(quote);
-    for c in text.chars() {
-        match c {
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            c if c == quote => out.extend(['\\', c]),
-            c if c < ' ' || c == '\u{7f}' => out.push_str(&format!("\\x{:02x}", u32::from(c))),
-            c => out.push(c),
-        }
-    }
-    out.push(quote);
-    out
-}
-
 /// A number as Python's `json.dumps` and `repr` write it.
-fn number_text(value: &JinjaValue) -> String {
+pub(crate) fn number_text(value: &JinjaValue) -> String {
     match f64::try_from(value.clone()) {
         Ok(float) if !value.is_integer() => float_text(float),
         _ => value.to_string(),
@@ -530,7 +587,7 @@ fn replace_generation_tags(source: &str) -> String {
     while let Some(start) = rest.find("{%") {
         out.push_str(&rest[..start]);
         let tag = &rest[start..];
-        let Some(length) = tag.find("%}").map(|end| end + 2) else {
+        let Some(length) = tag[2..].find("%}").map(|end| end + 4) else {
             rest = tag;
             break;
         };
@@ -563,12 +620,8 @@ mod tests {
     use serde_json::json;
 
     fn try_render(source: &str, context: Value) -> Result<String, TemplateError> {
-        let tokens = TemplateTokens {
-            bos_token: Some("<s>".into()),
-            eos_token: Some("</s>".into()),
-            pad_token: None,
-            unk_token: None,
-        };
+        let tokens = json!({"bos_token": "<s>", "eos_token": "</s>", "pad_token": null});
+        let tokens = TemplateTokens::from_config(tokens.as_object().unwrap());
         let mut extra = context.as_object().unwrap().clone();
         let messages = extra.shift_remove("messages").unwrap_or_else(|| json!([]));
         let tools = extra.shift_remove("tools");
@@ -693,6 +746,92 @@ mod tests {
             json!({}),
             "5 {\"a\": 1, \"b\": [1, 2]} {\"a\": 1} 6 ab xxx e",
         );
+    }
+
+    /// Values that are missing or none, Python's operators on texts and lists, and what minijinja lacks.
+    #[test]
+    fn renders_pythons_odd_ends_as_jinja2() {
+        let context = || json!({"n": null, "t": true, "l": ["a", "b"], "d": {"k": "v"}});
+        check(
+            "{{ u|length }} {{ u|count }} [{{ u|first }}] [{{ u|last }}] {{ u|items|list }} {{ u|list }} [{{ u|join }}] [{{ u|upper }}] [{{ u|trim }}]",
+            context(),
+            "0 0 [] [] [] [] [] [] []",
+        );
+        check(
+            "{{ 'a-b-c'.rsplit('-', 1) }} {{ ' a b  c '.rsplit(None, 1) }} {{ 'a b c'.rsplit() }} {{ 'abc'.rsplit('-') }}",
+            context(),
+            "['a-b', 'c'] [' a b', 'c'] ['a', 'b', 'c'] ['abc']",
+        );
+        check(
+            "{{ '%s is %d' % ('x', 3) }} {{ '%s' % l }} {{ '%05.2f|%-4s|%x' % (3.14159, 'a', 255) }} {{ l|length % -3 }} {{ -7 % 3 }} {{ 7.5 % 2 }} {{ '100%%' % () }}",
+            context(),
+            "x is 3 ['a', 'b'] 03.14|a   |ff -1 2 1.5 100%",
+        );
+        check(
+            "{{ 'a long text with many words'|truncate(12) }}|{{ 'a long text'|truncate(8, true) }}|{{ 'short'|truncate(3) }}|{{ 'a long text with many words'|truncate(12, end='!', leeway=0) }}",
+            context(),
+            "a long...|a long text|short|a long!",
+        );
+        check(
+            "{{ n }} {{ n ~ 'x' }} {{ [n, t, 1.0, 'a'] }} {{ {'k': [n]} }} {{ n|default('d') }} {{ l ~ d }} {{ l|join('-') }} {{ d|string|upper }} {{ n|string|length }}",
+            context(),
+            "None Nonex [None, True, 1.0, 'a'] {'k': [None]} None ['a', 'b']{'k': 'v'} a-b {'K': 'V'} 4",
+        );
+        check(
+            "{{ [1, 2, 3][1:] }} {{ [1,2,3][::-1] }} {{ 'hello'[1:4] }} {{ 'hello'[-3:] }} {{ 'hello'[::-2] }} {{ l[:1] }} {{ [1] + [2] }} {{ [0] * 3 }} {{ 'ab' * 2 }} {{ 3 * 'x' }}",
+            context(),
+            "[2, 3] [3, 2, 1] ell llo olh ['a'] [1, 2] [0, 0, 0] abab xxx",
+        );
+        check(
+            "{{ 'abc'.center(9, '*') }}|{{ 'abc'.ljust(5) }}|{{ '7'.zfill(3) }}|{{ '-7'.zfill(4) }}|{{ 'aBc'.swapcase() }}|{{ 'abc'.index('c') }}|{{ 'Ab Cd'.istitle() }}|{{ 'abcd'.rindex('d') }}|{{ 'x'|center(6) }}|",
+            context(),
+            "***abc***|abc  |007|-007|AbC|2|True|3|  x   |",
+        );
+        check(
+            "{{ '3'|int + 1 }} {{ 'x'|int }} {{ 'x'|int(7) }} {{ '2.7'|int }} {{ '1.5'|float }} {{ 'y'|float }} {{ 'ff'|int(0, 16) }}",
+            context(),
+            "4 0 7 2 1.5 0.0 255",
+        );
+        check(
+            "{{ [1,2,3,4,5]|batch(2)|list }} {{ [1,2,3]|batch(2, 'x')|list }} {{ [1,2,3,4,5]|slice(2)|list }} {{ [1,2,3]|slice(2, 'x')|list }}",
+            context(),
+            "[[1, 2], [3, 4], [5]] [[1, 2], [3, 'x']] [[1, 2, 3], [4, 5]] [[1, 2], [3, 'x']]",
+        );
+        check(
+            "{{ 'a\nb\n\nc'|indent(2) }}|{{ 'a\nb'|indent(2, true) }}|{{ 'hello world again'|wordcount }}|{{ 'hELLO'|capitalize }}",
+            context(),
+            "a\n  b\n\n  c|  a\n  b|3|Hello",
+        );
+        check(
+            "{{ 'a,b'.replace(',', ';') }} {{ 'aaa'.replace('a', 'b', 2) }} {{ 'aaa'|replace('a', 'b', 1) }} {{ 12|replace('1', 'x') }} {{ '-'.join(['a','b']) }}",
+            context(),
+            "a;b bba baa x2 a-b",
+        );
+        check(
+            "{{ d|length }} {{ 'é🙂'|length }} {{ d|first }} {{ 'xyz'|last }} {{ d|list }} {{ 'ab'|list }}",
+            context(),
+            "1 2 k z ['k'] ['a', 'b']",
+        );
+        // Line ends of every kind are one.
+        check("a\r\nb\rc\n{{ 'x' }}\r\n", json!({}), "a\nb\nc\nx");
+    }
+
+    #[test]
+    fn limits_end_a_rendering_within_a_second() {
+        let start = std::time::Instant::now();
+        for source in [
+            "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+            "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x + [1] %}{% endfor %}",
+            "{% set ns = namespace(x=1) %}{% for i in range(9000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{{ [1]|batch(10**12, 1) }}",
+            "{{ 'a' * 10**10 }}",
+            "{{ '%99999999d' % 1 }}",
+        ] {
+            let error = try_render(source, json!({})).unwrap_err().to_string();
+            assert!(error.contains("chat template, line 1"), "{error}");
+        }
+        assert!(start.elapsed().as_secs() < 7, "{:?}", start.elapsed());
     }
 
     const LLAMA3: &str = r#"{{- bos_token }}

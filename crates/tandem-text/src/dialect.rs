@@ -100,7 +100,7 @@ pub struct Parser {
     pending: String,
     /// Bytes of `pending` in which a call that is one JSON value does not end.
     n_tried: usize,
-    /// Of the call being read.
+    /// Index of the function whose call is being read.
     function: usize,
     keys: Vec<String>,
     n_calls: usize,

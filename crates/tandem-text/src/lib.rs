@@ -6,6 +6,8 @@
 mod answer;
 pub mod chat_template;
 pub mod dialect;
+mod ends;
+mod jinja;
 mod prompt;
 pub mod schema;
 mod stop;
@@ -14,6 +16,7 @@ pub mod tokenizer;
 pub use answer::{AnswerPiece, AnswerStream, FinishedBy};
 pub use chat_template::{ChatTemplate, TemplateError};
 pub use dialect::{Delta, Dialect, Function};
+pub use ends::{ends_by_name, ends_of_turn, stop_tokens};
 pub use prompt::{Conversation, Prompt, PromptError, Rendered, prompt, render};
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::{DecodeStream, Tokenizer, TokenizerError};

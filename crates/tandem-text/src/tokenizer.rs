@@ -14,6 +14,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
+use tandem_core::json::without_literals;
 use thiserror::Error;
 use tokenizers::{AddedToken, DecoderWrapper};
 
@@ -40,6 +41,17 @@ fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String>
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(_) => Err("tokenizer.json asks for something impossible (the tokenizers library gave up)".into()),
     }
+}
+
+/// [`guarded`], for work with errors of its own.
+fn guarded_tokens(work: impl FnOnce() -> Result<(), TokenizerError>, path: &Path) -> Result<(), TokenizerError> {
+    let mut result = Ok(());
+    let run = guarded(|| {
+        result = work();
+        Ok(())
+    });
+    run.map_err(|cause| TokenizerError::Parse { path: path.to_owned(), cause })?;
+    result
 }
 
 /// Why a tokenizer could not be loaded or used.
@@ -103,6 +115,8 @@ pub struct Tokenizer {
     decoder_kind: DecoderKind,
     /// Put before the text when special tokens are asked for (`add_bos_token: true` in tokenizer_config.json).
     forced_bos: Option<u32>,
+    /// `eos_token`.
+    eos: Option<u32>,
     control: Arc<Control>,
 }
 
@@ -173,9 +187,9 @@ impl Tokenizer {
         inner.with_padding(None);
         guarded(|| inner.with_truncation(None).map(|_| ())).map_err(parse)?;
 
-        let config_path = dir.join("tokenizer_config.json");
         let config = read_tokenizer_config(dir)?;
-        add_missing_tokens(&mut inner, &config, &config_path)?;
+        guarded_tokens(|| add_missing_tokens(&mut inner, &config, dir), &path)?;
+        let eos = token_text(&config, "eos_token").and_then(|token| inner.token_to_id(&token));
         let forced_bos = match config.get("add_bos_token") {
             Some(Value::Bool(true)) => token_text(&config, "bos_token").and_then(|token| inner.token_to_id(&token)),
             _ => None,
@@ -190,7 +204,7 @@ impl Tokenizer {
             _ => DecoderKind::Contextual,
         };
         let control = Arc::new(Control::new(&inner));
-        Ok(Self { inner: Arc::new(inner), decoder_kind, forced_bos, control })
+        Ok(Self { inner: Arc::new(inner), decoder_kind, forced_bos, eos, control })
     }
 
     /// Token ids of `text`. Special tokens written in the text become tokens, as in Hugging Face; `add_special_tokens`
@@ -338,6 +352,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The tokenizer's own end of a text (`eos_token` in its configuration).
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
     /// Whether a token is left out of plain text (`special` in tokenizer.json).
     pub fn is_special(&self, id: u32) -> bool {
         self.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
@@ -417,7 +436,7 @@ impl DecodeStream {
         }
     }
 
-    /// Ends the stream and returns what was held back; an incomplete character becomes U+FFFD. The stream starts anew.
+    /// Ends the stream and returns what was held back; an incomplete character becomes U+FFFD. The stream then begins again.
     ///
     /// # Errors
     /// When the tokenizer's decoder fails.
@@ -450,12 +469,31 @@ impl DecodeStream {
     }
 }
 
-/// Reads `tokenizer_config.json`; an absent file is an empty object.
+/// Special tokens that transformers knows by name.
+pub(crate) const SPECIAL_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// Reads `tokenizer_config.json`, and special tokens that only `special_tokens_map.json` names; absent files are empty
+/// objects.
+///
+/// # Errors
+/// A file is unreadable or not a JSON object.
 pub fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
-    let path = dir.join("tokenizer_config.json");
+    let mut config = read_object(dir.join("tokenizer_config.json"))?;
+    for (key, value) in read_object(dir.join("special_tokens_map.json"))? {
+        if config.get(&key).is_none_or(Value::is_null) {
+            config.insert(key, value);
+        }
+    }
+    Ok(config)
+}
+
+fn read_object(path: PathBuf) -> Result<Map<String, Value>, TokenizerError> {
     match std::fs::read(&path) {
         Ok(bytes) => {
-            serde_json::from_slice(&bytes).map_err(|error| TokenizerError::Parse { path, cause: error.to_string() })
+            let text = String::from_utf8_lossy(&bytes);
+            serde_json::from_str(&without_literals(&text))
+                .map_err(|error| TokenizerError::Parse { path, cause: error.to_string() })
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
         Err(source) => Err(TokenizerError::Read { path, source }),
@@ -464,7 +502,11 @@ pub fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, Tokenizer
 
 /// The text of a special token in `tokenizer_config.json`: a string, or an object with `content`.
 pub fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
-    let value = config.get(key)?;
+    content_of(config.get(key)?)
+}
+
+/// The text of a token that is a string or an object with `content`.
+pub(crate) fn content_of(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
 
@@ -567,40 +609,82 @@ impl Default for AddedTokenEntry {
     }
 }
 
-/// Adds tokens that only `added_tokens_decoder` names, as transformers does when it loads a tokenizer.
+/// Adds tokens that tokenizer.json does not add: those of `added_tokens_decoder` and of added_tokens.json, which have ids,
+/// then the special ones that are named (`eos_token`, `additional_special_tokens`, ...), as transformers does.
 fn add_missing_tokens(
     tokenizer: &mut tokenizers::Tokenizer,
     config: &Map<String, Value>,
-    path: &Path,
+    dir: &Path,
 ) -> Result<(), TokenizerError> {
-    let Some(Value::Object(entries)) = config.get("added_tokens_decoder") else { return Ok(()) };
-    let malformed = |cause: String| TokenizerError::Parse { path: path.to_owned(), cause };
-    let mut missing = Vec::new();
-    for (key, value) in entries {
-        let id: u32 = key
-            .parse()
-            .map_err(|_| malformed(format!("added_tokens_decoder has the key {key:?}, expected a token id")))?;
-        let entry: AddedTokenEntry = serde_json::from_value(value.clone())
-            .map_err(|error| malformed(format!("added_tokens_decoder[{key}]: {error}")))?;
-        if !entry.content.is_empty() && tokenizer.token_to_id(&entry.content).is_none() {
-            missing.push((id, entry));
+    let mut missing: Vec<(Option<u32>, AddedTokenEntry, PathBuf)> = vec![];
+    let path = dir.join("tokenizer_config.json");
+    if let Some(Value::Object(entries)) = config.get("added_tokens_decoder") {
+        let malformed = |cause: String| TokenizerError::Parse { path: path.clone(), cause };
+        for (key, value) in entries {
+            let id: u32 = key
+                .parse()
+                .map_err(|_| malformed(format!("added_tokens_decoder has the key {key:?}, expected a token id")))?;
+            let entry: AddedTokenEntry = serde_json::from_value(value.clone())
+                .map_err(|error| malformed(format!("added_tokens_decoder[{key}]: {error}")))?;
+            missing.push((Some(id), entry, path.clone()));
         }
     }
-    missing.sort_by_key(|(id, _)| *id);
-    for (id, entry) in missing {
+    let named = special_token_texts(config);
+    let legacy = dir.join("added_tokens.json");
+    for (content, id) in read_object(legacy.clone())? {
+        let id = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| TokenizerError::Parse {
+            path: legacy.clone(),
+            cause: format!("{content:?} has the id {id}, expected a token id"),
+        })?;
+        let special = named.contains(&content);
+        missing.push((
+            Some(id),
+            AddedTokenEntry { content, special, normalized: false, ..Default::default() },
+            legacy.clone(),
+        ));
+    }
+    missing.sort_by_key(|(id, ..)| *id);
+    for content in named {
+        missing.push((
+            None,
+            AddedTokenEntry { content, special: true, normalized: false, ..Default::default() },
+            path.clone(),
+        ));
+    }
+    for (id, entry, path) in missing {
+        let added = tokenizer.get_added_vocabulary();
+        let known = added.get_vocab().get(&entry.content).copied();
+        // A special token that tokenizer.json adds as an ordinary one stays hidden in plain text only if it is made one.
+        if entry.content.is_empty() || known.is_some_and(|_| id.is_some() || added.is_special_token(&entry.content)) {
+            continue;
+        }
         let token = AddedToken::from(entry.content.clone(), entry.special)
             .single_word(entry.single_word)
             .lstrip(entry.lstrip)
             .rstrip(entry.rstrip)
             .normalized(entry.normalized);
-        tokenizer.add_tokens([token]).map_err(|error| malformed(format!("added_tokens_decoder[{id}]: {error}")))?;
+        let malformed = |cause: String| TokenizerError::Parse { path: path.clone(), cause };
+        let result = if entry.special { tokenizer.add_special_tokens([token]) } else { tokenizer.add_tokens([token]) };
+        result.map_err(|error| malformed(format!("the token {:?}: {error}", entry.content)))?;
         let found = tokenizer.token_to_id(&entry.content).unwrap_or(u32::MAX);
-        if found != id {
-            let path = path.to_owned();
-            return Err(TokenizerError::AddedToken { path, token: entry.content, expected: id, found });
+        if let Some(expected) = id.filter(|id| *id != found) {
+            return Err(TokenizerError::AddedToken { path, token: entry.content, expected, found });
         }
     }
     Ok(())
+}
+
+/// Texts of the tokens that the configuration names as special.
+fn special_token_texts(config: &Map<String, Value>) -> Vec<String> {
+    let mut texts: Vec<String> = SPECIAL_TOKENS.iter().filter_map(|key| token_text(config, key)).collect();
+    for key in ["additional_special_tokens", "extra_special_tokens"] {
+        match config.get(key) {
+            Some(Value::Array(list)) => texts.extend(list.iter().filter_map(content_of)),
+            Some(Value::Object(map)) => texts.extend(map.values().filter_map(content_of)),
+            _ => {}
+        }
+    }
+    texts
 }
 
 /// Bytes of a byte-level token; a token with characters outside the alphabet (an added token) is its own UTF-8.

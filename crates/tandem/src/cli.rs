@@ -1,9 +1,11 @@
 //! Commands and flags.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_convert::ConvertOptions;
+use tandem_cpu::Isa;
 use tandem_model::Recipe;
 use tandem_runtime::measured::MeasuredOptions;
 use tandem_runtime::options::{Activations, BackendChoice, ShapeOptions, TransportKind};
@@ -83,35 +85,35 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,
     /// Answers written at the same time, 1 to 64.
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 64))]
     pub(crate) max_batch: usize,
     /// Requests that may wait beside those; more are refused with status 429.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) max_queue: usize,
     /// Time a step may spend on prompts while answers are written, as a multiple of what the answers take.
-    #[arg(long, value_name = "R", default_value_t = 2.0)]
+    #[arg(long, value_name = "R", default_value_t = 2.0, value_parser = real::<f64>(0.0, 1000.0))]
     pub(crate) prefill_share: f64,
     /// Milliseconds between the tokens of an answer to keep to: as many answers are written at once as this allows, at
     /// least one, and the others wait longer for their first token. No limit if not given.
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", value_parser = real::<f64>(0.001, 3.6e6))]
     pub(crate) inter_token_ms: Option<f64>,
     /// Tokens that the cache holds for all requests together; four contexts if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 268435456))]
     pub(crate) cache_tokens: Option<usize>,
     /// Directory that keeps cache pages, so that a restart need not run old prompts again.
     #[arg(long, value_name = "DIR")]
     pub(crate) cache_dir: Option<PathBuf>,
     /// Gigabytes in --cache-dir at most; the oldest pages go.
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<u64>(1, 1048576))]
     pub(crate) cache_dir_gb: u64,
     /// Seconds after which an answer that is not complete is given up.
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = whole::<u64>(1, 31536000))]
     pub(crate) request_timeout: u64,
     /// Seconds that a stopping server waits for the answers in flight.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = whole::<u64>(0, 604800))]
     pub(crate) drain_timeout: u64,
     /// Megabytes of the largest request; those being read together have 64 at most.
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 4096))]
     pub(crate) max_body_mb: usize,
     /// Web page origin that may use the server from a browser, or * for any; may be given several times.
     #[arg(long, value_name = "ORIGIN")]
@@ -132,16 +134,16 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
     /// Tokens of context; the model's own limit, at most 32768, if not given.
-    #[arg(long, alias = "max-context", value_name = "N")]
+    #[arg(long, alias = "max-context", value_name = "N", value_parser = whole::<usize>(0, 268435456))]
     pub(crate) context: Option<usize>,
     /// Threads; one per core if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
     pub(crate) threads: Option<usize>,
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long)]
     pub(crate) lock: bool,
     /// Tokens of prompt run at once.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(1, 65536))]
     pub(crate) prefill_chunk: usize,
     /// Numerics of the activations that meet quantised weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
@@ -151,7 +153,7 @@ pub(crate) struct ModelArgs {
     pub(crate) backend: BackendArg,
     /// Layers whose experts stay in the host's memory and are computed by its processor, for a model that does not fit the
     /// GPU; as few as let it fit if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
     pub(crate) n_cpu_moe: Option<usize>,
     #[command(flatten)]
     pub(crate) parallel: ParallelArgs,
@@ -161,7 +163,7 @@ pub(crate) struct ModelArgs {
 pub(crate) enum ActivationsArg {
     /// Single precision: the reference.
     F32,
-    /// Rounded to bfloat16.
+    /// At least as precise as bfloat16; 16-bit integers per group of 32 where these are faster.
     Bf16,
     /// 8-bit integers per group of 32.
     Int8,
@@ -173,7 +175,7 @@ pub(crate) enum ActivationsArg {
 pub(crate) enum BackendArg {
     /// This machine's processor.
     Cpu,
-    /// An NVIDIA GPU (Hopper or later).
+    /// An NVIDIA GPU (Ampere or later).
     Cuda,
     /// The best device found.
     Auto,
@@ -201,7 +203,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) tools: Option<PathBuf>,
     /// Tokens to generate at most.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 268435456))]
     pub(crate) max_tokens: Option<usize>,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
@@ -284,7 +286,7 @@ pub(crate) struct LogitsArgs {
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) out: PathBuf,
     /// Run token by token from this position on.
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole::<usize>(0, 268435456))]
     pub(crate) decode_from: Option<usize>,
     /// Print JSON.
     #[arg(long)]
@@ -319,10 +321,10 @@ pub(crate) struct CompareArgs {
     #[arg(long)]
     pub(crate) per_module: bool,
     /// Inputs per window of a text; 512 if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 268435456))]
     pub(crate) context: Option<usize>,
     /// Threads; one per core if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
     pub(crate) threads: Option<usize>,
     /// Numerics of the activations that meet quantised weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::F32)]
@@ -343,7 +345,7 @@ pub(crate) struct TasksArgs {
     #[arg(long, value_name = "FILE.jsonl")]
     pub(crate) tasks: PathBuf,
     /// Tokens per answer at most.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(0, 268435456))]
     pub(crate) max_tokens: usize,
     /// Print JSON.
     #[arg(long)]
@@ -379,25 +381,25 @@ pub(crate) struct BenchMatrixArgs {
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) config: Option<String>,
     /// Layers; with it, half of them are measured too.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) num_layers: Option<usize>,
     /// Leading layers without experts.
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole::<usize>(0, 4096))]
     pub(crate) first_dense: Option<usize>,
     /// Vocabulary size.
-    #[arg(long, value_name = "V")]
+    #[arg(long, value_name = "V", value_parser = whole::<usize>(1, 16777216))]
     pub(crate) vocab: Option<usize>,
     /// Ranks on this machine to compare with one.
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = whole::<usize>(1, 4096))]
     pub(crate) ranks: usize,
     /// Threads of one rank; several share them. One per core if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
     pub(crate) threads: Option<usize>,
     /// Tokens in the cache before each step.
     #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
     pub(crate) context: usize,
     /// Steps measured for each row.
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
     /// Print JSON.
     #[arg(long)]
@@ -416,22 +418,22 @@ pub(crate) struct BenchServeArgs {
     #[arg(long, value_name = "KEY")]
     pub(crate) api_key: Option<String>,
     /// Requests in all.
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(1, 16777216))]
     pub(crate) requests: usize,
     /// Requests open at the same time.
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 65536))]
     pub(crate) concurrency: usize,
     /// Start this many requests a second, however many are open.
-    #[arg(long, value_name = "R", conflicts_with = "concurrency")]
+    #[arg(long, value_name = "R", conflicts_with = "concurrency", value_parser = real::<f64>(0.001, 1e6))]
     pub(crate) request_rate: Option<f64>,
     /// Random words of each prompt.
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) prompt_words: usize,
     /// Words before them that all prompts share.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) shared_prefix: usize,
     /// Tokens of each answer; servers that know ignore_eos write exactly as many.
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(0, 268435456))]
     pub(crate) max_tokens: usize,
     /// Use /v1/chat/completions instead of /v1/completions.
     #[arg(long)]
@@ -456,8 +458,11 @@ pub(crate) struct BenchModelArgs {
     #[arg(long, value_name = "FORMATS", default_value = "mxfp4-q8", value_parser = Recipe::parse)]
     pub(crate) quant: Recipe,
     /// Threads; one per core if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
     pub(crate) threads: Option<usize>,
+    /// Kernels of the processor: scalar, avx2, avx512, amx or neon; the best that it has if not given.
+    #[arg(long, value_name = "ISA")]
+    pub(crate) isa: Option<Isa>,
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long)]
     pub(crate) lock: bool,
@@ -468,12 +473,12 @@ pub(crate) struct BenchModelArgs {
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
     /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
     pub(crate) n_cpu_moe: Option<usize>,
     #[command(flatten)]
     pub(crate) parallel: ParallelArgs,
     /// Tensor-parallel ranks sum in each Nth layer only, to see what the sums cost; the output means nothing then.
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Several ranks")]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Several ranks", value_parser = whole::<usize>(1, 1048576))]
     pub(crate) sync_every: usize,
     /// Draw the result.
     #[arg(long, value_name = "FILE.svg")]
@@ -493,13 +498,13 @@ pub(crate) struct ShapeArgs {
     #[arg(long, value_enum, default_value_t = LoadFormatArg::Checkpoint)]
     pub(crate) load_format: LoadFormatArg,
     /// Layers, with random weights.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) num_layers: Option<usize>,
     /// Leading layers without experts, with random weights.
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole::<usize>(0, 4096))]
     pub(crate) first_dense: Option<usize>,
     /// Vocabulary size, with random weights.
-    #[arg(long, value_name = "V")]
+    #[arg(long, value_name = "V", value_parser = whole::<usize>(1, 16777216))]
     pub(crate) vocab: Option<usize>,
 }
 
@@ -522,13 +527,13 @@ pub(crate) struct BenchDecodeArgs {
     #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = token_count, conflicts_with = "context")]
     pub(crate) sweep_context: Vec<usize>,
     /// Sequences that decode together.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(1, 65536))]
     pub(crate) batch: usize,
     /// Steps measured.
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
     /// Steps before that.
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) warmup: usize,
 }
 
@@ -546,10 +551,10 @@ pub(crate) struct BenchPrefillArgs {
     #[arg(long, value_name = "N", default_value = "256", value_parser = token_count)]
     pub(crate) prefill_chunk: usize,
     /// Prompts measured.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
     /// Prompts before that.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) warmup: usize,
 }
 
@@ -582,11 +587,14 @@ pub(crate) struct ConvertArgs {
     /// A text, or JSON with strings, that the source reads instead of text of its own. Implies --search.
     #[arg(long, value_name = "FILE")]
     pub(crate) calibrate: Option<PathBuf>,
+    /// Take the tokenizer (and its chat template) of this model directory instead of the GGUF file's own.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tokenizer: Option<PathBuf>,
     /// Size of one output file, at most, unless a single weight is larger.
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = byte_count)]
     pub(crate) max_shard_size: u64,
     /// Threads; one per core if not given.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
     pub(crate) threads: Option<usize>,
     /// Print what would be written: formats, sizes, bytes read per token.
     #[arg(long)]
@@ -595,6 +603,30 @@ pub(crate) struct ConvertArgs {
     #[arg(long)]
     pub(crate) json: bool,
 }
+
+/// A whole number within a range, which a refusal names.
+fn whole<T: TryFrom<u64>>(low: u64, high: u64) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let number = text.parse::<u64>().ok().filter(|number| (low..=high).contains(number));
+        let number = number.and_then(|number| T::try_from(number).ok());
+        number.ok_or_else(|| format!("expected a whole number from {low} to {high}"))
+    }
+}
+
+/// A number within a range, which a refusal names.
+fn real<T: FromStr + Into<f64> + Copy>(
+    low: f64,
+    high: f64,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        // NaN is in no range.
+        let number = text.parse::<T>().ok().filter(|number| (low..=high).contains(&(*number).into()));
+        number.ok_or_else(|| format!("expected a number from {low} to {high}"))
+    }
+}
+
+/// Tokens in a cache, and bytes of a message.
+const MOST_TOKENS: usize = 1 << 28;
 
 /// `5GB`, `300MB` or a number of bytes.
 fn byte_count(text: &str) -> Result<u64, String> {
@@ -606,8 +638,8 @@ fn byte_count(text: &str) -> Result<u64, String> {
         .parse::<u64>()
         .ok()
         .and_then(|n| n.checked_mul(factor))
-        .filter(|n| *n > 0)
-        .ok_or_else(|| format!("expected a size such as 5GB or 300MB, found {text:?}"))
+        .filter(|n| (1..=1 << 50).contains(n))
+        .ok_or_else(|| format!("expected a size such as 5GB or 300MB, from 1 B to {} GB", (1u64 << 50) / 1_000_000_000))
 }
 
 /// `4096`, `4k` (4096) or `1m`.
@@ -621,7 +653,8 @@ fn token_count(text: &str) -> Result<usize, String> {
         .parse::<usize>()
         .ok()
         .and_then(|n| n.checked_mul(factor))
-        .ok_or_else(|| format!("expected a number of tokens such as 512 or 8k, found {text:?}"))
+        .filter(|n| *n <= MOST_TOKENS)
+        .ok_or_else(|| format!("expected a number of tokens such as 512 or 8k, from 0 to {MOST_TOKENS}"))
 }
 
 /// How a model is divided among ranks.
@@ -629,16 +662,16 @@ fn token_count(text: &str) -> Result<usize, String> {
 #[command(next_help_heading = "Several ranks")]
 pub(crate) struct ParallelArgs {
     /// Ranks; on this machine, unless `tandem launch` has a hostfile.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) ranks: Option<usize>,
     /// Pipeline stages: each rank holds some layers.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) pp: Option<usize>,
     /// Tensor parallelism: each rank holds a slice of every head group and MLP.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) tp: Option<usize>,
     /// Expert parallelism: each rank holds some of the experts.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) ep: Option<usize>,
     /// Let measured bandwidth and memory choose; the default when none of --pp, --tp, --ep is given.
     #[arg(long, value_enum, conflicts_with_all = ["pp", "tp", "ep"])]
@@ -735,6 +768,7 @@ impl From<&ModelArgs> for ModelOptions {
                 backend: args.backend.into(),
                 activations: args.activations.into(),
                 threads: args.threads,
+                isa: None,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
@@ -753,6 +787,7 @@ impl From<&BenchModelArgs> for MeasuredOptions {
                 backend: args.backend.into(),
                 activations: args.activations.into(),
                 threads: args.threads,
+                isa: args.isa,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
@@ -769,6 +804,7 @@ impl From<&ConvertArgs> for ConvertOptions {
             quant: args.quant.clone(),
             search: args.search,
             calibrate: args.calibrate.clone(),
+            tokenizer: args.tokenizer.clone(),
             max_shard_size: args.max_shard_size,
             threads: args.threads,
         }
@@ -798,13 +834,13 @@ pub(crate) struct LaunchArgs {
     #[arg(long, value_enum, value_name = "TRANSPORT", conflicts_with = "transport")]
     pub(crate) backend: Option<TransportArg>,
     /// Start all ranks again after a failure, at most N times.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<u32>(0, 1048576))]
     pub(crate) restart: u32,
     /// Rank r listens on this port plus r; any free port if 0.
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     pub(crate) starting_port: u16,
     /// Seconds for all ranks to start and meet.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = real::<f64>(0.1, 86400.0))]
     pub(crate) start_timeout: f64,
     /// This program on the other hosts; the same path as here if not given.
     #[arg(long, value_name = "PATH")]
@@ -895,4 +931,63 @@ pub(crate) struct BenchCommArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Arg, Command, CommandFactory};
+
+    use super::*;
+
+    /// Every flag of every command that takes a number, with the names of the commands before it.
+    fn numeric_flags(command: &Command, path: &[String], found: &mut Vec<(Vec<String>, Arg)>) {
+        let types = [
+            std::any::TypeId::of::<usize>(),
+            std::any::TypeId::of::<u64>(),
+            std::any::TypeId::of::<u32>(),
+            std::any::TypeId::of::<u16>(),
+            std::any::TypeId::of::<f64>(),
+            std::any::TypeId::of::<f32>(),
+        ];
+        for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
+            if types.iter().any(|id| arg.get_value_parser().type_id() == *id) {
+                found.push((path.to_vec(), arg.clone()));
+            }
+        }
+        for inner in command.get_subcommands() {
+            numeric_flags(inner, &[path, &[inner.get_name().to_string()]].concat(), found);
+        }
+    }
+
+    #[test]
+    fn every_numeric_flag_refuses_absurd_values_with_its_range() {
+        let mut flags = vec![];
+        numeric_flags(&Cli::command(), &["tandem".to_string()], &mut flags);
+        assert!(flags.len() > 60, "{}", flags.len());
+        // Any seed will do, ports are 16 bits, and the engine and the ranks check these with messages of their own.
+        let others = [
+            "seed",
+            "port",
+            "starting-port",
+            "temperature",
+            "top-k",
+            "top-p",
+            "min-p",
+            "repetition-penalty",
+            "deadline",
+        ];
+        for (path, arg) in flags {
+            let name = arg.get_long().expect("long").to_string();
+            if others.contains(&&*name) || arg.is_hide_set() {
+                continue;
+            }
+            for value in ["99999999999999999999", "18446744073709551615", "1e300", "nan", "inf", "-1", "x", ""] {
+                let given = format!("--{name}={value}");
+                let error = Cli::try_parse_from(path.iter().chain([&given])).err().map(|error| error.to_string());
+                let error = error.unwrap_or_default();
+                let says = error.contains("expected a") && error.contains("from ") && error.contains(" to ");
+                assert!(says && error.contains(&format!("--{name}")), "{path:?} {given}: {error}");
+            }
+        }
+    }
 }

@@ -7,14 +7,15 @@ use tandem_model::Accounting;
 
 use crate::cli::InspectArgs;
 use crate::report::print_json;
-use tandem_runtime::model_dir;
 use tandem_runtime::units::{bytes, count, thousands};
+use tandem_runtime::{model_dir, settle_tie};
 
 /// Runs the command.
 pub(crate) fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
     let dir = model_dir(args.model.as_deref())?;
-    let config = ModelConfig::load(&dir)?;
+    let mut config = ModelConfig::load(&dir)?;
     let checkpoint = Checkpoint::open_or_index(&dir)?;
+    settle_tie(&mut config, &checkpoint);
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
     let has_mtp = weights.iter().any(|w| w.spec.kind == ModuleKind::Mtp);

@@ -57,6 +57,13 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
     if args.hostfile.is_some() && parallel.ranks.is_some_and(|n| n != hosts.len()) {
         bail!("--ranks says {} and the hostfile has {} hosts; leave one out", parallel.n_ranks()?, hosts.len());
     }
+    ensure!(
+        args.starting_port == 0 || usize::from(args.starting_port) + hosts.len() <= 1 << 16,
+        "--starting-port {} leaves no ports for {} ranks; expected at most {}",
+        args.starting_port,
+        hosts.len(),
+        (1usize << 16).saturating_sub(hosts.len())
+    );
     catch_signals()?;
     match parallel.transport {
         TransportKind::Mpi => {
@@ -246,7 +253,8 @@ impl Launcher<'_> {
 
     fn order(&self, rank: usize, secret: &str, generation: u32) -> Order {
         let host = &self.hosts[rank];
-        let port = if self.args.starting_port == 0 { 0 } else { self.args.starting_port + rank as u16 };
+        // Checked to be below 65536 when the launcher began.
+        let port = if self.args.starting_port == 0 { 0 } else { self.args.starting_port.saturating_add(rank as u16) };
         Order {
             secret: secret.to_string(),
             rank,

@@ -36,7 +36,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Messages quote files.
+            eprintln!("error: {}", report::plain(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -77,7 +78,7 @@ fn follow(joined: Joined, command: &cli::Command) -> anyhow::Result<()> {
 
 /// Ends this process: the launcher or another rank is lost, and every thread may be waiting for it.
 fn quit(message: &str) {
-    eprintln!("error: {message}");
+    eprintln!("error: {}", report::plain(message));
     std::process::exit(1);
 }
 
@@ -89,7 +90,10 @@ fn init_logging(verbose: u8) {
         _ => "trace",
     };
     let filter = tracing_subscriber::EnvFilter::new(level);
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(verbose > 1).init();
+    // Colours are for terminals, not for files of messages.
+    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    subscriber.with_ansi(is_terminal).with_target(verbose > 1).init();
 }
 
 /// `tandem run ... | head` is not an error.

@@ -29,7 +29,7 @@ use tandem_runtime::{hugging_face_cache, hugging_face_token};
 /// What a model needs besides its weights, and nothing else of its repository.
 const METADATA: [&str; 5] = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"];
 const WEIGHTS: &str = "*.safetensors";
-/// Of files that are programs.
+/// Endings of files that are programs.
 const PICKLES: [&str; 5] = ["bin", "pt", "pth", "pkl", "ckpt"];
 /// Times that a file is tried without a byte more; each goes on where the last one broke off.
 const ATTEMPTS: usize = 5;
@@ -37,7 +37,7 @@ const ATTEMPTS: usize = 5;
 const CONNECTIONS: usize = 8;
 /// A model of 750 GB has about 300 files.
 const MAX_FILES: usize = 10_000;
-/// Of what the server tells about a repository.
+/// Most bytes of what the server tells about a repository.
 const MAX_LISTING_BYTES: u64 = 64 << 20;
 const MAX_REDIRECTS: usize = 10;
 /// For a connection, and for the head of an answer.
@@ -110,7 +110,7 @@ pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
         );
     }
     // A name alone stands for what main is.
-    let name = if args.revision == "main" { args.repo.clone() } else { snapshot.display().to_string() };
+    let name = if args.revision == "main" { args.repo.clone() } else { format!("{}@{}", args.repo, args.revision) };
     println!("{} files, {}; use it as --model {name}", wanted.len(), bytes(total));
     Ok(())
 }

@@ -1,13 +1,50 @@
-//! JSON for programs that read what a command prints.
+//! JSON for programs that read what a command prints, and text that steers no terminal.
 
+use std::borrow::Cow;
 use std::io::Write;
 
 use serde::Serialize;
 
 /// Pretty JSON on stdout.
 pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
+    let text = serde_json::to_string_pretty(value)?;
+    // JSON escapes controls but for these, which some terminals obey too.
+    let is_left = |c: char| ('\u{7f}'..='\u{9f}').contains(&c);
+    let mut escaped = String::with_capacity(text.len());
+    text.chars().for_each(|c| match is_left(c) {
+        true => escaped.push_str(&format!("\\u{:04x}", u32::from(c))),
+        false => escaped.push(c),
+    });
+    writeln!(std::io::stdout().lock(), "{escaped}")?;
     Ok(())
+}
+
+/// A text of a file or a model with escapes in the place of control characters, but for line ends and tabs: it must not
+/// steer the terminal that shows it.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    // Orders of writing, too, can make a line say something else.
+    let is_order = |c: char| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let steers = |c: char| (c.is_control() && !matches!(c, '\n' | '\t')) || is_order(c);
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    text.chars().for_each(|c| match steers(c) {
+        true => out.extend(c.escape_unicode()),
+        false => out.push(c),
+    });
+    Cow::Owned(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_steer_no_terminal() {
+        let check = |text: &str, expected: &str| assert_eq!(plain(text), expected);
+        check("a b\tc\né 🙂", "a b\tc\né 🙂");
+        check("\x1b]0;title\x07\r\u{9b}2J\x7f", "\\u{1b}]0;title\\u{7}\\u{d}\\u{9b}2J\\u{7f}");
+        check("a\u{202e}b", "a\\u{202e}b");
+    }
 }

@@ -9,17 +9,19 @@ use anyhow::{Context, bail};
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_engine::{FinishReason, Generated, GenerationConfig, Request, SamplingOverrides, SamplingParams};
+use tandem_engine::{
+    FinishReason, Generated, GenerationConfig, Request, SamplingOverrides, SamplingParams, check_vocabulary,
+};
 
 use crate::cli::{OnOff, RunArgs, SamplingArgs};
 use crate::news::on_terminal;
-use crate::report::print_json;
+use crate::report::{plain, print_json};
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::units::bytes;
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, load};
 use tandem_text::ChatTemplate;
 use tandem_text::prompt;
-use tandem_text::{StopMatcher, Tokenizer};
+use tandem_text::{StopMatcher, Tokenizer, ends_of_turn, stop_tokens};
 
 /// Runs the command.
 pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<()> {
@@ -77,7 +79,7 @@ struct Answer {
     tokens: Vec<u32>,
     finish_reason: FinishReason,
     prompt_tokens: usize,
-    /// Of these, tokens that an earlier turn had left in the cache.
+    /// The part of these that an earlier turn had left in the cache.
     cached_tokens: usize,
     prefill: Duration,
     decode: Duration,
@@ -102,11 +104,19 @@ impl Session {
                 })?)
             }
         };
-        let eos = if args.ignore_eos { vec![] } else { defaults.eos_token_ids.clone() };
+        let tokenizer = Tokenizer::from_dir(&loaded.dir)?;
+        let template = ChatTemplate::from_dir(&loaded.dir, args.chat_template.as_deref())?;
+        let vocab_size = loaded.config.vocab_size;
+        check_vocabulary(&defaults.eos_token_ids, vocab_size).context("eos_token_id")?;
+        let mut eos = match args.ignore_eos {
+            true => vec![],
+            false => ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size),
+        };
+        eos.extend(stop_tokens(&args.stop, &tokenizer));
         let max_tokens = args.max_tokens.or(defaults.max_new_tokens.map(|n| n as usize)).unwrap_or(usize::MAX);
         Ok(Session {
-            tokenizer: Tokenizer::from_dir(&loaded.dir)?,
-            template: ChatTemplate::from_dir(&loaded.dir, args.chat_template.as_deref())?,
+            tokenizer,
+            template,
             extra,
             tools,
             params: sampling(&defaults, &args.sampling)?,
@@ -156,7 +166,9 @@ impl Session {
             text.push_str(piece);
             if stream && !piece.is_empty() {
                 let mut out = std::io::stdout().lock();
-                out.write_all(piece.as_bytes())?;
+                // Whoever wrote the tokens must not write to the terminal's state; files get what was said.
+                let shown = if out.is_terminal() { plain(piece) } else { piece.into() };
+                out.write_all(shown.as_bytes())?;
                 out.flush()?;
             }
             Ok(())

@@ -239,7 +239,7 @@ fn model(args: &ServeArgs, facts: Facts) -> anyhow::Result<Model> {
     })
 }
 
-/// Weight bytes that a step of so many rows reads: each row picks experts of its own, evenly spread.
+/// Weight bytes that a step of a given number of rows reads: each row picks experts of its own, evenly spread.
 fn step_bytes(accounting: &Accounting, config: &ModelConfig) -> StepBytes {
     let routed = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { k.resident_bytes } else { 0 });
     let others = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { 0 } else { k.read_bytes });

@@ -15,7 +15,7 @@ use tandem_runtime::judge::load_checked;
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::{Loaded, LogitsRows};
 use tandem_text::dialect::opens_reasoning;
-use tandem_text::{AnswerStream, Delta, Dialect, Tokenizer};
+use tandem_text::{AnswerStream, ChatTemplate, Delta, Dialect, Tokenizer, ends_of_turn};
 
 /// One line of the file.
 enum Task {
@@ -96,7 +96,7 @@ impl Count {
         self.right as f64 / self.total as f64
     }
 
-    /// Of the mean of as many answers that are right or wrong, as the sample's deviation tells; none of a single one.
+    /// Standard error of the share of right answers, from the sample's deviation; `None` for a single answer.
     fn standard_error(self) -> Option<f64> {
         let p = self.accuracy();
         (self.total > 1).then(|| (p * (1.0 - p) / (self.total - 1) as f64).sqrt())
@@ -129,7 +129,10 @@ pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<
     let Loaded { dir, mut engine, prefill_chunk, .. } =
         load_checked(&(&args.model).into(), rows, joined, &mut on_terminal())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
+    let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
+    check_vocabulary(&eos, engine.vocab_size()).context("eos_token_id")?;
+    let eos = ends_of_turn(&eos, &tokenizer, template.as_ref(), engine.vocab_size());
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();
     for (line, task) in &tasks {
         let score = scores.entry(task.kind()).or_default();

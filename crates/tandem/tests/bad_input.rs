@@ -123,9 +123,12 @@ fn nan_scales() {
 }
 
 #[test]
-fn nan_weights_are_found_when_sampling() {
+fn nan_weights_are_found_at_load() {
     let copy = Copy::of(TINY).patch("model.norm.weight", &[0xc0, 0x7f]);
-    check(&["run", "hi", "--raw", "--json", "--model", &copy.path()], &["is NaN", "damaged checkpoint"]);
+    check(
+        &["run", "hi", "--raw", "--json", "--model", &copy.path()],
+        &["model.norm.weight[0] is NaN", "download or convert it again"],
+    );
 }
 
 #[test]

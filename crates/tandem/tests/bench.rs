@@ -87,8 +87,7 @@ fn dummy_weights_need_no_checkpoint() {
 #[test]
 fn mistakes_are_explained() {
     for (args, expected) in [
-        (&["bench", "decode", "--force-acceptance", "0.8"][..], "comes with drafting"),
-        (&["bench", "decode", "--config", "glm-5.1"], "--load-format dummy"),
+        (&["bench", "decode", "--config", "glm-5.1"][..], "--load-format dummy"),
         (&["bench", "decode", "--vocab", "1024"], "--load-format dummy"),
         (&["bench", "decode", "--config", "glm-9", "--load-format", "dummy"], "glm-5.1, deepseek-v3.2"),
         (&["bench", "decode", "--context", "many"], "number of tokens"),

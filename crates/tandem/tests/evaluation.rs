@@ -148,3 +148,46 @@ fn one_element_that_is_no_number_fails_every_evaluation() {
         assert!(n > 5, "{name} has {n} tensors of floats");
     }
 }
+
+/// A server says that the model is broken, in every interface, and never text.
+#[test]
+fn a_server_answers_not_a_number_with_an_error() {
+    // Finite weights whose products are not, so that loading notices nothing.
+    let model =
+        (0..16).fold(good(), |model, i| model.set("model.norm.weight", i, 1e30).set("lm_head.weight", 16 + i, 3e38));
+    let model = model.template("{% for m in messages %}{{ m.content }}{% endfor %}").write();
+    let mut command = common::command(&["serve", "--model", &model.arg(), "--port", "0", "--served-model-name", "m"]);
+    let mut server = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(server.stderr.take().unwrap()));
+    let url = loop {
+        let line = lines.next().expect("the server has ended").unwrap();
+        if let Some((_, rest)) = line.split_once("http://") {
+            break format!("http://{}", rest.split(' ').next().unwrap());
+        }
+    };
+    std::thread::spawn(move || lines.for_each(drop));
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let messages = json!([{"role": "user", "content": "xa"}]);
+    for (path, body) in [
+        ("/v1/completions", json!({"prompt": "xa", "max_tokens": 4})),
+        ("/v1/completions", json!({"prompt": "xa", "max_tokens": 4, "logprobs": 2, "temperature": 0})),
+        ("/v1/chat/completions", json!({"messages": messages, "max_tokens": 4})),
+        ("/v1/chat/completions", json!({"messages": messages, "max_tokens": 4, "logprobs": true, "top_logprobs": 2})),
+        ("/v1/responses", json!({"input": "xa", "max_output_tokens": 4})),
+        ("/v1/messages", json!({"model": "m", "messages": messages, "max_tokens": 4})),
+    ] {
+        for stream in [false, true] {
+            let mut body = body.clone();
+            body["stream"] = json!(stream);
+            let url = format!("{url}{path}");
+            let mut response =
+                agent.post(&url).header("content-type", "application/json").send(body.to_string()).unwrap();
+            let (status, text) = (response.status().as_u16(), response.body_mut().read_to_string().unwrap());
+            assert!(stream || status >= 500, "{path}: {status} {text}");
+            assert!(text.contains("error") && text.contains("the logit of token"), "{path} {body}: {text}");
+            assert!(!text.contains("\"delta\":{\"content\":\"") && !text.contains("null,null"), "{path}: {text}");
+        }
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+}

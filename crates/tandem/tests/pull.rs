@@ -20,13 +20,13 @@ struct Served {
     bytes: Vec<u8>,
     /// Large files are known by SHA-256, small ones by git's hash.
     is_large: bool,
-    /// Breaks off after so many bytes, once for each number.
+    /// Breaks off after this many bytes, once for each number.
     breaks: Vec<usize>,
     /// Sends something else than what the hash is of.
     is_damaged: bool,
     /// Is somewhere else, or nowhere known (empty).
     location: Option<String>,
-    /// Sends one byte, then nothing for so many seconds.
+    /// Sends one byte, then nothing for this many seconds.
     stalls: u64,
     /// Not its length.
     announced: Option<u64>,

@@ -25,7 +25,7 @@ use crate::transport::{Channel, Incoming, Transport, Wait};
 /// A rank stays awake from this long before a message is due, by the last one, until this long after: a sleeping core takes
 /// 50 to 250 us to wake up, as long as a hop between hosts. It shares the core with what else wants it, so not for longer.
 const AWAKE: Duration = Duration::from_millis(2);
-/// Activations of at least so many bytes go half over each of two connections.
+/// Activations of at least this many bytes go half over each of two connections.
 const DIVIDED: usize = 512 << 10;
 /// A turn that takes longer than this was not spent waiting.
 const SUSPENDED: Duration = Duration::from_secs(1);

@@ -100,8 +100,10 @@ impl Input {
 pub(crate) fn activations(precision: Precision, dtype: DType) -> Rounding {
     match dtype {
         DType::Mxfp4 | DType::Affine { bits: 4 | 8, .. } => precision.packed,
+        DType::Nvfp4 | DType::Affine { .. } => precision.other_packed,
+        DType::Mxfp8 | DType::Fp8Block => precision.fp8,
         DType::BF16 => precision.bf16,
-        _ => Rounding::None,
+        DType::Float(_) => Rounding::None,
     }
 }
 

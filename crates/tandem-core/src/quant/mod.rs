@@ -195,7 +195,33 @@ pub fn quantize(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Resul
         }),
         DType::Fp8Block => fp8_block::quantize(cols, values, &mut weight, &mut scales),
     }
-    Ok(Packed { dtype, rows, cols, weight, scales, biases })
+    let packed = Packed { dtype, rows, cols, weight, scales, biases };
+    check_range(&packed, values)?;
+    Ok(packed)
+}
+
+/// Refuses what does not fit the format: an element, a scale or a bias became infinite.
+fn check_range(packed: &Packed, values: &[f32]) -> Result<(), QuantError> {
+    let (dtype, cols) = (packed.dtype, packed.cols);
+    let index = match dtype {
+        DType::Float(_) => match packed.view().find_non_finite(0, packed.rows) {
+            Some((row, col)) if values[row * cols + col].is_finite() => Some(row * cols + col),
+            Some((row, col)) => {
+                return Err(QuantError::NonFinite { dtype, row, col, value: values[row * cols + col] });
+            }
+            None => None,
+        },
+        DType::Affine { group_size, .. } => has_nan_scale(&packed.view()).map(|group| {
+            let first = group * usize::from(group_size);
+            let group = values[first..].iter().take(group_size.into()).enumerate();
+            first + group.max_by(|a, b| a.1.abs().total_cmp(&b.1.abs())).map_or(0, |(i, _)| i)
+        }),
+        _ => None,
+    };
+    match index {
+        Some(index) => Err(QuantError::Overflow { dtype, row: index / cols, col: index % cols, value: values[index] }),
+        None => Ok(()),
+    }
 }
 
 /// Checks what a quantiser is given.
@@ -325,6 +351,21 @@ pub enum QuantError {
         expected: usize,
         /// Values given.
         found: usize,
+    },
+    /// A value beyond the range of the format.
+    #[error(
+        "{value} at row {row}, column {col} is beyond the range of {dtype}: choose a format of more range for this matrix \
+         (bf16, f32, or scales of them), or set \"torch_dtype\" of the source's config.json to bfloat16"
+    )]
+    Overflow {
+        /// Storage format.
+        dtype: DType,
+        /// Row of the value.
+        row: usize,
+        /// Column of the value.
+        col: usize,
+        /// The value.
+        value: f32,
     },
     /// A value that has no code.
     #[error("{dtype} needs finite values, found {value} at row {row}, column {col}: the source weights are damaged")]

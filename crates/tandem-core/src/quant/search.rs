@@ -5,7 +5,7 @@
 //! it minimises the squared error of the product with inputs of a known covariance.
 
 use super::minifloat::{E2M1, E2M1_MAX, E4M3, E4M3_MAX, e2m1_encode_small, e4m3_encode, e8m0, e8m0_encode_up};
-use super::{Packed, QuantError, affine, amax, bitstream, check_values, wide};
+use super::{Packed, QuantError, affine, amax, bitstream, check_range, check_values, wide};
 use crate::dtype::{DType, Float};
 
 /// What is known about the inputs of a matrix: their covariance, factored for compensating errors. Columns are cut into
@@ -140,6 +140,7 @@ pub fn quantize_searched(
             }
         }
     });
+    check_range(&packed, values)?;
     Ok(packed)
 }
 

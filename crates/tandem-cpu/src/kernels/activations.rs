@@ -2,6 +2,7 @@
 
 use tandem_core::{DType, Numerics};
 
+use super::tile_rows::Operand;
 use crate::isa::Isa;
 use crate::matrix::CpuMatrix;
 use crate::pool::Pool;
@@ -28,8 +29,7 @@ pub(crate) enum Kernel {
     /// 8-bit codes, integer products.
     ByteInt8,
     /// Tiles.
-    #[cfg(target_arch = "x86_64")]
-    Tiles(super::tile_rows::Operand),
+    Tiles(Operand),
 }
 
 impl Kernel {
@@ -38,9 +38,8 @@ impl Kernel {
         if isa == Isa::Scalar {
             return Kernel::Generic;
         }
-        #[cfg(target_arch = "x86_64")]
-        if let CpuMatrix::Tiled(_) = matrix {
-            return Kernel::Tiles(super::tile_rows::Operand::choose(dtype, numerics, isa));
+        if let CpuMatrix::Tiled(tiles) = matrix {
+            return Kernel::Tiles(Operand::choose(tiles.layout, numerics, isa));
         }
         let int8 = numerics == Numerics::Int8 && isa.has_int8_dot();
         match dtype {
@@ -60,13 +59,14 @@ impl Kernel {
             Kernel::NibbleF32 => forms.nibble_f32 = true,
             Kernel::NibbleInt8 => forms.nibble_q8 = true,
             Kernel::ByteInt8 => forms.q8 = true,
-            #[cfg(target_arch = "x86_64")]
             Kernel::Tiles(operand) => match operand {
-                super::tile_rows::Operand::Int8 => forms.q8 = true,
-                super::tile_rows::Operand::Bf16 => forms.pairs_bf16 = true,
-                super::tile_rows::Operand::F32 => {}
+                Operand::Int8 => forms.q8 = true,
+                Operand::Int16 => forms.pairs_i16 = true,
+                Operand::Bf16 => forms.pairs_bf16 = true,
+                Operand::F32 => {}
             },
         }
+        forms.half_sums = dtype == DType::Nvfp4;
         if let DType::Affine { group_size, .. } = dtype {
             forms.sums[group_size.trailing_zeros() as usize - 5] = true;
         }
@@ -82,6 +82,8 @@ struct Forms {
     nibble_q8: bool,
     q8: bool,
     pairs_bf16: bool,
+    pairs_i16: bool,
+    half_sums: bool,
 }
 
 impl Forms {
@@ -92,6 +94,8 @@ impl Forms {
             nibble_q8: self.nibble_q8 || other.nibble_q8,
             q8: self.q8 || other.q8,
             pairs_bf16: self.pairs_bf16 || other.pairs_bf16,
+            pairs_i16: self.pairs_i16 || other.pairs_i16,
+            half_sums: self.half_sums || other.half_sums,
         }
     }
 }
@@ -104,8 +108,6 @@ pub struct Activations {
     plain: Vec<f32>,
     /// Sums per 32, 64 and 128 elements (what affine biases multiply), `[n_rows, width / group]` each.
     sums: [Vec<f32>; 3],
-    /// Sums of the 8-bit form, likewise.
-    q8_sums: [Vec<f32>; 3],
     /// `[n_rows, blocks * 128]`, element `8 i + j` of a block at `16 j + i`.
     nibble_f32: Vec<f32>,
     /// `[n_rows, blocks * 128]`, element `2 m + j` of a block at `64 j + m`.
@@ -114,15 +116,82 @@ pub struct Activations {
     nibble_scales: Vec<f32>,
     /// Sum of the 8 integers of each lane, `[n_rows, blocks * 16]`.
     nibble_lane_sums: Vec<i32>,
-    /// `[n_rows, blocks * 64]`
-    q8: Vec<i8>,
+    /// In order, `[n_rows, blocks * 64]`.
+    q8: Integers<i8>,
     /// Scale of each 32-bit lane of a 64-block, `[n_rows, blocks * 16]`.
     byte_scales: Vec<f32>,
     /// `[n_rows, blocks * 8]`, the even ones of eight elements before the odd ones.
     pairs_bf16: Vec<u16>,
-    /// Scale and sum of the integers of each group of 32, `[n_rows, groups]`.
-    q8_scales: Vec<f32>,
-    q8_group_sums: Vec<i32>,
+    /// In the same order.
+    pairs_i16: Integers<i16>,
+}
+
+/// Activations rounded to integers that fill the range of `T`, with a scale per group of 32.
+#[derive(Debug, Default)]
+struct Integers<T> {
+    values: Vec<T>,
+    /// `[n_rows, groups]`
+    scales: Vec<f32>,
+    /// Sums of the integers, `[n_rows, groups]`.
+    group_sums: Vec<i32>,
+    /// The same per 16, `[n_rows, 2 * groups]`.
+    half_sums: Vec<i32>,
+    /// Sums of the rounded activations per 32, 64 and 128, `[n_rows, width / group]` each.
+    sums: [Vec<f32>; 3],
+}
+
+/// One row of [`Integers`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IntegerRow<'a, T> {
+    pub(crate) values: &'a [T],
+    pub(crate) scales: &'a [f32],
+    pub(crate) group_sums: &'a [i32],
+    /// Empty unless a matrix has scales per 16.
+    pub(crate) half_sums: &'a [i32],
+}
+
+/// Which form of the activations sums are of: each kernel's biases meet what its codes meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SumsOf {
+    Plain,
+    Int8,
+    Int16,
+}
+
+impl<T: Copy + Default> Integers<T> {
+    /// Room for `n_rows` of `width`, of which `per_row` are stored; none if not `wanted`.
+    fn resize(&mut self, wanted: bool, forms: Forms, n_rows: usize, width: usize, per_row: usize) {
+        let length = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
+        let groups = width.div_ceil(Q8_GROUP);
+        self.values.resize(length(wanted, per_row), T::default());
+        self.scales.resize(length(wanted, groups), 0.0);
+        self.group_sums.resize(length(wanted, groups), 0);
+        self.half_sums.resize(length(wanted && forms.half_sums, 2 * groups), 0);
+        for (i, sums) in self.sums.iter_mut().enumerate() {
+            sums.resize(length(wanted && forms.sums[i], width / (Q8_GROUP << i)), 0.0);
+        }
+    }
+
+    fn shared(&mut self) -> SharedIntegers<'_, T> {
+        SharedIntegers {
+            values: SharedMut::new(&mut self.values),
+            scales: SharedMut::new(&mut self.scales),
+            group_sums: SharedMut::new(&mut self.group_sums),
+            half_sums: SharedMut::new(&mut self.half_sums),
+            sums: self.sums.each_mut().map(|v| SharedMut::new(v)),
+        }
+    }
+
+    fn row(&self, row: usize, width: usize, block: usize) -> IntegerRow<'_, T> {
+        let half_sums =
+            if self.half_sums.is_empty() { &[] } else { block_row(&self.half_sums, row, width, Q8_GROUP, 2) };
+        IntegerRow {
+            values: block_row(&self.values, row, width, block, block),
+            scales: block_row(&self.scales, row, width, Q8_GROUP, 1),
+            group_sums: block_row(&self.group_sums, row, width, Q8_GROUP, 1),
+            half_sums,
+        }
+    }
 }
 
 impl Activations {
@@ -143,36 +212,31 @@ impl Activations {
         let lengths = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
         let nibbles = width.div_ceil(NIBBLE_BLOCK) * NIBBLE_BLOCK;
         let bytes = width.div_ceil(BYTE_BLOCK) * BYTE_BLOCK;
-        let groups = width.div_ceil(Q8_GROUP);
         self.plain.resize(n_rows * width, 0.0);
         for i in 0..3 {
             self.sums[i].resize(lengths(forms.sums[i], width / (32 << i)), 0.0);
-            self.q8_sums[i].resize(lengths(forms.sums[i] && quantized, width / (32 << i)), 0.0);
         }
         self.nibble_f32.resize(lengths(forms.nibble_f32, nibbles), 0.0);
         self.pairs_bf16.resize(lengths(forms.pairs_bf16, width.next_multiple_of(8)), 0);
         self.nibble_q8.resize(lengths(forms.nibble_q8, nibbles), 0);
         self.nibble_scales.resize(lengths(forms.nibble_q8, nibbles / 8), 0.0);
         self.nibble_lane_sums.resize(lengths(forms.nibble_q8, nibbles / 8), 0);
-        self.q8.resize(lengths(forms.q8, bytes), 0);
         self.byte_scales.resize(lengths(forms.q8, bytes / 4), 0.0);
-        self.q8_scales.resize(lengths(quantized, groups), 0.0);
-        self.q8_group_sums.resize(lengths(quantized, groups), 0);
+        self.q8.resize(quantized, forms, n_rows, width, bytes);
+        self.pairs_i16.resize(forms.pairs_i16, forms, n_rows, width, width.next_multiple_of(8));
 
         let shared = Shared {
             width,
             plain: SharedMut::new(&mut self.plain),
             sums: self.sums.each_mut().map(|v| SharedMut::new(v)),
-            q8_sums: self.q8_sums.each_mut().map(|v| SharedMut::new(v)),
             nibble_f32: SharedMut::new(&mut self.nibble_f32),
             pairs_bf16: SharedMut::new(&mut self.pairs_bf16),
             nibble_q8: SharedMut::new(&mut self.nibble_q8),
             nibble_scales: SharedMut::new(&mut self.nibble_scales),
             nibble_lane_sums: SharedMut::new(&mut self.nibble_lane_sums),
-            q8: SharedMut::new(&mut self.q8),
             byte_scales: SharedMut::new(&mut self.byte_scales),
-            q8_scales: SharedMut::new(&mut self.q8_scales),
-            q8_group_sums: SharedMut::new(&mut self.q8_group_sums),
+            q8: self.q8.shared(),
+            pairs_i16: self.pairs_i16.shared(),
         };
         let fill = |range: std::ops::Range<usize>| {
             for r in range {
@@ -190,8 +254,12 @@ impl Activations {
     }
 
     /// Sums per `group` elements of `row`.
-    pub(crate) fn sums(&self, row: usize, group: usize, int8: bool) -> &[f32] {
-        let all = if int8 { &self.q8_sums } else { &self.sums };
+    pub(crate) fn sums(&self, row: usize, group: usize, of: SumsOf) -> &[f32] {
+        let all = match of {
+            SumsOf::Plain => &self.sums,
+            SumsOf::Int8 => &self.q8.sums,
+            SumsOf::Int16 => &self.pairs_i16.sums,
+        };
         let n = self.width / group;
         &all[group.trailing_zeros() as usize - 5][row * n..(row + 1) * n]
     }
@@ -200,23 +268,18 @@ impl Activations {
         block_row(&self.nibble_f32, row, self.width, NIBBLE_BLOCK, NIBBLE_BLOCK)
     }
 
-    #[cfg(target_arch = "x86_64")]
     pub(crate) fn pairs_bf16(&self, row: usize) -> &[u16] {
         block_row(&self.pairs_bf16, row, self.width, 8, 8)
     }
 
-    /// Integers in order.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn q8(&self, row: usize) -> &[i8] {
-        block_row(&self.q8, row, self.width, BYTE_BLOCK, BYTE_BLOCK)
+    /// 8-bit integers in order.
+    pub(crate) fn q8(&self, row: usize) -> IntegerRow<'_, i8> {
+        self.q8.row(row, self.width, BYTE_BLOCK)
     }
 
-    /// Scales and integer sums of the groups of 32.
-    pub(crate) fn q8_groups(&self, row: usize) -> (&[f32], &[i32]) {
-        (
-            block_row(&self.q8_scales, row, self.width, Q8_GROUP, 1),
-            block_row(&self.q8_group_sums, row, self.width, Q8_GROUP, 1),
-        )
+    /// 16-bit integers, the even ones of eight before the odd ones.
+    pub(crate) fn pairs_i16(&self, row: usize) -> IntegerRow<'_, i16> {
+        self.pairs_i16.row(row, self.width, 8)
     }
 
     /// Integers, lane scales and lane sums.
@@ -230,10 +293,7 @@ impl Activations {
 
     /// Integers and lane scales.
     pub(crate) fn byte_q8(&self, row: usize) -> (&[i8], &[f32]) {
-        (
-            block_row(&self.q8, row, self.width, BYTE_BLOCK, BYTE_BLOCK),
-            block_row(&self.byte_scales, row, self.width, BYTE_BLOCK, 16),
-        )
+        (self.q8(row).values, block_row(&self.byte_scales, row, self.width, BYTE_BLOCK, 16))
     }
 }
 
@@ -248,16 +308,67 @@ struct Shared<'a> {
     width: usize,
     plain: SharedMut<'a, f32>,
     sums: [SharedMut<'a, f32>; 3],
-    q8_sums: [SharedMut<'a, f32>; 3],
     nibble_f32: SharedMut<'a, f32>,
     pairs_bf16: SharedMut<'a, u16>,
     nibble_q8: SharedMut<'a, i8>,
     nibble_scales: SharedMut<'a, f32>,
     nibble_lane_sums: SharedMut<'a, i32>,
-    q8: SharedMut<'a, i8>,
     byte_scales: SharedMut<'a, f32>,
-    q8_scales: SharedMut<'a, f32>,
-    q8_group_sums: SharedMut<'a, i32>,
+    q8: SharedIntegers<'a, i8>,
+    pairs_i16: SharedIntegers<'a, i16>,
+}
+
+struct SharedIntegers<'a, T> {
+    values: SharedMut<'a, T>,
+    scales: SharedMut<'a, f32>,
+    group_sums: SharedMut<'a, i32>,
+    half_sums: SharedMut<'a, i32>,
+    sums: [SharedMut<'a, f32>; 3],
+}
+
+impl<T> SharedIntegers<'_, T> {
+    /// Rounds `x` to integers of magnitude `limit` and less, 128 at a time, which `store(start, integers)` takes.
+    #[inline(always)]
+    fn fill(
+        &self,
+        limit: f32,
+        row: usize,
+        n_rows: usize,
+        x: &[f32],
+        mut store: impl FnMut(usize, &[i32; NIBBLE_BLOCK], &mut [T]),
+    ) {
+        let (scales, sums) = (own(&self.scales, row, n_rows), own(&self.group_sums, row, n_rows));
+        let halves = own(&self.half_sums, row, n_rows);
+        let values = own(&self.values, row, n_rows);
+        for (b, block) in x.chunks(NIBBLE_BLOCK).enumerate() {
+            let mut integers = [0i32; NIBBLE_BLOCK];
+            for (g, group) in block.chunks(Q8_GROUP).enumerate() {
+                let largest = group.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
+                let largest = f32::from_bits(largest);
+                let inverse = if largest > 0.0 { limit / largest } else { 0.0 };
+                for (q, v) in integers[g * Q8_GROUP..].iter_mut().zip(group) {
+                    // Adding 1.5 * 2^23 leaves the value rounded to nearest even in the low bits.
+                    let bits = (v * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
+                    // NaN, which the scale carries on, leaves bits that are no integer of this size.
+                    *q = i32::from(bits as i16);
+                }
+                let (first, second) = integers[g * Q8_GROUP..][..Q8_GROUP].split_at(Q8_GROUP / 2);
+                let (first, second) = (first.iter().sum::<i32>(), second.iter().sum::<i32>());
+                scales[b * 4 + g] = largest / limit;
+                sums[b * 4 + g] = first + second;
+                if !halves.is_empty() {
+                    halves[8 * b + 2 * g..][..2].copy_from_slice(&[first, second]);
+                }
+            }
+            store(b * NIBBLE_BLOCK, &integers, &mut *values);
+        }
+        for (i, out) in self.sums.iter().enumerate() {
+            let groups = scales.chunks_exact(1 << i).zip(sums.chunks_exact(1 << i));
+            for (out, (scales, sums)) in own(out, row, n_rows).iter_mut().zip(groups) {
+                *out = scales.iter().zip(sums).map(|(scale, sum)| scale * *sum as f32).sum();
+            }
+        }
+    }
 }
 
 impl Shared<'_> {
@@ -266,7 +377,10 @@ impl Shared<'_> {
         match isa {
             // SAFETY: the ISA is only available on processors that have it.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { self.fill_avx512(forms, row, n_rows, x) },
+            Isa::Avx512 | Isa::Amx => unsafe { self.fill_avx512(forms, row, n_rows, x) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { self.fill_avx2(forms, row, n_rows, x) },
             _ => self.fill_row(forms, row, n_rows, x),
         }
     }
@@ -276,6 +390,14 @@ impl Shared<'_> {
     #[allow(unsafe_code)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn fill_avx512(&self, forms: Forms, row: usize, n_rows: usize, x: &[f32]) {
+        self.fill_row(forms, row, n_rows, x);
+    }
+
+    /// The same loops, compiled for AVX2.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx2")]
+    unsafe fn fill_avx2(&self, forms: Forms, row: usize, n_rows: usize, x: &[f32]) {
         self.fill_row(forms, row, n_rows, x);
     }
 
@@ -294,54 +416,34 @@ impl Shared<'_> {
         if forms.pairs_bf16 {
             reorder::<2, _, _>(x, 8, own(&self.pairs_bf16, row, n_rows), bf16_bits);
         }
+        if forms.pairs_i16 {
+            self.pairs_i16.fill(32767.0, row, n_rows, x, |start, integers, out| {
+                let n = (out.len() - start).min(NIBBLE_BLOCK);
+                reorder::<2, _, _>(&integers[..n], 8, &mut out[start..start + n], |q| q as i16);
+            });
+        }
         if !forms.nibble_q8 && !forms.q8 {
             return;
         }
-        let (scales, sums) = (own(&self.q8_scales, row, n_rows), own(&self.q8_group_sums, row, n_rows));
-        // Blocks of bytes are in order, so they hold the integers until nibbles are made of them.
-        let mut codes = [0i8; NIBBLE_BLOCK];
-        for (b, block) in x.chunks(NIBBLE_BLOCK).enumerate() {
-            codes.fill(0);
-            for (g, group) in block.chunks(Q8_GROUP).enumerate() {
-                let largest = group.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
-                let largest = f32::from_bits(largest);
-                let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-                let mut total = 0i32;
-                for (code, v) in codes[g * Q8_GROUP..].iter_mut().zip(group) {
-                    // Adding 1.5 * 2^23 leaves the value rounded to nearest even in the low bits.
-                    let q = (v * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
-                    *code = q as i8;
-                    // NaN, which the scale carries on, leaves bits that are no integer of this size.
-                    total += i32::from(*code);
-                }
-                scales[b * 4 + g] = largest / 127.0;
-                sums[b * 4 + g] = total;
-            }
+        self.q8.fill(127.0, row, n_rows, x, |start, integers, out| {
+            let codes = integers.map(|q| q as i8);
+            let n = (out.len() - start).min(NIBBLE_BLOCK);
+            out[start..start + n].copy_from_slice(&codes[..n]);
             if forms.nibble_q8 {
-                let out = &mut own(&self.nibble_q8, row, n_rows)[b * NIBBLE_BLOCK..][..NIBBLE_BLOCK];
+                let out = &mut own(&self.nibble_q8, row, n_rows)[start..][..NIBBLE_BLOCK];
                 reorder::<2, _, _>(&codes, NIBBLE_BLOCK, out, |v| v);
-                let lane_sums = &mut own(&self.nibble_lane_sums, row, n_rows)[b * 16..][..16];
+                let lane_sums = &mut own(&self.nibble_lane_sums, row, n_rows)[start / 8..][..16];
                 for (lane, sum) in lane_sums.iter_mut().enumerate() {
-                    *sum = codes[lane * 8..lane * 8 + 8].iter().map(|q| i32::from(*q)).sum();
+                    *sum = integers[lane * 8..lane * 8 + 8].iter().sum();
                 }
             }
-            if forms.q8 {
-                let out = &mut own(&self.q8, row, n_rows)[b * NIBBLE_BLOCK..];
-                let n = out.len().min(NIBBLE_BLOCK);
-                out[..n].copy_from_slice(&codes[..n]);
-            }
-        }
+        });
+        let scales = own(&self.q8.scales, row, n_rows);
         if forms.nibble_q8 {
             lanes(scales, NIBBLE_BLOCK, own(&self.nibble_scales, row, n_rows));
         }
         if forms.q8 {
             lanes(scales, BYTE_BLOCK, own(&self.byte_scales, row, n_rows));
-        }
-        for (i, out) in self.q8_sums.iter().enumerate() {
-            let groups = scales.chunks_exact(1 << i).zip(sums.chunks_exact(1 << i));
-            for (out, (scales, sums)) in own(out, row, n_rows).iter_mut().zip(groups) {
-                *out = scales.iter().zip(sums).map(|(scale, sum)| scale * *sum as f32).sum();
-            }
         }
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn bias_dot(isa: Isa, float: Float, biases: &[u8], sums: &[f32]) -> f
         // SAFETY: an `Isa` other than Scalar only exists on processors that have it, and one with AVX-512 has AVX2 too;
         // the lengths were just checked.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { bias_avx2(float, biases, sums) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe { bias_avx2(float, biases, sums) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { bias_neon(float, biases, sums) },

@@ -24,8 +24,12 @@ pub fn attend<'a, E: Element>(
 ) {
     assert!(n_heads <= HEAD_BLOCK);
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 {
+    if matches!(isa, Isa::Avx512 | Isa::Amx) {
         return super::attention_avx512::attend(isa, q, n_heads, scale, n_positions, key, value, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 {
+        return super::attention_avx2::attend(q, n_heads, scale, n_positions, key, value, out);
     }
     let (key_width, value_width) = (q.len() / n_heads, out.len() / n_heads);
     with_scratch(n_heads * n_positions, |scores| {

@@ -58,10 +58,15 @@ impl Int8Query {
 /// [`scores`] with 8-bit keys: `key(p)` gives codes plus [`KEY_OFFSET`], and their scale.
 #[allow(unsafe_code)]
 pub fn scores_int8<'a>(isa: Isa, query: &Int8Query, key: impl Fn(usize) -> (&'a [u8], f32), out: &mut [f32]) {
-    if isa.has_vnni() {
+    if matches!(isa, Isa::Avx512 | Isa::Amx) {
         // SAFETY: the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
         return unsafe { scores_vnni(query, key, out) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 {
+        // SAFETY: the processor has the instructions.
+        return unsafe { scores_avx2(query, key, out) };
     }
     scores_int8_scalar(query, key, out);
 }
@@ -120,6 +125,55 @@ unsafe fn scores_vnni<'a>(query: &Int8Query, key: impl Fn(usize) -> (&'a [u8], f
         }
         for i in 0..n {
             out[first + i] = _mm512_reduce_add_ps(sums[i]) * keys[i].1;
+        }
+    }
+}
+
+/// Bytes as 16-bit numbers: products of bytes in pairs would not fit 16 bits.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn scores_avx2<'a>(query: &Int8Query, key: impl Fn(usize) -> (&'a [u8], f32), out: &mut [f32]) {
+    use std::arch::x86_64::*;
+    /// Positions that share the loads of the query.
+    const POSITIONS: usize = 4;
+    let lanes = query.weights.len();
+    let n_words = query.codes.len() / (lanes * 4);
+    for first in (0..out.len()).step_by(POSITIONS) {
+        let n = POSITIONS.min(out.len() - first);
+        let mut keys = [(&[] as &[u8], 0.0); POSITIONS];
+        for (i, slot) in keys.iter_mut().enumerate() {
+            *slot = key(first + i.min(n - 1));
+            assert!(slot.0.len() >= n_words * 4);
+        }
+        let mut sums = [_mm256_setzero_ps(); POSITIONS];
+        for h in (0..lanes).step_by(8) {
+            // SAFETY: start, weights and codes have `lanes` entries (per word), keys `n_words` words (checked).
+            unsafe {
+                let mut dots = [_mm256_loadu_si256(query.start.as_ptr().add(h).cast()); POSITIONS];
+                for word in 0..n_words {
+                    let q = _mm256_loadu_si256(query.codes.as_ptr().add((word * lanes + h) * 4).cast());
+                    let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(q));
+                    let odd = _mm256_srai_epi16::<8>(q);
+                    for (dot, (codes, _)) in dots.iter_mut().zip(&keys) {
+                        let k = codes.as_ptr().add(word * 4).cast::<u32>().read_unaligned();
+                        let (k_even, k_odd) = ((k & 0x00ff_00ff) as i32, (k >> 8 & 0x00ff_00ff) as i32);
+                        let products = _mm256_add_epi32(
+                            _mm256_madd_epi16(even, _mm256_set1_epi32(k_even)),
+                            _mm256_madd_epi16(odd, _mm256_set1_epi32(k_odd)),
+                        );
+                        *dot = _mm256_add_epi32(*dot, products);
+                    }
+                }
+                let weights = _mm256_loadu_ps(query.weights.as_ptr().add(h));
+                for (sum, dot) in sums.iter_mut().zip(&dots) {
+                    let positive = _mm256_max_epi32(*dot, _mm256_setzero_si256());
+                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(positive), weights, *sum);
+                }
+            }
+        }
+        for i in 0..n {
+            out[first + i] = super::avx2::reduce(sums[i]) * keys[i].1;
         }
     }
 }

@@ -1,11 +1,10 @@
 //! Rows of a packed matrix times activations: the work that decides the speed of decoding.
 
-use tandem_core::Numerics;
 use tandem_core::quant::PackedView;
+use tandem_core::{DType, Numerics};
 
 use super::activations::{Activations, Kernel};
 use super::rows::ROWS;
-#[cfg(target_arch = "x86_64")]
 use super::tile_rows::tile_rows;
 use super::vector::dot;
 use super::{byte_rows, nibble_rows};
@@ -32,10 +31,9 @@ pub(crate) fn matrix_rows(
     let kernel = Kernel::choose(matrix, numerics, isa);
     let view = match matrix {
         CpuMatrix::Mapped(mapped) => mapped.data.view(part),
-        #[cfg(target_arch = "x86_64")]
         CpuMatrix::Tiled(tiles) => {
             let Kernel::Tiles(operand) = kernel else { unreachable!("tiles have their own kernels") };
-            return tile_rows(operand, tiles, part, first_row, n_rows, x, tokens, out);
+            return tile_rows(isa, operand, tiles, part, first_row, n_rows, x, tokens, out);
         }
     };
     if kernel == Kernel::Generic {
@@ -68,12 +66,31 @@ fn generic_rows(
     tokens: &[u32],
     out: &mut [f32],
 ) {
+    let mut dots = |i: usize, row: &[f32]| {
+        for (t, token) in tokens.iter().enumerate() {
+            out[t * n_rows + i] = dot(isa, x.row(*token as usize), row);
+        }
+    };
+    if matrix.dtype == DType::F32
+        && let Some(values) = floats(matrix.weight)
+    {
+        for i in 0..n_rows {
+            dots(i, &values[(first_row + i) * matrix.cols..][..matrix.cols]);
+        }
+        return;
+    }
     with_scratch(matrix.cols, |row| {
         for i in 0..n_rows {
             matrix.dequantize_row(first_row + i, row);
-            for (t, token) in tokens.iter().enumerate() {
-                out[t * n_rows + i] = dot(isa, x.row(*token as usize), &*row);
-            }
+            dots(i, row);
         }
     });
+}
+
+/// The bytes as the floats that they are, where they lie at such an address and the processor keeps floats so.
+#[allow(unsafe_code)]
+fn floats(bytes: &[u8]) -> Option<&[f32]> {
+    // SAFETY: any bits are a float.
+    let (before, values, after) = unsafe { bytes.align_to::<f32>() };
+    (cfg!(target_endian = "little") && before.is_empty() && after.is_empty()).then_some(values)
 }

@@ -4,6 +4,8 @@ pub mod activations;
 mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
+mod attention_avx2;
+#[cfg(target_arch = "x86_64")]
 mod attention_avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -20,6 +22,5 @@ pub mod rope;
 pub mod router_topk;
 mod rows;
 pub mod silu_mul;
-#[cfg(target_arch = "x86_64")]
 pub(crate) mod tile_rows;
 pub mod vector;

@@ -12,7 +12,10 @@ pub fn silu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
     match isa {
         // SAFETY: the ISA is only available on processors that have it; lengths are equal.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { silu_mul_avx512(gate, up) },
+        Isa::Avx512 | Isa::Amx => unsafe { silu_mul_avx512(gate, up) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { silu_mul_avx2(gate, up) },
         _ => silu_mul_scalar(gate, up),
     }
 }
@@ -43,6 +46,26 @@ unsafe fn silu_mul_avx512(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn silu_mul_avx2(gate: &mut [f32], up: &[f32]) {
+    use std::arch::x86_64::*;
+    let mut chunks = gate.chunks_exact_mut(8);
+    for (gate, up) in chunks.by_ref().zip(up.chunks_exact(8)) {
+        // SAFETY: 8 elements each.
+        unsafe {
+            let (g, u) = (_mm256_loadu_ps(gate.as_ptr()), _mm256_loadu_ps(up.as_ptr()));
+            let denominator =
+                _mm256_add_ps(_mm256_set1_ps(1.0), super::exp::exp8(_mm256_sub_ps(_mm256_setzero_ps(), g)));
+            _mm256_storeu_ps(gate.as_mut_ptr(), _mm256_mul_ps(_mm256_div_ps(g, denominator), u));
+        }
+    }
+    let rest = chunks.into_remainder();
+    let start = up.len() - rest.len();
+    silu_mul_scalar(rest, &up[start..]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,7 +73,7 @@ mod tests {
     #[test]
     fn every_variant_matches_the_scalar_one() {
         for isa in Isa::available() {
-            for n in [1, 15, 16, 17, 100] {
+            for n in [1, 7, 8, 15, 16, 17, 100, 200] {
                 let values: Vec<f32> = (0..n).map(|i| (i as f32 - n as f32 / 2.0) * 1.7).collect();
                 let up: Vec<f32> = (0..n).map(|i| 1.0 + i as f32).collect();
                 let (mut expected, mut found) = (values.clone(), values.clone());

@@ -45,7 +45,7 @@ pub fn dot<E: Element>(isa: Isa, a: &[f32], b: &[E]) -> f32 {
     match isa {
         // SAFETY: an `Isa` other than Scalar only exists on processors that have it, and lengths are equal.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { x86::dot_avx512(a, b) },
+        Isa::Avx512 | Isa::Amx => unsafe { x86::dot_avx512(a, b) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::dot_avx2(a, b) },
@@ -67,7 +67,7 @@ pub fn axpy<E: Element>(isa: Isa, alpha: f32, x: &[E], y: &mut [f32]) {
     match isa {
         // SAFETY: an `Isa` other than Scalar only exists on processors that have it, and lengths are equal.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { x86::axpy_avx512(alpha, x, y) },
+        Isa::Avx512 | Isa::Amx => unsafe { x86::axpy_avx512(alpha, x, y) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::axpy_avx2(alpha, x, y) },

@@ -10,7 +10,7 @@ use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_cpu::{CpuBackend, CpuIndices, Numerics, Pool, system};
+use tandem_cpu::{CpuBackend, CpuIndices, Isa, Numerics, Pool, system};
 use tandem_engine::Profiled;
 use tandem_model::Stacks;
 
@@ -27,32 +27,32 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 const RANK_BANDWIDTH_BYTES: usize = 512 << 20;
 
 impl Device for CpuBackend {
-    /// Threads.
-    type Opened = usize;
+    /// Threads and kernels.
+    type Opened = (usize, Isa);
 
-    fn open(options: &DeviceOptions, place: Place) -> anyhow::Result<usize> {
+    fn open(options: &DeviceOptions, place: Place) -> anyhow::Result<(usize, Isa)> {
         let share = || (system::default_threads() / place.on_this_host.max(1)).max(1);
-        Ok(options.threads.unwrap_or_else(share))
+        Ok((options.threads.unwrap_or_else(share), isa(options)))
     }
 
-    fn memory(_: &usize, place: Place) -> u64 {
+    fn memory(_: &(usize, Isa), place: Place) -> u64 {
         system::available_memory_bytes().map_or(u64::MAX >> 8, |free| free / place.on_this_host.max(1) as u64)
     }
 
-    fn plan_bandwidth(threads: &usize) -> f64 {
+    fn plan_bandwidth((threads, _): &(usize, Isa)) -> f64 {
         probe_bandwidth(*threads)
     }
 
     fn numerics(options: &DeviceOptions) -> anyhow::Result<&'static str> {
-        Ok(numerics(options.activations).name())
+        Ok(numerics(options).name())
     }
 
-    fn finish(threads: usize, name: &str) -> anyhow::Result<CpuBackend> {
+    fn finish((threads, isa): (usize, Isa), name: &str) -> anyhow::Result<CpuBackend> {
         let all = [Numerics::F32, Numerics::Bf16, Numerics::Int8];
         let Some(numerics) = all.into_iter().find(|n| n.name() == name) else {
             bail!("rank 0 asks for numerics {name:?}, which the processor's backend does not have");
         };
-        Ok(CpuBackend::new(threads, numerics))
+        Ok(CpuBackend::with_isa(threads, numerics, isa))
     }
 
     fn with_fit(self, fits: bool) -> CpuBackend {
@@ -128,15 +128,20 @@ impl Device for CpuBackend {
 
 /// The processor as a backend for `weight_bytes` of weights, which are repacked where that fits in memory.
 pub fn cpu_backend(options: &DeviceOptions, weight_bytes: u64) -> CpuBackend {
-    CpuBackend::new(n_threads(options), numerics(options.activations)).with_repacking(fits_in_memory(weight_bytes))
+    let backend = CpuBackend::with_isa(n_threads(options), numerics(options), isa(options));
+    backend.with_repacking(fits_in_memory(weight_bytes))
 }
 
-fn numerics(activations: Activations) -> Numerics {
-    match activations {
+fn isa(options: &DeviceOptions) -> Isa {
+    options.isa.unwrap_or_else(Isa::detect)
+}
+
+fn numerics(options: &DeviceOptions) -> Numerics {
+    match options.activations {
         Activations::F32 => Numerics::F32,
         Activations::Bf16 => Numerics::Bf16,
         Activations::Int8 => Numerics::Int8,
-        Activations::Auto => CpuBackend::default_numerics(),
+        Activations::Auto => CpuBackend::default_numerics_for(isa(options)),
     }
 }
 

@@ -168,7 +168,8 @@ fn described(options: &MeasuredOptions, place: Option<&str>) -> anyhow::Result<(
     };
     if !options.shapes.is_dummy("--model DIR")? {
         let dir = dir()?;
-        let (config, checkpoint) = (ModelConfig::load(&dir)?, Checkpoint::open(&dir)?);
+        let (mut config, checkpoint) = (ModelConfig::load(&dir)?, Checkpoint::open(&dir)?);
+        config.settle_tie(&checkpoint);
         let weights = tandem_model::resolve(&checkpoint, &config)?;
         return Ok((name_of(&dir), model(config, weights, Source::Checkpoint(Arc::new(checkpoint)))));
     }

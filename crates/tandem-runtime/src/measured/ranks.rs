@@ -21,7 +21,7 @@ use crate::ranks::{self, Answers, Joined, Model, RankBackend};
 /// What rank 0 asks.
 #[derive(Serialize, Deserialize)]
 enum Question {
-    /// Random vectors in so many slots of the cache.
+    /// Random vectors in this many slots of the cache.
     Fill(usize),
     /// Bytes per second that the rank's threads read, f64.
     Bandwidth,

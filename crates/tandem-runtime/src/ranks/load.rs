@@ -202,8 +202,9 @@ pub fn follow(joined: Joined, options: &ModelOptions) -> anyhow::Result<()> {
         _ => None,
     };
     let dir = model_dir(place.as_deref().or(options.model.as_deref()))?;
-    let config = ModelConfig::load(&dir)?;
+    let mut config = ModelConfig::load(&dir)?;
     let checkpoint = Checkpoint::open(&dir)?;
+    config.settle_tie(&checkpoint);
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let model = Model::new(config, checkpoint, weights, options);
     let kind = DeviceKind::choose_for_ranks(&options.device, joined.transport(&options.parallel))?;

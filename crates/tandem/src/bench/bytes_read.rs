@@ -15,7 +15,7 @@ pub(super) struct BytesRead {
 }
 
 impl BytesRead {
-    /// Of decoding `batch` sequences with `visible` positions each: weights once, routed experts as often as they were
+    /// Bytes of decoding `batch` sequences with `visible` positions each: weights once, routed experts as often as they were
     /// counted to differ, and each sequence's attended cache.
     pub(super) fn of_decode_step(
         model: &MeasuredModel,

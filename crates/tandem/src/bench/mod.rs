@@ -153,7 +153,7 @@ struct DecodePoint {
     ms: Spread,
     tokens_per_second: f64,
     bytes: BytesRead,
-    /// Of each step: its rate over the better of the reads just before and after it. Shared machines change speed from
+    /// For each step: its rate over the better of the reads just before and after it. Shared machines change speed from
     /// second to second, and this follows.
     fraction_of_moment: Spread,
     /// Where the indexer selects from more positions than it may keep, in 8 bits: the share of f32's selection that it makes,
@@ -405,7 +405,7 @@ fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()
 struct Peak {
     /// Operations per second.
     best: f64,
-    /// Of each prompt: its rate over the better of the peaks measured just before and after it.
+    /// For each prompt: its rate over the better of the peaks measured just before and after it.
     fraction_of_moment: Spread,
 }
 
@@ -542,10 +542,10 @@ fn experts_per_layer(reports: &[RankReport]) -> Option<f64> {
 /// What the ranks did in the measured steps, ms per step.
 struct RankTotals {
     reports: Vec<RankReport>,
-    /// Of a step, outside of the work of the stages: the way between them.
+    /// Time of a step outside of the work of the stages: the way between them.
     between: f64,
     n_steps: f64,
-    /// Of all ranks' weights, at least this share is in memory.
+    /// At least this share of all ranks' weights is in memory.
     resident_share: f64,
 }
 

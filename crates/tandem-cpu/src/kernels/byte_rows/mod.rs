@@ -15,7 +15,7 @@ mod neon;
 
 use tandem_core::quant::PackedView;
 
-use super::activations::Activations;
+use super::activations::{Activations, SumsOf};
 use super::rows::{ROWS, Rows};
 use crate::isa::Isa;
 
@@ -35,13 +35,13 @@ pub(crate) fn f32_rows(
         // SAFETY: an `Isa` other than Scalar only exists on processors that have it; `Rows` checked the lengths. A
         // processor with AVX-512 has AVX2 too.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::f32_kernel(&rows, values, out) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe { avx2::f32_kernel(&rows, values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::f32_kernel(&rows, values, out) },
         _ => unreachable!("no row kernels for {isa}"),
     }
-    rows.add_biases(isa, |group| x.sums(token, group, false), out);
+    rows.add_biases(isa, |group| x.sums(token, group, SumsOf::Plain), out);
 }
 
 /// Integer products per group of 32.
@@ -58,11 +58,15 @@ pub(crate) fn int8_rows(
     match isa {
         // SAFETY: as in `f32_rows`; the kernel was chosen because `Isa::has_int8_dot`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::int8_kernel(&rows, x.byte_q8(token).0, x.q8_groups(token).0, out) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe {
+            avx2::int8_kernel(&rows, x.byte_q8(token).0, x.q8(token).scales, out)
+        },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => unsafe { neon::int8_kernel(&rows, x.byte_q8(token).0, x.q8_groups(token), out) },
+        Isa::Neon => unsafe {
+            neon::int8_kernel(&rows, x.byte_q8(token).0, (x.q8(token).scales, x.q8(token).group_sums), out)
+        },
         _ => unreachable!("no row kernels for {isa}"),
     }
-    rows.add_biases(isa, |group| x.sums(token, group, true), out);
+    rows.add_biases(isa, |group| x.sums(token, group, SumsOf::Int8), out);
 }

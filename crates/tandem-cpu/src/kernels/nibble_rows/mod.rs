@@ -17,7 +17,7 @@ use tandem_core::DType;
 use tandem_core::quant::PackedView;
 use tandem_core::quant::minifloat::E2M1;
 
-use super::activations::{Activations, NIBBLE_BLOCK};
+use super::activations::{Activations, NIBBLE_BLOCK, SumsOf};
 use super::rows::{ROWS, Rows};
 use crate::isa::Isa;
 
@@ -36,13 +36,13 @@ pub(crate) fn f32_rows(
     match isa {
         // SAFETY: an `Isa` other than Scalar only exists on processors that have it; `Rows` checked the lengths. A processor with AVX-512 has AVX2 too.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::f32_kernel(&rows, values, out) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe { avx2::f32_kernel(&rows, values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::f32_kernel(&rows, values, out) },
         _ => unreachable!("no row kernels for {isa}"),
     }
-    rows.add_biases(isa, |group| x.sums(token, group, false), out);
+    rows.add_biases(isa, |group| x.sums(token, group, SumsOf::Plain), out);
 }
 
 /// Integer products per group of 32.
@@ -59,13 +59,13 @@ pub(crate) fn int8_rows(
     match isa {
         // SAFETY: as in `f32_rows`; the kernel was chosen because `Isa::has_int8_dot`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::int8_kernel(&rows, x.nibble_q8(token), out) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe { avx2::int8_kernel(&rows, x.nibble_q8(token), out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => unsafe { neon::int8_kernel(&rows, (x.nibble_q8(token).0, x.q8_groups(token).0), out) },
+        Isa::Neon => unsafe { neon::int8_kernel(&rows, (x.nibble_q8(token).0, x.q8(token).scales), out) },
         _ => unreachable!("no row kernels for {isa}"),
     }
-    rows.add_biases(isa, |group| x.sums(token, group, true), out);
+    rows.add_biases(isa, |group| x.sums(token, group, SumsOf::Int8), out);
 }
 
 impl Rows<'_> {
