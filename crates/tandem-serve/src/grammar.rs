@@ -519,7 +519,7 @@ impl Recognizer for Choice {
     }
 }
 
-/// Ends the reasoning after so many tokens.
+/// Ends the reasoning when its tokens are used up.
 struct Budget {
     inner: Option<Box<dyn Constraint>>,
     tokenizer: Tokenizer,
