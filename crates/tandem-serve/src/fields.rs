@@ -375,7 +375,7 @@ mod tests {
             ("max_token", Some("max_tokens")),
             ("repetition_penality", Some("repetition_penalty")),
             ("presencePenalty", Some("presence_penalty")),
-            ("sed", None),
+            ("sed", Some("seed")),
             ("extra_body", None),
             ("messages2", None),
             ("x", None),

@@ -392,13 +392,16 @@ impl Generation {
             Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
         }
         self.n_tokens += 1;
-        let is_reasoning = self.stream.in_reasoning();
-        self.n_reasoning += usize::from(is_reasoning);
+        let was_reasoning = self.stream.in_reasoning();
+        self.n_reasoning += usize::from(was_reasoning);
         let mut chunk = Chunk::default();
         if let Some(logprobs) = logprobs {
-            chunk.logprobs.push(TokenLogprob { is_reasoning, ..self.app.token_logprob(id, &logprobs) });
+            chunk.logprobs.push(self.app.token_logprob(id, &logprobs));
         }
         let piece = self.stream.push(id).map_err(|error| ApiError::internal(error.to_string()))?;
+        // The tags around the reasoning belong to it.
+        let is_reasoning = was_reasoning || self.stream.in_reasoning();
+        chunk.logprobs.iter_mut().for_each(|token| token.is_reasoning = is_reasoning);
         chunk.deltas = piece.deltas;
         if piece.stopped {
             return self.finished(chunk, FinishReason::Stop);
