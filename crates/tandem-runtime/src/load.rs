@@ -1,5 +1,6 @@
 //! From options to an engine that is ready to run.
 
+use std::any::TypeId;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use anyhow::ensure;
 use tandem_core::weights::ModuleKind;
 use tandem_core::{Backend, Checkpoint, ModelConfig};
 use tandem_cpu::CpuBackend;
-use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Runner};
+use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Profiled, Runner};
 use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
 
 use crate::device::{Device, DeviceKind, ToHold, WithDevice, fits_in_memory, lock_memory, no_host_experts};
@@ -193,7 +194,8 @@ pub(crate) fn runner<B: Backend + 'static>(
     meter.finish();
     // A GPU says so itself.
     let cache = model.cache_bytes_per_token(&backend) as u64 * n_slots as u64;
-    let is_cpu = std::any::TypeId::of::<B>() == std::any::TypeId::of::<CpuBackend>();
+    let backends = [TypeId::of::<CpuBackend>(), TypeId::of::<Profiled<CpuBackend>>()];
+    let is_cpu = backends.contains(&TypeId::of::<B>());
     ensure!(
         !is_cpu || fits_in_memory(cache),
         "a cache of {n_slots} tokens takes {}, more than there is memory; ask for less with --context or --cache-tokens",

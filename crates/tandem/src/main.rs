@@ -4,6 +4,7 @@ mod bench;
 mod cli;
 mod compare;
 mod convert;
+mod devices;
 mod eval;
 mod inspect;
 mod launch;
@@ -59,6 +60,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
         cli::Command::Bench(args) => bench::bench(&args, joined)?,
         cli::Command::Convert(args) => convert::convert(&args)?,
         cli::Command::Pull(args) => pull::pull(&args)?,
+        cli::Command::Devices(args) => devices::devices(&args)?,
         cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -90,7 +92,10 @@ fn init_logging(verbose: u8) {
         _ => "trace",
     };
     let filter = tracing_subscriber::EnvFilter::new(level);
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(verbose > 1).init();
+    // Colours are for terminals, not for files of messages.
+    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    subscriber.with_ansi(is_terminal).with_target(verbose > 1).init();
 }
 
 /// `tandem run ... | head` is not an error.
