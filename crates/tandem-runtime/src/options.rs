@@ -86,6 +86,8 @@ impl LoadOptions {
 pub struct DeviceOptions {
     /// The device.
     pub backend: BackendChoice,
+    /// The GPU for `wgpu`: its number among those found, or a part of its name; the first if `None`.
+    pub device: Option<String>,
     /// Numerics of the activations that meet quantised weights.
     pub activations: Activations,
     /// Threads of the processor; one per core if `None`.
@@ -106,6 +108,8 @@ pub enum BackendChoice {
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
+    /// Any GPU, through Vulkan or Metal.
+    Wgpu,
 }
 
 /// Numerics that somebody asks for.

@@ -43,6 +43,15 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     /// Get a model from Hugging Face into the local cache.
     Pull(PullArgs),
+    /// List the devices that models can run on, with their memory, limits and features.
+    Devices(DevicesArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -151,6 +160,9 @@ pub(crate) struct ModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    /// The GPU for --backend wgpu: its number in `tandem devices`, or a part of its name; the first one if not given.
+    #[arg(long, value_name = "N|NAME")]
+    pub(crate) device: Option<String>,
     /// Layers whose experts stay in the host's memory and are computed by its processor, for a model that does not fit the
     /// GPU; as few as let it fit if not given.
     #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
@@ -177,6 +189,8 @@ pub(crate) enum BackendArg {
     Cpu,
     /// An NVIDIA GPU (Ampere or later).
     Cuda,
+    /// Any GPU, through Vulkan or Metal; `tandem devices` lists them.
+    Wgpu,
     /// The best device found.
     Auto,
 }
@@ -472,6 +486,9 @@ pub(crate) struct BenchModelArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
+    /// The GPU for --backend wgpu: its number in `tandem devices`, or a part of its name; the first one if not given.
+    #[arg(long, value_name = "N|NAME")]
+    pub(crate) device: Option<String>,
     /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if not given.
     #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
     pub(crate) n_cpu_moe: Option<usize>,
@@ -741,6 +758,7 @@ impl From<BackendArg> for BackendChoice {
         match arg {
             BackendArg::Cpu => BackendChoice::Cpu,
             BackendArg::Cuda => BackendChoice::Cuda,
+            BackendArg::Wgpu => BackendChoice::Wgpu,
             BackendArg::Auto => BackendChoice::Auto,
         }
     }
@@ -766,6 +784,7 @@ impl From<&ModelArgs> for ModelOptions {
             lock: args.lock,
             device: DeviceOptions {
                 backend: args.backend.into(),
+                device: args.device.clone(),
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: None,
@@ -785,6 +804,7 @@ impl From<&BenchModelArgs> for MeasuredOptions {
             lock: args.lock,
             device: DeviceOptions {
                 backend: args.backend.into(),
+                device: args.device.clone(),
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: args.isa,
@@ -896,9 +916,12 @@ impl Command {
                 EvalCommand::Tasks(args) => Some(&args.model),
                 EvalCommand::Compare(_) => None,
             },
-            Command::Inspect(_) | Command::Bench(_) | Command::Launch(_) | Command::Convert(_) | Command::Pull(_) => {
-                None
-            }
+            Command::Inspect(_)
+            | Command::Bench(_)
+            | Command::Launch(_)
+            | Command::Convert(_)
+            | Command::Pull(_)
+            | Command::Devices(_) => None,
         }
     }
 

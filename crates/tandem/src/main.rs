@@ -4,6 +4,7 @@ mod bench;
 mod cli;
 mod compare;
 mod convert;
+mod devices;
 mod eval;
 mod inspect;
 mod launch;
@@ -59,6 +60,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
         cli::Command::Bench(args) => bench::bench(&args, joined)?,
         cli::Command::Convert(args) => convert::convert(&args)?,
         cli::Command::Pull(args) => pull::pull(&args)?,
+        cli::Command::Devices(args) => devices::devices(&args)?,
         cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }
     Ok(ExitCode::SUCCESS)

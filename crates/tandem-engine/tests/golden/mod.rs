@@ -104,13 +104,24 @@ fn all_logits(engine: &mut Engine, tokens: &[u32], chunk: usize, decode_from: us
     logits
 }
 
+/// How a prompt is run: a chunk of prefill, and the position from which on tokens are run one by one, for a prompt of so many tokens.
+pub(crate) type Route = fn(usize) -> (usize, usize);
+
+/// In one piece, in chunks of two sizes, one by one, and first in chunks, then one by one.
+pub(crate) const ROUTES: [Route; 5] = [|n| (256, n), |n| (16, n), |n| (7, n), |_| (256, 0), |n| (5, n / 2)];
+
 /// Logits of every path and greedy tokens, in single precision.
 pub(crate) fn check_all<B: Backend + 'static>(backend: impl Fn() -> B) {
+    check_some(backend, &ROUTES);
+}
+
+/// Logits of some of [`ROUTES`] and greedy tokens, in single precision.
+pub(crate) fn check_some<B: Backend + 'static>(backend: impl Fn() -> B, routes: &[Route]) {
     for dir in fixtures() {
         let mut engine = engine(&dir, backend());
         for golden in goldens(&dir) {
             let n = golden.tokens.len();
-            for (chunk, decode_from) in [(256, n), (16, n), (7, n), (256, 0), (5, n / 2)] {
+            for (chunk, decode_from) in routes.iter().map(|route| route(n)) {
                 let what = format!("{}, chunk {chunk}, decode from {decode_from}", golden.name);
                 check(&what, &all_logits(&mut engine, &golden.tokens, chunk, decode_from), &golden);
             }

@@ -18,7 +18,7 @@ use tandem_cuda::{
 use tandem_engine::Profiled;
 use tandem_model::{Offload, Stacks};
 
-use super::{Device, Place, SumTimes, Sums, ToHold, cpu_backend, fits_in_memory};
+use super::{Device, FoundDevice, Place, SumTimes, Sums, ToHold, cache_bytes_per_token, cpu_backend, fits_in_memory};
 use crate::news::{News, OnNews, ignore_news};
 use crate::options::{Activations, DeviceOptions};
 use crate::units::bytes;
@@ -39,12 +39,7 @@ fn place_experts(
     on_news: OnNews<'_>,
 ) -> anyhow::Result<CudaBackend> {
     let (shape, weights) = (load.shape, load.weights);
-    let cached = |layer| tandem_model::cache_specs(shape.config, layer);
-    let per_token: usize = (0..shape.config.num_hidden_layers)
-        .flat_map(cached)
-        .map(|spec| backend.cache_bytes(spec.kind, spec.width))
-        .sum();
-    let cache = (shape.n_slots * per_token) as u64;
+    let cache = (shape.n_slots * cache_bytes_per_token(&backend, shape)) as u64;
     let free = backend.free_memory();
     let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), options.n_cpu_moe);
     let wanted = offload.device_bytes + cache + RESERVE;
@@ -125,6 +120,19 @@ impl HostExperts for CpuExperts {
             out.fill(f32::NAN);
         }
     }
+}
+
+/// The GPU that this build would run on.
+pub(super) fn found() -> Option<FoundDevice> {
+    if !tandem_cuda::device_present() {
+        return None;
+    }
+    let backend = CudaBackend::new(Options::new(Numerics::Bf16)).ok()?;
+    let (free, total) = (backend.free_memory(), backend.info().total_memory);
+    let mut json = backend.describe();
+    json.insert("memory_bytes".into(), total.into());
+    let name = format!("{}, {} free of {}", backend.info().name, bytes(free), bytes(total));
+    Some(FoundDevice { backend: "cuda", name, json })
 }
 
 /// The numerics that `--activations` asks for.

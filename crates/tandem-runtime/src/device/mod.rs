@@ -5,6 +5,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 use std::sync::Arc;
 
@@ -31,6 +33,8 @@ pub enum DeviceKind {
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
+    /// Any GPU, through Vulkan or Metal.
+    Wgpu,
 }
 
 impl DeviceKind {
@@ -49,6 +53,11 @@ impl DeviceKind {
             BackendChoice::Auto if options.activations != Activations::Int8 && cuda_device_present() => {
                 Ok(DeviceKind::Cuda)
             }
+            BackendChoice::Wgpu if HAS_WGPU => Ok(DeviceKind::Wgpu),
+            BackendChoice::Wgpu => bail!("{NO_WGPU}, or use --backend cpu"),
+            BackendChoice::Auto if has_wgpu_numerics(options.activations) && wgpu_device_present() => {
+                Ok(DeviceKind::Wgpu)
+            }
             BackendChoice::Auto => Ok(DeviceKind::Cpu),
         }
     }
@@ -66,6 +75,7 @@ impl DeviceKind {
             _ if options.backend == BackendChoice::Cuda => {
                 bail!("several ranks run on GPUs with --transport nccl; add it, or use --backend cpu")
             }
+            _ if options.backend == BackendChoice::Wgpu => DeviceKind::choose(options),
             _ => Ok(DeviceKind::Cpu),
         }
     }
@@ -81,6 +91,10 @@ impl DeviceKind {
             DeviceKind::Cuda => work.run::<tandem_cuda::CudaBackend>(),
             #[cfg(not(feature = "cuda"))]
             DeviceKind::Cuda => bail!("this tandem was built without CUDA"),
+            #[cfg(feature = "wgpu")]
+            DeviceKind::Wgpu => work.run::<tandem_wgpu::WgpuBackend>(),
+            #[cfg(not(feature = "wgpu"))]
+            DeviceKind::Wgpu => bail!("{NO_WGPU}"),
         }
     }
 }
@@ -97,6 +111,61 @@ fn cuda_device_present() -> bool {
 #[cfg(not(feature = "cuda"))]
 fn cuda_device_present() -> bool {
     false
+}
+
+#[cfg(feature = "wgpu")]
+const HAS_WGPU: bool = true;
+#[cfg(not(feature = "wgpu"))]
+const HAS_WGPU: bool = false;
+const NO_WGPU: &str = "this tandem was built without Vulkan and Metal; build it with --features wgpu";
+
+#[cfg(feature = "wgpu")]
+fn wgpu_device_present() -> bool {
+    wgpu::device_present()
+}
+#[cfg(not(feature = "wgpu"))]
+fn wgpu_device_present() -> bool {
+    false
+}
+
+fn has_wgpu_numerics(activations: Activations) -> bool {
+    matches!(activations, Activations::Auto | Activations::F32)
+}
+
+/// A device of this machine that this build can run on.
+pub struct FoundDevice {
+    /// The word for `--backend`.
+    pub backend: &'static str,
+    /// One line.
+    pub name: String,
+    /// The same in JSON.
+    pub json: Map<String, Value>,
+}
+
+/// Every device of this machine that this build can run on; the processor comes first.
+pub fn found() -> Vec<FoundDevice> {
+    let cpu = CpuBackend::new(1, CpuBackend::default_numerics());
+    let (threads, isa) = (system::default_threads(), cpu.isa().to_string());
+    let mut json = Map::new();
+    json.insert("threads".into(), threads.into());
+    json.insert("isa".into(), isa.clone().into());
+    json.insert("memory_bytes".into(), system::available_memory_bytes().into());
+    let name = format!("{threads} threads, {isa}");
+    #[allow(unused_mut)]
+    let mut found = vec![FoundDevice { backend: "cpu", name, json }];
+    #[cfg(feature = "cuda")]
+    found.extend(cuda::found());
+    #[cfg(feature = "wgpu")]
+    found.extend(wgpu::found());
+    found
+}
+
+/// Bytes that one token takes in the cache.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn cache_bytes_per_token<B: Backend>(backend: &B, shape: Shape<'_>) -> usize {
+    let layers = 0..shape.config.num_hidden_layers;
+    let specs = layers.flat_map(|layer| tandem_model::cache_specs(shape.config, layer));
+    specs.map(|spec| backend.cache_bytes(spec.kind, spec.width)).sum()
 }
 
 /// What the backends of this build need before anything else runs in the process.

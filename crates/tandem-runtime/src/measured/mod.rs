@@ -109,7 +109,7 @@ pub fn bandwidth_before(options: &DeviceOptions) -> anyhow::Result<f64> {
         DeviceKind::Cpu => {
             tandem_cpu::bandwidth::measure_read_bandwidth(&Pool::new(n_threads(options)), BANDWIDTH_BYTES)
         }
-        DeviceKind::Cuda => 0.0,
+        DeviceKind::Cuda | DeviceKind::Wgpu => 0.0,
     })
 }
 

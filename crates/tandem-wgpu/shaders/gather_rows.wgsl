@@ -1,0 +1,11 @@
+// y[i] = x[batch.logits_rows[i]]
+#include common
+@group(0) @binding(0) var<storage, read> x: array<f32>;
+@group(0) @binding(1) var<storage, read> batch: array<u32>;
+@group(0) @binding(2) var<storage, read_write> y: array<f32>;
+
+@compute @workgroup_size(${WG})
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) li: u32) {
+    let i = (wid.x + a.base) * WG + li;
+    if (i < a.width) { y[wid.y * a.width + i] = x[batch[batch[${BATCH_LOGITS}u] + wid.y] * a.width + i]; }
+}

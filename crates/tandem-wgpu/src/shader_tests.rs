@@ -1,0 +1,133 @@
+//! Every kernel, in the variants that the backend asks for, through naga's validator and to Metal's language.
+
+use naga::back::msl;
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use tandem_core::{DType, Float};
+
+use crate::args::*;
+use crate::matrix::Format;
+use crate::pipelines::{Lanes, common_defines, shader_text};
+use crate::template::Defines;
+
+const SUBGROUPS: Lanes = Lanes { n: 32, whole: true, plain: false };
+const PARTS_OF_SUBGROUPS: Lanes = Lanes { n: 32, whole: false, plain: false };
+const PLAIN: Lanes = Lanes { n: 8, whole: false, plain: true };
+
+const FORMATS: [DType; 9] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::Mxfp4,
+    DType::Mxfp8,
+    DType::Nvfp4,
+    DType::Fp8Block,
+    DType::Affine { bits: 4, group_size: 64, params: Float::BF16 },
+    DType::Affine { bits: 8, group_size: 128, params: Float::F32 },
+];
+
+/// Name, text.
+fn shaders(lanes: Lanes) -> Vec<(String, String)> {
+    let mut all = vec![];
+    let common = common_defines(lanes);
+    let with = |pairs: &[(&str, usize)], format: Option<DType>| -> Defines {
+        let mut defines = common.clone();
+        if let Some(dtype) = format {
+            Format::of(dtype).define(&mut defines);
+        }
+        defines.extend(pairs.iter().map(|(k, v)| ((*k).to_string(), v.to_string())));
+        defines
+    };
+    for dtype in FORMATS {
+        let unit = Format::of(dtype).unit();
+        let rows = |rows: usize, tokens: usize, aligned: usize, routed: usize| {
+            let staged = 1024 / tokens / (unit / 4);
+            let pairs = [
+                ("ROWS", rows),
+                ("TOKENS", tokens),
+                ("ALIGNED", aligned),
+                ("ROUTED", routed),
+                ("CHUNK", staged),
+                ("XS", staged * unit / 4 * 9 / 8 + 1),
+                ("ADD", routed),
+            ];
+            with(&pairs, Some(dtype))
+        };
+        let mut add = |kernel: &str, text: String| all.push((format!("{kernel} {dtype}"), text));
+        add("linear_rows", shader_text::<MatrixArgs>("linear_rows", &rows(4, 1, 1, 0)));
+        add("linear_rows tokens", shader_text::<MatrixArgs>("linear_rows", &rows(2, 4, 0, 0)));
+        add("gate_up_rows", shader_text::<MatrixArgs>("gate_up_rows", &rows(2, 1, 1, 1)));
+        add("gate_up_rows tokens", shader_text::<MatrixArgs>("gate_up_rows", &rows(1, 2, 1, 0)));
+        add("down_rows", shader_text::<MatrixArgs>("down_rows", &rows(4, 1, 1, 1)));
+        add("embed", shader_text::<MatrixArgs>("embed", &with(&[], Some(dtype))));
+        for (pair, planned) in [(0, 0), (0, 1), (1, 1), (1, 0)] {
+            let tokens = if planned == 1 { 16 } else { 64 };
+            let pairs = [
+                ("ALIGNED", pair),
+                ("PAIR", pair),
+                ("PLANNED", planned),
+                ("TOKENS", tokens),
+                ("TILE_TOKENS", tokens / 16),
+            ];
+            let text = shader_text::<MatrixArgs>("linear_tiles", &with(&pairs, Some(dtype)));
+            add(&format!("linear_tiles {pair}{planned}"), text);
+        }
+    }
+    let mut add = |kernel: &str, text: String| all.push((kernel.to_string(), text));
+    for adds in [0, 1] {
+        add("rms_norm", shader_text::<RowArgs>("rms_norm", &with(&[("ADD", adds)], None)));
+        add("moe_combine", shader_text::<CombineArgs>("moe_combine", &with(&[("ADD", adds)], None)));
+    }
+    for name in ["add", "add_bias", "silu_mul", "gather_rows", "write_cache", "copy"] {
+        add(name, shader_text::<RowArgs>(name, &common));
+    }
+    add("rope", shader_text::<RopeArgs>("rope", &common));
+    add("write_latent", shader_text::<CacheArgs>("write_latent", &common));
+    add("write_index_key", shader_text::<CacheArgs>("write_index_key", &common));
+    add("router_topk", shader_text::<RouterArgs>("router_topk", &common));
+    add("moe_plan", shader_text::<PlanArgs>("moe_plan", &common));
+    add("index_scores", shader_text::<IndexArgs>("index_scores", &with(&[("DIM", 128)], None)));
+    add("index_topk", shader_text::<IndexArgs>("index_topk", &common));
+    add("attention_merge", shader_text::<MergeArgs>("attention_merge", &common));
+    for (selected, spans, heads, width) in [(0, 0, 4, 512usize), (1, 1, 4, 512), (0, 1, 3, 64)] {
+        let pairs = [
+            ("KEY_WIDTH", width + 64),
+            ("VALUE_WIDTH", width),
+            ("HEADS", heads),
+            ("VALUES", width.div_ceil(256)),
+            ("POSITIONS", 32 / (256 / lanes.n as usize)),
+            ("ROUNDS", (heads * 32).div_ceil(256)),
+            ("SELECTED", selected),
+            ("SPANS", spans),
+            ("ROTATED", selected),
+            ("MAX_SPANS", 32),
+        ];
+        add("attention", shader_text::<AttentionArgs>("attention", &with(&pairs, None)));
+    }
+    all
+}
+
+/// The kernel in Metal's language, or what is wrong with it.
+fn metal(text: &str) -> Result<String, String> {
+    let module = naga::front::wgsl::parse_str(text).map_err(|e| e.emit_to_string(text))?;
+    let capabilities = Capabilities::SUBGROUP | Capabilities::IMMEDIATES | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+    let info = validator.validate(&module).map_err(|e| e.emit_to_string(text))?;
+    let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..msl::Options::default() };
+    let (metal, _) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
+        .map_err(|e| format!("no translation to Metal: {e}"))?;
+    Ok(metal)
+}
+
+#[test]
+fn every_kernel_is_valid_and_translates_to_metal() {
+    let mut wrong = vec![];
+    for lanes in [SUBGROUPS, PARTS_OF_SUBGROUPS, PLAIN] {
+        for (name, text) in shaders(lanes) {
+            match metal(&text) {
+                Ok(metal) => assert!(metal.contains("kernel void"), "{name}: {metal}"),
+                Err(error) => wrong.push(format!("{name}, {lanes:?}: {error}")),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} kernels:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
+}
