@@ -22,7 +22,7 @@ pub(crate) fn fable(models: &Path) -> Result<()> {
     let golden_dir = root().join("tests/golden/fable-30m");
     let goldens = read_json(&golden_dir.join("golden.json"))?;
     let task_scores = read_json(&golden_dir.join("tasks_reference.json"))?;
-    run(Command::new("cargo").args(["build", "--release", "--package", "tandem"]).current_dir(root()))?;
+    run(Command::new("cargo").args(["build", "--release", "--package", "tandem-llm"]).current_dir(root()))?;
     let tandem = Tandem { binary: binary()? };
 
     let mut versions = Map::new();

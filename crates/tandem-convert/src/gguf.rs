@@ -445,10 +445,11 @@ fn config_json(gguf: &Gguf) -> anyhow::Result<Map<String, Value>> {
     }
     match kind {
         "none" => {}
-        "linear" => match factor.filter(|factor| *factor != 1.0) {
-            Some(factor) => add(json!({"rope_scaling": {"rope_type": "linear", "factor": factor}})),
-            None => {}
-        },
+        "linear" => {
+            if let Some(factor) = factor.filter(|factor| *factor != 1.0) {
+                add(json!({"rope_scaling": {"rope_type": "linear", "factor": factor}}));
+            }
+        }
         "yarn" => {
             let factor = factor.unwrap_or(1.0);
             let log = number("rope.scaling.yarn_log_multiplier").map(|m| shortest(m * 10.0));
@@ -497,7 +498,8 @@ fn llama3_scaling(gguf: &Gguf, theta: f64) -> anyhow::Result<Option<Value>> {
         let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
         let expected = 1.0 / ((1.0 - smooth) / factor + smooth);
         // Written so that NaN is refused.
-        if !((expected / divisor - 1.0).abs() <= 1e-3) {
+        let off = (expected / divisor - 1.0).abs();
+        if off.is_nan() || off > 1e-3 {
             bail!("its rope_freqs are not Llama 3.1's for a trained context of 8192; this scaling is not read");
         }
     }

@@ -55,7 +55,7 @@ pub struct Batch {
     pub sequences: Vec<u32>,
     /// Pages of each sequence: position `p` lives in slot `pages[p / PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE`.
     pub block_tables: Vec<Vec<u32>>,
-    /// Rows whose logits are wanted.
+    /// Rows whose logits are wanted, each at most once.
     pub logits_rows: Vec<u32>,
     /// For each of `logits_rows`, how the device samples the next token; empty when the host samples.
     pub sampling: Vec<Sampling>,

@@ -1,6 +1,6 @@
 //! Speed of the matrix kernels on one thread, weights in the second-level cache: bytes of weights per second.
 //!
-//! `cargo bench -p tandem-cpu`; compare with the memory bandwidth per thread that `tandem bench` prints.
+//! `cargo bench -p tandem-llm-cpu`; compare with the memory bandwidth per thread that `tandem bench` prints.
 
 use divan::Bencher;
 use divan::counter::BytesCount;

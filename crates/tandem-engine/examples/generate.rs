@@ -1,6 +1,6 @@
 //! Loads a model directory on the CPU and continues a prompt of token ids, always with the likeliest token.
 //!
-//!     cargo run --release -p tandem-engine --example generate -- models/fable-30m-MXFP4-Q8 2,4,7,216,648
+//!     cargo run --release -p tandem-llm-engine --example generate -- models/fable-30m-MXFP4-Q8 2,4,7,216,648
 //!
 //! Text to ids and back is tandem-text's work; this example shows the engine alone.
 

@@ -1,6 +1,6 @@
 //! Chats with a model, streaming.
 //!
-//!     cargo run --release -p tandem-runtime --example chat -- models/fable-30m-MXFP4-Q8
+//!     cargo run --release -p tandem-llm-runtime --example chat -- models/fable-30m-MXFP4-Q8
 
 use std::io::{BufRead, Write};
 

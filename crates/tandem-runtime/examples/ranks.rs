@@ -1,6 +1,6 @@
 //! Two ranks in threads of one process: a pipeline of two stages.
 //!
-//!     cargo run --release -p tandem-runtime --example ranks -- models/fable-30m-MXFP4-Q8
+//!     cargo run --release -p tandem-llm-runtime --example ranks -- models/fable-30m-MXFP4-Q8
 
 use tandem_runtime::options::TransportKind;
 use tandem_runtime::ranks::Joined;

@@ -51,7 +51,7 @@ pub(crate) fn failed(message: impl Into<std::borrow::Cow<'static, str>>) -> Erro
 
 fn compile<'a>(source: &'a str) -> Result<CompiledTemplate<'a>, Error> {
     let config = TemplateConfig {
-        syntax_config: SyntaxConfig::default(),
+        syntax_config: SyntaxConfig,
         ws_config: WhitespaceConfig { keep_trailing_newline: false, lstrip_blocks: true, trim_blocks: true },
         default_auto_escape: Arc::new(|_| AutoEscape::None),
     };
@@ -839,7 +839,7 @@ fn to_int(value: &Value, base: u32) -> Option<Value> {
             16 => digits.strip_prefix("0x").unwrap_or(digits),
             8 => digits.strip_prefix("0o").unwrap_or(digits),
             2 => digits.strip_prefix("0b").unwrap_or(digits),
-            2..=36 => digits,
+            3..=7 | 9..=15 | 17..=36 => digits,
             _ => return None,
         };
         let parsed = i128::from_str_radix(digits, base).ok().map(number);

@@ -1,6 +1,6 @@
 //! Decode and prefill of made-up layers on a GPU, with the time of every kernel, as lines of JSON.
 //!
-//!     cargo run --release -p tandem-wgpu --example layers -- CONFIG.json LAYERS [--device N] [--context N] [--prefill N]
+//!     cargo run --release -p tandem-llm-wgpu --example layers -- CONFIG.json LAYERS [--device N] [--context N] [--prefill N]
 //!         [--steps N] [--batch N] [--recipe NAME] [--budget-ms N]
 //!         [--staged N] [--groups N] [--rows N] [--gate-rows N]
 //!

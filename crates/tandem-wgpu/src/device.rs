@@ -67,7 +67,7 @@ impl AdapterInfo {
             name: info.name,
             memory_bytes: memory::bytes(adapter),
             max_buffer_bytes: limits.max_buffer_size,
-            max_binding_bytes: limits.max_storage_buffer_binding_size as u64,
+            max_binding_bytes: limits.max_storage_buffer_binding_size,
             subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
             features: known.iter().filter(|(_, f)| features.contains(*f)).map(|(name, _)| *name).collect(),
         }

@@ -113,7 +113,7 @@ fn expand_lines(lines: &[&str], defines: &Defines, out: &mut String) {
 fn block(lines: &[&str], start: usize) -> (usize, usize) {
     let (mut depth, mut middle) = (0, None);
     for (i, line) in lines.iter().enumerate().skip(start) {
-        match line.trim_start().split_whitespace().next() {
+        match line.split_whitespace().next() {
             Some("#if" | "#for") => depth += 1,
             Some("#else") if depth == 1 => middle = Some(i),
             Some("#end") => {

@@ -538,7 +538,7 @@ fn gguf_ends_and_control_tokens_as_llama_cpp_finds_them() {
     let eos = ("tokenizer.ggml.eos_token_id", json!(257));
     for name in ["<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>"] {
         for kind in [1, 3, 4] {
-            let file = gguf(&says, &[("<s>", 3), ("</s>", 3), (name, kind)], &[eos.clone()]);
+            let file = gguf(&says, &[("<s>", 3), ("</s>", 3), (name, kind)], std::slice::from_ref(&eos));
             let (dir, done) = converted(&file, &[]);
             done.ok();
             assert_eq!(json_of(&dir, "generation_config.json")["eos_token_id"], json!([257, 258]), "{name} {kind}");

@@ -451,7 +451,7 @@ fn a_rank_that_dies_behind_the_server_is_one_error_and_the_service_comes_back() 
 }
 
 /// Kills a random rank behind a server at 200 random moments of loading, prefill, decoding and rest:
-/// `cargo test --release -p tandem --test launch -- --ignored --nocapture soak`.
+/// `cargo test --release -p tandem-llm --test launch -- --ignored --nocapture soak`.
 #[test]
 #[ignore = "takes half an hour; see bench/runs/2026-11-23-comm"]
 fn soak_of_killed_ranks() {
