@@ -147,6 +147,10 @@ fn kernels_in_metals_language_are_as_they_were() {
             std::fs::write(&path, &found).expect("written");
         }
         let expected = std::fs::read_to_string(&path).expect("a snapshot");
-        assert!(found == expected, "{name} differs from {}; read it, then set TANDEM_UPDATE_SNAPSHOTS=1", path.display());
+        assert!(
+            found == expected,
+            "{name} differs from {}; read it, then set TANDEM_UPDATE_SNAPSHOTS=1",
+            path.display()
+        );
     }
 }
