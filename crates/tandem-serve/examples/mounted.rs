@@ -1,6 +1,6 @@
 //! The server as a part of another axum program: its interfaces lie below /llm, beside a page of the program's own.
 //!
-//! `cargo run --release -p tandem-serve --example mounted [DIR]`, then
+//! `cargo run --release -p tandem-llm-serve --example mounted [DIR]`, then
 //! `curl http://127.0.0.1:8080/llm/v1/chat/completions -d '{"messages": [{"role": "user", "content": "hi"}]}'`
 
 use axum::Router;

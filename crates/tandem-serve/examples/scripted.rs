@@ -1,7 +1,7 @@
 //! A server whose answers are written by hand: the real tokenizer, template, dialect and interfaces, and an engine that says
 //! what it is told. It shows how a client behaves when a model calls its tools, which a small model does not do by itself.
 //!
-//! `cargo run -p tandem-serve --example scripted -- PORT ANSWERS [MODEL_DIR]`: the file ANSWERS has one answer after the other,
+//! `cargo run -p tandem-llm-serve --example scripted -- PORT ANSWERS [MODEL_DIR]`: the file ANSWERS has one answer after the other,
 //! separated by lines of `---`; the last one is repeated. Each request's path and body are printed, one a line, so that they
 //! can be kept as fixtures.
 
