@@ -281,7 +281,7 @@ impl Table {
     pub(crate) fn check(&self, request: &Map<String, Value>, notes: &mut Notes) -> Result<(), ApiError> {
         for (name, value) in request {
             match self.find(name).map(|field| field.r#use) {
-                Some(Use::Refused(reason)) if !is_nothing(value) && !(name == "best_of" && value == 1) => {
+                Some(Use::Refused(reason)) if !(is_nothing(value) || name == "best_of" && value == 1) => {
                     let message = format!("{name} cannot be honoured: {reason}; leave it out");
                     return Err(ApiError::invalid(name, message));
                 }

@@ -96,9 +96,9 @@ fn max_connections() -> usize {
         let wanted = (MAX_CONNECTIONS + OTHER_DESCRIPTORS) as u64;
         let mut limit = getrlimit(Resource::Nofile);
         if limit.current.is_some_and(|current| current < wanted) {
-            let mut raised = limit.clone();
+            let mut raised = limit;
             raised.current = Some(limit.maximum.map_or(wanted, |most| most.min(wanted)));
-            if setrlimit(Resource::Nofile, raised.clone()).is_ok() {
+            if setrlimit(Resource::Nofile, raised).is_ok() {
                 limit = raised;
             }
         }
