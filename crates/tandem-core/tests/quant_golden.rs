@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors};
 use tandem_core::dtype::{DType, Float};
 use tandem_core::quant::minifloat::{E4M3, e8m0};
-use tandem_core::quant::{PackedView, has_nan_scale, quantize};
+use tandem_core::quant::{PackedView, QuantError, has_nan_scale, quantize};
 
 /// One golden file and the mode it is for.
 struct Golden<'a> {
@@ -148,11 +148,21 @@ fn quantize_matches_mlx() {
         for prefix in ["f32", "bf16", "edge"] {
             let name = |part: &str| format!("{prefix}.{part}");
             let dtype = golden.dtype(&name("scales"));
-            let [_, cols] = golden.shape(&name("w"));
+            let [rows, cols] = golden.shape(&name("w"));
+            let of_mlx = decode(golden, prefix, rows, cols);
             let parts = ["packed", "scales", "biases"].map(|part| (part, golden.bytes_or_empty(&name(part))));
             for (row, values) in golden.floats(&name("w")).chunks_exact(cols).enumerate() {
                 let what = format!("{} {prefix} row {row}", golden.name);
-                let packed = quantize(dtype, 1, cols, values).unwrap();
+                let packed = match quantize(dtype, 1, cols, values) {
+                    Ok(packed) => packed,
+                    // MLX writes infinite scales where the range of a group has no f32; that is refused here.
+                    Err(QuantError::Overflow { .. }) => {
+                        let row = &of_mlx[row * cols..(row + 1) * cols];
+                        assert!(row.iter().any(|value| !value.is_finite()), "{what}: MLX can write this row");
+                        continue;
+                    }
+                    Err(error) => panic!("{what}: {error}"),
+                };
                 // MLX's CPU encoder wraps E8M0 scales below 2^-127; its GPU encoder clamps them, and so do we.
                 let largest = values.iter().fold(0.0f32, |largest, value| value.abs().max(largest));
                 let wraps = dtype == DType::Mxfp8 && largest > 0.0 && largest / 448.0 < e8m0(0);

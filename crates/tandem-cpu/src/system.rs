@@ -3,14 +3,7 @@
 /// Largest resident memory of this process so far, in bytes; 0 where the system does not tell.
 pub fn peak_memory_bytes() -> u64 {
     // getrusage begins with the peak of the process that started this one.
-    let own = std::fs::read_to_string("/proc/self/status").ok().and_then(|text| kilobytes(&text, "VmHWM:"));
-    own.unwrap_or_else(peak_of_usage)
-}
-
-/// The value of a line such as `VmHWM:   1234 kB`, in bytes.
-fn kilobytes(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+    platform::peak_memory_bytes().unwrap_or_else(peak_of_usage)
 }
 
 fn peak_of_usage() -> u64 {
@@ -28,7 +21,7 @@ pub fn major_page_faults() -> u64 {
 
 /// Memory of this process that is resident now, in bytes; `None` where the system does not tell.
 pub fn resident_memory_bytes() -> Option<u64> {
-    kilobytes(&std::fs::read_to_string("/proc/self/smaps_rollup").ok()?, "Rss:")
+    platform::resident_memory_bytes()
 }
 
 #[cfg(unix)]
@@ -52,7 +45,13 @@ struct NoUsage {
 
 /// Memory that new allocations can have without swapping, in bytes; `None` where the system does not tell.
 pub fn available_memory_bytes() -> Option<u64> {
-    kilobytes(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
+    platform::available_memory_bytes()
+}
+
+/// Memory that a GPU may keep of a machine whose processor and GPU share it, in bytes: a limit of its owner's, where there
+/// is one.
+pub fn wired_limit_bytes() -> Option<u64> {
+    platform::wired_limit_bytes()
 }
 
 /// Pins all memory of this process, mapped files included, so that the system cannot take it back.
@@ -81,4 +80,82 @@ pub fn lock_memory() -> std::io::Result<()> {
 /// Threads to use when nobody says: one per core this process may run on.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(not(target_os = "macos"))]
+mod platform {
+    pub(super) fn peak_memory_bytes() -> Option<u64> {
+        kilobytes("/proc/self/status", "VmHWM:")
+    }
+
+    pub(super) fn resident_memory_bytes() -> Option<u64> {
+        kilobytes("/proc/self/smaps_rollup", "Rss:")
+    }
+
+    pub(super) fn available_memory_bytes() -> Option<u64> {
+        kilobytes("/proc/meminfo", "MemAvailable:")
+    }
+
+    pub(super) fn wired_limit_bytes() -> Option<u64> {
+        None
+    }
+
+    /// A line such as `MemAvailable:  1024 kB`, in bytes.
+    fn kilobytes(path: &str, name: &str) -> Option<u64> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+    }
+}
+
+#[cfg(target_os = "macos")]
+#[allow(unsafe_code)]
+mod platform {
+    use std::ffi::CStr;
+
+    pub(super) fn peak_memory_bytes() -> Option<u64> {
+        None
+    }
+
+    pub(super) fn resident_memory_bytes() -> Option<u64> {
+        let mut info = std::mem::MaybeUninit::<libc::proc_taskinfo>::zeroed();
+        let size = size_of::<libc::proc_taskinfo>() as i32;
+        // SAFETY: the call writes at most `size` bytes of the struct, which is valid whatever they are.
+        unsafe {
+            let to = info.as_mut_ptr().cast();
+            let written = libc::proc_pidinfo(libc::getpid(), libc::PROC_PIDTASKINFO, 0, to, size);
+            (written == size).then(|| info.assume_init().pti_resident_size)
+        }
+    }
+
+    /// Memory that is not wired and not in the compressor: the system takes pages of files and idle programs back when they
+    /// are asked for.
+    pub(super) fn available_memory_bytes() -> Option<u64> {
+        let total = sysctl(c"hw.memsize")?;
+        let free = sysctl(c"vm.page_free_count")?;
+        let reusable = sysctl(c"vm.page_pageable_external_count").unwrap_or(0);
+        let purgeable = sysctl(c"vm.page_purgeable_count").unwrap_or(0);
+        // SAFETY: sysconf only answers.
+        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
+        Some(((free + reusable + purgeable) * page).min(total))
+    }
+
+    /// `iogpu.wired_limit_mb`, or three quarters of the memory where it is 0, the system's own choice.
+    pub(super) fn wired_limit_bytes() -> Option<u64> {
+        match sysctl(c"iogpu.wired_limit_mb") {
+            Some(megabytes) if megabytes > 0 => Some(megabytes << 20),
+            _ => sysctl(c"hw.memsize").map(|total| total / 4 * 3),
+        }
+    }
+
+    /// A number that the kernel keeps under a name, of 4 or 8 bytes.
+    fn sysctl(name: &CStr) -> Option<u64> {
+        let mut value = [0u8; 8];
+        let mut size = value.len();
+        // SAFETY: the call writes at most `size` bytes of `value`, and says how many.
+        let done =
+            unsafe { libc::sysctlbyname(name.as_ptr(), value.as_mut_ptr().cast(), &mut size, std::ptr::null_mut(), 0) };
+        // Little-endian on every machine of theirs, so that a shorter number is a prefix.
+        (done == 0 && (size == 4 || size == 8)).then(|| u64::from_le_bytes(value))
+    }
 }

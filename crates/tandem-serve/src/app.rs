@@ -1,5 +1,6 @@
 //! What the handlers need, made from a model and the server's options.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,12 @@ use tandem_engine::{EngineError, GenerationConfig, check_vocabulary};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer, ends_of_turn};
 use thiserror::Error;
 
+use crate::body::{Admission, IN_FLIGHT};
 use crate::browser::Access;
 use crate::generation;
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
+use crate::store::Store;
 use crate::worker::Worker;
 
 /// What is served.
@@ -53,8 +56,14 @@ pub struct Options {
     pub cors_origins: Vec<String>,
     /// Bytes of the largest request.
     pub max_body_bytes: usize,
+    /// Bytes of all requests together that are being read.
+    pub max_body_bytes_in_flight: usize,
+    /// Directory that keeps answers of /v1/responses for the next start; in memory only if `None`.
+    pub store_dir: Option<PathBuf>,
     /// Time after which an answer that is not complete is given up.
     pub request_timeout: Duration,
+    /// Time without a finished step, while requests wait, after which /health says so.
+    pub stall_timeout: Duration,
     /// Whether prompts are logged.
     pub log_text: bool,
 }
@@ -65,8 +74,11 @@ impl Default for Options {
             api_keys: vec![],
             allowed_hosts: Some(vec![]),
             cors_origins: vec![],
-            max_body_bytes: 32 << 20,
+            max_body_bytes: 16 << 20,
+            max_body_bytes_in_flight: IN_FLIGHT,
+            store_dir: None,
             request_timeout: Duration::from_secs(3600),
+            stall_timeout: Duration::from_secs(600),
             log_text: false,
         }
     }
@@ -121,12 +133,18 @@ pub struct App {
     pub(crate) created: u64,
     /// Longest time of one request.
     pub(crate) timeout: Duration,
+    /// Of one step.
+    pub(crate) stall_timeout: Duration,
     /// SHA-256 of the keys, none if the server is open.
     pub(crate) keys: Vec<[u8; 32]>,
     /// Whether prompts and answers may be logged.
     pub(crate) log_text: bool,
     pub(crate) max_body_bytes: usize,
     pub(crate) access: Access,
+    pub(crate) admission: Admission,
+    pub(crate) store: Store,
+    /// Bytes of the vocabulary's longest token.
+    pub(crate) longest_token: usize,
     /// Facts about the model, for the page.
     pub(crate) facts: Value,
 }
@@ -141,6 +159,8 @@ impl App {
         check_vocabulary(&defaults.eos_token_ids, vocab_size).map_err(ServeError::Ends)?;
         defaults.eos_token_ids = ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size);
         let sampling = defaults.apply(&tandem_engine::SamplingOverrides::default());
+        let token_bytes = |id| tokenizer.token_bytes(id).map_or(0, |bytes| bytes.len());
+        let longest_token = (0..vocab_size as u32).map(token_bytes).max().unwrap_or(1);
         let grammars = Grammars::new(&tokenizer, dialect, vocab_size, &defaults.eos_token_ids)
             .map_err(|error| ServeError::Vocabulary(error.to_string()))?;
         Ok(Arc::new(App {
@@ -161,10 +181,14 @@ impl App {
             model_names: names,
             created: generation::now(),
             timeout: options.request_timeout,
+            stall_timeout: options.stall_timeout,
             keys: options.api_keys.iter().map(|key| Sha256::digest(key.trim()).into()).collect(),
             log_text: options.log_text,
             max_body_bytes: options.max_body_bytes,
             access: options.access()?,
+            admission: Admission::new(options.max_body_bytes_in_flight),
+            store: Store::new(options.store_dir.clone()),
+            longest_token,
         }))
     }
 

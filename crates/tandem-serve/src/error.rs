@@ -1,15 +1,29 @@
 //! Errors as clients of OpenAI's and Anthropic's interfaces expect them, and the reading of request bodies.
 
-use axum::extract::{FromRequest, Request};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::extract::Request;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
-use serde_json::json;
-use tokio_stream::StreamExt;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use crate::generation::work;
+use crate::conversation::Notes;
+use crate::generation::new_id;
+
+const WARNING: HeaderName = HeaderName::from_static("x-tandem-warning");
+
+impl Notes {
+    /// A response that tells what was left out of its request.
+    pub(crate) fn on(&self, mut response: Response) -> Response {
+        let plain = |c: char| if c.is_ascii() && !c.is_ascii_control() { c } else { '?' };
+        let line = self.line().map(|line| line.chars().take(2000).map(plain).collect::<String>());
+        if let Some(value) = line.and_then(|line| HeaderValue::from_str(&line).ok()) {
+            response.headers_mut().insert(WARNING, value);
+        }
+        response
+    }
+}
 
 /// Why a request was not served.
 #[derive(Clone, Debug)]
@@ -21,11 +35,13 @@ pub(crate) struct ApiError {
     code: Option<&'static str>,
     /// Seconds after which to try again.
     retry_after: Option<u32>,
+    /// Tokens of a prompt that is too long, and of the context.
+    context: Option<(usize, usize)>,
 }
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> ApiError {
-        ApiError { status, message: message.into(), param: None, code: None, retry_after: None }
+        ApiError { status, message: message.into(), param: None, code: None, retry_after: None, context: None }
     }
 
     /// 400: the field `param` cannot be as it is.
@@ -34,9 +50,22 @@ impl ApiError {
         ApiError { param: (!param.is_empty()).then(|| param.to_owned()), ..error }
     }
 
-    /// 400: the prompt does not fit.
-    pub(crate) fn too_long(param: &str, message: impl Into<String>) -> ApiError {
-        ApiError { code: Some("context_length_exceeded"), ..ApiError::invalid(param, message) }
+    /// 400: the prompt has `found` tokens, and the context holds `most`. `found` may be a lower bound.
+    pub(crate) fn too_long(param: &str, found: usize, most: usize) -> ApiError {
+        let message = format!(
+            "This model's maximum context length is {most} tokens. However, your {param} resulted in {found} tokens. Please \
+             reduce the length of the {param}, or start the server with a larger --context."
+        );
+        ApiError {
+            context: Some((found, most)),
+            ..ApiError::invalid(param, message).with_code("context_length_exceeded")
+        }
+    }
+
+    /// 404: nothing is kept under this id.
+    pub(crate) fn unknown_id(param: &str, what: &str, id: &str) -> ApiError {
+        let error = ApiError::new(StatusCode::NOT_FOUND, format!("{what} with id '{id}' not found."));
+        ApiError { param: (!param.is_empty()).then(|| param.to_owned()), ..error }
     }
 
     /// 401: no key, or a wrong one.
@@ -124,15 +153,50 @@ impl ApiError {
     }
 
     /// Anthropic's form.
-    pub(crate) fn anthropic_body(&self) -> serde_json::Value {
+    pub(crate) fn anthropic_body(&self) -> Value {
         let message = match &self.param {
-            Some(param) => format!("{param}: {}", self.message),
-            None => self.message.clone(),
+            // Clients look for the first words of this one.
+            Some(param) if self.context.is_none() && !self.message.starts_with(param.as_str()) => {
+                format!("{param}: {}", self.message)
+            }
+            _ => match self.context {
+                Some((found, most)) => format!("prompt is too long: {found} tokens > {most} maximum"),
+                None => self.message.clone(),
+            },
         };
-        json!({"type": "error", "error": {"type": self.kind(), "message": message}})
+        let kind = match self.status.as_u16() {
+            413 => "request_too_large",
+            504 => "timeout_error",
+            _ => self.kind(),
+        };
+        json!({"type": "error", "error": {"type": kind, "message": message}, "request_id": new_id("req_")})
     }
 
-    fn respond(&self, body: &serde_json::Value) -> Response {
+    /// What is wrong, without its form.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Tokens of the prompt that is too long.
+    pub(crate) fn tokens(&self) -> Option<usize> {
+        self.context.map(|(found, _)| found)
+    }
+
+    /// The same of another field.
+    pub(crate) fn at(self, param: &str) -> ApiError {
+        ApiError { param: Some(param.to_owned()), ..self }
+    }
+
+    /// OpenAI's word for the error.
+    pub(crate) fn code(&self) -> Option<&'static str> {
+        self.code
+    }
+
+    pub(crate) fn with_code(self, code: &'static str) -> ApiError {
+        ApiError { code: Some(code), ..self }
+    }
+
+    fn respond(&self, body: &Value) -> Response {
         let mut response = (self.status, axum::Json(body)).into_response();
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
@@ -146,23 +210,31 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        self.respond(&self.body())
+        let mut response = self.respond(&self.body());
+        // For interfaces that have another form.
+        response.extensions_mut().insert(self);
+        response
     }
 }
 
-/// The same in Anthropic's form.
-pub(crate) struct AnthropicError(pub(crate) ApiError);
-
-impl From<ApiError> for AnthropicError {
-    fn from(error: ApiError) -> AnthropicError {
-        AnthropicError(error)
+/// Gives each error the form of the interface that was asked, whoever made it: a handler, a wrong method or a missing key.
+pub(crate) async fn shape(request: Request, next: Next) -> Response {
+    let path = request.uri().path().to_owned();
+    let response = next.run(request).await;
+    let Some(error) = response.extensions().get::<ApiError>().cloned() else { return response };
+    let body = match path.as_str() {
+        path if path == "/v1/messages" || path.starts_with("/v1/messages/") => error.anthropic_body(),
+        path if path.starts_with("/api/") => json!({"error": error.message}),
+        _ => return response,
+    };
+    let mut shaped = error.respond(&body);
+    // Such as Allow, and CORS.
+    for (name, value) in response.headers() {
+        if name != header::CONTENT_LENGTH && !shaped.headers().contains_key(name) {
+            shaped.headers_mut().append(name, value.clone());
+        }
     }
-}
-
-impl IntoResponse for AnthropicError {
-    fn into_response(self) -> Response {
-        self.0.respond(&self.0.anthropic_body())
-    }
+    shaped
 }
 
 /// OpenAI's error object.
@@ -180,50 +252,4 @@ pub(crate) struct ErrorBody {
     pub(crate) param: Option<String>,
     #[schema(required)]
     pub(crate) code: Option<String>,
-}
-
-/// Bytes of a body, at most.
-#[derive(Clone, Copy)]
-pub(crate) struct MaxBody(pub(crate) usize);
-
-/// A body that is too large is read and dropped up to this many times the limit: a client that is still writing when the
-/// connection closes would see a broken pipe instead of the answer.
-const TOO_LARGE_READ: usize = 8;
-
-/// A JSON body, whatever its content type says.
-pub(crate) struct Body<T>(pub(crate) T);
-
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let limit = request.extensions().get::<MaxBody>().map_or(usize::MAX, |max| max.0);
-        let mut chunks = request.into_body().into_data_stream();
-        let (mut bytes, mut n_read) = (vec![], 0usize);
-        while let Some(chunk) = chunks.next().await {
-            let chunk =
-                chunk.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body broke off: {e}")))?;
-            n_read += chunk.len();
-            if n_read <= limit {
-                bytes.extend_from_slice(&chunk);
-            } else if n_read / TOO_LARGE_READ > limit {
-                break;
-            }
-        }
-        if n_read > limit {
-            let message = "the request is larger than this server takes (--max-body-mb)";
-            let error = ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message);
-            return Err(ApiError { code: Some("request_too_large"), ..error });
-        }
-        let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let body = work(bytes.len(), || serde_path_to_error::deserialize(&mut reader)).map_err(|error| {
-            let path = error.path().to_string();
-            let path = if path == "." { String::new() } else { path };
-            let error = error.into_inner();
-            let what = if error.is_data() { "the request is not as expected" } else { "the body is not valid JSON" };
-            ApiError::invalid(&path, format!("{what}: {error}"))
-        })?;
-        reader.end().map_err(|error| ApiError::invalid("", format!("the body is not valid JSON: {error}")))?;
-        Ok(Body(body))
-    }
 }

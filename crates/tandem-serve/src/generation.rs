@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 use tandem_engine::{Event, FinishReason, Logprobs, Request, SamplingOverrides};
 use tandem_text::dialect::{Delta, END_THINK, Function};
-use tandem_text::{AnswerStream, FinishedBy, prompt, stop_tokens};
+use tandem_text::{AnswerStream, FinishedBy, TemplateInput, stop_tokens};
 use tokio::time::timeout_at;
 
 use crate::api::{TokenLogprob, TopLogprob, Usage};
@@ -21,6 +21,23 @@ pub(crate) const LARGE: usize = 32 << 10;
 /// Works on `n_bytes` of text; while that takes long, another thread takes over this one's other tasks.
 pub(crate) fn work<T>(n_bytes: usize, work: impl FnOnce() -> T) -> T {
     if n_bytes < LARGE { work() } else { tokio::task::block_in_place(work) }
+}
+
+/// Bytes of a token, usually; shorter texts are encoded as they are.
+const USUAL_TOKEN: usize = 8;
+/// Tokens that cutting a text may add.
+const CUT_TOKENS: usize = 8;
+/// Bytes of text in a template's variables at most.
+const MAX_VARIABLES: usize = 64 << 10;
+
+/// Bytes of all texts in a value.
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(list) => list.iter().map(text_bytes).sum(),
+        Value::Object(map) => map.iter().map(|(key, value)| key.len() + text_bytes(value)).sum(),
+        _ => 1,
+    }
 }
 
 /// A checked request.
@@ -52,6 +69,8 @@ pub(crate) struct Chat {
     pub(crate) in_reasoning: bool,
     /// End the answer after its first call.
     pub(crate) one_call: bool,
+    /// Tokens of reasoning at most.
+    pub(crate) thinking_budget: Option<u32>,
 }
 
 impl App {
@@ -65,53 +84,104 @@ impl App {
         }
     }
 
-    /// Token ids of a conversation, and whether they end inside the reasoning section.
+    /// Token ids of a conversation, and whether they end inside the reasoning section. If it `continues`, the answer goes on
+    /// with the last message.
     pub(crate) fn prompt(
         &self,
+        param: &str,
         messages: &[Value],
         tools: Option<&[Value]>,
         variables: &Map<String, Value>,
+        continues: bool,
     ) -> Result<(Vec<u32>, bool), ApiError> {
         let Some(template) = &self.template else {
             let message = "this model has no chat template; use /v1/completions";
-            return Err(ApiError::invalid("messages", message));
+            return Err(ApiError::invalid(param, message));
         };
-        let n_bytes = messages.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
-        let prompt = work(n_bytes, || prompt(template, &self.tokenizer, messages, tools, variables))
-            .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-        if self.log_text {
-            tracing::info!(prompt = %prompt.text, "request");
+        let n_variables: usize = variables.values().map(text_bytes).sum();
+        if n_variables > MAX_VARIABLES {
+            let message = format!("chat_template_kwargs has {n_variables} bytes, expected at most {MAX_VARIABLES}");
+            return Err(ApiError::invalid("chat_template_kwargs", message));
         }
+        let n_bytes = messages.iter().chain(tools.into_iter().flatten()).map(text_bytes).sum();
+        self.check_bytes(param, n_bytes)?;
+        let conversation = TemplateInput { messages, tools, variables, continues };
+        let prompt = work(n_bytes, || {
+            let rendered = tandem_text::render(template, &self.tokenizer, &conversation)
+                .map_err(|error| ApiError::invalid(param, error.to_string()))?;
+            if self.log_text {
+                tracing::info!(prompt = %rendered.text, "request");
+            }
+            self.check_tokens(param, &rendered.text)?;
+            rendered.encode(&self.tokenizer).map_err(|error| ApiError::invalid(param, error.to_string()))
+        })?;
         Ok((prompt.ids, prompt.in_reasoning))
     }
 
     pub(crate) fn encode(&self, param: &str, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
-        work(text.len(), || self.tokenizer.encode(text, add_special_tokens))
-            .map_err(|error| ApiError::invalid(param, error.to_string()))
+        self.check_bytes(param, text.len())?;
+        work(text.len(), || {
+            self.check_tokens(param, text)?;
+            self.tokenizer.encode(text, add_special_tokens).map_err(|error| ApiError::invalid(param, error.to_string()))
+        })
+    }
+
+    /// Refuses what cannot fit whatever its tokens are.
+    fn check_bytes(&self, param: &str, n_bytes: usize) -> Result<(), ApiError> {
+        let least = n_bytes / self.longest_token.max(1);
+        if least > self.context { Err(ApiError::too_long(param, least, self.context)) } else { Ok(()) }
+    }
+
+    /// Refuses a long text as soon as its first part has more tokens than fit: encoding takes a hundred times its memory.
+    fn check_tokens(&self, param: &str, text: &str) -> Result<(), ApiError> {
+        if text.len() / USUAL_TOKEN <= self.context {
+            return Ok(());
+        }
+        let mut n_tokens = 0;
+        let mut rest = text;
+        while !rest.is_empty() && n_tokens <= self.context {
+            let mut end = rest.len().min(LARGE);
+            while !rest.is_char_boundary(end) {
+                end += 1;
+            }
+            if end < rest.len() {
+                end = rest[..end].rfind([' ', '\n']).filter(|at| *at > end / 2).unwrap_or(end);
+            }
+            let ids = self.tokenizer.encode(&rest[..end], false);
+            let n_part = ids.map_err(|error| ApiError::invalid(param, error.to_string()))?.len();
+            // The cut may have made some more.
+            n_tokens += n_part.saturating_sub(CUT_TOKENS);
+            rest = &rest[end..];
+        }
+        if n_tokens > self.context { Err(ApiError::too_long(param, n_tokens, self.context)) } else { Ok(()) }
+    }
+
+    /// Refuses a prompt that cannot run.
+    pub(crate) fn check_prompt(&self, ask: &Ask, prompt: &[u32]) -> Result<(), ApiError> {
+        if prompt.is_empty() {
+            return Err(ApiError::invalid(ask.param, "the prompt is empty; give at least one token"));
+        }
+        if prompt.len() > self.context {
+            return Err(ApiError::too_long(ask.param, prompt.len(), self.context));
+        }
+        for (param, ids) in [(ask.param, prompt), ("stop_token_ids", &ask.stop_token_ids)] {
+            if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) {
+                let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
+                return Err(ApiError::invalid(param, message));
+            }
+        }
+        Ok(())
     }
 
     /// Starts the answers to a request.
-    pub(crate) fn start(self: &Arc<Self>, ask: Ask) -> Result<Vec<Generation>, ApiError> {
-        let n_prompt = ask.prompt.len();
-        if n_prompt == 0 {
-            return Err(ApiError::invalid(ask.param, "the prompt is empty; give at least one token"));
-        }
-        if n_prompt > self.context {
-            let message = format!(
-                "the prompt has {n_prompt} tokens and the context holds {}; shorten it, or start the server with a \
-                 larger --context",
-                self.context
-            );
-            return Err(ApiError::too_long(ask.param, message));
-        }
-        if let Some(id) = ask.prompt.iter().find(|id| **id as usize >= self.vocab_size) {
-            let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
-            return Err(ApiError::invalid(ask.param, message));
-        }
-        if let Some(id) = ask.stop_token_ids.iter().find(|id| **id as usize >= self.vocab_size) {
-            let message = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
-            return Err(ApiError::invalid("stop_token_ids", message));
-        }
+    pub(crate) fn start(self: &Arc<Self>, mut ask: Ask) -> Result<Vec<Generation>, ApiError> {
+        let prompt = std::mem::take(&mut ask.prompt);
+        self.start_all(&ask, vec![prompt])
+    }
+
+    /// Starts the answers to several prompts, all or none; they are numbered through.
+    pub(crate) fn start_all(self: &Arc<Self>, ask: &Ask, prompts: Vec<Vec<u32>>) -> Result<Vec<Generation>, ApiError> {
+        prompts.iter().try_for_each(|prompt| self.check_prompt(ask, prompt))?;
         let sampling = self.defaults.apply(&ask.overrides);
         sampling.validate().map_err(|error| ApiError::invalid(error.name, error.to_string()))?;
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
@@ -122,57 +192,65 @@ impl App {
         let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
         let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {
             GrammarError::Invalid(error) => {
-                ApiError::invalid("response_format", format!("the schema or grammar cannot be used: {error}"))
+                let param = match (&ask.form, ask.param) {
+                    (Some(Form::Calls { or_text: None, .. }), _) => "tools",
+                    (Some(Form::JsonSchema(_) | Form::Calls { .. }), "input") => "text.format",
+                    (Some(Form::JsonSchema(_) | Form::Calls { .. }) | None, _) => "response_format",
+                    _ => "structured_outputs",
+                };
+                ApiError::invalid(param, format!("the schema or grammar cannot be used: {error}"))
             }
             GrammarError::Busy => ApiError::unavailable("other schemas and grammars are being compiled; try again"),
         })?;
-        let requests = (0..ask.n.max(1) as u64)
-            .map(|i| {
+        let budget = ask.chat.as_ref().and_then(|chat| chat.thinking_budget);
+        let in_reasoning = reasoning.is_some();
+        let mut n_prompts = vec![];
+        let mut requests = vec![];
+        for prompt in prompts {
+            for i in 0..ask.n.max(1) as u64 {
                 let mut sampling = sampling.clone();
                 // Different answers, and the same ones every time.
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
-                Ok(Request {
-                    prompt: ask.prompt.clone(),
+                n_prompts.push(prompt.len());
+                requests.push(Request {
+                    prompt: prompt.clone(),
                     sampling,
                     max_tokens: ask.max_tokens.or(self.defaults.max_new_tokens).map_or(usize::MAX, |n| n as usize),
                     min_tokens: ask.min_tokens as usize,
                     eos: eos.clone(),
                     top_logprobs: ask.top_logprobs,
-                    constraint: compiled.as_ref().map(Compiled::constraint),
-                })
-            })
-            .collect::<Result<Vec<Request>, ApiError>>()?;
-        let now = Instant::now();
-        let all = self.worker.submit(requests)?;
-        Ok(all
-            .into_iter()
-            .enumerate()
-            .map(|(index, replies)| {
-                let (tokenizer, stops) = (&self.tokenizer, ask.stop.clone());
-                let one_call = ask.chat.as_ref().is_some_and(|chat| chat.one_call);
-                Generation {
-                    app: Arc::clone(self),
-                    index,
-                    replies,
-                    stream: match ask.chat.clone() {
-                        Some(Chat { functions, in_reasoning, .. }) => {
-                            AnswerStream::chat(tokenizer, self.dialect, functions, in_reasoning, stops)
-                        }
-                        None => AnswerStream::plain(tokenizer, stops),
+                    constraint: match budget {
+                        Some(budget) => Some(self.grammars.with_budget(budget, compiled.as_ref(), in_reasoning)),
+                        None => compiled.as_ref().map(Compiled::constraint),
                     },
-                    one_call,
-                    n_prompt,
-                    n_tokens: 0,
-                    n_reasoning: 0,
-                    n_cached: 0,
-                    start: now,
-                    first_token: None,
-                    last_token: None,
-                    is_done: false,
-                    error: None,
+                });
+            }
+        }
+        let start = Instant::now();
+        let all = self.worker.submit(requests)?;
+        let generation = |(index, (replies, n_prompt)): (usize, (Replies, usize))| Generation {
+            app: Arc::clone(self),
+            index,
+            replies,
+            one_call: ask.chat.as_ref().is_some_and(|chat| chat.one_call),
+            has_stop_tokens: !ask.stop_token_ids.is_empty() || !stop_tokens(&ask.stop, &self.tokenizer).is_empty(),
+            stream: match ask.chat.clone() {
+                Some(Chat { functions, in_reasoning, .. }) => {
+                    AnswerStream::chat(&self.tokenizer, self.dialect, functions, in_reasoning, ask.stop.clone())
                 }
-            })
-            .collect())
+                None => AnswerStream::plain(&self.tokenizer, ask.stop.clone()),
+            },
+            n_prompt,
+            n_tokens: 0,
+            n_reasoning: 0,
+            n_cached: 0,
+            start,
+            first_token: None,
+            last_token: None,
+            is_done: false,
+            error: None,
+        };
+        Ok(all.into_iter().zip(n_prompts).enumerate().map(generation).collect())
     }
 }
 
@@ -231,6 +309,8 @@ pub(crate) struct Generation {
     replies: Replies,
     stream: AnswerStream,
     one_call: bool,
+    /// The client has named tokens that end the answer, in the middle of a call as well.
+    has_stop_tokens: bool,
     n_prompt: usize,
     n_tokens: usize,
     n_reasoning: usize,
@@ -332,12 +412,16 @@ impl Generation {
             Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
         }
         self.n_tokens += 1;
-        self.n_reasoning += usize::from(self.stream.in_reasoning());
+        let was_reasoning = self.stream.in_reasoning();
+        self.n_reasoning += usize::from(was_reasoning);
         let mut chunk = Chunk::default();
         if let Some(logprobs) = logprobs {
-            chunk.logprobs.push(self.logprobs(id, &logprobs));
+            chunk.logprobs.push(self.app.token_logprob(id, &logprobs));
         }
         let piece = self.stream.push(id).map_err(|error| ApiError::internal(error.to_string()))?;
+        // The tags around the reasoning belong to it.
+        let is_reasoning = was_reasoning || self.stream.in_reasoning();
+        chunk.logprobs.iter_mut().for_each(|token| token.is_reasoning = is_reasoning);
         chunk.deltas = piece.deltas;
         if piece.stopped {
             return self.finished(chunk, FinishReason::Stop);
@@ -349,10 +433,9 @@ impl Generation {
     }
 
     fn finished(&mut self, mut chunk: Chunk, reason: FinishReason) -> Result<Chunk, ApiError> {
-        let (deltas, by) = self
-            .stream
-            .finish(reason == FinishReason::Length)
-            .map_err(|error| ApiError::internal(error.to_string()))?;
+        // A call that something else than the model ended is not complete.
+        let is_cut = reason == FinishReason::Length || (self.has_stop_tokens && self.stream.in_call());
+        let (deltas, by) = self.stream.finish(is_cut).map_err(|error| ApiError::internal(error.to_string()))?;
         chunk.deltas.extend(deltas);
         chunk.finish = Some(match by {
             FinishedBy::EndOfTurn => Finish::Stop,
@@ -362,10 +445,13 @@ impl Generation {
         });
         Ok(chunk)
     }
+}
 
-    fn logprobs(&self, id: u32, logprobs: &Logprobs) -> TokenLogprob {
+impl App {
+    /// A token's log-probabilities by its text.
+    pub(crate) fn token_logprob(&self, id: u32, logprobs: &Logprobs) -> TokenLogprob {
         let name = |id: u32| {
-            let bytes = self.app.tokenizer.token_bytes(id).unwrap_or_default();
+            let bytes = self.tokenizer.token_bytes(id).unwrap_or_default();
             (String::from_utf8_lossy(&bytes).into_owned(), bytes)
         };
         let (token, bytes) = name(id);
@@ -374,7 +460,8 @@ impl Generation {
             // JSON has no infinity.
             TopLogprob { token, logprob: logprob.max(-9999.0), bytes }
         });
-        TokenLogprob { token, logprob: logprobs.chosen.max(-9999.0), bytes, top_logprobs: top_logprobs.collect() }
+        let top_logprobs = top_logprobs.collect();
+        TokenLogprob { token, logprob: logprobs.chosen.max(-9999.0), bytes, top_logprobs, is_reasoning: false }
     }
 }
 
@@ -386,13 +473,20 @@ impl Drop for Generation {
     }
 }
 
+/// A call in an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Call {
+    pub(crate) name: String,
+    /// JSON text; open at its end if the answer was cut off.
+    pub(crate) arguments: String,
+}
+
 /// A whole answer.
 #[derive(Debug, Default)]
 pub(crate) struct Answer {
     pub(crate) reasoning: String,
     pub(crate) content: String,
-    /// Name and arguments.
-    pub(crate) calls: Vec<(String, String)>,
+    pub(crate) calls: Vec<Call>,
     pub(crate) logprobs: Vec<TokenLogprob>,
     pub(crate) finish: Option<Finish>,
     pub(crate) usage: Usage,
@@ -408,10 +502,10 @@ impl Answer {
                 match delta {
                     Delta::Reasoning(text) => answer.reasoning.push_str(&text),
                     Delta::Content(text) => answer.content.push_str(&text),
-                    Delta::Call { name } => answer.calls.push((name, String::new())),
+                    Delta::Call { name } => answer.calls.push(Call { name, arguments: String::new() }),
                     Delta::Arguments(json) => {
-                        if let Some((_, arguments)) = answer.calls.last_mut() {
-                            arguments.push_str(&json);
+                        if let Some(call) = answer.calls.last_mut() {
+                            call.arguments.push_str(&json);
                         }
                     }
                     Delta::EndCall => {}

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tandem_engine::{Constraint, argmax};
 
 use tandem_text::Tokenizer;
-use tandem_text::dialect::{Dialect, Function};
+use tandem_text::dialect::{Dialect, END_THINK, Function, THINK};
 
 /// Bytes of the largest schema, expression or grammar.
 const MAX_BYTES: usize = 256 << 10;
@@ -41,10 +41,11 @@ pub(crate) enum Form {
     Regex(String),
     Choice(Vec<String>),
     Lark(String),
-    /// One or more calls of these functions.
+    /// One or more calls of these functions, or a text of this schema in their place.
     Calls {
         functions: Vec<Function>,
         parallel: bool,
+        or_text: Option<Value>,
     },
 }
 
@@ -131,6 +132,27 @@ impl Grammars {
         };
         compiled.map(Compiled).map_err(GrammarError::Invalid)
     }
+
+    /// A constraint that ends the reasoning after `budget` tokens, and keeps the answer to a compiled form if there is one.
+    pub(crate) fn with_budget(
+        &self,
+        budget: u32,
+        compiled: Option<&Compiled>,
+        in_reasoning: bool,
+    ) -> Box<dyn Constraint> {
+        let mut end = self.0.tokenizer.encode(END_THINK, false).unwrap_or_default();
+        end.reverse();
+        Box::new(Budget {
+            inner: compiled.map(Compiled::constraint),
+            tokenizer: self.0.tokenizer.clone(),
+            // One more goes to the tag that opens the section.
+            n_left: budget.saturating_add(u32::from(!in_reasoning)),
+            end,
+            is_open: true,
+            is_start: !in_reasoning,
+            tail: String::new(),
+        })
+    }
 }
 
 /// A place among the compilations.
@@ -152,11 +174,13 @@ impl Drop for Compiling {
 impl Inner {
     fn compile(&self, form: &Form, reasoning: Option<&str>) -> anyhow::Result<Grammar> {
         let grammar = match form {
-            Form::JsonSchema(schema) => Some(TopLevelGrammar::from_json_schema(with_white_space(schema.clone()))),
+            Form::JsonSchema(schema) => {
+                Some(TopLevelGrammar::from_json_schema(with_white_space(self_contained(schema, schema)?)))
+            }
             Form::Regex(regex) => Some(TopLevelGrammar::from_regex(regex)),
             Form::Choice(_) => None,
             Form::Lark(grammar) => Some(TopLevelGrammar::from_lark(grammar.clone())),
-            Form::Calls { functions, parallel } => Some(self.calls(functions, *parallel)),
+            Form::Calls { functions, parallel, or_text } => Some(self.calls(functions, *parallel, or_text.as_ref())?),
         };
         let rules = match (grammar, form) {
             (Some(grammar), _) => {
@@ -182,74 +206,50 @@ impl Inner {
     }
 
     /// Calls as the model's dialect writes them.
-    fn calls(&self, functions: &[Function], parallel: bool) -> TopLevelGrammar {
+    fn calls(
+        &self,
+        functions: &[Function],
+        parallel: bool,
+        or_text: Option<&Value>,
+    ) -> anyhow::Result<TopLevelGrammar> {
         match self.dialect {
             Dialect::Json => {
-                let call = |f: &Function| {
+                // References start from the schema that they stand in.
+                let roots = json!({
+                    "functions": functions
+                        .iter()
+                        .enumerate()
+                        .map(|(i, f)| rebased(&f.parameters, &format!("#/functions/{i}")))
+                        .collect::<Vec<_>>(),
+                    "text": or_text.map(|schema| rebased(schema, "#/text")),
+                });
+                let call = |(i, f): (usize, &Function)| {
                     json!({
                         "type": "object",
-                        "properties": {"name": {"const": f.name}, "parameters": object_schema(&f.parameters)},
+                        "properties": {"name": {"const": f.name}, "parameters": object_schema(&roots["functions"][i])},
                         "required": ["name", "parameters"],
                         "additionalProperties": false,
                     })
                 };
-                let calls = json!({"anyOf": functions.iter().map(call).collect::<Vec<_>>()});
-                let schema = if parallel {
-                    json!({"anyOf": [calls, {"type": "array", "items": calls, "minItems": 1}]})
-                } else {
-                    calls
-                };
-                TopLevelGrammar::from_json_schema(with_white_space(schema))
+                let calls = json!({"anyOf": functions.iter().enumerate().map(call).collect::<Vec<_>>()});
+                let mut forms = vec![calls.clone()];
+                if parallel {
+                    forms.push(json!({"type": "array", "items": calls, "minItems": 1}));
+                }
+                forms.extend(or_text.map(|_| roots["text"].clone()));
+                let schema = self_contained(&json!({"anyOf": forms}), &roots)?;
+                Ok(TopLevelGrammar::from_json_schema(with_white_space(schema)))
             }
-            Dialect::Glm => TopLevelGrammar::from_lark(self.glm_calls(functions, parallel)),
-        }
-    }
-
-    /// Lark grammar of `<tool_call>name<arg_key>..</tool_call>`; required arguments first, in the schema's order.
-    fn glm_calls(&self, functions: &[Function], parallel: bool) -> String {
-        // A special token is named as it is, other tags are text.
-        let tag = |tag: &str| match self.tokenizer.token_to_id(tag) {
-            Some(_) => tag.to_owned(),
-            None => quoted(tag),
-        };
-        let mut grammar = format!("start: call{}\ncall: ", if parallel { "+" } else { "" });
-        let names: Vec<String> = (0..functions.len()).map(|i| format!("call_{i}")).collect();
-        grammar.push_str(&names.join(" | "));
-        grammar.push_str("\nTEXT: /(.|\\n)+/\n");
-        for (i, function) in functions.iter().enumerate() {
-            let mut call = format!("call_{i}: {} {}", tag("<tool_call>"), quoted(&function.name));
-            let none = serde_json::Map::new();
-            let properties = function.parameters.get("properties").and_then(Value::as_object).unwrap_or(&none);
-            let required: Vec<&str> = function
-                .parameters
-                .get("required")
-                .and_then(Value::as_array)
-                .map_or_else(Vec::new, |names| names.iter().filter_map(Value::as_str).collect());
-            for (key, schema) in properties {
-                let value = match (schema.get("type").and_then(Value::as_str), schema.get("enum")) {
-                    (_, Some(Value::Array(values))) => {
-                        let texts: Vec<String> =
-                            values.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned)).collect();
-                        format!("({})", alternatives(&texts))
-                    }
-                    (Some("string") | None, _) => "TEXT".to_owned(),
-                    _ => format!("%json {schema}"),
+            Dialect::Glm => {
+                // A model that may also write text is helped with its calls as far as a grammar can.
+                let is_strict = or_text.is_none();
+                let tag = |tag: &str| match self.tokenizer.token_to_id(tag) {
+                    Some(_) => tag.to_owned(),
+                    None => quoted(tag),
                 };
-                let argument = format!(
-                    "{} {} {} {} {value} {}",
-                    tag("<arg_key>"),
-                    quoted(key),
-                    tag("</arg_key>"),
-                    tag("<arg_value>"),
-                    tag("</arg_value>")
-                );
-                let argument = if required.contains(&key.as_str()) { argument } else { format!("({argument})?") };
-                call.push(' ');
-                call.push_str(&argument);
+                Ok(TopLevelGrammar::from_lark(crate::glm::calls(functions, parallel, or_text, is_strict, &tag)?))
             }
-            grammar.push_str(&format!("{call} {}\n", tag("</tool_call>")));
         }
-        grammar
     }
 }
 
@@ -261,19 +261,82 @@ fn object_schema(parameters: &Value) -> Value {
     }
 }
 
-fn with_white_space(mut schema: Value) -> Value {
+/// The same with references that start from `prefix` of a larger document.
+fn rebased(value: &Value, prefix: &str) -> Value {
+    match value {
+        Value::Object(map) => {
+            let entry = |(key, value): (&String, &Value)| match (key.as_str(), value.as_str()) {
+                ("$ref", Some(target)) if target == "#" || target.starts_with("#/") => {
+                    (key.clone(), json!(format!("{prefix}{}", target[1..].trim_end_matches('/'))))
+                }
+                ("const" | "enum" | "default" | "examples", _) => (key.clone(), value.clone()),
+                _ => (key.clone(), rebased(value, prefix)),
+            };
+            Value::Object(map.iter().map(entry).collect())
+        }
+        Value::Array(list) => list.iter().map(|value| rebased(value, prefix)).collect(),
+        other => other.clone(),
+    }
+}
+
+/// A part of a schema with the definitions that its references name, which start from `root`.
+///
+/// # Errors
+/// A reference leads nowhere.
+pub(crate) fn self_contained(schema: &Value, root: &Value) -> anyhow::Result<Value> {
+    /// Names definitions by their numbers: every pointer is one that llguidance can read.
+    fn rewritten(value: &Value, references: &mut Vec<String>) -> Value {
+        match value {
+            Value::Object(map) => {
+                let entry = |(key, value): (&String, &Value)| match (key.as_str(), value.as_str()) {
+                    ("$ref", Some(target)) => {
+                        let known = references.iter().position(|known| known == target);
+                        let i = known.unwrap_or_else(|| {
+                            references.push(target.to_owned());
+                            references.len() - 1
+                        });
+                        (key.clone(), json!(format!("#/$defs/r{i}")))
+                    }
+                    ("$defs" | "definitions", _) => (key.clone(), Value::Null),
+                    ("const" | "enum" | "default" | "examples", _) => (key.clone(), value.clone()),
+                    _ => (key.clone(), rewritten(value, references)),
+                };
+                let map = map.iter().map(entry);
+                Value::Object(map.filter(|(key, _)| key != "$defs" && key != "definitions").collect())
+            }
+            Value::Array(list) => list.iter().map(|value| rewritten(value, references)).collect(),
+            other => other.clone(),
+        }
+    }
+    let mut references = vec![];
+    let mut contained = rewritten(schema, &mut references);
+    let mut definitions = serde_json::Map::new();
+    while let Some(reference) = references.get(definitions.len()).cloned() {
+        let Some(target) = tandem_text::schema::resolve(&reference, root) else {
+            bail!("the reference {reference:?} ($ref) leads nowhere");
+        };
+        let definition = rewritten(target, &mut references);
+        definitions.insert(format!("r{}", definitions.len()), definition);
+    }
+    if let (false, Value::Object(map)) = (definitions.is_empty(), &mut contained) {
+        map.insert("$defs".into(), Value::Object(definitions));
+    }
+    Ok(contained)
+}
+
+pub(crate) fn with_white_space(mut schema: Value) -> Value {
     if let Value::Object(map) = &mut schema {
         map.insert("x-guidance".into(), json!({"whitespace_pattern": WHITE_SPACE}));
     }
     schema
 }
 
-fn alternatives(texts: &[String]) -> String {
+pub(crate) fn alternatives(texts: &[String]) -> String {
     texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(" | ")
 }
 
 /// A Lark string.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
@@ -286,8 +349,8 @@ fn check_size(form: &Form) -> anyhow::Result<()> {
             return within("choice", texts.iter().map(|text| text.len() + 1).sum::<usize>(), CHOICE_BYTES);
         }
         Form::Lark(grammar) => (grammar.len(), lark_steps(grammar)),
-        Form::Calls { functions, .. } => {
-            let mut sum = (0, 0);
+        Form::Calls { functions, or_text, .. } => {
+            let mut sum = or_text.as_ref().map(schema_size).transpose()?.unwrap_or((0, 0));
             for function in functions {
                 let (n_bytes, n_steps) = schema_size(&function.parameters)?;
                 sum = (sum.0 + n_bytes + function.name.len(), sum.1 + n_steps);
@@ -456,6 +519,51 @@ impl Recognizer for Choice {
     }
 }
 
+/// Ends the reasoning when its tokens are used up.
+struct Budget {
+    inner: Option<Box<dyn Constraint>>,
+    tokenizer: Tokenizer,
+    n_left: u32,
+    /// Tokens of the tag that ends the reasoning, the last first, as far as they are still to come.
+    end: Vec<u32>,
+    /// The reasoning is going on, or may begin with the next token.
+    is_open: bool,
+    is_start: bool,
+    tail: String,
+}
+
+impl Constraint for Budget {
+    fn mask(&mut self, logits: &mut [f32]) {
+        if let (true, 0, Some(next)) = (self.is_open, self.n_left, self.end.last()) {
+            logits.fill(f32::NEG_INFINITY);
+            logits[*next as usize] = 0.0;
+        } else if let Some(inner) = &mut self.inner {
+            inner.mask(logits);
+        }
+    }
+
+    fn accept(&mut self, token: u32) -> bool {
+        if self.is_open {
+            let bytes = self.tokenizer.token_bytes(token).unwrap_or_default();
+            self.tail.push_str(&String::from_utf8_lossy(&bytes));
+            if std::mem::take(&mut self.is_start) && !self.tail.trim_start().starts_with(THINK) {
+                // The model does not think first.
+                self.is_open = false;
+            }
+            if self.n_left == 0 {
+                self.end.pop();
+            }
+            self.n_left = self.n_left.saturating_sub(1);
+            if self.tail.ends_with(END_THINK) || self.end.is_empty() {
+                self.is_open = false;
+            }
+            let keep = self.tail.char_indices().rev().nth(15).map_or(0, |(at, _)| at);
+            self.tail.drain(..keep);
+        }
+        self.inner.as_mut().is_none_or(|inner| inner.accept(token))
+    }
+}
+
 /// One answer's place in its grammar.
 #[derive(Clone)]
 struct Grammar {
@@ -553,6 +661,7 @@ mod tests {
         let function = |parameters: Value| Form::Calls {
             functions: vec![Function { name: "f".into(), parameters }],
             parallel: true,
+            or_text: None,
         };
         let forms = [
             Form::Lark("start: ".to_owned() + &chain(1000, |i| format!("r{i}\nr{i}: "), "\"x\"").replace(": \n", ": ")),

@@ -1,22 +1,32 @@
-//! OpenAI's and Anthropic's interfaces to one model, as an axum router.
+//! OpenAI's, Anthropic's and Ollama's interfaces to one model, as an axum router.
 //!
 //! The engine lives in a thread of its own ([`Worker`]); handlers turn requests into prompts, and tokens into answers. One
-//! file per interface: chat (with completions), responses, messages, pages. [`router`] can be mounted in any axum program;
+//! file per interface: chat (with completions), responses, messages, ollama, pages. [`router`] can be mounted in any axum program;
 //! [`App`] holds what its handlers need.
 
 mod api;
 mod app;
+mod body;
 mod browser;
 mod chat;
+mod connections;
+mod conversation;
 mod error;
+mod fields;
 mod generation;
+mod glm;
 mod grammar;
 mod loading;
 mod messages;
 mod metrics;
+mod ollama;
 mod pages;
+mod read;
 mod responses;
+mod store;
 mod strict;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::sync::Arc;
@@ -31,21 +41,32 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 pub use app::{App, Model, Options, ServeError};
+pub use connections::{Limits, serve};
 pub use loading::Loading;
 pub use worker::{BoxError, StepBytes, Worker};
 
-use crate::error::{ApiError, MaxBody};
+use crate::error::ApiError;
 
 /// Everything that the server answers, to be served or mounted in a larger program.
 pub fn router(app: Arc<App>) -> Router {
     let access = app.access.clone();
     let protected = Router::new()
         .route("/v1/models", get(pages::models))
+        .route("/v1/models/{*id}", get(pages::model))
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(chat::completions))
         .route("/v1/responses", post(responses::responses))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/input_items", get(responses::input_of))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/messages", post(messages::messages))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .route("/api/chat", post(ollama::chat))
+        .route("/api/generate", post(ollama::generate))
+        .route("/api/tags", get(ollama::tags))
+        .route("/api/ps", get(ollama::tags))
+        .route("/api/show", post(ollama::show))
+        .route("/api/version", get(ollama::version))
         .route("/tokenize", post(pages::tokenize))
         .route("/detokenize", post(pages::detokenize))
         .route("/metrics", get(pages::metrics))
@@ -60,12 +81,12 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/openapi.json", get(pages::openapi))
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .fallback(|| async { ApiError::not_found() })
-        .layer(axum::Extension(MaxBody(app.max_body_bytes)))
         .with_state(Arc::clone(&app));
     if let Some(cors) = access.cors() {
         router = router.layer(cors);
     }
-    router.layer(from_fn(move |request, next| browser::guard(access.clone(), request, next)))
+    router = router.layer(from_fn(move |request, next| browser::guard(access.clone(), request, next)));
+    router.layer(from_fn(error::shape))
 }
 
 /// Lets requests with a right key pass, or all if the server has none.

@@ -1,40 +1,51 @@
 //! Anthropic's interface: /v1/messages and /v1/messages/count_tokens.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 use tandem_engine::SamplingOverrides;
+use tandem_text::dialect::Delta;
+use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
-use crate::api::{
-    Count, FunctionType, NamedTool, StreamEvent, Thinking, ThinkingType, Tool, ToolChoice, ToolMode, ToolName, Usage,
-};
+use crate::api::{Count, Integer, Seed, StreamEvent, ThinkingDocument, Usage, check_stops, sampling};
 use crate::app::App;
-use crate::chat::{Events, Functions, Gone, chat_ask, choose_functions, send, stream};
-use crate::error::{AnthropicError, ApiError, Body};
+use crate::body::{Body, Fields};
+use crate::chat::{Events, Gone, send, stream};
+use crate::conversation::{
+    Choice, Conversation, Effort, Notes, Thinking, Tool, content_text, read_format, split_reasoning,
+};
+use crate::error::ApiError;
+use crate::fields::{self, Table};
 use crate::generation::{Answer, Ask, Finish, Generation, new_id};
-use crate::grammar::Form;
-use crate::strict::{named_by_type, objects};
-use tandem_text::dialect::Delta;
+use crate::read::{expected, kind, missing, object, optional, required_text};
+use crate::strict::objects;
 
-objects!(MessagesRequest, CountRequest, InputMessage, InputTool);
-named_by_type!(Block, Choice);
+objects!(MessagesRequest, CountRequest);
+
+/// While nothing is to be said a ping comes this often.
+const PING: Duration = Duration::from_secs(10);
+/// What Claude Code writes before its system text for its own vendor's accounts; it differs each time.
+const BILLING: &str = "x-anthropic-billing-header";
 
 /// A conversation to continue, in Anthropic's form.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(remote = "Self")]
 pub(crate) struct MessagesRequest {
     model: String,
-    #[schema(min_items = 1)]
-    messages: Vec<InputMessage>,
+    #[schema(min_items = 1, value_type = Vec<InputMessage>)]
+    messages: Vec<Value>,
     /// Tokens to generate at most.
     #[schema(value_type = u32, minimum = 1)]
     max_tokens: Count,
-    system: Option<Blocks>,
+    #[schema(value_type = Option<Blocks>)]
+    system: Option<Value>,
     stream: Option<bool>,
     stop_sequences: Option<Vec<String>>,
     #[schema(minimum = 0, maximum = 1)]
@@ -42,10 +53,29 @@ pub(crate) struct MessagesRequest {
     #[schema(minimum = 0, maximum = 1)]
     top_p: Option<f32>,
     #[schema(value_type = Option<u32>)]
-    top_k: Option<Count>,
-    tools: Option<Vec<InputTool>>,
-    tool_choice: Option<Choice>,
-    thinking: Option<Thinking>,
+    top_k: Option<Integer>,
+    #[schema(minimum = 0, maximum = 1)]
+    min_p: Option<f32>,
+    #[schema(minimum = 0.01, maximum = 100)]
+    repetition_penalty: Option<f32>,
+    #[schema(value_type = Option<i64>)]
+    seed: Option<Seed>,
+    #[schema(value_type = Option<Vec<InputTool>>)]
+    tools: Option<Vec<Value>>,
+    #[schema(value_type = Option<ChoiceDocument>)]
+    tool_choice: Option<Value>,
+    #[schema(value_type = Option<ThinkingDocument>)]
+    thinking: Option<Value>,
+    /// Effort, and the form of the answer.
+    #[schema(value_type = Option<Object>)]
+    output_config: Option<Value>,
+    /// The form of the answer.
+    #[schema(value_type = Option<Object>)]
+    output_format: Option<Value>,
+}
+
+impl Fields for MessagesRequest {
+    const TABLE: Option<&'static Table> = Some(&fields::MESSAGES);
 }
 
 /// What would be sent to /v1/messages.
@@ -53,12 +83,24 @@ pub(crate) struct MessagesRequest {
 #[serde(remote = "Self")]
 pub(crate) struct CountRequest {
     model: String,
-    #[schema(min_items = 1)]
-    messages: Vec<InputMessage>,
-    system: Option<Blocks>,
-    tools: Option<Vec<InputTool>>,
-    tool_choice: Option<Choice>,
-    thinking: Option<Thinking>,
+    #[schema(min_items = 1, value_type = Vec<InputMessage>)]
+    messages: Vec<Value>,
+    #[schema(value_type = Option<Blocks>)]
+    system: Option<Value>,
+    #[schema(value_type = Option<Vec<InputTool>>)]
+    tools: Option<Vec<Value>>,
+    #[schema(value_type = Option<ChoiceDocument>)]
+    tool_choice: Option<Value>,
+    #[schema(value_type = Option<ThinkingDocument>)]
+    thinking: Option<Value>,
+    #[schema(value_type = Option<Object>)]
+    output_config: Option<Value>,
+    #[schema(value_type = Option<Object>)]
+    output_format: Option<Value>,
+}
+
+impl Fields for CountRequest {
+    const TABLE: Option<&'static Table> = Some(&fields::COUNT);
 }
 
 /// Tokens of a prompt.
@@ -80,77 +122,74 @@ pub(crate) struct AnthropicErrorBody {
     message: String,
 }
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
-struct InputMessage {
-    role: InputRole,
-    content: Blocks,
-}
+/// The types that only the OpenAPI document has.
+mod document {
+    #![allow(dead_code)]
+    use super::*;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-enum InputRole {
-    User,
-    Assistant,
-    System,
-}
+    #[derive(ToSchema)]
+    pub(crate) struct InputMessage {
+        role: InputRole,
+        content: Blocks,
+    }
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a text or a list of content blocks (text, thinking, tool_use, tool_result)")]
-enum Blocks {
-    Text(String),
-    Blocks(Vec<Block>),
-}
+    #[derive(ToSchema)]
+    #[serde(rename_all = "lowercase")]
+    pub(crate) enum InputRole {
+        User,
+        Assistant,
+        System,
+    }
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
-enum Block {
-    Text {
-        text: String,
-    },
-    Thinking {
-        thinking: String,
-    },
-    RedactedThinking {},
-    ToolUse {
-        id: String,
+    #[derive(ToSchema)]
+    #[serde(untagged)]
+    pub(crate) enum Blocks {
+        Text(String),
+        Blocks(Vec<Block>),
+    }
+
+    #[derive(ToSchema)]
+    #[serde(tag = "type", rename_all = "snake_case")]
+    pub(crate) enum Block {
+        Text {
+            text: String,
+        },
+        Thinking {
+            thinking: String,
+        },
+        ToolUse {
+            id: String,
+            name: String,
+            #[schema(value_type = Object)]
+            input: Map<String, Value>,
+        },
+        ToolResult {
+            tool_use_id: String,
+            content: Option<String>,
+            is_error: Option<bool>,
+        },
+    }
+
+    #[derive(ToSchema)]
+    pub(crate) struct InputTool {
+        #[schema(min_length = 1)]
         name: String,
+        description: Option<String>,
+        /// JSON schema of the arguments.
         #[schema(value_type = Object)]
-        input: Map<String, Value>,
-    },
-    ToolResult {
-        tool_use_id: String,
-        content: Option<ResultContent>,
-        is_error: Option<bool>,
-    },
-}
+        input_schema: Map<String, Value>,
+    }
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a text or a list of text blocks")]
-enum ResultContent {
-    Text(String),
-    Parts(Vec<super::api::TextPart>),
+    #[derive(ToSchema)]
+    #[serde(tag = "type", rename_all = "snake_case")]
+    pub(crate) enum ChoiceDocument {
+        Auto { disable_parallel_tool_use: Option<bool> },
+        Any { disable_parallel_tool_use: Option<bool> },
+        Tool { name: String, disable_parallel_tool_use: Option<bool> },
+        None,
+    }
 }
-
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
-struct InputTool {
-    #[schema(min_length = 1)]
-    name: String,
-    description: Option<String>,
-    /// JSON schema of the arguments.
-    #[schema(value_type = Object)]
-    input_schema: Map<String, Value>,
-}
-
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", remote = "Self")]
-enum Choice {
-    Auto { disable_parallel_tool_use: Option<bool> },
-    Any { disable_parallel_tool_use: Option<bool> },
-    Tool { name: String, disable_parallel_tool_use: Option<bool> },
-    None,
-}
+use document::*;
 
 /// Continues a conversation.
 #[utoipa::path(
@@ -163,65 +202,75 @@ enum Choice {
         (status = "5XX", description = "The engine is not there, or too slow", body = AnthropicErrorResponse),
     )
 )]
-pub(crate) async fn messages(
-    State(app): State<Arc<App>>,
-    body: Result<Body<MessagesRequest>, ApiError>,
-) -> Result<Response, AnthropicError> {
-    let Body(request) = body?;
+pub(crate) async fn messages(State(app): State<Arc<App>>, body: Body<MessagesRequest>) -> Result<Response, ApiError> {
+    let Body { value: request, notes, admitted } = body;
     app.check_model(Some(&request.model))?;
+    app.worker.check_open()?;
     if request.max_tokens.0 == 0 {
-        return Err(ApiError::invalid("max_tokens", "max_tokens is 0, expected at least 1").into());
+        return Err(ApiError::invalid("max_tokens", "max_tokens is 0, expected at least 1"));
     }
     if let Some(t) = request.temperature
         && !(0.0..=1.0).contains(&t)
     {
-        return Err(ApiError::invalid("temperature", format!("temperature is {t}, expected 0 to 1")).into());
+        return Err(ApiError::invalid("temperature", format!("temperature is {t}, expected 0 to 1")));
     }
-    let count = CountRequest {
+    let mut conversation = CountRequest {
         model: request.model,
         messages: request.messages,
         system: request.system,
         tools: request.tools,
         tool_choice: request.tool_choice,
         thinking: request.thinking,
-    };
+        output_config: request.output_config,
+        output_format: request.output_format,
+    }
+    .read(notes)?;
     let ask = Ask {
         max_tokens: Some(request.max_tokens.0),
-        stop: request.stop_sequences.unwrap_or_default(),
+        stop: check_stops(request.stop_sequences.unwrap_or_default(), "stop_sequences")?,
         overrides: SamplingOverrides {
-            temperature: request.temperature,
             top_p: request.top_p,
-            top_k: request.top_k.map(|k| k.0),
-            ..SamplingOverrides::default()
+            min_p: request.min_p,
+            seed: request.seed.map(|seed| seed.0),
+            ..sampling(request.temperature, request.top_k, request.repetition_penalty)?
         },
-        ..ask(&app, count)?
+        ..conversation.ask(&app)?
     };
+    drop(admitted);
     let generation = app.start(ask)?.remove(0);
     let (id, model) = (new_id("msg_"), app.model_name().to_owned());
     if request.stream == Some(true) {
-        return Ok(stream(&app, move |events| async move {
+        let response = stream(&app, move |events| async move {
             let _ = write(&events, generation, &id, &model).await;
-        }));
+        });
+        return Ok(conversation.notes.on(response));
     }
     let answer = Answer::of(generation).await?;
     let mut content = vec![];
     if !answer.reasoning.is_empty() {
-        content.push(json!({"type": "thinking", "thinking": answer.reasoning, "signature": ""}));
+        let signature = signature(&answer.reasoning);
+        content.push(json!({"type": "thinking", "thinking": answer.reasoning, "signature": signature}));
     }
     if !answer.content.is_empty() || (answer.calls.is_empty() && answer.reasoning.is_empty()) {
         content.push(json!({"type": "text", "text": answer.content}));
     }
-    for (name, arguments) in &answer.calls {
-        // A call that was cut off has no complete arguments.
-        let input: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
-        content.push(json!({"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": input}));
+    for call in &answer.calls {
+        // A call that was cut off has no complete arguments, and must not look as if it had.
+        if let Ok(input) = exact(&call.arguments) {
+            content.push(json!({"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": input}));
+        }
     }
     let (stop_reason, stop_sequence) = stop_reason(answer.finish.as_ref());
     let body = json!({
         "id": id, "type": "message", "role": "assistant", "model": model, "content": content,
         "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": usage_json(&answer.usage),
     });
-    Ok(axum::Json(body).into_response())
+    Ok(conversation.notes.on(axum::Json(body).into_response()))
+}
+
+/// Arguments as JSON.
+fn exact(arguments: &str) -> serde_json::Result<Value> {
+    serde_json::from_str(arguments)
 }
 
 /// Counts the tokens of a prompt.
@@ -234,11 +283,14 @@ pub(crate) async fn messages(
 )]
 pub(crate) async fn count_tokens(
     State(app): State<Arc<App>>,
-    body: Result<Body<CountRequest>, ApiError>,
-) -> Result<axum::Json<CountResponse>, AnthropicError> {
-    let Body(request) = body?;
-    app.check_model(Some(&request.model))?;
-    Ok(axum::Json(CountResponse { input_tokens: ask(&app, request)?.prompt.len() }))
+    body: Body<CountRequest>,
+) -> Result<axum::Json<CountResponse>, ApiError> {
+    app.check_model(Some(&body.value.model))?;
+    let input_tokens = match body.value.read(body.notes)?.ask(&app) {
+        Ok(ask) => ask.prompt.len(),
+        Err(error) => error.tokens().ok_or(error)?,
+    };
+    Ok(axum::Json(CountResponse { input_tokens }))
 }
 
 fn stop_reason(finish: Option<&Finish>) -> (&'static str, Option<&str>) {
@@ -259,117 +311,217 @@ fn usage_json(usage: &Usage) -> Value {
     })
 }
 
-/// The prompt of a conversation.
-fn ask(app: &App, request: CountRequest) -> Result<Ask, ApiError> {
-    if request.messages.is_empty() {
-        return Err(ApiError::invalid("messages", "messages is empty; give at least one"));
-    }
-    let mut messages = vec![];
-    if let Some(system) = &request.system {
-        messages.push(json!({"role": "system", "content": plain_text(system)}));
-    }
-    for message in &request.messages {
-        add_message(message, &mut messages);
-    }
-    let tools: Vec<Tool> = request
-        .tools
-        .unwrap_or_default()
-        .into_iter()
-        .map(|tool| Tool::new(tool.name, tool.description, Some(tool.input_schema)))
-        .collect();
-    let (choice, one_call) = match request.tool_choice {
-        None => (None, false),
-        Some(Choice::Auto { disable_parallel_tool_use: one }) => (None, one == Some(true)),
-        Some(Choice::None) => (Some(ToolChoice::Mode(ToolMode::None)), false),
-        Some(Choice::Any { disable_parallel_tool_use: one }) => {
-            (Some(ToolChoice::Mode(ToolMode::Required)), one == Some(true))
-        }
-        Some(Choice::Tool { name, disable_parallel_tool_use: one }) => {
-            let named = NamedTool { kind: FunctionType::Function, function: ToolName { name } };
-            (Some(ToolChoice::Function(named)), one == Some(true))
-        }
-    };
-    let functions: Functions = choose_functions(&tools, choice.as_ref())?;
-    let form =
-        functions.is_required.then(|| Form::Calls { functions: functions.callable.clone(), parallel: !one_call });
-    let mut variables = Map::new();
-    if let Some(thinking) = &request.thinking {
-        variables.insert("enable_thinking".into(), Value::Bool(thinking.r#type != ThinkingType::Disabled));
-    }
-    Ok(Ask { form, ..chat_ask(app, &messages, &tools, functions, &variables, one_call)? })
+/// Clients give a thinking block back only with a signature; this one says which text it belongs to.
+fn signature(thinking: &str) -> String {
+    Sha256::digest(thinking).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn plain_text(blocks: &Blocks) -> String {
-    match blocks {
-        Blocks::Text(text) => text.clone(),
-        Blocks::Blocks(blocks) => {
-            let texts: Vec<&str> = blocks
-                .iter()
-                .filter_map(|block| match block {
-                    Block::Text { text } => Some(text.as_str()),
-                    _ => None,
-                })
-                .collect();
-            texts.join("\n")
+impl CountRequest {
+    fn read(self, notes: Notes) -> Result<Conversation, ApiError> {
+        let mut conversation = Conversation { notes, param: "messages", ..Conversation::default() };
+        if self.messages.is_empty() {
+            return Err(ApiError::invalid("messages", "messages is empty; give at least one"));
         }
+        if let Some(system) = &self.system {
+            let system = system_text(system, "system", &mut conversation.notes)?;
+            conversation.messages.extend((!system.is_empty()).then(|| json!({"role": "system", "content": system})));
+        }
+        for (i, message) in self.messages.iter().enumerate() {
+            add_message(message, &format!("messages[{i}]"), &mut conversation)?;
+        }
+        // The answer goes on where the assistant's last message ends.
+        if let Some(last) = conversation.messages.last()
+            && last["role"] == "assistant"
+            && last["tool_calls"].is_null()
+        {
+            if last["content"] == "" && last["reasoning_content"].is_null() {
+                conversation.messages.pop();
+            } else {
+                conversation.continues = true;
+            }
+        }
+        let mut tools = vec![];
+        for (i, tool) in self.tools.iter().flatten().enumerate() {
+            tools.extend(read_tool(tool, &format!("tools[{i}]"), &mut conversation.notes)?);
+        }
+        conversation.set_tools(tools)?;
+        if let Some(choice) = &self.tool_choice {
+            let map = object(choice, "tool_choice")?;
+            conversation.one_call = map.get("disable_parallel_tool_use") == Some(&Value::Bool(true));
+            conversation.choice = match kind(map, "", "tool_choice")? {
+                "auto" => Choice::Auto,
+                "any" => Choice::Required,
+                "none" => Choice::None,
+                "tool" => Choice::Named(required_text(map, "name", "tool_choice")?.to_owned()),
+                other => {
+                    let message = format!("type is {other:?}, expected \"auto\", \"any\", \"tool\" or \"none\"");
+                    return Err(ApiError::invalid("tool_choice.type", message));
+                }
+            };
+        }
+        if let Some(thinking) = &self.thinking {
+            conversation.thinking = Thinking::read(thinking, "thinking")?;
+        }
+        let config = self.output_config.as_ref().map(|config| object(config, "output_config")).transpose()?;
+        if let Some(effort) = config.and_then(|config| optional(config, "effort")) {
+            // It says how much, and the field thinking says whether.
+            conversation.thinking.effort = Some(Effort::read(effort, "output_config.effort")?);
+        }
+        let format = config.and_then(|config| optional(config, "format")).or(self.output_format.as_ref());
+        conversation.form = format.map(|format| read_format(format, "output_format")).transpose()?.flatten();
+        Ok(conversation)
     }
+}
+
+/// The system text, without what changes from request to request and means nothing to a model; a date at its front goes to
+/// its end, so that what follows it is found in the cache.
+fn system_text(system: &Value, path: &str, notes: &mut Notes) -> Result<String, ApiError> {
+    let blocks: Vec<String> = match system {
+        Value::Array(blocks) => {
+            let mut texts = vec![];
+            for (i, block) in blocks.iter().enumerate() {
+                texts.push(content_text(&json!([block]), &format!("{path}[{i}]"), notes).map_err(|error| {
+                    // The block stood in a list of one.
+                    error.at(&format!("{path}[{i}]"))
+                })?);
+            }
+            texts
+        }
+        other => vec![content_text(other, path, notes)?],
+    };
+    let text = blocks.join("\n");
+    let mut lines = text.split_inclusive('\n').peekable();
+    let mut dates = vec![];
+    let mut n_front = 0;
+    while let Some(line) = lines.peek() {
+        let is_date = is_date_header(line);
+        if !is_date && !line.trim_start().starts_with(BILLING) {
+            break;
+        }
+        dates.extend(is_date.then(|| line.trim()));
+        n_front += line.len();
+        lines.next();
+    }
+    let rest = &text[n_front..];
+    Ok(match (rest.trim().is_empty(), dates.is_empty()) {
+        (_, true) => rest.to_owned(),
+        (true, false) => dates.join("\n"),
+        (false, false) => format!("{rest}\n{}", dates.join("\n")),
+    })
+}
+
+/// A line such as `Today's date: 2026-11-26`.
+fn is_date_header(line: &str) -> bool {
+    let lower = line.trim().to_lowercase();
+    let starts =
+        ["date:", "today's date", "current date", "the current date", "current time", "the current time", "x-date"];
+    lower.len() < 100
+        && lower.contains(|c: char| c.is_ascii_digit())
+        && starts.iter().any(|start| lower.starts_with(start))
+}
+
+/// A tool; `None` for those that the vendor runs.
+fn read_tool(tool: &Value, path: &str, notes: &mut Notes) -> Result<Option<Tool>, ApiError> {
+    let map = object(tool, path)?;
+    let kind = kind(map, "custom", path)?;
+    if kind == "custom" || map.contains_key("input_schema") {
+        if optional(map, "input_schema").is_none() {
+            return Err(missing(&format!("{path}.input_schema")));
+        }
+        return Tool::function(map, "input_schema", path).map(Some);
+    }
+    // Tools of the vendor's making that the client runs.
+    let text = json!({"type": "string"});
+    let properties = match kind.split_once('_').map_or(kind, |(name, _)| name) {
+        "bash" => json!({"command": text, "restart": {"type": "boolean"}}),
+        "text" => json!({
+            "command": {"enum": ["view", "create", "str_replace", "insert"]}, "path": text, "file_text": text,
+            "old_str": text, "new_str": text, "insert_line": {"type": "integer"}, "insert_text": text,
+            "view_range": {"type": "array", "items": {"type": "integer"}},
+        }),
+        "memory" => json!({
+            "command": {"enum": ["view", "create", "str_replace", "insert", "delete", "rename"]}, "path": text,
+            "file_text": text, "old_str": text, "new_str": text, "insert_line": {"type": "integer"}, "insert_text": text,
+            "old_path": text, "new_path": text,
+        }),
+        _ => {
+            notes.add(format!("the tool of type {kind:?} was left out: this server does not run such tools"));
+            return Ok(None);
+        }
+    };
+    let name = required_text(map, "name", path)?;
+    let definition = json!({"name": name, "parameters": {"type": "object", "properties": properties}});
+    Tool::function(object(&definition, path)?, "parameters", path).map(Some)
 }
 
 /// A message as chat templates expect it; results of tools become messages of their own, before the user's text.
-fn add_message(message: &InputMessage, messages: &mut Vec<Value>) {
-    let text = plain_text(&message.content);
-    let blocks: &[Block] = match &message.content {
-        Blocks::Text(_) => &[],
-        Blocks::Blocks(blocks) => blocks,
+fn add_message(message: &Value, path: &str, conversation: &mut Conversation) -> Result<(), ApiError> {
+    let map = object(message, path)?;
+    let role = match required_text(map, "role", path)? {
+        role @ ("user" | "assistant" | "system") => role,
+        other => {
+            let message = format!("role is {other:?}, expected \"user\" or \"assistant\"");
+            return Err(ApiError::invalid(&format!("{path}.role"), message));
+        }
     };
-    if message.role == InputRole::Assistant {
-        let mut value = json!({"role": "assistant", "content": text});
-        let reasoning: String = blocks
-            .iter()
-            .filter_map(|block| match block {
-                Block::Thinking { thinking } => Some(thinking.as_str()),
-                _ => None,
-            })
-            .collect();
-        if !reasoning.is_empty() {
+    let path = format!("{path}.content");
+    let content = map.get("content").ok_or_else(|| missing(&path))?;
+    let Conversation { messages, notes, .. } = conversation;
+    let blocks = match content {
+        Value::Array(blocks) => blocks.as_slice(),
+        Value::String(_) => &[],
+        other => return Err(expected(&path, other, "a text or a list of content blocks")),
+    };
+    let mut texts: Vec<String> = content.as_str().map(str::to_owned).into_iter().collect();
+    let (mut reasoning, mut calls, mut has_results) = (String::new(), vec![], false);
+    for (i, block) in blocks.iter().enumerate() {
+        let path = format!("{path}[{i}]");
+        let map = object(block, &path)?;
+        match kind(map, "", &path)? {
+            "thinking" => reasoning.push_str(required_text(map, "thinking", &path)?),
+            "tool_use" if role == "assistant" => {
+                let input = match map.get("input") {
+                    None | Some(Value::Null) => json!({}),
+                    Some(Value::Object(input)) => Value::Object(input.clone()),
+                    Some(other) => return Err(expected(&format!("{path}.input"), other, "an object")),
+                };
+                calls.push(json!({
+                    "id": required_text(map, "id", &path)?, "type": "function",
+                    "function": {"name": required_text(map, "name", &path)?, "arguments": input},
+                }));
+            }
+            "tool_result" => {
+                let id = required_text(map, "tool_use_id", &path)?;
+                let inner = map.get("content").unwrap_or(&Value::Null);
+                let mut text = content_text(inner, &format!("{path}.content"), notes)?;
+                if map.get("is_error") == Some(&Value::Bool(true)) {
+                    text = format!("Error: {text}");
+                }
+                messages.push(json!({"role": "tool", "content": text, "tool_call_id": id}));
+                has_results = true;
+            }
+            _ => {
+                let part = crate::conversation::part_text(block, &path, notes)?;
+                texts.extend(part);
+            }
+        }
+    }
+    let text = texts.join("\n");
+    if role == "assistant" {
+        let mut value = json!({"role": role, "content": text});
+        if let Some((thought, answer)) = split_reasoning(&text).filter(|_| reasoning.is_empty()) {
+            value = json!({"role": role, "content": answer, "reasoning_content": thought});
+        } else if !reasoning.is_empty() {
             value["reasoning_content"] = json!(reasoning);
         }
-        let calls: Vec<Value> = blocks
-            .iter()
-            .filter_map(|block| match block {
-                Block::ToolUse { id, name, input } => Some(json!({
-                    "id": id, "type": "function", "function": {"name": name, "arguments": input},
-                })),
-                _ => None,
-            })
-            .collect();
         if !calls.is_empty() {
             value["tool_calls"] = json!(calls);
         }
         messages.push(value);
-        return;
-    }
-    let mut has_results = false;
-    for block in blocks {
-        if let Block::ToolResult { tool_use_id, content, is_error } = block {
-            let mut text = match content {
-                None => String::new(),
-                Some(ResultContent::Text(text)) => text.clone(),
-                Some(ResultContent::Parts(parts)) => {
-                    parts.iter().map(|part| part.text.as_str()).collect::<Vec<_>>().join("\n")
-                }
-            };
-            if *is_error == Some(true) {
-                text = format!("Error: {text}");
-            }
-            messages.push(json!({"role": "tool", "content": text, "tool_call_id": tool_use_id}));
-            has_results = true;
-        }
-    }
-    if !has_results || !text.is_empty() {
-        let role = if message.role == InputRole::System { "system" } else { "user" };
+    } else if !has_results || !text.is_empty() {
         messages.push(json!({"role": role, "content": text}));
     }
+    Ok(())
 }
 
 /// The block being written.
@@ -386,6 +538,8 @@ struct Writer<'a> {
     events: &'a Events,
     open: Open,
     index: usize,
+    /// Of the open thinking block.
+    thinking: Sha256,
 }
 
 impl Writer<'_> {
@@ -395,6 +549,11 @@ impl Writer<'_> {
     }
 
     async fn close(&mut self) -> Result<(), Gone> {
+        if self.open == Open::Thinking {
+            let hash = std::mem::take(&mut self.thinking).finalize();
+            let signature: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+            self.delta(json!({"type": "signature_delta", "signature": signature})).await?;
+        }
         if self.open != Open::Nothing {
             self.event(json!({"type": "content_block_stop", "index": self.index})).await?;
             self.index += 1;
@@ -421,6 +580,7 @@ impl Writer<'_> {
         match delta {
             Delta::Reasoning(text) => {
                 self.within(Open::Thinking, json!({"type": "thinking", "thinking": "", "signature": ""})).await?;
+                self.thinking.update(&text);
                 self.delta(json!({"type": "thinking_delta", "thinking": text})).await
             }
             Delta::Content(text) => {
@@ -438,13 +598,10 @@ impl Writer<'_> {
 }
 
 async fn write(events: &Events, mut generation: Generation, id: &str, model: &str) -> Result<(), Gone> {
-    let mut writer = Writer { events, open: Open::Nothing, index: 0 };
+    let mut writer = Writer { events, open: Open::Nothing, index: 0, thinking: Sha256::new() };
     let mut is_started = false;
-    while let Some(chunk) = generation.next().await {
-        let chunk = match chunk {
-            Ok(chunk) => chunk,
-            Err(error) => return writer.event(error.anthropic_body()).await,
-        };
+    loop {
+        let next = timeout_at(Instant::now() + PING, generation.next()).await;
         if !is_started {
             is_started = true;
             let mut usage = usage_json(&generation.usage());
@@ -453,8 +610,19 @@ async fn write(events: &Events, mut generation: Generation, id: &str, model: &st
                 "id": id, "type": "message", "role": "assistant", "model": model, "content": [],
                 "stop_reason": null, "stop_sequence": null, "usage": usage,
             });
-            writer.event(json!({"type": "message_start", "message": message})).await?;
+            if !matches!(next, Ok(Some(Err(_)))) {
+                writer.event(json!({"type": "message_start", "message": message})).await?;
+            }
         }
+        let chunk = match next {
+            Err(_) => {
+                writer.event(json!({"type": "ping"})).await?;
+                continue;
+            }
+            Ok(None) => return Ok(()),
+            Ok(Some(Err(error))) => return writer.event(error.anthropic_body()).await,
+            Ok(Some(Ok(chunk))) => chunk,
+        };
         for delta in chunk.deltas {
             writer.write(delta).await?;
         }
@@ -467,5 +635,4 @@ async fn write(events: &Events, mut generation: Generation, id: &str, model: &st
             writer.event(json!({"type": "message_stop"})).await?;
         }
     }
-    Ok(())
 }

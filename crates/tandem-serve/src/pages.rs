@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -10,9 +10,11 @@ use serde_json::{Value, json};
 use tandem_engine::RankStatus;
 use utoipa::{OpenApi, ToSchema};
 
-use crate::api::{Content, LARGEST_INTEGER, Message, TokenId};
+use crate::api::{ChatRequest, LARGEST_INTEGER, Message, TokenId};
 use crate::app::App;
-use crate::error::{ApiError, Body, ErrorResponse};
+use crate::body::{Body, Fields};
+use crate::error::{ApiError, ErrorResponse};
+use crate::fields::Table;
 use crate::strict::objects;
 
 /// The chat page, without parts from elsewhere.
@@ -29,9 +31,13 @@ const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script
         super::chat::chat,
         super::chat::completions,
         super::responses::responses,
+        super::responses::retrieve,
+        super::responses::delete,
+        super::responses::input_of,
         super::messages::messages,
         super::messages::count_tokens,
         models,
+        model,
         tokenize,
         detokenize,
         health,
@@ -65,17 +71,40 @@ pub(crate) struct Model {
     (status = "4XX", description = "No key, or a wrong one", body = ErrorResponse),
 ))]
 pub(crate) async fn models(State(app): State<Arc<App>>) -> axum::Json<Models> {
-    let model = |name: &String| Model {
-        id: name.clone(),
-        object: "model",
-        created: app.created,
-        owned_by: "tandem",
-        max_model_len: app.context,
-    };
-    axum::Json(Models { object: "list", data: app.model_names.iter().map(model).collect() })
+    axum::Json(Models { object: "list", data: app.model_names.iter().map(|name| Model::named(&app, name)).collect() })
+}
+
+impl Model {
+    fn named(app: &App, name: &str) -> Model {
+        Model {
+            id: name.to_owned(),
+            object: "model",
+            created: app.created,
+            owned_by: "tandem",
+            max_model_len: app.context,
+        }
+    }
+}
+
+/// The model under one of its names.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "OpenAI", params(("id" = String, Path)), responses(
+    (status = 200, description = "The model", body = Model),
+    (status = "4XX", description = "There is none of this name", body = ErrorResponse),
+))]
+pub(crate) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<axum::Json<Model>, ApiError> {
+    app.check_model(Some(&id))?;
+    Ok(axum::Json(Model::named(&app, &id)))
 }
 
 objects!(TokenizeRequest, DetokenizeRequest);
+
+impl Fields for TokenizeRequest {
+    const TABLE: Option<&'static Table> = None;
+}
+
+impl Fields for DetokenizeRequest {
+    const TABLE: Option<&'static Table> = None;
+}
 
 /// A text, or a conversation, to be counted.
 #[derive(Deserialize, ToSchema)]
@@ -83,10 +112,17 @@ objects!(TokenizeRequest, DetokenizeRequest);
 pub(crate) struct TokenizeRequest {
     /// A text.
     prompt: Option<String>,
-    /// A conversation, put into the model's template; wins over a text.
-    messages: Option<Vec<Message>>,
+    /// A conversation, put into the model's template as /v1/chat/completions does; wins over a text. All fields of that
+    /// interface that change the prompt are read.
+    #[schema(value_type = Option<Vec<Message>>)]
+    messages: Option<Vec<Value>>,
     /// Whether to add the tokens that begin a text.
     add_special_tokens: Option<bool>,
+    /// Whether to name each token.
+    return_token_strs: Option<bool>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    others: serde_json::Map<String, Value>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -94,6 +130,8 @@ pub(crate) struct TokenizeResponse {
     tokens: Vec<u32>,
     count: usize,
     max_model_len: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_strs: Option<Vec<String>>,
 }
 
 /// Token ids of a text.
@@ -103,23 +141,26 @@ pub(crate) struct TokenizeResponse {
 ))]
 pub(crate) async fn tokenize(
     State(app): State<Arc<App>>,
-    Body(request): Body<TokenizeRequest>,
+    body: Body<TokenizeRequest>,
 ) -> Result<axum::Json<TokenizeResponse>, ApiError> {
-    let tokens = match (&request.prompt, &request.messages) {
-        (Some(prompt), None) => app.encode("prompt", prompt, request.add_special_tokens.unwrap_or(true))?,
+    let request = body.value;
+    let tokens = match (request.prompt, request.messages) {
         (_, Some(messages)) => {
-            let messages: Vec<Value> = messages
-                .iter()
-                .map(|m| {
-                    json!({"role": format!("{:?}", m.role).to_lowercase(),
-                    "content": m.content.as_ref().map_or_else(String::new, Content::text)})
-                })
-                .collect();
-            app.prompt(&messages, None, &serde_json::Map::new())?.0
+            let mut others = request.others;
+            others.insert("messages".into(), Value::Array(messages));
+            others.remove("model");
+            let chat: ChatRequest = serde_path_to_error::deserialize(Value::Object(others)).map_err(|error| {
+                let path = error.path().to_string();
+                ApiError::invalid(&path, format!("the request is not as expected: {}", error.into_inner()))
+            })?;
+            super::chat::read(&chat, body.notes)?.ask(&app)?.prompt
         }
+        (Some(prompt), None) => app.encode("prompt", &prompt, request.add_special_tokens.unwrap_or(true))?,
         (None, None) => vec![],
     };
-    Ok(axum::Json(TokenizeResponse { count: tokens.len(), tokens, max_model_len: app.context }))
+    let name = |id: &u32| String::from_utf8_lossy(&app.tokenizer.token_bytes(*id).unwrap_or_default()).into_owned();
+    let token_strs = (request.return_token_strs == Some(true)).then(|| tokens.iter().map(name).collect());
+    Ok(axum::Json(TokenizeResponse { count: tokens.len(), tokens, max_model_len: app.context, token_strs }))
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -140,9 +181,9 @@ pub(crate) struct DetokenizeResponse {
 ))]
 pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,
-    Body(request): Body<DetokenizeRequest>,
+    body: Body<DetokenizeRequest>,
 ) -> Result<axum::Json<DetokenizeResponse>, ApiError> {
-    let tokens = TokenId::all(&request.tokens);
+    let tokens = TokenId::all(&body.value.tokens);
     if let Some(id) = tokens.iter().find(|id| **id as usize >= app.vocab_size) {
         let message = format!("token id {id} is outside the vocabulary of {}", app.vocab_size);
         return Err(ApiError::invalid("tokens", message));
@@ -156,10 +197,19 @@ pub(crate) struct Health {
     status: &'static str,
 }
 
-/// Whether the process lives.
-#[utoipa::path(get, path = "/health", tag = "Server", responses((status = 200, description = "It does", body = Health)))]
-pub(crate) async fn health() -> axum::Json<Health> {
-    axum::Json(Health { status: "ok" })
+/// Whether the process lives, and its engine gets on.
+#[utoipa::path(get, path = "/health", tag = "Server", responses(
+    (status = 200, description = "It does", body = Health),
+    (status = 503, description = "Requests wait, and no step has passed all ranks for a while", body = ErrorResponse),
+))]
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<axum::Json<Health>, ApiError> {
+    let stalled = app.worker.stalled_for();
+    if stalled > app.stall_timeout {
+        let seconds = stalled.as_secs();
+        let message = format!("requests wait, and no step has passed all ranks for {seconds} s");
+        return Err(ApiError::unavailable(message));
+    }
+    Ok(axum::Json(Health { status: "ok" }))
 }
 
 /// Whether requests are served.

@@ -4,9 +4,8 @@
 //! The types say `#[serde(remote = "Self")]`, which makes serde's derived functions plain ones, and one of the macros here
 //! calls these.
 
-use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
-use serde_json::{Map, Value};
+use serde::de::Visitor;
+use serde::{Deserializer, forward_to_deserialize_any};
 
 /// Reads an object, whatever is asked for.
 pub(crate) struct ObjectOnly<D>(pub(crate) D);
@@ -21,15 +20,6 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for ObjectOnly<D> {
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
         newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
-    }
-}
-
-/// An object whose `type`, if it has one, is a text.
-pub(crate) fn typed_object<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
-    let object = Map::deserialize(deserializer)?;
-    match object.get("type") {
-        None | Some(Value::String(_)) => Ok(Value::Object(object)),
-        Some(other) => Err(Error::custom(format!("type is {other}, expected a text"))),
     }
 }
 
@@ -50,16 +40,3 @@ macro_rules! objects {
     };
 }
 pub(crate) use objects;
-
-/// Implements `Deserialize` for enums with `tag = "type"`.
-macro_rules! named_by_type {
-    ($($name:ident),+) => {
-        $(impl<'de> serde::Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let object = $crate::strict::typed_object(deserializer)?;
-                $name::deserialize(object).map_err(serde::de::Error::custom)
-            }
-        })+
-    };
-}
-pub(crate) use named_by_type;

@@ -3,7 +3,7 @@
 //! When the engine fails (a device error, a rank of a group that died, a panic), every request in flight gets one error,
 //! and the engine is made again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -11,8 +11,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tandem_engine::{Counters, Engine, EngineError, Event, Output, RankStatus, Request, RequestId};
+use tandem_engine::{
+    Counters, Engine, EngineError, Event, Logits, Logprobs, Output, RankStatus, Request, RequestId, Sequence, logprob,
+    top_logprobs,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 
 use crate::error::ApiError;
 use crate::grammar::STACK_BYTES;
@@ -32,15 +36,45 @@ pub(crate) enum Reply {
     Error(ApiError),
 }
 
-struct Job {
-    request: Request,
-    client: Client,
+enum Job {
+    Generate { request: Request, client: Client },
+    Score(Scoring),
+}
+
+/// A prompt whose tokens' probabilities are asked for.
+struct Scoring {
+    tokens: Vec<u32>,
+    n_top: usize,
+    sequence: Sequence,
+    scores: Vec<Logprobs>,
+    reply: oneshot::Sender<Result<Vec<Logprobs>, ApiError>>,
+    _place: Place,
+}
+
+/// Tokens that are scored between two steps of the others.
+const SCORED_AT_ONCE: usize = 64;
+
+impl Scoring {
+    /// Runs some more tokens; true at the end.
+    fn advance(&mut self, engine: &mut Engine) -> Result<bool, EngineError> {
+        let n_done = self.sequence.tokens().len();
+        // The last token's successor is not asked for.
+        let end = (n_done + SCORED_AT_ONCE).min(self.tokens.len() - 1);
+        if end > n_done {
+            let vocab_size = engine.vocab_size();
+            let logits = engine.run(&mut self.sequence, &self.tokens[n_done..end], SCORED_AT_ONCE, Logits::All)?;
+            for (row, next) in logits.chunks_exact(vocab_size).zip(&self.tokens[n_done + 1..]) {
+                self.scores.push(Logprobs { chosen: logprob(row, *next), top: top_logprobs(row, self.n_top) });
+            }
+        }
+        Ok(end + 1 >= self.tokens.len())
+    }
 }
 
 /// The engine's end of a request.
 struct Client {
     replies: UnboundedSender<Reply>,
-    _place: Arc<Place>,
+    _place: Place,
 }
 
 impl Client {
@@ -50,8 +84,7 @@ impl Client {
     }
 }
 
-/// One of the open requests. Both ends hold it: a request is open until the engine has let it go and its replies have been
-/// read or dropped.
+/// One of the open requests. The engine's end holds it: what a slow reader has not read yet does not keep others out.
 struct Place(Arc<Shared>);
 
 impl Drop for Place {
@@ -93,6 +126,14 @@ struct Shared {
     status: Mutex<Status>,
     /// As of about a second ago.
     ranks: Mutex<Vec<RankStatus>>,
+    /// When the engine last had nothing to do or got something done, through all ranks.
+    progress: Mutex<Instant>,
+}
+
+impl Shared {
+    fn note_progress(&self) {
+        *self.progress.lock().unwrap_or_else(|e| e.into_inner()) = Instant::now();
+    }
 }
 
 /// Weight bytes that a step of a given number of rows reads.
@@ -113,7 +154,6 @@ pub struct Worker {
 /// Replies to one request. Dropping it cancels the request.
 pub(crate) struct Replies {
     pub(crate) receiver: UnboundedReceiver<Reply>,
-    _place: Arc<Place>,
 }
 
 impl Worker {
@@ -133,6 +173,7 @@ impl Worker {
             n_open: AtomicUsize::new(0),
             status: Mutex::default(),
             ranks: Mutex::default(),
+            progress: Mutex::new(Instant::now()),
         });
         let (jobs, receiver) = channel();
         let (first, first_result) = channel();
@@ -171,9 +212,53 @@ impl Worker {
         *self.shared.status.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// For how long requests have waited without a step that passed all ranks; zero if nothing waits.
+    pub(crate) fn stalled_for(&self) -> Duration {
+        match self.shared.n_open.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            _ => self.shared.progress.lock().unwrap_or_else(|e| e.into_inner()).elapsed(),
+        }
+    }
+
     /// The ranks as of about a second ago.
     pub(crate) fn ranks(&self) -> Vec<RankStatus> {
         self.shared.ranks.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Log-probabilities of a prompt's tokens from the second on, and of `n_top` likeliest ones at each place.
+    ///
+    /// # Errors
+    /// The queue is full, the engine fails, or it takes too long.
+    pub(crate) async fn score(
+        &self,
+        tokens: Vec<u32>,
+        n_top: usize,
+        timeout: Duration,
+    ) -> Result<Vec<Logprobs>, ApiError> {
+        self.check_open()?;
+        self.shared.n_open.fetch_add(1, Ordering::Relaxed);
+        let place = Place(Arc::clone(&self.shared));
+        let (reply, scores) = oneshot::channel();
+        let scoring = Scoring { tokens, n_top, sequence: Sequence::default(), scores: vec![], reply, _place: place };
+        let gone = |_| ApiError::unavailable("the engine has stopped");
+        self.jobs.send(Job::Score(scoring)).map_err(|_| ApiError::unavailable("the engine has stopped"))?;
+        match tokio::time::timeout(timeout, scores).await {
+            Ok(scores) => scores.map_err(gone)?,
+            Err(_) => Err(ApiError::deadline(timeout.as_secs())),
+        }
+    }
+
+    /// Whether another request would be taken now.
+    ///
+    /// # Errors
+    /// The queue is full, or there is no engine.
+    pub(crate) fn check_open(&self) -> Result<(), ApiError> {
+        let n_open = self.shared.n_open.load(Ordering::Relaxed);
+        match (self.is_ready(), n_open < self.max_open) {
+            (true, true) => Ok(()),
+            (true, false) => Err(ApiError::busy(n_open)),
+            (false, _) => Err(ApiError::unavailable("the engine is starting or stopping; try again later")),
+        }
     }
 
     /// Hands requests to the engine, all or none of them.
@@ -191,16 +276,16 @@ impl Worker {
             return Err(ApiError::busy(n_open));
         }
         // From here on dropping a place counts down.
-        let places: Vec<Arc<Place>> = (0..n).map(|_| Arc::new(Place(Arc::clone(&self.shared)))).collect();
+        let places: Vec<Place> = (0..n).map(|_| Place(Arc::clone(&self.shared))).collect();
         requests
             .into_iter()
             .zip(places)
             .map(|(request, place)| {
                 let (replies, receiver) = unbounded_channel();
-                let client = Client { replies, _place: Arc::clone(&place) };
-                let sent = self.jobs.send(Job { request, client });
+                let client = Client { replies, _place: place };
+                let sent = self.jobs.send(Job::Generate { request, client });
                 sent.map_err(|_| ApiError::unavailable("the engine has stopped"))?;
-                Ok(Replies { receiver, _place: place })
+                Ok(Replies { receiver })
             })
             .collect()
     }
@@ -265,20 +350,25 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
         return Some(error);
     }
     let (mut asked, mut steps_asked) = (Instant::now(), 0);
+    let mut scorings: VecDeque<Scoring> = VecDeque::new();
     loop {
-        let is_idle = clients.is_empty();
+        shared.note_progress();
+        let is_idle = clients.is_empty() && scorings.is_empty();
         let mut next =
             if is_idle { jobs.recv_timeout(IDLE) } else { jobs.try_recv().map_err(|_| RecvTimeoutError::Timeout) };
         let is_alone = is_idle && matches!(next, Err(RecvTimeoutError::Disconnected));
         if is_alone || shared.is_ended.load(Ordering::Relaxed) {
             return None;
         }
-        while let Ok(Job { request, client }) = next {
-            match engine.submit(request) {
-                Ok(id) => {
-                    clients.insert(id, client);
-                }
-                Err(error) => client.send(Reply::Error(ApiError::invalid("", error.to_string()))),
+        while let Ok(job) = next {
+            match job {
+                Job::Score(scoring) => scorings.push_back(scoring),
+                Job::Generate { request, client } => match engine.submit(request) {
+                    Ok(id) => {
+                        clients.insert(id, client);
+                    }
+                    Err(error) => client.send(Reply::Error(ApiError::invalid("", error.to_string()))),
+                },
             }
             next = jobs.try_recv().map_err(|_| RecvTimeoutError::Timeout);
         }
@@ -289,6 +379,25 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
             }
             !is_gone
         });
+        if let Some(mut scoring) = scorings.pop_front() {
+            let done = if scoring.reply.is_closed() { Ok(true) } else { scoring.advance(engine) };
+            match done {
+                Ok(false) => scorings.push_front(scoring),
+                done => {
+                    engine.release(&mut scoring.sequence);
+                    let is_fatal = matches!(done, Err(EngineError::Device(_) | EngineError::Ranks(_)));
+                    let message = done.as_ref().err().map(ToString::to_string);
+                    let scores = match &message {
+                        None => Ok(std::mem::take(&mut scoring.scores)),
+                        Some(message) => Err(ApiError::internal(message.clone())),
+                    };
+                    let _ = scoring.reply.send(scores);
+                    if let (true, Err(error)) = (is_fatal, done) {
+                        return Some(fail(&clients, error));
+                    }
+                }
+            }
+        }
         if !clients.is_empty() {
             let before = engine.counters();
             if let Err(error) = engine.step(&mut outputs) {
@@ -466,7 +575,9 @@ mod tests {
     fn the_queue_is_bounded_and_places_come_back() {
         let worker = start(false, &Arc::default(), 2);
         assert!(worker.submit(vec![request(), request(), request()]).is_err());
-        let places = worker.submit(vec![request(), request()]).unwrap();
+        // They do not end before the next line.
+        let long = || Request { max_tokens: 250, ..request() };
+        let places = worker.submit(vec![long(), long()]).unwrap();
         assert!(worker.submit(vec![request()]).is_err());
         drop(places);
         // The engine lets go of them before its next step.

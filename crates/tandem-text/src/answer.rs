@@ -113,6 +113,11 @@ impl AnswerStream {
         self.parser.as_ref().is_some_and(Parser::in_reasoning)
     }
 
+    /// Whether a call has begun that is not complete.
+    pub fn in_call(&self) -> bool {
+        self.parser.as_ref().is_some_and(Parser::in_call)
+    }
+
     /// Complete calls so far.
     pub fn n_calls(&self) -> usize {
         self.parser.as_ref().map_or(0, Parser::n_calls)

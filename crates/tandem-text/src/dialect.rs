@@ -11,9 +11,11 @@
 
 use serde_json::{Map, Value};
 
+use crate::schema::{of_argument, type_of, types};
 use crate::stop::held_back;
 
-pub(crate) const THINK: &str = "<think>";
+/// Begins a reasoning section.
+pub const THINK: &str = "<think>";
 /// Ends a reasoning section.
 pub const END_THINK: &str = "</think>";
 const CALL: &str = "<tool_call>";
@@ -106,6 +108,8 @@ pub struct Parser {
     /// Where to go on after a call.
     after_call: State,
     pending: String,
+    /// Bytes of `pending` in which a call that is one JSON value does not end.
+    n_tried: usize,
     /// Index of the function whose call is being read.
     function: usize,
     keys: Vec<String>,
@@ -127,6 +131,7 @@ impl Parser {
             state,
             after_call: state,
             pending: String::new(),
+            n_tried: 0,
             function: 0,
             keys: vec![],
             n_calls: 0,
@@ -150,6 +155,11 @@ impl Parser {
     /// What looked like calls and was passed on as text.
     pub fn n_malformed(&self) -> usize {
         self.n_malformed
+    }
+
+    /// Whether a call has begun that is not complete.
+    pub fn in_call(&self) -> bool {
+        matches!(self.state, State::Name | State::Arguments)
     }
 
     /// Takes more text.
@@ -222,10 +232,8 @@ impl Parser {
                 return false;
             }
         }
-        let mut tags: Vec<&str> = vec![];
-        if in_reasoning {
-            tags.push(END_THINK);
-        }
+        // In the text it ends a section that nothing opened: the tag means nothing to a reader.
+        let mut tags: Vec<&str> = vec![END_THINK];
         if !self.functions.is_empty() {
             tags.push(CALL);
         }
@@ -237,9 +245,12 @@ impl Parser {
             if tag == CALL {
                 self.after_call = self.state;
                 self.state = State::Name;
+                self.n_tried = 0;
             } else {
                 self.state = State::Content;
-                self.space.clear();
+                if in_reasoning {
+                    self.space.clear();
+                }
             }
             return true;
         }
@@ -253,8 +264,9 @@ impl Parser {
     fn advance_name(&mut self, at_end: bool) -> bool {
         if self.pending.trim_start().starts_with(['{', '[']) {
             // The end tag may stand inside a string: the first one after which the JSON is complete counts.
-            let ends: Vec<usize> = self.pending.match_indices(END_CALL).map(|(at, _)| at).collect();
-            for at in ends {
+            // Each is tried once: a model may write any number of them.
+            while let Some(at) = self.pending[self.n_tried..].find(END_CALL).map(|at| at + self.n_tried) {
+                self.n_tried = at + 1;
                 let json = self.pending[..at].trim().to_owned();
                 if serde_json::from_str::<Value>(&json).is_ok() {
                     let rest = self.pending.split_off(at + END_CALL.len());
@@ -344,8 +356,8 @@ impl Parser {
         if key.is_empty() || self.keys.contains(&key) {
             return true;
         }
-        let schema = self.functions[self.function].parameters.get("properties").and_then(|p| p.get(&key)).cloned();
-        let value = coerce(&value, schema.as_ref());
+        let schemas = of_argument(&self.functions[self.function].parameters, &key);
+        let value = coerce(&value, schemas.as_deref().unwrap_or_default());
         let opening = if self.keys.is_empty() { "{" } else { ", " };
         self.deltas.push(Delta::Arguments(format!("{opening}{}: {value}", Value::String(key.clone()))));
         self.keys.push(key);
@@ -467,63 +479,47 @@ fn value_end(text: &str, at_end: bool) -> Option<(usize, usize)> {
     })
 }
 
-/// An argument as JSON text: what the schema says it is, else what it looks like, else a string.
-fn coerce(text: &str, schema: Option<&Value>) -> String {
-    let types = schema.map(types_of).unwrap_or_default();
-    if types == ["string"] {
-        return Value::from(text).to_string();
+/// An argument as JSON text: what the schemas say it is, else what it looks like, else a string. JSON is passed on as it was
+/// written, so that no digit is lost.
+fn coerce(text: &str, schemas: &[Map<String, Value>]) -> String {
+    let as_text = || Value::from(text).to_string();
+    let types: Vec<&str> = schemas.iter().flat_map(types).collect();
+    let is_any = schemas.is_empty() || schemas.iter().any(|schema| crate::schema::types(schema).is_empty());
+    let allows = |kind: &str| is_any || types.contains(&kind);
+    if !is_any && types.iter().all(|kind| *kind == "string") {
+        return as_text();
+    }
+    // A text that the schema names is that text, whatever it looks like.
+    let is_named = schemas.iter().any(|schema| {
+        let values = schema.get("enum").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        values.iter().chain(schema.get("const")).any(|value| value.as_str() == Some(text))
+    });
+    if is_named {
+        return as_text();
     }
     let trimmed = text.trim();
     let parsed = match trimmed {
         // As Python writes them.
-        "True" => Some(Value::Bool(true)),
-        "False" => Some(Value::Bool(false)),
-        "None" => Some(Value::Null),
+        "True" if allows("boolean") => return "true".to_owned(),
+        "False" if allows("boolean") => return "false".to_owned(),
+        "None" if allows("null") => return "null".to_owned(),
         _ => serde_json::from_str::<Value>(trimmed).ok(),
     };
     match parsed {
-        Some(Value::String(_)) if types.contains(&"string") => Value::from(text).to_string(),
-        Some(Value::Number(n)) if types.contains(&"integer") && !types.contains(&"number") => match n.as_f64() {
-            Some(value) if n.is_f64() && value.fract() == 0.0 && value.abs() < 9e15 => (value as i64).to_string(),
-            _ => n.to_string(),
-        },
-        Some(value) if types.is_empty() || types.contains(&type_of(&value)) => value.to_string(),
-        Some(Value::Number(n)) if types.contains(&"number") => n.to_string(),
-        _ => Value::from(text).to_string(),
-    }
-}
-
-/// The JSON types that a schema allows; empty when it does not say.
-fn types_of(schema: &Value) -> Vec<&str> {
-    let mut types: Vec<&str> = match schema.get("type") {
-        Some(Value::String(one)) => vec![one],
-        Some(Value::Array(many)) => many.iter().filter_map(Value::as_str).collect(),
-        _ => vec![],
-    };
-    for key in ["anyOf", "oneOf"] {
-        if let Some(Value::Array(parts)) = schema.get(key) {
-            types.extend(parts.iter().flat_map(types_of));
+        Some(Value::String(_)) if allows("string") => as_text(),
+        Some(Value::Number(n)) => {
+            let is_whole = !trimmed.contains(['.', 'e', 'E']);
+            match n.as_f64() {
+                _ if allows("number") || (is_whole && allows("integer")) => trimmed.to_owned(),
+                Some(value) if allows("integer") && value.fract() == 0.0 && value.abs() < 9e15 => {
+                    (value as i64).to_string()
+                }
+                _ if allows("integer") && !allows("string") => trimmed.to_owned(),
+                _ => as_text(),
+            }
         }
-    }
-    if let (true, Some(Value::Array(values))) = (types.is_empty(), schema.get("enum")) {
-        for value in values {
-            types.push(type_of(value));
-        }
-    }
-    types.sort_unstable();
-    types.dedup();
-    types
-}
-
-fn type_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "boolean",
-        Value::Number(n) if n.is_f64() => "number",
-        Value::Number(_) => "integer",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
+        Some(value) if allows(type_of(&value)) => trimmed.to_owned(),
+        _ => as_text(),
     }
 }
 

@@ -8,11 +8,13 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::chat_template::{ChatTemplate, TemplateError};
-use crate::dialect::{THINK, opens_reasoning};
+use crate::dialect::{END_THINK, THINK, opens_reasoning};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Characters of marks: Unicode keeps them for such use, and no text has them.
-const MARK: (char, char) = ('\u{FDD0}', '\u{FDD1}');
+const MARK: [char; 2] = ['\u{FDD0}', '\u{FDD1}'];
+/// Those of the mark for the end of what an answer continues.
+const END_MARK: [char; 2] = ['\u{FDD2}', '\u{FDD3}'];
 
 /// Why a conversation has no prompt.
 #[derive(Debug, Error)]
@@ -23,6 +25,33 @@ pub enum PromptError {
     /// The text cannot be encoded.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The template leaves out the message that the answer should continue.
+    #[error("the chat template does not show the last message as it is, so that no answer can continue it")]
+    NotContinued,
+}
+
+/// What a template makes a prompt of.
+#[derive(Clone, Copy, Debug)]
+pub struct TemplateInput<'a> {
+    /// Messages as chat templates read them.
+    pub messages: &'a [Value],
+    /// Tools in OpenAI's form; `None`: the model is told of none.
+    pub tools: Option<&'a [Value]>,
+    /// Further variables of the template.
+    pub variables: &'a Map<String, Value>,
+    /// The answer goes on where the last message ends, in place of a turn of its own.
+    pub continues: bool,
+}
+
+/// A rendered conversation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// Whether it ends inside the reasoning section.
+    pub in_reasoning: bool,
+    /// Where names of added tokens begin that are text, in order.
+    literals: Vec<usize>,
 }
 
 /// A conversation as the model reads it.
@@ -47,23 +76,67 @@ pub fn prompt(
     tools: Option<&[Value]>,
     extra: &Map<String, Value>,
 ) -> Result<Prompt, PromptError> {
-    let is_plain = !messages.iter().chain(tools.into_iter().flatten()).any(|value| has_control(tokenizer, value))
-        && !extra.values().any(|value| has_control(tokenizer, value));
+    let input = TemplateInput { messages, tools, variables: extra, continues: false };
+    render(template, tokenizer, &input)?.encode(tokenizer)
+}
+
+/// The text that a template makes of a conversation.
+///
+/// # Errors
+/// The template refuses the conversation or fails, or drops the message that the answer continues.
+pub fn render(
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    input: &TemplateInput<'_>,
+) -> Result<Rendered, PromptError> {
+    let TemplateInput { messages, tools, variables, continues } = *input;
+    let values = || messages.iter().chain(tools.into_iter().flatten()).chain(variables.values());
+    let is_plain = !continues && !values().any(|value| has_control(tokenizer, value));
     let (text, literals) = if is_plain {
-        (template.render(messages, tools, true, extra)?, vec![])
+        (template.render(messages, tools, true, variables)?, vec![])
     } else {
-        let mark = free_mark(messages.iter().chain(tools.into_iter().flatten()).chain(extra.values()));
+        let mark = free_mark(values(), MARK);
         let protect = |value: &Value| protected(tokenizer, value, &mark);
-        let messages: Vec<Value> = messages.iter().map(protect).collect();
+        let mut messages: Vec<Value> = messages.iter().map(protect).collect();
         let tools: Option<Vec<Value>> = tools.map(|tools| tools.iter().map(protect).collect());
-        let extra = extra.iter().map(|(key, value)| (key.clone(), protect(value))).collect();
-        without_marks(&template.render(&messages, tools.as_deref(), true, &extra)?, &mark)
+        let variables = variables.iter().map(|(key, value)| (key.clone(), protect(value))).collect();
+        let end = free_mark(values(), END_MARK);
+        if let (true, Some(last)) = (continues, messages.last_mut()) {
+            // Behind what the answer continues: its text, or the reasoning if that is all there is.
+            let is_thinking =
+                last["content"].as_str().is_none_or(str::is_empty) && last["reasoning_content"].is_string();
+            let key = if is_thinking { "reasoning_content" } else { "content" };
+            last[key] = Value::String(last[key].as_str().unwrap_or_default().to_owned() + &end);
+        }
+        let mut rendered = template.render(&messages, tools.as_deref(), !continues, &variables)?;
+        if continues {
+            let at = rendered.rfind(&end).ok_or(PromptError::NotContinued)?;
+            rendered.truncate(at);
+        }
+        without_marks(&rendered, &mark)
     };
     // A literal `<think>` at the end is no order.
-    let in_reasoning =
-        opens_reasoning(&text) && literals.last().is_none_or(|literal| text[*literal..].trim_end() != THINK);
-    let ids = tokenizer.encode_with_literals(&text, &literals)?;
-    Ok(Prompt { text, ids, in_reasoning })
+    let is_literal = literals.last().is_some_and(|literal| text[*literal..].trim_end() == THINK);
+    let in_reasoning = match continues {
+        // The section that was opened last is still open.
+        true => match (text.rfind(THINK), text.rfind(END_THINK)) {
+            (Some(open), close) => close.is_none_or(|close| close < open) && literals.binary_search(&open).is_err(),
+            (None, _) => false,
+        },
+        false => opens_reasoning(&text) && !is_literal,
+    };
+    Ok(Rendered { text, in_reasoning, literals })
+}
+
+impl Rendered {
+    /// The tokens.
+    ///
+    /// # Errors
+    /// The tokenizer refuses the text.
+    pub fn encode(self, tokenizer: &Tokenizer) -> Result<Prompt, PromptError> {
+        let ids = tokenizer.encode_with_literals(&self.text, &self.literals)?;
+        Ok(Prompt { text: self.text, ids, in_reasoning: self.in_reasoning })
+    }
 }
 
 /// A call as chat templates expect it: `arguments`, JSON text, as an object.
@@ -90,7 +163,7 @@ fn has_control(tokenizer: &Tokenizer, value: &Value) -> bool {
 }
 
 /// A text that occurs nowhere in the values.
-fn free_mark<'a>(values: impl Iterator<Item = &'a Value> + Clone) -> String {
+fn free_mark<'a>(values: impl Iterator<Item = &'a Value> + Clone, [filling, last]: [char; 2]) -> String {
     fn contains(value: &Value, mark: &str) -> bool {
         match value {
             Value::String(text) => text.contains(mark),
@@ -99,9 +172,9 @@ fn free_mark<'a>(values: impl Iterator<Item = &'a Value> + Clone) -> String {
             _ => false,
         }
     }
-    let mut mark = String::from(MARK.1);
+    let mut mark = String::from(last);
     while values.clone().any(|value| contains(value, &mark)) {
-        mark.insert(0, MARK.0);
+        mark.insert(0, filling);
     }
     mark
 }
@@ -224,7 +297,7 @@ mod tests {
             texts.push(
                 tokens.iter().map(|token| token.split_at(1).0.to_owned() + token + token.split_at(1).1).collect(),
             );
-            texts.push(format!("{}{}{all}{}", MARK.0, MARK.1, MARK.1));
+            texts.push(format!("{}{}{all}{}", MARK[0], MARK[1], MARK[1]));
             for text in &texts {
                 for ((place, messages, tools), (_, plain, plain_tools)) in
                     conversations(text).iter().zip(conversations("words"))

@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release -p tandem-llm-wgpu --example layers -- CONFIG.json LAYERS [--device N] [--context N] [--prefill N]
 //!         [--steps N] [--batch N] [--recipe NAME] [--budget-ms N]
+//!         [--staged N] [--groups N] [--rows N] [--gate-rows N]
 //!
 //! CONFIG.json gives the shapes (crates/tandem/src/presets); dense layers are left out and the vocabulary is 1024.
 
@@ -14,7 +15,7 @@ use tandem_core::backend::{Backend, PAGE_SIZE};
 use tandem_core::{Batch, ModelConfig};
 use tandem_engine::{ModelRunner, Runner};
 use tandem_model::{DummyWeights, Limits, Recipe, Stacks};
-use tandem_wgpu::{Options, WgpuBackend};
+use tandem_wgpu::{Options, Tuning, WgpuBackend};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -27,7 +28,15 @@ fn main() -> Result<()> {
     let number = |name: &str, default: usize| flag(name).map_or(Ok(default), |v| v.parse());
     let (context, prefill) = (number("--context", 512)?, number("--prefill", 512)?);
     let (steps, batch, budget) = (number("--steps", 50)?, number("--batch", 1)?, number("--budget-ms", 250)?);
+    let usual = Tuning::default();
+    let tuning = Tuning {
+        staged_vectors: number("--staged", usual.staged_vectors)?,
+        enough_groups: number("--groups", usual.enough_groups)?,
+        most_rows: number("--rows", usual.most_rows)?,
+        most_gate_rows: number("--gate-rows", usual.most_gate_rows)?,
+    };
     let options = Options {
+        tuning,
         device: flag("--device").cloned(),
         budget: Duration::from_millis(budget as u64),
         ..Options::default()

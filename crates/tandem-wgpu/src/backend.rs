@@ -41,11 +41,38 @@ pub struct Options {
     pub plain: bool,
     /// Most bytes of a matrix in one buffer, below the adapter's own limit.
     pub binding_limit: Option<u64>,
+    /// Shapes of kernels.
+    pub tuning: Tuning,
+}
+
+/// Shapes of the kernels for few rows; results differ by the order of sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Vectors of four elements of the input that a workgroup keeps, over all rows at once; at most 1536.
+    pub staged_vectors: usize,
+    /// Workgroups that keep the device busy: with more, each takes more rows.
+    pub enough_groups: usize,
+    /// Most rows of a matrix that threads read at once: 1, 2 or 4; of gate and up each.
+    pub most_rows: usize,
+    /// The same for gate and up.
+    pub most_gate_rows: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Tuning {
+        Tuning { staged_vectors: 1024, enough_groups: 512, most_rows: 4, most_gate_rows: 2 }
+    }
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { device: None, budget: Duration::from_millis(250), plain: false, binding_limit: None }
+        Options {
+            device: None,
+            budget: Duration::from_millis(250),
+            plain: false,
+            binding_limit: None,
+            tuning: Tuning::default(),
+        }
     }
 }
 
@@ -60,6 +87,7 @@ pub struct WgpuBackend {
     staging: RefCell<Option<wgpu::Buffer>>,
     residency: RefCell<ResidencyMeter>,
     matrix_limit: u64,
+    pub(crate) tuning: Tuning,
     encoding: Cell<f64>,
 }
 
@@ -76,7 +104,7 @@ impl WgpuBackend {
         let limit = options.binding_limit.unwrap_or(limit).min(limit);
         let pipelines = Arc::new(Pipelines::new(Arc::clone(&device), lanes));
         // A guess until it is measured.
-        let mut backend = WgpuBackend::with(device, pipelines, options.budget, 1e10, limit);
+        let mut backend = WgpuBackend::with(device, pipelines, options.budget, 1e10, limit, options.tuning);
         let bandwidth = backend.measure_bandwidth();
         backend.recorder.set_bandwidth(bandwidth);
         backend.sync()?;
@@ -94,7 +122,14 @@ impl WgpuBackend {
     #[must_use]
     pub fn another(&self) -> WgpuBackend {
         let (device, pipelines) = (Arc::clone(&self.device), Arc::clone(&self.pipelines));
-        WgpuBackend::with(device, pipelines, self.recorder.budget(), self.recorder.bandwidth(), self.matrix_limit)
+        WgpuBackend::with(
+            device,
+            pipelines,
+            self.recorder.budget(),
+            self.recorder.bandwidth(),
+            self.matrix_limit,
+            self.tuning,
+        )
     }
 
     fn with(
@@ -103,6 +138,7 @@ impl WgpuBackend {
         budget: Duration,
         bandwidth: f64,
         matrix_limit: u64,
+        tuning: Tuning,
     ) -> WgpuBackend {
         WgpuBackend {
             pipelines,
@@ -113,6 +149,7 @@ impl WgpuBackend {
             staging: RefCell::default(),
             residency: RefCell::default(),
             matrix_limit,
+            tuning,
             encoding: Cell::new(0.0),
             device,
         }

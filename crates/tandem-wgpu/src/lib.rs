@@ -20,7 +20,7 @@ mod residency;
 mod shader_tests;
 mod template;
 
-pub use backend::{Options, WgpuBackend};
+pub use backend::{Options, Tuning, WgpuBackend};
 pub use batch::WgpuBatch;
 pub use buffer::{WgpuBuffer, WgpuCache, WgpuIndices};
 pub use device::{AdapterInfo, adapters, device_present};

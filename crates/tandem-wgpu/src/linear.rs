@@ -18,10 +18,6 @@ use crate::template::Defines;
 
 /// Rows of x that share the decoding of a weight, in the kernels for few rows.
 const TOKENS: usize = 4;
-/// Vectors of four elements of the input that a workgroup keeps, over all rows at once.
-const STAGED_VECTORS: usize = 1024;
-/// Workgroups that keep a large device busy.
-const ENOUGH_GROUPS: usize = 512;
 /// Rows of a tile of linear_tiles.
 const TILE_ROWS: usize = 128;
 /// Slots of a tile of routed experts.
@@ -109,17 +105,22 @@ impl WgpuBackend {
         times: usize,
     ) -> (Arc<Pipeline>, usize, usize) {
         let (shader, tokens, most_rows) = match kind {
-            RowsKernel::Linear => ("linear_rows", n.next_power_of_two().min(TOKENS), 4),
-            RowsKernel::GateUp { routed: false } => ("gate_up_rows", n.next_power_of_two().min(TOKENS), 2),
-            RowsKernel::GateUp { routed: true } => ("gate_up_rows", 1, 2),
-            RowsKernel::Down { .. } => ("down_rows", 1, 4),
+            RowsKernel::Linear => ("linear_rows", n.next_power_of_two().min(TOKENS), self.tuning.most_rows),
+            RowsKernel::GateUp { routed: false } => {
+                ("gate_up_rows", n.next_power_of_two().min(TOKENS), self.tuning.most_gate_rows)
+            }
+            RowsKernel::GateUp { routed: true } => ("gate_up_rows", 1, self.tuning.most_gate_rows),
+            RowsKernel::Down { .. } => ("down_rows", 1, self.tuning.most_rows),
         };
         let groups = WORKGROUP as usize / self.pipelines.lanes.n as usize;
         let blocks = |rows: usize| chunk.rows.len().div_ceil(groups * rows);
-        let rows = [4, 2].into_iter().find(|r| *r <= most_rows && blocks(*r) * times >= ENOUGH_GROUPS).unwrap_or(1);
+        let rows = [4, 2]
+            .into_iter()
+            .find(|r| *r <= most_rows && blocks(*r) * times >= self.tuning.enough_groups)
+            .unwrap_or(1);
         let aligned = from.is_aligned() && w.cols.is_multiple_of(w.format.unit());
         let unit_vectors = w.format.unit() / 4;
-        let staged = (STAGED_VECTORS / tokens / unit_vectors).max(1);
+        let staged = (self.tuning.staged_vectors / tokens / unit_vectors).max(1);
         let routed = kind == RowsKernel::GateUp { routed: true };
         let adds = kind == RowsKernel::Down { adds: true };
         let flags = u64::from(aligned) | u64::from(routed) << 1 | u64::from(adds) << 2;

@@ -218,15 +218,9 @@ impl WgpuMatrix {
         }
         let weight_bytes = rows.len() * self.units * 16;
         let scale_bytes = rows.len() * self.scale_pitch * 4;
-        for (i, part) in parts.clone().enumerate() {
+        let repeats = |part: &usize| *part > parts.start && is_repeated(data, parts.start, *part);
+        for (i, part) in parts.clone().enumerate().filter(|(_, part)| !repeats(part)) {
             let (weight_at, scale_at) = ((i * weight_bytes) as u64, (i * scale_bytes) as u64);
-            if i > 0 && is_repeated(data, parts.start, part) {
-                copy_first(device, &chunk.weight, weight_at, weight_bytes as u64);
-                if let Some(scales) = &chunk.scales {
-                    copy_first(device, scales, scale_at, scale_bytes as u64);
-                }
-                continue;
-            }
             let part = &data.parts[part];
             let dtype = data.dtype;
             send(device, &chunk.weight, weight_at, &rows, self.units * 16, |row, out| {
@@ -238,6 +232,11 @@ impl WgpuMatrix {
                 });
             }
         }
+        let repeated: Vec<usize> = parts.clone().filter(repeats).map(|part| part - parts.start).collect();
+        repeat_first(device, &chunk.weight, weight_bytes as u64, &repeated);
+        if let Some(scales) = &chunk.scales {
+            repeat_first(device, scales, scale_bytes as u64, &repeated);
+        }
         chunk
     }
 }
@@ -248,19 +247,20 @@ fn is_repeated(data: &MatrixData, first: usize, part: usize) -> bool {
     !part.is_empty() && std::ptr::eq(part.as_ptr(), first.as_ptr())
 }
 
-/// Copies the first `bytes` of `memory` to `to`, by way of other memory: a copy within one buffer is not allowed.
-fn copy_first(device: &Device, memory: &Memory, to: u64, bytes: u64) {
-    if bytes == 0 {
+/// Copies the first of the matrices of `bytes` in `memory` to the places of others, by way of other memory: a copy within one
+/// buffer is not allowed.
+fn repeat_first(device: &Device, memory: &Memory, bytes: u64, others: &[usize]) {
+    if bytes == 0 || others.is_empty() {
         return;
     }
     let between = Memory::new(device, bytes);
     let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     encoder.copy_buffer_to_buffer(&memory.buffer, 0, &between.buffer, 0, bytes);
-    encoder.copy_buffer_to_buffer(&between.buffer, 0, &memory.buffer, to, bytes);
-    device.queue.submit([encoder.finish()]);
-    if device.staged(bytes as usize) >= UNDER_WAY_BYTES {
-        device.drain();
+    for other in others {
+        encoder.copy_buffer_to_buffer(&between.buffer, 0, &memory.buffer, *other as u64 * bytes, bytes);
     }
+    device.queue.submit([encoder.finish()]);
+    device.drain();
 }
 
 /// Packs rows with `pack` and sends them to `memory`, from byte `at` on, piece by piece.

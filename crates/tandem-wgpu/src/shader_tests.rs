@@ -131,3 +131,26 @@ fn every_kernel_is_valid_and_translates_to_metal() {
     }
     assert!(wrong.is_empty(), "{} kernels:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
 }
+
+/// Two kernels in Metal's language as they were when somebody last read them: a change of naga or of a shader shows here.
+/// With `TANDEM_UPDATE_SNAPSHOTS` set, what is found is written.
+#[test]
+fn kernels_in_metals_language_are_as_they_were() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/metal");
+    let all = shaders(SUBGROUPS);
+    for (name, file) in [("linear_rows mxfp4", "linear_rows_mxfp4.metal"), ("rope", "rope.metal")] {
+        let (_, text) = all.iter().find(|(n, _)| n == name).expect("one of them");
+        let found = metal(text).expect("valid");
+        let path = folder.join(file);
+        if std::env::var_os("TANDEM_UPDATE_SNAPSHOTS").is_some() {
+            std::fs::create_dir_all(&folder).expect("a folder");
+            std::fs::write(&path, &found).expect("written");
+        }
+        let expected = std::fs::read_to_string(&path).expect("a snapshot");
+        assert!(
+            found == expected,
+            "{name} differs from {}; read it, then set TANDEM_UPDATE_SNAPSHOTS=1",
+            path.display()
+        );
+    }
+}

@@ -176,8 +176,8 @@ pub(crate) struct ServeArgs {
     /// Seconds that a stopping server waits for the answers in flight.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = whole::<u64>(0, 604800), hide_short_help = true)]
     pub(crate) drain_timeout: u64,
-    /// Megabytes of the largest request.
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
+    /// Megabytes of the largest request; those being read together have 64 at most.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
     pub(crate) max_body_mb: usize,
     /// Web page origin that may use the server from a browser, or * for any; may be given several times.
     #[arg(long, value_name = "ORIGIN", hide_short_help = true)]

@@ -1,13 +1,11 @@
 //! `tandem serve`: loads the model and puts it behind tandem-serve's interfaces.
 
-use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use axum::serve::ListenerExt;
 use sha2::{Digest, Sha256};
 use tandem_core::ModelConfig;
 use tandem_core::weights::ModuleKind;
@@ -18,7 +16,7 @@ use tandem_model::Accounting;
 use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::ranks::{Joined, Quit};
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load, model_dir};
-use tandem_serve::{App, Loading, Model, Options, StepBytes, Worker, router};
+use tandem_serve::{App, Limits, Loading, Model, Options, StepBytes, Worker, router};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer};
 
 use crate::cli::ServeArgs;
@@ -31,6 +29,14 @@ const GROUP_GRACE: Duration = Duration::from_millis(500);
 /// Cache of this many full contexts unless --cache-tokens says otherwise.
 const DEFAULT_CONTEXTS: usize = 4;
 
+/// Bytes of all requests together that are being read; a single larger one is read all the same.
+const IN_FLIGHT_BYTES: usize = 64 << 20;
+/// A year is for ever.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
+/// Connections at most, and descriptors that are kept for everything else.
+const MAX_CONNECTIONS: usize = 4096;
+const OTHER_DESCRIPTORS: usize = 128;
+
 /// Runs the command.
 pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
     // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
@@ -38,9 +44,13 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
     runtime.block_on(async {
         // Faults of flags, files and ports show before the model is loaded.
-        let options = options(args)?;
+        let mut options = options(args)?;
         options.check()?;
         check(args)?;
+        if joined.is_some() {
+            // Within it the ranks find a lost one themselves; two that wait for each other only show here.
+            options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;
+        }
         let files = Files::read(args)?;
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
@@ -48,18 +58,13 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         let address = listener.local_addr()?;
         let is_checked = address.ip().is_loopback() || !args.allowed_host.is_empty();
         let options = Options { allowed_hosts: is_checked.then(|| args.allowed_host.clone()), ..options };
-        // A token is a small packet, and must not wait for the one before it to be acknowledged.
-        let no_delay = |tcp: &mut tokio::net::TcpStream| {
-            if let Err(error) = tcp.set_nodelay(true) {
-                tracing::warn!("cannot set TCP_NODELAY: {error}");
-            }
-        };
         let loading = Loading::begin();
         let (stop, stopping) = tokio::sync::oneshot::channel::<()>();
-        let server = axum::serve(listener.tap_io(no_delay), loading.router()).with_graceful_shutdown(async {
+        let limits = Limits { max_connections: max_connections(), ..Limits::default() };
+        let server = tandem_serve::serve(listener, loading.router(), limits, async {
             let _ = stopping.await;
         });
-        let mut server = tokio::spawn(server.into_future());
+        let mut server = tokio::spawn(server);
         eprintln!("listening on {address}; loading {} (/health says how far it is)", files.name());
         let (worker, facts) = tokio::select! {
             loaded = in_thread(args.clone(), joined, quit, Arc::clone(&loading)) => loaded?,
@@ -70,7 +75,7 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         loading.done(router(Arc::clone(&app)));
         announce(address, &app, options.api_keys.is_empty());
         tokio::select! {
-            result = &mut server => return result?.context("the server failed"),
+            result = &mut server => return result.context("the server failed"),
             () = signal() => {}
         }
         eprintln!("stopping: answers in flight are completed; a second signal ends them");
@@ -78,7 +83,7 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         let _ = stop.send(());
         let drained = Duration::from_secs(args.drain_timeout);
         tokio::select! {
-            result = server => result?.context("the server failed")?,
+            result = server => result.context("the server failed")?,
             () = async { tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} } } => {
                 eprintln!("stopped with answers in flight");
             }
@@ -109,6 +114,27 @@ fn announce(address: SocketAddr, app: &App, is_open: bool) {
     }
 }
 
+/// Connections that there are descriptors for; the system's soft bound is raised as far as it lets us.
+fn max_connections() -> usize {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        let wanted = (MAX_CONNECTIONS + OTHER_DESCRIPTORS) as u64;
+        let mut limit = getrlimit(Resource::Nofile);
+        if limit.current.is_some_and(|current| current < wanted) {
+            let mut raised = limit;
+            raised.current = Some(limit.maximum.map_or(wanted, |most| most.min(wanted)));
+            if setrlimit(Resource::Nofile, raised).is_ok() {
+                limit = raised;
+            }
+        }
+        let n_descriptors = limit.current.map_or(usize::MAX, |n| n as usize);
+        n_descriptors.saturating_sub(OTHER_DESCRIPTORS).clamp(16, MAX_CONNECTIONS)
+    }
+    #[cfg(not(unix))]
+    MAX_CONNECTIONS
+}
+
 /// Ctrl-C, or the system's request to end.
 async fn signal() {
     #[cfg(unix)]
@@ -128,6 +154,11 @@ async fn signal() {
 /// Checks numbers.
 fn check(args: &ServeArgs) -> anyhow::Result<()> {
     ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
+    ensure!(args.max_queue <= 1 << 20, "--max-queue is {}, expected at most 1048576", args.max_queue);
+    ensure!(args.max_body_mb >= 1, "--max-body-mb is 0, expected at least 1");
+    if let Some(n) = args.cache_tokens {
+        ensure!(n <= 1 << 32, "--cache-tokens is {n}, expected at most 4294967296");
+    }
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
     if let Some(dir) = &args.cache_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot use --cache-dir {}", dir.display()))?;
@@ -261,8 +292,11 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         api_keys: args.api_key_file.as_deref().map(read_keys).transpose()?.unwrap_or_default(),
         allowed_hosts: Some(args.allowed_host.clone()),
         cors_origins: args.cors_origin.clone(),
-        max_body_bytes: args.max_body_mb << 20,
-        request_timeout: Duration::from_secs(args.request_timeout),
+        max_body_bytes: args.max_body_mb.saturating_mul(1 << 20),
+        max_body_bytes_in_flight: IN_FLIGHT_BYTES.max(args.max_body_mb.saturating_mul(1 << 20)),
+        store_dir: args.cache_dir.as_ref().map(|dir| dir.join("responses")),
+        request_timeout: Duration::from_secs(args.request_timeout).min(LONGEST_TIMEOUT),
+        stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
     })
 }

@@ -107,7 +107,7 @@ fn what_cannot_be_is_refused_with_the_reason() {
     for (flags, expected) in [
         (&["--ranks", "2", "--pp", "3"][..], "needs 3 ranks, but there are 2"),
         (&["--ranks", "2", "--tp", "2", "--ep", "3"], "must be equal"),
-        (&["--pp", "0"], "at least 1"),
+        (&["--pp", "0"], "from 1 to 4096"),
         (&["--pp", "2", "--deadline", "0"], "--deadline must be between"),
         (&["--ranks", "2", "--transport", "mpi"], "needs an MPI launcher"),
     ] {

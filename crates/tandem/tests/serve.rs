@@ -186,9 +186,11 @@ fn answers_in_every_interface() {
     let completion = server.ok("/v1/completions", body);
     let choice = &completion["choices"][0];
     assert!(choice["text"].as_str().unwrap().starts_with("Once upon a time"));
-    assert_eq!(choice["logprobs"]["tokens"].as_array().unwrap().len(), 5);
+    // The prompt's tokens, of which the first has no probability, and the answer's.
+    assert_eq!(choice["logprobs"]["tokens"].as_array().unwrap().len(), 9);
     assert_eq!(choice["finish_reason"], "length");
-    assert!(choice["logprobs"]["token_logprobs"].as_array().unwrap().iter().all(|l| l.as_f64().unwrap() <= 0.0));
+    let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert!(logprobs[0].is_null() && logprobs.iter().skip(1).all(|l| l.as_f64().unwrap() <= 0.0));
 
     // Several answers, stop strings, seeds.
     let body = json!({"messages": story, "n": 3, "seed": 5, "max_tokens": 40, "stop": [","], "temperature": 1.5});

@@ -1,7 +1,7 @@
 //! Ranks as processes over TCP, with nothing to install.
 //!
 //! Two connections per pair of ranks: one for messages, read and written by the rank's own thread, and one for signs of
-//! life, kept by a thread of its own ([`health`]) so that a rank that computes for long still answers. Figures:
+//! life, kept by a thread of its own (`health`) so that a rank that computes for long still answers. Figures:
 //! bench/runs/2026-11-23-comm.
 
 mod handshake;

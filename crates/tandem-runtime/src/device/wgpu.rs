@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
-use tandem_cpu::system::available_memory_bytes;
+use tandem_cpu::system::{available_memory_bytes, wired_limit_bytes};
 use tandem_engine::Profiled;
 use tandem_model::Stacks;
 use tandem_wgpu::{AdapterInfo, Options, WgpuBackend, WgpuIndices, adapters};
@@ -90,7 +90,7 @@ fn open(wanted: Option<String>) -> anyhow::Result<WgpuBackend> {
 
 /// Memory that the adapter can have: its own, or what is free where it shares the processor's.
 fn memory(backend: &WgpuBackend) -> Option<u64> {
-    let own = backend.info().memory_bytes;
+    let own = if backend.info().api == "metal" { wired_limit_bytes() } else { backend.info().memory_bytes };
     let free = if backend.is_unified() { available_memory_bytes() } else { None };
     match (own, free) {
         (Some(own), Some(free)) => Some(own.min(free)),

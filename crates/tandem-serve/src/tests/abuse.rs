@@ -1,0 +1,77 @@
+//! What would bring a server down.
+
+use axum::body::Body;
+use axum::http::Request;
+use serde_json::json;
+
+use super::Server;
+use crate::Options;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lengths_and_counts_are_checked_first() {
+    let server = Server::start();
+    let long = "x".repeat(12 << 20);
+    let tool = json!({"type": "function", "function": {"name": "f", "description": long}});
+    let user = json!([{"role": "user", "content": "hi"}]);
+    let start = std::time::Instant::now();
+    for (path, body, code) in [
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": long}]}), "context_length_exceeded"),
+        ("/v1/chat/completions", json!({"messages": user, "tools": [tool]}), "context_length_exceeded"),
+        ("/v1/chat/completions", json!({"messages": user, "chat_template_kwargs": {"x": long}}), ""),
+        ("/v1/chat/completions", json!({"messages": user, "stop": vec!["x"; 100_000]}), ""),
+        ("/v1/chat/completions", json!({"messages": vec![user[0].clone(); 200_000]}), ""),
+        ("/v1/completions", json!({"prompt": long}), "context_length_exceeded"),
+        ("/v1/completions", json!({"prompt": vec!["x"; 500_000]}), ""),
+        ("/v1/completions", json!({"prompt": vec![1; 100_000]}), "context_length_exceeded"),
+        ("/v1/responses", json!({"input": long}), "context_length_exceeded"),
+        ("/tokenize", json!({"prompt": long}), "context_length_exceeded"),
+    ] {
+        let (status, error) = server.post(path, &body).await;
+        assert_eq!(status, 400, "{path}: {error}");
+        assert!(code.is_empty() || error["error"]["code"] == code, "{path}: {error}");
+    }
+    let words = json!({"messages": [{"role": "user", "content": "fox ".repeat(400_000)}]});
+    assert_eq!(server.post("/v1/chat/completions", &words).await.0, 400);
+    let count = json!({"model": "fable", "messages": words["messages"]});
+    let (status, counted) = server.post("/v1/messages/count_tokens", &count).await;
+    assert!(status == 200 && counted["input_tokens"].as_u64() > Some(4096), "{counted}");
+    assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_are_bounded_alone_and_together() {
+    let server =
+        Server::with(&Options { max_body_bytes: 1 << 20, max_body_bytes_in_flight: 1 << 20, ..Options::default() });
+    let post = |body: Body| {
+        let request = Request::post("/v1/messages").header("content-type", "application/json");
+        server.send(request.body(body).unwrap())
+    };
+    let (status, _, body) = post(Body::from(vec![b' '; 2 << 20])).await;
+    let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!((status.as_u16(), &body["error"]["type"]), (413, &json!("request_too_large")), "{body}");
+    // Two bodies that do not end hold all bytes: small requests are served all the same.
+    let (mut held, mut senders) = (vec![], vec![]);
+    for _ in 0..2 {
+        let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Vec<u8>, std::io::Error>>(4);
+        sender.send(Ok(vec![b' '; 1_000_000])).await.unwrap();
+        senders.push(sender);
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let request = Request::post("/v1/completions").header("content-type", "application/json");
+        let request = request.body(Body::from_stream(stream)).unwrap();
+        let app = std::sync::Arc::clone(&server.app);
+        held.push(tokio::spawn(async move {
+            tower::ServiceExt::oneshot(crate::router(app), request).await.unwrap().status().as_u16()
+        }));
+    }
+    server.says("yes");
+    let answer = server.ok("/v1/completions", &json!({"prompt": "a", "max_tokens": 1})).await;
+    assert_eq!(answer["choices"][0]["text"], "yes");
+    // One of the bodies found no room; the other ends, and is no JSON.
+    drop(senders);
+    let mut statuses = vec![];
+    for task in held {
+        statuses.push(task.await.unwrap());
+    }
+    statuses.sort_unstable();
+    assert_eq!(statuses, [400, 503]);
+}

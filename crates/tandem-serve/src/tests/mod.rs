@@ -1,0 +1,137 @@
+//! The server in process: the real tokenizer, template, dialect and router, and an engine that writes what it is told.
+
+mod abuse;
+mod protocol;
+
+use std::sync::{Arc, Mutex};
+
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode};
+use serde_json::{Value, json};
+use tandem_core::Batch;
+use tandem_engine::{BlockManager, Engine, EngineError, GenerationConfig, Runner};
+use tandem_model::Limits;
+use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tower::ServiceExt;
+
+use crate::{App, Model, Options, StepBytes, Worker, router};
+
+const CONTEXT: usize = 4096;
+const EOS: u32 = 0;
+
+/// Tokens still to be written, in order.
+type Script = Arc<Mutex<Vec<u32>>>;
+
+struct Scripted {
+    script: Script,
+    vocab_size: usize,
+}
+
+impl Runner for Scripted {
+    fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        for _ in &batch.logits_rows {
+            let mut script = self.script.lock().unwrap();
+            let next = if script.is_empty() { EOS } else { script.remove(0) };
+            let mut row = vec![0.0; self.vocab_size];
+            // An end that is not allowed gives way to the words.
+            row[EOS as usize] = 5.0;
+            row[next as usize] = 10.0;
+            logits.extend(row);
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_rows: 256, max_logits_rows: 64 }
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+}
+
+pub(crate) struct Server {
+    pub(crate) app: Arc<App>,
+    script: Script,
+    tokenizer: Tokenizer,
+}
+
+impl Server {
+    pub(crate) fn start() -> Server {
+        Server::with(&Options::default())
+    }
+
+    pub(crate) fn with(options: &Options) -> Server {
+        let dir = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"));
+        let tokenizer = Tokenizer::from_dir(dir).unwrap();
+        let template = ChatTemplate::from_dir(dir, None).unwrap();
+        let vocab_size = tokenizer.vocab_size();
+        let script = Script::default();
+        let runner_script = Arc::clone(&script);
+        let make = move || {
+            let runner = Scripted { script: Arc::clone(&runner_script), vocab_size };
+            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * CONTEXT), CONTEXT, CONTEXT);
+            Ok((engine, Box::new(|_| 0u64) as StepBytes))
+        };
+        let worker = Worker::start(make, 32).unwrap();
+        let model = Model {
+            names: vec!["fable".into()],
+            model_type: "glm_moe_dsa".into(),
+            tokenizer: tokenizer.clone(),
+            dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
+            template,
+            defaults: GenerationConfig { eos_token_ids: vec![EOS], ..GenerationConfig::default() },
+            vocab_size,
+            context: CONTEXT,
+            numerics: "f32",
+            bandwidth: 0.0,
+            max_batch: 16,
+        };
+        Server { app: App::new(worker, model, options).unwrap(), script, tokenizer }
+    }
+
+    /// What the next answers say.
+    pub(crate) fn says(&self, text: &str) {
+        *self.script.lock().unwrap() = self.tokenizer.encode(text, false).unwrap();
+    }
+
+    pub(crate) async fn send(&self, request: Request<Body>) -> (StatusCode, axum::http::HeaderMap, Vec<u8>) {
+        let response = router(Arc::clone(&self.app)).oneshot(request).await.unwrap();
+        let (head, body) = response.into_parts();
+        (head.status, head.headers, to_bytes(body, usize::MAX).await.unwrap().to_vec())
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let request = Request::post(path).header("content-type", "application/json");
+        let (status, _, bytes) = self.send(request.body(Body::from(body.to_string())).unwrap()).await;
+        let text = String::from_utf8(bytes).unwrap();
+        (status.as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> (u16, Value) {
+        let (status, _, bytes) = self.send(Request::get(path).body(Body::empty()).unwrap()).await;
+        let text = String::from_utf8(bytes).unwrap();
+        (status.as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    #[track_caller]
+    pub(crate) fn ok(&self, path: &str, body: &Value) -> impl Future<Output = Value> {
+        let caller = std::panic::Location::caller();
+        async move {
+            let (status, answer) = self.post(path, body).await;
+            assert_eq!(status, 200, "{caller}: {path} {body}: {answer}");
+            answer
+        }
+    }
+
+    /// Events of a stream.
+    pub(crate) async fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut body = body.clone();
+        body["stream"] = json!(true);
+        let (status, text) = self.post(path, &body).await;
+        assert_eq!(status, 200, "{path} {body}: {text}");
+        let Value::String(text) = text else { panic!("{text} is no stream") };
+        let data = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
+        data.map(|data| serde_json::from_str(data).unwrap()).collect()
+    }
+}
