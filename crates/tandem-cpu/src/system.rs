@@ -2,6 +2,11 @@
 
 /// Largest resident memory of this process so far, in bytes; 0 where the system does not tell.
 pub fn peak_memory_bytes() -> u64 {
+    // getrusage begins with the peak of the process that started this one.
+    platform::peak_memory_bytes().unwrap_or_else(peak_of_usage)
+}
+
+fn peak_of_usage() -> u64 {
     resource_usage().map_or(0, |usage| {
         // Linux counts kilobytes, macOS bytes.
         let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
@@ -79,6 +84,10 @@ pub fn default_threads() -> usize {
 
 #[cfg(not(target_os = "macos"))]
 mod platform {
+    pub(super) fn peak_memory_bytes() -> Option<u64> {
+        kilobytes("/proc/self/status", "VmHWM:")
+    }
+
     pub(super) fn resident_memory_bytes() -> Option<u64> {
         kilobytes("/proc/self/smaps_rollup", "Rss:")
     }
@@ -103,6 +112,10 @@ mod platform {
 #[allow(unsafe_code)]
 mod platform {
     use std::ffi::CStr;
+
+    pub(super) fn peak_memory_bytes() -> Option<u64> {
+        None
+    }
 
     pub(super) fn resident_memory_bytes() -> Option<u64> {
         let mut info = std::mem::MaybeUninit::<libc::proc_taskinfo>::zeroed();

@@ -5,6 +5,7 @@
 //! caller ([`News`]).
 
 mod chat;
+pub mod conversation;
 pub mod device;
 pub mod judge;
 mod load;
@@ -14,6 +15,7 @@ mod news;
 pub mod options;
 pub mod presets;
 pub mod ranks;
+pub mod session;
 pub mod units;
 
 pub use chat::Chat;

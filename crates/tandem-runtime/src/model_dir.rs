@@ -34,7 +34,7 @@ pub fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
     snapshot(&repo, revision).with_context(|| {
         let get = revision.map_or_else(String::new, |revision| format!(" --revision {revision}"));
         format!(
-            "{name} is neither a directory nor in the Hugging Face cache at {}; `tandem pull {id}{get}` gets it",
+            "{name} is neither a directory nor in the Hugging Face cache at {}; `tandem pull {id}{get}` gets it, and so does --yes",
             cache.display()
         )
     })
@@ -127,5 +127,10 @@ fn bundled_model() -> anyhow::Result<PathBuf> {
         .chain(executable.ancestors())
         .map(|dir| dir.join(BUNDLED))
         .find(|dir| dir.join("config.json").exists())
-        .with_context(|| format!("the bundled model {BUNDLED} was not found; name one with --model DIR"))
+        .with_context(|| {
+            format!(
+                "no model is named, and the bundled {BUNDLED} is only in a clone of the repository; name a directory with \
+                 --model DIR, or let --model OWNER/NAME get one from Hugging Face (`tandem inspect OWNER/NAME` tells its size)"
+            )
+        })
 }

@@ -165,7 +165,7 @@ impl App {
             .map_err(|error| ServeError::Vocabulary(error.to_string()))?;
         Ok(Arc::new(App {
             grammars,
-            metrics: Metrics::new(model.bandwidth),
+            metrics: Metrics::new(names.first().map_or("", String::as_str), model.bandwidth),
             facts: json!({
                 "model": names.first(), "model_type": model_type, "context": context, "numerics": model.numerics,
                 "max_batch": model.max_batch, "version": env!("CARGO_PKG_VERSION"),

@@ -18,13 +18,13 @@ use crate::app::App;
 use crate::body::Body;
 use crate::conversation::{
     Choice, Conversation, Effort, Notes, Thinking, Tool, ToolKind, content_text, count, read_format, split_reasoning,
-    template_call,
 };
 use crate::error::{ApiError, ErrorResponse};
 use crate::generation::{Answer, Ask, Chunk, Finish, Generation, new_id, now, total};
 use crate::grammar::Form;
 use crate::read::{kind, list, missing, object, optional, optional_text, required_text};
 use tandem_text::dialect::Delta;
+use tandem_text::template_call;
 
 /// Events that may wait for a slow reader before its stream pauses.
 const BUFFER: usize = 64;

@@ -518,18 +518,6 @@ fn file_text(map: &Map<String, Value>, path: &str, notes: &mut Notes) -> Result<
     }
 }
 
-/// A call as chat templates expect it.
-pub(crate) fn template_call(id: &str, name: &str, arguments: &str) -> Value {
-    let arguments = match serde_json::from_str::<Value>(arguments) {
-        Ok(Value::Object(map)) => Value::Object(map),
-        Ok(Value::Null) => json!({}),
-        // A call that was cut off; the model sees what it wrote.
-        _ if arguments.trim().is_empty() => json!({}),
-        _ => json!({"arguments": arguments}),
-    };
-    json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
-}
-
 /// An assistant's text that carries its reasoning in front, as raw answers do: the two apart.
 pub(crate) fn split_reasoning(text: &str) -> Option<(&str, &str)> {
     let (reasoning, answer) = text.trim_start().strip_prefix("<think>")?.split_once("</think>")?;

@@ -114,6 +114,11 @@ impl ApiError {
         }
     }
 
+    /// 503: the model is being loaded, for about as many seconds more.
+    pub(crate) fn loading(message: impl Into<String>, seconds: u32) -> ApiError {
+        ApiError { retry_after: Some(seconds), ..ApiError::unavailable(message) }
+    }
+
     /// 504: the deadline passed.
     pub(crate) fn deadline(seconds: u64) -> ApiError {
         let message = format!("the answer was not complete after {seconds} s (--request-timeout)");

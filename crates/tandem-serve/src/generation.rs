@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 use tandem_engine::{Event, FinishReason, Logprobs, Request, SamplingOverrides};
 use tandem_text::dialect::{Delta, END_THINK, Function};
-use tandem_text::{AnswerStream, Conversation, FinishedBy, stop_tokens};
+use tandem_text::{AnswerStream, FinishedBy, TemplateInput, stop_tokens};
 use tokio::time::timeout_at;
 
 use crate::api::{TokenLogprob, TopLogprob, Usage};
@@ -105,7 +105,7 @@ impl App {
         }
         let n_bytes = messages.iter().chain(tools.into_iter().flatten()).map(text_bytes).sum();
         self.check_bytes(param, n_bytes)?;
-        let conversation = Conversation { messages, tools, variables, continues };
+        let conversation = TemplateInput { messages, tools, variables, continues };
         let prompt = work(n_bytes, || {
             let rendered = tandem_text::render(template, &self.tokenizer, &conversation)
                 .map_err(|error| ApiError::invalid(param, error.to_string()))?;
@@ -245,6 +245,7 @@ impl App {
             n_reasoning: 0,
             n_cached: 0,
             start,
+            first_token: None,
             last_token: None,
             is_done: false,
             error: None,
@@ -315,6 +316,7 @@ pub(crate) struct Generation {
     n_reasoning: usize,
     n_cached: usize,
     start: Instant,
+    first_token: Option<Instant>,
     last_token: Option<Instant>,
     is_done: bool,
     /// Comes after what was written before it.
@@ -377,6 +379,7 @@ impl Generation {
 
     fn close(&mut self, reason: &str) {
         self.is_done = true;
+        self.log(reason);
         self.app.metrics.finished(reason);
         self.app.metrics.duration.observe(self.start.elapsed().as_secs_f64());
         let n_malformed = self.stream.n_malformed();
@@ -386,7 +389,24 @@ impl Generation {
         }
     }
 
+    /// One line for each answer.
+    fn log(&self, finish: &str) {
+        let seconds = |to: Option<Instant>| to.map(|at| (at - self.start).as_secs_f64());
+        tracing::info!(
+            model = self.app.model_name(),
+            prompt_tokens = self.n_prompt,
+            cached_tokens = self.n_cached,
+            completion_tokens = self.n_tokens,
+            reasoning_tokens = self.n_reasoning,
+            first_token_seconds = seconds(self.first_token),
+            seconds = self.start.elapsed().as_secs_f64(),
+            finish,
+            "request"
+        );
+    }
+
     fn token(&mut self, id: u32, logprobs: Option<Logprobs>, at: Instant) -> Result<Chunk, ApiError> {
+        self.first_token.get_or_insert(at);
         match self.last_token.replace(at) {
             None => self.app.metrics.time_to_first_token.observe((at - self.start).as_secs_f64()),
             Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
@@ -442,6 +462,14 @@ impl App {
         });
         let top_logprobs = top_logprobs.collect();
         TokenLogprob { token, logprob: logprobs.chosen.max(-9999.0), bytes, top_logprobs, is_reasoning: false }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.log("client left");
+        }
     }
 }
 

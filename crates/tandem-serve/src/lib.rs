@@ -16,6 +16,7 @@ mod fields;
 mod generation;
 mod glm;
 mod grammar;
+mod loading;
 mod messages;
 mod metrics;
 mod ollama;
@@ -41,6 +42,7 @@ use subtle::ConstantTimeEq;
 
 pub use app::{App, Model, Options, ServeError};
 pub use connections::{Limits, serve};
+pub use loading::Loading;
 pub use worker::{BoxError, StepBytes, Worker};
 
 use crate::error::ApiError;

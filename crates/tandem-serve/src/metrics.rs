@@ -1,7 +1,7 @@
 //! What /metrics says, in the format of OpenMetrics, which Prometheus reads.
 
 use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -28,6 +28,10 @@ struct Rank {
 /// Counters, gauges and histograms of one server.
 pub(crate) struct Metrics {
     registry: Registry,
+    /// The same counts by vLLM's names, for its boards and routers.
+    vllm: Registry,
+    vllm_prompt_tokens: Counter,
+    cache_usage: FloatGauge,
     requests: Family<Reason, Counter>,
     /// Calls that could not be read and were passed on as text.
     pub(crate) malformed_calls: Counter,
@@ -62,8 +66,8 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// All at zero; `bandwidth` is what the memory was measured to deliver, bytes per second.
-    pub(crate) fn new(bandwidth: f64) -> Metrics {
+    /// All at zero, for a model of this name; `bandwidth` is what the memory was measured to deliver, bytes per second.
+    pub(crate) fn new(model_name: &str, bandwidth: f64) -> Metrics {
         let mut registry = Registry::with_prefix("tandem");
         let seconds = |start: f64, n: u16| Histogram::new(exponential_buckets(start, 2.0, n));
         let metrics = Metrics {
@@ -93,7 +97,10 @@ impl Metrics {
             rank_rows: Family::default(),
             rank_busy: Family::default(),
             bandwidth,
+            vllm_prompt_tokens: Counter::default(),
+            cache_usage: Gauge::default(),
             registry: Registry::default(),
+            vllm: Registry::with_labels([("model_name".into(), model_name.to_owned().into())].into_iter()),
         };
         registry.register("requests_finished", "Requests by how they ended", metrics.requests.clone());
         registry.register("malformed_tool_calls", "Tool calls passed on as text", metrics.malformed_calls.clone());
@@ -153,7 +160,34 @@ impl Metrics {
         registry.register("rank_rows", "Tokens that each rank has run", metrics.rank_rows.clone());
         let help = "Time that each rank has spent on them, waiting for others left out";
         registry.register_with_unit("rank_busy", help, Unit::Seconds, metrics.rank_busy.clone());
-        Metrics { registry, ..metrics }
+        Metrics { registry, ..metrics }.with_vllm_names()
+    }
+
+    fn with_vllm_names(mut self) -> Metrics {
+        let vllm = &mut self.vllm;
+        vllm.register("vllm:num_requests_running", "Requests that run", self.running.clone());
+        vllm.register("vllm:num_requests_waiting", "Requests that wait for a place", self.waiting.clone());
+        vllm.register("vllm:kv_cache_usage_perc", "Share of the cache that requests hold", self.cache_usage.clone());
+        let counters = [
+            ("prompt_tokens", "Prompt tokens", &self.vllm_prompt_tokens),
+            ("generation_tokens", "Tokens generated", &self.generated_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked for in the cache", &self.vllm_prompt_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the cache", &self.cached_tokens),
+            ("num_preemptions", "Requests that gave up their pages for a while", &self.preemptions),
+        ];
+        for (name, help, counter) in counters {
+            vllm.register(format!("vllm:{name}"), help, counter.clone());
+        }
+        let histograms = [
+            ("time_to_first_token", "From arrival to the first token", &self.time_to_first_token),
+            ("inter_token_latency", "Between the tokens of a stream", &self.inter_token),
+            ("time_per_output_token", "The same, by its older name", &self.inter_token),
+            ("e2e_request_latency", "Whole requests", &self.duration),
+        ];
+        for (name, help, histogram) in histograms {
+            vllm.register_with_unit(format!("vllm:{name}"), help, Unit::Seconds, histogram.clone());
+        }
+        self
     }
 
     /// Counts a request that ended, by `reason`.
@@ -171,6 +205,8 @@ impl Metrics {
         self.pages_cached.set(status.pages_cached as i64);
         set(&self.prompt_tokens, counters.prompt_tokens);
         set(&self.cached_tokens, counters.cached_tokens);
+        set(&self.vllm_prompt_tokens, counters.prompt_tokens + counters.cached_tokens);
+        self.cache_usage.set(status.pages_used as f64 / status.pages.max(1) as f64);
         set(&self.disk_tokens, counters.disk_tokens);
         set(&self.generated_tokens, counters.generated_tokens);
         set(&self.preemptions, counters.preemptions);
@@ -190,7 +226,8 @@ impl Metrics {
         }
         let mut text = String::new();
         // Writing to a string cannot fail.
-        let _ = encode(&mut text, &self.registry);
+        let registries = [&self.registry, &self.vllm];
+        let _ = registries.iter().try_for_each(|r| encode_registry(&mut text, r)).and_then(|()| encode_eof(&mut text));
         text
     }
 }

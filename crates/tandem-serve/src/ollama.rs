@@ -13,13 +13,14 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use tandem_text::dialect::Delta;
+use tandem_text::template_call;
 use tokio::sync::mpsc::channel;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::api::{Integer, check_stops, sampling};
 use crate::app::App;
 use crate::body::{Body, Fields};
-use crate::conversation::{Choice, Conversation, Effort, Notes, Thinking, Tool, content_text, template_call};
+use crate::conversation::{Choice, Conversation, Effort, Notes, Thinking, Tool, content_text};
 use crate::error::ApiError;
 use crate::fields::Table;
 use crate::generation::{Ask, Finish, Generation, new_id, now};

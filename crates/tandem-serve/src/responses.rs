@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use tandem_text::dialect::Delta;
+use tandem_text::template_call;
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
@@ -18,7 +19,7 @@ use crate::app::App;
 use crate::body::{Body, Fields};
 use crate::chat::{Events, Gone, custom_input, read_reasoning, send, stream};
 use crate::conversation::{
-    Choice, Conversation, Notes, Tool, ToolKind, content_text, read_format, reference, split_reasoning, template_call,
+    Choice, Conversation, Notes, Tool, ToolKind, content_text, read_format, reference, split_reasoning,
 };
 use crate::error::{ApiError, ErrorResponse};
 use crate::fields::{self, Table};

@@ -59,6 +59,16 @@ pub struct Function {
     pub parameters: Value,
 }
 
+impl Function {
+    /// The function that a tool in OpenAI's form declares, with or without `{"type": "function", "function": ..}` around it.
+    pub fn of_tool(tool: &Value) -> Option<Function> {
+        let function = tool.get("function").unwrap_or(tool);
+        let name = function.get("name")?.as_str().filter(|name| !name.is_empty())?;
+        let parameters = function.get("parameters").cloned().unwrap_or_else(|| Value::Object(Map::new()));
+        Some(Function { name: name.to_owned(), parameters })
+    }
+}
+
 /// The next piece of an answer.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Delta {

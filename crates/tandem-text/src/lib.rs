@@ -17,6 +17,6 @@ pub use answer::{AnswerPiece, AnswerStream, FinishedBy};
 pub use chat_template::{ChatTemplate, TemplateError};
 pub use dialect::{Delta, Dialect, Function};
 pub use ends::{ends_by_name, ends_of_turn, stop_tokens};
-pub use prompt::{Conversation, Prompt, PromptError, Rendered, prompt, render};
+pub use prompt::{Prompt, PromptError, Rendered, TemplateInput, prompt, render, template_call};
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::{DecodeStream, Tokenizer, TokenizerError};

@@ -4,7 +4,7 @@
 //! template writes itself open and close turns. Before rendering a mark goes into each special token of the conversation,
 //! which no template looks for, and afterwards the marks tell these tokens from the template's.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::chat_template::{ChatTemplate, TemplateError};
@@ -32,7 +32,7 @@ pub enum PromptError {
 
 /// What a template makes a prompt of.
 #[derive(Clone, Copy, Debug)]
-pub struct Conversation<'a> {
+pub struct TemplateInput<'a> {
     /// Messages as chat templates read them.
     pub messages: &'a [Value],
     /// Tools in OpenAI's form; `None`: the model is told of none.
@@ -76,8 +76,8 @@ pub fn prompt(
     tools: Option<&[Value]>,
     extra: &Map<String, Value>,
 ) -> Result<Prompt, PromptError> {
-    let conversation = Conversation { messages, tools, variables: extra, continues: false };
-    render(template, tokenizer, &conversation)?.encode(tokenizer)
+    let input = TemplateInput { messages, tools, variables: extra, continues: false };
+    render(template, tokenizer, &input)?.encode(tokenizer)
 }
 
 /// The text that a template makes of a conversation.
@@ -87,9 +87,9 @@ pub fn prompt(
 pub fn render(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
-    conversation: &Conversation<'_>,
+    input: &TemplateInput<'_>,
 ) -> Result<Rendered, PromptError> {
-    let Conversation { messages, tools, variables, continues } = *conversation;
+    let TemplateInput { messages, tools, variables, continues } = *input;
     let values = || messages.iter().chain(tools.into_iter().flatten()).chain(variables.values());
     let is_plain = !continues && !values().any(|value| has_control(tokenizer, value));
     let (text, literals) = if is_plain {
@@ -137,6 +137,18 @@ impl Rendered {
         let ids = tokenizer.encode_with_literals(&self.text, &self.literals)?;
         Ok(Prompt { text: self.text, ids, in_reasoning: self.in_reasoning })
     }
+}
+
+/// A call as chat templates expect it: `arguments`, JSON text, as an object.
+pub fn template_call(id: &str, name: &str, arguments: &str) -> Value {
+    let arguments = match serde_json::from_str::<Value>(arguments) {
+        Ok(Value::Object(map)) => Value::Object(map),
+        Ok(Value::Null) => json!({}),
+        // A call that was cut off; the model sees what it wrote.
+        _ if arguments.trim().is_empty() => json!({}),
+        _ => json!({"arguments": arguments}),
+    };
+    json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
 fn has_control(tokenizer: &Tokenizer, value: &Value) -> bool {
@@ -207,7 +219,6 @@ fn without_marks(marked: &str, mark: &str) -> (String, Vec<usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
     use std::path::{Path, PathBuf};
 
     /// Every model with a tokenizer and a chat template in the repository.

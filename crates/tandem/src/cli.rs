@@ -6,18 +6,23 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_convert::ConvertOptions;
 use tandem_cpu::Isa;
+use tandem_engine::SamplingOverrides;
 use tandem_model::Recipe;
+use tandem_runtime::conversation::ConversationOptions;
 use tandem_runtime::measured::MeasuredOptions;
 use tandem_runtime::options::{Activations, BackendChoice, ShapeOptions, TransportKind};
 use tandem_runtime::{DeviceOptions, ModelOptions, ParallelOptions};
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
 #[derive(Debug, Parser)]
-#[command(name = "tandem", version, max_term_width = 100)]
+#[command(name = "tandem", version, max_term_width = 100, after_long_help = EXIT_CODES)]
 pub(crate) struct Cli {
-    /// Say more on stderr (-v, -vv, -vvv).
+    /// Say more on stderr (-v, -vv, -vvv); without it RUST_LOG counts, such as tandem_serve=debug.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
+    /// Form of the log on stderr.
+    #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = LogFormat::Text, hide_short_help = true)]
+    pub(crate) log_format: LogFormat,
     /// Where `tandem launch` sends its orders.
     #[arg(long, global = true, hide = true, value_name = "FD")]
     pub(crate) launch_fd: Option<u32>,
@@ -25,9 +30,39 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// Ends the long help of commands.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done, or the reader of standard output has left
+  1    an error: something is not found, malformed, does not fit or cannot be written; one line on stderr says what
+  2    the command line is wrong
+  130  Ctrl-C ended it";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  tandem run \"Tell me a story\"                        one answer from the bundled model
+  tandem run --model OWNER/NAME --context 8k           a chat
+  git diff | tandem run \"Review this\" --json | jq -r .text";
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  tandem serve --port 8000
+  tandem serve --model OWNER/NAME --context 32k --max-batch 32 --api-key-file keys.txt
+  tandem serve --log-format json 2>> serve.log";
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Answer a prompt, or chat when there is none.
+    #[command(after_help = RUN_EXAMPLES, after_long_help = [RUN_EXAMPLES, EXIT_CODES].join("\n\n"))]
     Run(RunArgs),
     /// Say what a checkpoint is: architecture, sizes, quantisation, bytes read per token.
     Inspect(InspectArgs),
@@ -36,6 +71,7 @@ pub(crate) enum Command {
     /// Measure speed against what this machine's memory allows.
     Bench(BenchArgs),
     /// Serve the model over HTTP: OpenAI's and Anthropic's interfaces, and a chat page.
+    #[command(after_help = SERVE_EXAMPLES, after_long_help = [SERVE_EXAMPLES, EXIT_CODES].join("\n\n"))]
     Serve(ServeArgs),
     /// Run a command on several machines, or as several processes of this one.
     Launch(LaunchArgs),
@@ -45,6 +81,24 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// List the devices that models can run on, with their memory, limits and features.
     Devices(DevicesArgs),
+    /// Print the completions of a shell: tandem completions bash > ~/.local/share/bash-completion/completions/tandem
+    Completions(CompletionsArgs),
+    /// Write man pages, one a command.
+    #[command(hide = true)]
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Folder that gets the pages.
+    pub(crate) dir: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -75,6 +129,7 @@ pub(crate) struct PullArgs {
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Server")]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -97,39 +152,39 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 64))]
     pub(crate) max_batch: usize,
     /// Requests that may wait beside those; more are refused with status 429.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(0, 1048576))]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(0, 1048576), hide_short_help = true)]
     pub(crate) max_queue: usize,
     /// Time a step may spend on prompts while answers are written, as a multiple of what the answers take.
-    #[arg(long, value_name = "R", default_value_t = 2.0, value_parser = real::<f64>(0.0, 1000.0))]
+    #[arg(long, value_name = "R", default_value_t = 2.0, value_parser = real::<f64>(0.0, 1000.0), hide_short_help = true)]
     pub(crate) prefill_share: f64,
     /// Milliseconds between the tokens of an answer to keep to: as many answers are written at once as this allows, at
     /// least one, and the others wait longer for their first token. No limit if not given.
-    #[arg(long, value_name = "MS", value_parser = real::<f64>(0.001, 3.6e6))]
+    #[arg(long, value_name = "MS", value_parser = real::<f64>(0.001, 3.6e6), hide_short_help = true)]
     pub(crate) inter_token_ms: Option<f64>,
     /// Tokens that the cache holds for all requests together; four contexts if not given.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 268435456))]
+    #[arg(long, value_name = "N", value_parser = tokens(0, 268435456))]
     pub(crate) cache_tokens: Option<usize>,
     /// Directory that keeps cache pages, so that a restart need not run old prompts again.
     #[arg(long, value_name = "DIR")]
     pub(crate) cache_dir: Option<PathBuf>,
     /// Gigabytes in --cache-dir at most; the oldest pages go.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<u64>(1, 1048576))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<u64>(1, 1048576), hide_short_help = true)]
     pub(crate) cache_dir_gb: u64,
     /// Seconds after which an answer that is not complete is given up.
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = whole::<u64>(1, 31536000))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = whole::<u64>(1, 31536000), hide_short_help = true)]
     pub(crate) request_timeout: u64,
     /// Seconds that a stopping server waits for the answers in flight.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = whole::<u64>(0, 604800))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = whole::<u64>(0, 604800), hide_short_help = true)]
     pub(crate) drain_timeout: u64,
     /// Megabytes of the largest request; those being read together have 64 at most.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 4096))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
     pub(crate) max_body_mb: usize,
     /// Web page origin that may use the server from a browser, or * for any; may be given several times.
-    #[arg(long, value_name = "ORIGIN")]
+    #[arg(long, value_name = "ORIGIN", hide_short_help = true)]
     pub(crate) cors_origin: Vec<String>,
     /// Name that the server goes by besides localhost, or * for any; may be given several times. While it listens on this
     /// machine only, requests for other names are refused: they are those of web pages.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", hide_short_help = true)]
     pub(crate) allowed_host: Vec<String>,
     /// Log prompts (with -v); they are not logged otherwise.
     #[arg(long)]
@@ -138,34 +193,38 @@ pub(crate) struct ServeArgs {
 
 /// Which model, and how it runs.
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
+    /// Model directory, or a Hugging Face id (owner/name). The bundled fable-30m if not given.
     #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
-    /// Tokens of context; the model's own limit, at most 32768, if not given.
-    #[arg(long, alias = "max-context", value_name = "N", value_parser = whole::<usize>(0, 268435456))]
+    /// Get a model that is not here from Hugging Face without asking.
+    #[arg(long)]
+    pub(crate) yes: bool,
+    /// Tokens of context, such as 8k; the model's own limit, at most 32768, if not given.
+    #[arg(long, alias = "max-context", value_name = "N", value_parser = tokens(0, 268435456))]
     pub(crate) context: Option<usize>,
     /// Threads; one per core if not given.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024), help_heading = "Hardware")]
     pub(crate) threads: Option<usize>,
     /// Pin the weights in memory, so that the system cannot take it back.
-    #[arg(long)]
+    #[arg(long, help_heading = "Hardware", hide_short_help = true)]
     pub(crate) lock: bool,
     /// Tokens of prompt run at once.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(1, 65536))]
+    #[arg(long, value_name = "N", default_value = "256", value_parser = tokens(1, 65536), help_heading = "Hardware", hide_short_help = true)]
     pub(crate) prefill_chunk: usize,
     /// Numerics of the activations that meet quantised weights.
-    #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Auto, help_heading = "Hardware", hide_short_help = true)]
     pub(crate) activations: ActivationsArg,
     /// Device to run on.
-    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto, help_heading = "Hardware")]
     pub(crate) backend: BackendArg,
     /// The GPU for --backend wgpu: its number in `tandem devices`, or a part of its name; the first one if not given.
-    #[arg(long, value_name = "N|NAME")]
+    #[arg(long, value_name = "N|NAME", help_heading = "Hardware", hide_short_help = true)]
     pub(crate) device: Option<String>,
     /// Layers whose experts stay in the host's memory and are computed by its processor, for a model that does not fit the
     /// GPU; as few as let it fit if not given.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096), help_heading = "Hardware", hide_short_help = true)]
     pub(crate) n_cpu_moe: Option<usize>,
     #[command(flatten)]
     pub(crate) parallel: ParallelArgs,
@@ -197,38 +256,38 @@ pub(crate) enum BackendArg {
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// The prompt; from standard input if that is a pipe, else an interactive chat.
+    /// The prompt; a pipe on standard input joins it, or is the prompt. A chat without either.
     pub(crate) prompt: Option<String>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// System message.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     pub(crate) system: Option<String>,
     /// Pass the prompt to the model as it stands, without the chat template.
-    #[arg(long)]
+    #[arg(long, help_heading = "Prompt")]
     pub(crate) raw: bool,
     /// Chat template to use instead of the model's.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     pub(crate) chat_template: Option<PathBuf>,
     /// Reasoning before the answer, for templates that know `enable_thinking`.
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, help_heading = "Prompt")]
     pub(crate) thinking: Option<OnOff>,
     /// JSON file with an array of tools (OpenAI's form) that the model may call.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     pub(crate) tools: Option<PathBuf>,
     /// Tokens to generate at most.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 268435456))]
+    #[arg(long, value_name = "N", value_parser = tokens(0, 268435456), help_heading = "Output")]
     pub(crate) max_tokens: Option<usize>,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
     /// Text that ends the answer; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = "Output")]
     pub(crate) stop: Vec<String>,
     /// Keep generating after an end-of-text token.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub(crate) ignore_eos: bool,
-    /// Print one JSON object with text, tokens and statistics instead of streaming.
-    #[arg(long)]
+    /// Print one JSON object with text, reasoning, tool calls, tokens and statistics instead of streaming.
+    #[arg(long, help_heading = "Output")]
     pub(crate) json: bool,
 }
 
@@ -240,9 +299,10 @@ pub(crate) enum OnOff {
 
 /// Defaults come from the model's generation_config.json.
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
-    /// 0 picks the likeliest token.
-    #[arg(long, value_name = "T")]
+    /// 0 picks the likeliest token. The model's generation_config.json has the defaults of these.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
     /// Consider the K likeliest tokens only.
     #[arg(long, value_name = "K")]
@@ -251,10 +311,10 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "P")]
     pub(crate) top_p: Option<f32>,
     /// Consider tokens at least P times as likely as the likeliest.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", hide_short_help = true)]
     pub(crate) min_p: Option<f32>,
     /// Make tokens that occurred less likely (1 does nothing).
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", hide_short_help = true)]
     pub(crate) repetition_penalty: Option<f32>,
     /// Same seed, same text.
     #[arg(long, value_name = "N")]
@@ -263,7 +323,7 @@ pub(crate) struct SamplingArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
+    /// Model directory, or a Hugging Face id, of which only the metadata is got. The bundled fable-30m if not given.
     #[arg(value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
     /// Print JSON.
@@ -335,7 +395,7 @@ pub(crate) struct CompareArgs {
     #[arg(long)]
     pub(crate) per_module: bool,
     /// Inputs per window of a text; 512 if not given.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 268435456))]
+    #[arg(long, value_name = "N", value_parser = tokens(0, 268435456))]
     pub(crate) context: Option<usize>,
     /// Threads; one per core if not given.
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
@@ -630,6 +690,14 @@ fn whole<T: TryFrom<u64>>(low: u64, high: u64) -> impl Fn(&str) -> Result<T, Str
     }
 }
 
+/// A number of tokens within a range: `4096`, `4k` (4096) or `1m`.
+fn tokens(low: usize, high: usize) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let number = token_count(text).ok().filter(|number| (low..=high).contains(number));
+        number.ok_or_else(|| format!("expected a whole number from {low} to {high}, or one such as 8k"))
+    }
+}
+
 /// A number within a range, which a refusal names.
 fn real<T: FromStr + Into<f64> + Copy>(
     low: f64,
@@ -682,25 +750,25 @@ pub(crate) struct ParallelArgs {
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
     pub(crate) ranks: Option<usize>,
     /// Pipeline stages: each rank holds some layers.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
     pub(crate) pp: Option<usize>,
     /// Tensor parallelism: each rank holds a slice of every head group and MLP.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
     pub(crate) tp: Option<usize>,
     /// Expert parallelism: each rank holds some of the experts.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
     pub(crate) ep: Option<usize>,
     /// Let measured bandwidth and memory choose; the default when none of --pp, --tp, --ep is given.
-    #[arg(long, value_enum, conflicts_with_all = ["pp", "tp", "ep"])]
+    #[arg(long, value_enum, conflicts_with_all = ["pp", "tp", "ep"], hide_short_help = true)]
     pub(crate) plan: Option<PlanArg>,
     /// How ranks talk to each other.
-    #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
+    #[arg(long, value_enum, default_value_t = TransportArg::Auto, hide_short_help = true)]
     pub(crate) transport: TransportArg,
     /// Seconds after which a rank that does not answer is taken for dead (10 if not given).
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", hide_short_help = true)]
     pub(crate) deadline: Option<f64>,
     /// Send sums of tensor-parallel ranks as bf16: half the traffic, less exact.
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub(crate) wire_bf16: bool,
 }
 
@@ -831,6 +899,31 @@ impl From<&ConvertArgs> for ConvertOptions {
     }
 }
 
+impl From<&RunArgs> for ConversationOptions {
+    fn from(args: &RunArgs) -> ConversationOptions {
+        let flags = &args.sampling;
+        ConversationOptions {
+            system: args.system.clone(),
+            raw: args.raw,
+            chat_template: args.chat_template.clone(),
+            thinking: args.thinking.map(|thinking| thinking == OnOff::On),
+            tools: args.tools.clone(),
+            max_tokens: args.max_tokens,
+            sampling: SamplingOverrides {
+                temperature: flags.temperature,
+                top_k: flags.top_k,
+                top_p: flags.top_p,
+                min_p: flags.min_p,
+                repetition_penalty: flags.repetition_penalty,
+                seed: flags.seed,
+                ..SamplingOverrides::default()
+            },
+            stop: args.stop.clone(),
+            ignore_eos: args.ignore_eos,
+        }
+    }
+}
+
 impl From<&ShapeArgs> for ShapeOptions {
     fn from(args: &ShapeArgs) -> ShapeOptions {
         ShapeOptions {
@@ -851,7 +944,7 @@ pub(crate) struct LaunchArgs {
     #[command(flatten)]
     pub(crate) parallel: ParallelArgs,
     /// The same as --transport, as mlx.launch spells it: ring is tcp.
-    #[arg(long, value_enum, value_name = "TRANSPORT", conflicts_with = "transport")]
+    #[arg(long, value_enum, value_name = "TRANSPORT", conflicts_with = "transport", hide = true)]
     pub(crate) backend: Option<TransportArg>,
     /// Start all ranks again after a failure, at most N times.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<u32>(0, 1048576))]
@@ -921,7 +1014,9 @@ impl Command {
             | Command::Launch(_)
             | Command::Convert(_)
             | Command::Pull(_)
-            | Command::Devices(_) => None,
+            | Command::Devices(_)
+            | Command::Completions(_)
+            | Command::Man(_) => None,
         }
     }
 
@@ -932,6 +1027,11 @@ impl Command {
             Command::Bench(BenchArgs { command: BenchCommand::Prefill(args) }) => Some(&args.model),
             _ => None,
         }
+    }
+
+    /// The model that the command names, and whether it may be got without asking.
+    pub(crate) fn wanted_model(&self) -> Option<(&str, bool)> {
+        self.model_args().and_then(|args| Some((args.model.as_deref()?, args.yes)))
     }
 
     /// How the command's ranks are arranged.

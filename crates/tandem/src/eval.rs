@@ -6,14 +6,15 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use safetensors::tensor::TensorView;
 use serde_json::json;
+use tandem_core::ModelConfig;
 use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
 use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
 use crate::news::on_terminal;
-use crate::report::print_json;
+use crate::report::{check_writable, print_json};
 use tandem_runtime::judge::{documents, load_checked};
 use tandem_runtime::ranks::Joined;
-use tandem_runtime::{Loaded, LogitsRows};
+use tandem_runtime::{Loaded, LogitsRows, model_dir};
 use tandem_text::Tokenizer;
 
 /// Inputs per window of a text when `--context` does not say.
@@ -33,6 +34,9 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.tokens)?;
     let tokens: Vec<u32> = serde_json::from_str(&text)
         .with_context(|| format!("{} must be a JSON array of token ids such as [1, 2, 3]", args.tokens.display()))?;
+    check_writable(&args.out)?;
+    let config = ModelConfig::load(&model_dir(args.model.model.as_deref())?)?;
+    check_vocabulary(&tokens, config.vocab_size)?;
     let Loaded { mut engine, prefill_chunk, .. } =
         load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
     let decode_from = args.decode_from.unwrap_or(tokens.len()).min(tokens.len());
@@ -64,9 +68,14 @@ fn logits(args: &LogitsArgs, joined: Option<Joined>) -> anyhow::Result<()> {
 
 fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<()> {
     let text = read(&args.text)?;
-    let Loaded { dir, mut engine, prefill_chunk, .. } =
+    let is_json = args.text.extension().is_some_and(|e| e == "json");
+    let tokenizer = Tokenizer::from_dir(&model_dir(args.model.model.as_deref())?)?;
+    let whole = tokenizer.encode(if is_json { "" } else { &text }, true)?;
+    if !is_json && whole.len() < 2 {
+        bail!("{} has {} tokens; perplexity needs at least 2", args.text.display(), whole.len());
+    }
+    let Loaded { mut engine, prefill_chunk, .. } =
         load_checked(&(&args.model).into(), LogitsRows::Chunk, joined, &mut on_terminal())?;
-    let tokenizer = Tokenizer::from_dir(&dir)?;
     let start = Instant::now();
     let mut score = Score::default();
     let window = match documents(&args.text, &text)? {
@@ -83,11 +92,8 @@ fn perplexity(args: &PerplexityArgs, joined: Option<Joined>) -> anyhow::Result<(
             engine.context()
         }
         None => {
-            let tokens = tokenizer.encode(&text, true)?;
+            let tokens = whole;
             let window = args.model.context.unwrap_or(DEFAULT_WINDOW).min(engine.context());
-            if tokens.len() < 2 {
-                bail!("{} has {} tokens; perplexity needs at least 2", args.text.display(), tokens.len());
-            }
             let n = tokens.len() - 1;
             for first in (0..n).step_by(window) {
                 let end = (first + window).min(n);

@@ -12,6 +12,9 @@ use tandem_runtime::{model_dir, settle_tie};
 
 /// Runs the command.
 pub(crate) fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
+    if let Some(model) = &args.model {
+        crate::pull::offer_metadata(model)?;
+    }
     let dir = model_dir(args.model.as_deref())?;
     let mut config = ModelConfig::load(&dir)?;
     let checkpoint = Checkpoint::open_or_index(&dir)?;

@@ -47,6 +47,9 @@ impl Host {
 /// Runs `tandem launch`.
 pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
     let parallel = args.parallel();
+    if args.backend.is_some() {
+        eprintln!("launch: --backend is mlx.launch's name for --transport, which is the one to use here");
+    }
     let hosts = match &args.hostfile {
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -1,5 +1,8 @@
 //! The `tandem` command.
 
+#[macro_use]
+mod report;
+
 mod bench;
 mod cli;
 mod compare;
@@ -10,30 +13,42 @@ mod inspect;
 mod launch;
 mod news;
 mod pull;
-mod report;
 mod run;
 mod serve;
 mod tasks;
 
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use tandem_runtime::ranks::{self, Joined, Role};
 use tandem_runtime::{ModelOptions, ParallelOptions, measured};
+
+/// Exit code of a bug, as the standard library has it.
+const PANICKED: u8 = 101;
 
 fn main() -> ExitCode {
     tandem_runtime::device::prepare_process();
     let cli = cli::Cli::parse();
-    init_logging(cli.verbose);
+    if let Err(error) = init_logging(&cli) {
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
+    }
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.
     std::panic::set_hook(Box::new(|info| {
-        if tandem_text::tokenizer::is_guarded() {
-            return;
+        if !tandem_text::tokenizer::is_guarded() {
+            eprintln!("error: tandem has a bug: {info}. Please report this with the command you ran");
         }
-        eprintln!("error: tandem has a bug: {info}. Please report this with the command you ran");
     }));
-    match run(cli) {
+    let done = match std::panic::catch_unwind(AssertUnwindSafe(|| run(cli))) {
+        Ok(done) => done,
+        Err(payload) => match payload.downcast::<report::Unwritable>() {
+            Ok(unwritable) => Err(anyhow::Error::from(unwritable.0).context("cannot write to standard output")),
+            Err(_) => return ExitCode::from(PANICKED),
+        },
+    };
+    match done {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -45,6 +60,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
+    if let (Some((model, yes)), None) = (cli.command.wanted_model(), cli.launch_fd) {
+        pull::offer(model, yes)?;
+    }
     let parallel = cli.command.parallel_args().map(ParallelOptions::from);
     let joined = match Role::find(cli.launch_fd, parallel.as_ref(), quit)? {
         Role::Alone => None,
@@ -54,12 +72,24 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
     };
     match cli.command {
         cli::Command::Launch(args) => return launch::launch(&args),
-        cli::Command::Run(args) => run::run(&args, joined)?,
+        cli::Command::Run(args) => return run::run(&args, joined),
         cli::Command::Inspect(args) => inspect::inspect(&args)?,
         cli::Command::Eval(args) => eval::eval(&args, joined)?,
         cli::Command::Bench(args) => bench::bench(&args, joined)?,
         cli::Command::Convert(args) => convert::convert(&args)?,
         cli::Command::Pull(args) => pull::pull(&args)?,
+        cli::Command::Completions(args) => {
+            let mut text = vec![];
+            clap_complete::generate(args.shell, &mut cli::Cli::command(), "tandem", &mut text);
+            print!("{}", String::from_utf8_lossy(&text));
+        }
+        cli::Command::Man(args) => {
+            let write = || {
+                std::fs::create_dir_all(&args.dir)?;
+                clap_mangen::generate_to(cli::Cli::command(), &args.dir)
+            };
+            write().with_context(|| format!("cannot write to {}", args.dir.display()))?;
+        }
         cli::Command::Devices(args) => devices::devices(&args)?,
         cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }
@@ -84,18 +114,29 @@ fn quit(message: &str) {
     std::process::exit(1);
 }
 
-fn init_logging(verbose: u8) {
-    let level = match verbose {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
+/// The log: warnings, and what a server does; more with -v or RUST_LOG. Colours only on a terminal.
+fn init_logging(cli: &cli::Cli) -> anyhow::Result<()> {
+    let variable = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
+    let directives = match (cli.verbose, &variable, &cli.command) {
+        (0, Some(variable), _) => variable,
+        (0, None, cli::Command::Serve(_)) => "warn,tandem=info",
+        (0, None, _) => "warn",
+        (1, ..) => "info",
+        (2, ..) => "debug",
         _ => "trace",
     };
-    let filter = tracing_subscriber::EnvFilter::new(level);
-    // Colours are for terminals, not for files of messages.
-    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    subscriber.with_ansi(is_terminal).with_target(verbose > 1).init();
+    let filter = tracing_subscriber::EnvFilter::try_new(directives)
+        .with_context(|| format!("RUST_LOG is {directives:?}, expected directives such as info,tandem_serve=debug"))?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(console::colors_enabled_stderr())
+        .with_target(cli.verbose > 1);
+    match cli.log_format {
+        cli::LogFormat::Text => log.init(),
+        cli::LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    Ok(())
 }
 
 /// `tandem run ... | head` is not an error.

@@ -24,7 +24,7 @@ use url::Url;
 use crate::cli::PullArgs;
 use crate::report::print_json;
 use tandem_runtime::units::bytes;
-use tandem_runtime::{hugging_face_cache, hugging_face_token};
+use tandem_runtime::{hugging_face_cache, hugging_face_token, model_dir};
 
 /// What a model needs besides its weights, and nothing else of its repository.
 const METADATA: [&str; 5] = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"];
@@ -51,6 +51,74 @@ const SLOWEST: u64 = 1000;
 
 /// Runs the command.
 pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
+    let Pulled { snapshot, commit, files, bytes: total } = get(args, |_| true)?;
+    if args.json {
+        return print_json(
+            &json!({"path": snapshot.display().to_string(), "commit": commit, "files": files, "bytes": total}),
+        );
+    }
+    // A name alone stands for what main is.
+    let name = if args.revision == "main" { args.repo.clone() } else { format!("{}@{}", args.repo, args.revision) };
+    println!("{} files, {}; use it as --model {name}", files.len(), bytes(total));
+    Ok(())
+}
+
+/// Gets a model that a command names if it is an id and not here: asked once at a terminal, without asking if `yes`. Else
+/// the command says what to do.
+pub(crate) fn offer(model: &str, yes: bool) -> anyhow::Result<()> {
+    let can_ask = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    if !is_hugging_face_id(model) || has_weights(model) || !(yes || can_ask) {
+        return Ok(());
+    }
+    let pulled = get(&arguments(model, false), |missing| {
+        if yes {
+            return true;
+        }
+        eprint!("{model} is not here. Get {} from Hugging Face? [y/N] ", bytes(missing));
+        let mut line = String::new();
+        let read = std::io::stdin().read_line(&mut line);
+        read.is_ok() && matches!(line.trim().to_lowercase().as_str(), "y" | "yes")
+    })?;
+    eprintln!("{} files, {}", pulled.files.len(), bytes(pulled.bytes));
+    Ok(())
+}
+
+/// Gets what `inspect` needs of a model that is not here.
+pub(crate) fn offer_metadata(model: &str) -> anyhow::Result<()> {
+    if is_hugging_face_id(model)
+        && let Err(missing) = model_dir(Some(model))
+    {
+        get(&arguments(model, true), |_| true).map_err(|error| anyhow!("{missing:#}; its metadata: {error:#}"))?;
+    }
+    Ok(())
+}
+
+fn arguments(model: &str, metadata: bool) -> PullArgs {
+    let (repo, revision) = model.split_once('@').unwrap_or((model, "main"));
+    PullArgs { repo: repo.to_owned(), revision: revision.to_owned(), include: vec![], metadata, json: false }
+}
+
+/// True for `owner/name` that is no directory.
+fn is_hugging_face_id(name: &str) -> bool {
+    name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']) && is_inside(name) && !Path::new(name).exists()
+}
+
+fn has_weights(model: &str) -> bool {
+    let files = model_dir(Some(model)).ok().and_then(|dir| std::fs::read_dir(dir).ok());
+    let is_weights = |path: PathBuf| path.extension().is_some_and(|e| e == "safetensors" || e == "gguf");
+    files.is_some_and(|mut files| files.any(|file| file.is_ok_and(|file| is_weights(file.path()))))
+}
+
+/// What was got.
+struct Pulled {
+    snapshot: PathBuf,
+    commit: String,
+    files: Vec<String>,
+    bytes: u64,
+}
+
+/// Gets files, if `confirm` agrees to the bytes that are missing.
+fn get(args: &PullArgs, confirm: impl FnOnce(u64) -> bool) -> anyhow::Result<Pulled> {
     let is_id = args.repo.split('/').count() == 2 && is_inside(&args.repo);
     ensure!(is_id, "{:?} is not a Hugging Face id, which looks like owner/name", args.repo);
     ensure!(is_inside(&args.revision), "--revision {:?} is not the name of a branch, tag or commit", args.revision);
@@ -83,10 +151,11 @@ pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
     })?;
     let total = files.iter().try_fold(0u64, |sum, file| sum.checked_add(file.size));
     let total = total.context("the server announces more bytes than there are; this is no Hugging Face server")?;
+    let missing: u64 = files.iter().map(|file| file.size - file.bytes_here(&folder).min(file.size)).sum();
+    ensure!(missing == 0 || confirm(missing), "{} is not here, and nothing was got", args.repo);
     std::fs::create_dir_all(folder.join("blobs"))
         .and_then(|()| std::fs::create_dir_all(&snapshot))
         .with_context(|| format!("cannot write to the Hugging Face cache at {}", cache.display()))?;
-    let missing: u64 = files.iter().map(|file| file.size - file.bytes_here(&folder).min(file.size)).sum();
     check_space(&folder, missing)?;
     if missing > 0 && !args.json {
         eprintln!("{} files, {}; {} to get", files.len(), bytes(total), bytes(missing));
@@ -104,15 +173,7 @@ pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
         std::fs::write(&reference, &info.sha)
     };
     write().with_context(|| format!("cannot write {}", reference.display()))?;
-    if args.json {
-        return print_json(
-            &json!({"path": snapshot.display().to_string(), "commit": info.sha, "files": wanted, "bytes": total}),
-        );
-    }
-    // A name alone stands for what main is.
-    let name = if args.revision == "main" { args.repo.clone() } else { format!("{}@{}", args.repo, args.revision) };
-    println!("{} files, {}; use it as --model {name}", wanted.len(), bytes(total));
-    Ok(())
+    Ok(Pulled { snapshot, commit: info.sha, files: wanted.into_iter().map(str::to_owned).collect(), bytes: total })
 }
 
 /// The files to get.

@@ -1,7 +1,7 @@
 //! `tandem serve`: loads the model and puts it behind tandem-serve's interfaces.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use tandem_engine::{Engine, GenerationConfig, PageStore, RankStatus, Scheduling}
 use tandem_model::Accounting;
 use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::ranks::{Joined, Quit};
-use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, load};
-use tandem_serve::{App, Limits, Model, Options, StepBytes, Worker, router};
+use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load, model_dir};
+use tandem_serve::{App, Limits, Loading, Model, Options, StepBytes, Worker, router};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer};
 
 use crate::cli::ServeArgs;
@@ -43,42 +43,68 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
     let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
     runtime.block_on(async {
-        // Faults of the flags show before the model is loaded.
+        // Faults of flags, files and ports show before the model is loaded.
         let mut options = options(args)?;
         options.check()?;
+        check(args)?;
         if joined.is_some() {
             // Within it the ranks find a lost one themselves; two that wait for each other only show here.
             options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;
         }
-        let (worker, facts) = tokio::task::block_in_place(|| start(args, joined, quit))?;
+        let files = Files::read(args)?;
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
         })?;
         let address = listener.local_addr()?;
         let is_checked = address.ip().is_loopback() || !args.allowed_host.is_empty();
         let options = Options { allowed_hosts: is_checked.then(|| args.allowed_host.clone()), ..options };
-        let app = App::new(worker, model(args, facts)?, &options)?;
-        announce(address, &app, options.api_keys.is_empty());
-        let (stopping, ending) = (Arc::clone(&app), Arc::clone(&app));
-        let (stopped, wait) = tokio::sync::oneshot::channel();
+        let loading = Loading::begin();
+        let (stop, stopping) = tokio::sync::oneshot::channel::<()>();
         let limits = Limits { max_connections: max_connections(), ..Limits::default() };
-        let server = tandem_serve::serve(listener, router(app), limits, async move {
-            signal().await;
-            eprintln!("stopping: answers in flight are completed; a second signal ends them");
-            stopping.worker().stop();
-            let _ = stopped.send(());
+        let server = tandem_serve::serve(listener, loading.router(), limits, async {
+            let _ = stopping.await;
         });
+        let mut server = tokio::spawn(server);
+        eprintln!("listening on {address}; loading {} (/health says how far it is)", files.name());
+        let (worker, facts) = tokio::select! {
+            loaded = in_thread(args.clone(), joined, quit, Arc::clone(&loading)) => loaded?,
+            // Nothing is in flight.
+            () = signal() => return Ok(()),
+        };
+        let app = App::new(worker, model(args, files, facts), &options)?;
+        loading.done(router(Arc::clone(&app)));
+        announce(address, &app, options.api_keys.is_empty());
+        tokio::select! {
+            result = &mut server => return result.context("the server failed"),
+            () = signal() => {}
+        }
+        eprintln!("stopping: answers in flight are completed; a second signal ends them");
+        app.worker().stop();
+        let _ = stop.send(());
         let drained = Duration::from_secs(args.drain_timeout);
         tokio::select! {
-            () = server => {}
-            () = async {
-                let _ = wait.await;
-                tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} }
-            } => eprintln!("stopped with answers in flight"),
+            result = server => result.context("the server failed")?,
+            () = async { tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} } } => {
+                eprintln!("stopped with answers in flight");
+            }
         }
-        tokio::task::block_in_place(|| ending.worker().end());
+        tokio::task::block_in_place(|| app.worker().end());
         Ok(())
     })
+}
+
+/// Loads in a thread of its own, which the end of the program does not wait for.
+async fn in_thread(
+    args: ServeArgs,
+    joined: Option<Joined>,
+    quit: Quit,
+    loading: Arc<Loading>,
+) -> anyhow::Result<(Worker, Facts)> {
+    let (send, receive) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("load".into()).spawn(move || {
+        let _ = send.send(start(&args, joined, quit, loading));
+    })?;
+    receive.await.context("loading ended without a result")?
 }
 
 fn announce(address: SocketAddr, app: &App, is_open: bool) {
@@ -125,8 +151,8 @@ async fn signal() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
-/// Loads everything and starts the engine.
-fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<(Worker, Facts)> {
+/// Checks numbers.
+fn check(args: &ServeArgs) -> anyhow::Result<()> {
     ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
     ensure!(args.max_queue <= 1 << 20, "--max-queue is {}, expected at most 1048576", args.max_queue);
     ensure!(args.max_body_mb >= 1, "--max-body-mb is 0, expected at least 1");
@@ -134,8 +160,25 @@ fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result
         ensure!(n <= 1 << 32, "--cache-tokens is {n}, expected at most 4294967296");
     }
     ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
+    if let Some(dir) = &args.cache_dir {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot use --cache-dir {}", dir.display()))?;
+    }
+    inter_token(args).map(|_| ())
+}
+
+fn inter_token(args: &ServeArgs) -> anyhow::Result<Option<Duration>> {
     let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
-    let inter_token = inter_token.context("--inter-token-ms is not a number of milliseconds")?;
+    inter_token.context("--inter-token-ms is not a number of milliseconds")
+}
+
+/// Loads everything and starts the engine.
+fn start(
+    args: &ServeArgs,
+    joined: Option<Joined>,
+    quit: Quit,
+    loading: Arc<Loading>,
+) -> anyhow::Result<(Worker, Facts)> {
+    let inter_token = inter_token(args)?;
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
     let load_options = ModelOptions::from(&args.model);
     let is_group = joined.is_some();
@@ -157,8 +200,16 @@ fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result
             cache_tokens: args.cache_tokens,
             n_contexts: DEFAULT_CONTEXTS,
         };
-        let loaded = load(&load_options, what, joined, &mut on_terminal())?;
-        let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, .. } = loaded;
+        let mut show = on_terminal();
+        let mut on_news = |news| {
+            if let News::Progress(Progress { done, total, .. }) = news {
+                loading.progress(done, total);
+            }
+            show(news);
+        };
+        let loaded = load(&load_options, what, joined, &mut on_news)?;
+        let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, load_time, device, .. } =
+            loaded;
         let mut engine = engine.with_scheduling(Scheduling {
             max_batch: args.max_batch,
             prefill_chunk,
@@ -179,7 +230,13 @@ fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result
         }
         let step_bytes = step_bytes(&accounting, &config);
         let bandwidth = bandwidth.or(measured).unwrap_or_default();
-        let facts = Facts { dir, context: engine.context(), config, numerics, bandwidth };
+        let facts = Facts { context: engine.context(), numerics, bandwidth };
+        let resident = accounting.total(|k| k.resident_bytes);
+        let seconds = load_time.as_secs_f64();
+        tracing::info!(
+            model = %dir.display(), device, numerics, context = facts.context, max_batch = args.max_batch,
+            resident_bytes = resident, seconds, gigabytes_per_second = resident as f64 / seconds / 1e9, "loaded"
+        );
         *made_facts.lock().unwrap_or_else(|e| e.into_inner()) = Some(facts);
         Ok((engine, step_bytes))
     };
@@ -193,11 +250,40 @@ fn start(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result
 
 /// What is known after loading.
 struct Facts {
-    dir: std::path::PathBuf,
     context: usize,
-    config: ModelConfig,
     numerics: &'static str,
     bandwidth: f64,
+}
+
+/// The model's small files.
+struct Files {
+    dir: PathBuf,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    defaults: GenerationConfig,
+}
+
+impl Files {
+    fn read(args: &ServeArgs) -> anyhow::Result<Files> {
+        let options = ModelOptions::from(&args.model);
+        let dir = model_dir(options.model.as_deref())?;
+        let config = ModelConfig::load(&dir)?;
+        options.context(&config)?;
+        Ok(Files {
+            config,
+            tokenizer: Tokenizer::from_dir(&dir)?,
+            template: ChatTemplate::from_dir(&dir, args.chat_template.as_deref())?,
+            defaults: GenerationConfig::load(&dir)?,
+            dir,
+        })
+    }
+
+    /// Name of the directory.
+    fn name(&self) -> String {
+        let dir = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
+        dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    }
 }
 
 /// What the flags say about requests.
@@ -215,28 +301,25 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
     })
 }
 
-fn model(args: &ServeArgs, facts: Facts) -> anyhow::Result<Model> {
-    let Facts { dir, context, config, numerics, bandwidth } = facts;
-    let template = ChatTemplate::from_dir(&dir, args.chat_template.as_deref())?;
+fn model(args: &ServeArgs, files: Files, facts: Facts) -> Model {
     let names = match &args.served_model_name[..] {
-        [] => {
-            vec![dir.canonicalize()?.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned())]
-        }
+        [] => vec![files.name()],
         names => names.to_vec(),
     };
-    Ok(Model {
+    let Files { config, tokenizer, template, defaults, .. } = files;
+    Model {
         names,
         model_type: config.model_type.name().to_owned(),
-        tokenizer: Tokenizer::from_dir(&dir)?,
+        tokenizer,
         dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
         template,
-        defaults: GenerationConfig::load(&dir)?,
+        defaults,
         vocab_size: config.vocab_size,
-        context,
-        numerics,
-        bandwidth,
+        context: facts.context,
+        numerics: facts.numerics,
+        bandwidth: facts.bandwidth,
         max_batch: args.max_batch,
-    })
+    }
 }
 
 /// Weight bytes that a step of a given number of rows reads: each row picks experts of its own, evenly spread.

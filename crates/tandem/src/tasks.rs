@@ -13,7 +13,7 @@ use crate::news::on_terminal;
 use crate::report::print_json;
 use tandem_runtime::judge::load_checked;
 use tandem_runtime::ranks::Joined;
-use tandem_runtime::{Loaded, LogitsRows};
+use tandem_runtime::{Loaded, LogitsRows, model_dir};
 use tandem_text::dialect::opens_reasoning;
 use tandem_text::{AnswerStream, ChatTemplate, Delta, Dialect, Tokenizer, ends_of_turn};
 
@@ -126,11 +126,12 @@ pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<
     }
     let needs_rows = tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
     let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
-    let Loaded { dir, mut engine, prefill_chunk, .. } =
-        load_checked(&(&args.model).into(), rows, joined, &mut on_terminal())?;
+    let dir = model_dir(args.model.model.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
+    let Loaded { mut engine, prefill_chunk, .. } =
+        load_checked(&(&args.model).into(), rows, joined, &mut on_terminal())?;
     check_vocabulary(&eos, engine.vocab_size()).context("eos_token_id")?;
     let eos = ends_of_turn(&eos, &tokenizer, template.as_ref(), engine.vocab_size());
     let mut scores: BTreeMap<&str, Score> = BTreeMap::new();

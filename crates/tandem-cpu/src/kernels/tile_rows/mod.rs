@@ -190,7 +190,7 @@ unsafe fn pass_of<const T: usize>(
                     Isa::Avx512 | Isa::Amx => avx512::int16_tile(tile, &x, out),
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => avx2::int16_tile(tile, &x, out),
-                    _ => unreachable!("no such tiles for {isa}"),
+                    _ => unreachable!("no such tiles for {isa}, {} tokens", x.len()),
                 }
             }
             Operand::Bf16 => {
