@@ -4,8 +4,9 @@
     clients.py target/debug/examples/scripted DIR [--node NODE_MODULES] [CLIENT ...]
 
 Each client is asked something, gets a call of one of its own tools, sends the result and gets an answer. Its requests become
-DIR/CLIENT.json, with personal details replaced and long texts cut: they are the fixtures of
-crates/tandem-serve/src/tests/clients. A client that is not installed is passed over unless it is named.
+DIR/CLIENT.json, with personal details replaced, long texts cut and tools left out whose schemas have nothing that others lack:
+they are the fixtures of crates/tandem-serve/src/tests/clients. A client that is not installed is passed over unless it is named.
+Its release (and Node's for those of npm) is what this Python and NODE_MODULES have.
 
     pip install openai anthropic openai-agents 'pydantic-ai-slim[openai,anthropic]' langchain-openai langchain-anthropic \\
         litellm instructor
@@ -35,6 +36,7 @@ ANSWER = "It is sunny in Paris."
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 # Texts of a request that are longer than this are cut in its fixture.
 LONGEST = 120
+LONGEST_DESCRIPTION = 30
 
 
 def call(name, **arguments):
@@ -414,29 +416,67 @@ class Cleaner:
     def __init__(self, place):
         self.place, self.ids = place, {}
 
-    def text(self, text):
+    def text(self, text, longest=LONGEST):
         text = text.replace(str(self.place.work), "/work/project").replace(str(self.place.home), "/home/user")
         text = text.replace(str(self.place.root), "/work").replace(platform.node(), "host").replace(platform.release(), "6.1.0")
         text = re.sub(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", self.id, text)
         text = re.sub(r"(?<![0-9A-Za-z])[0-9a-f]{24,64}(?![0-9A-Za-z])", self.id, text)
         text = re.sub(r"\d{4}-\d{2}-\d{2}", "2026-01-02", text)
         text = re.sub(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*,? [A-Z][a-z]+ \d+,? \d{4}", "Fri Jan 02 2026", text)
-        if len(text) <= LONGEST:
-            return text
-        return f"{text[:LONGEST - 40]}... ({len(text)} characters)"
+        return text if len(text) <= longest else text[:longest - 3] + "..."
 
     def id(self, match):
         number = self.ids.setdefault(match[0], len(self.ids) + 1)
         return re.sub("[0-9a-f]", "0", match[0])[:-4] + f"{number:04}"
 
-    def value(self, value):
+    def value(self, value, key=None):
         if isinstance(value, str):
-            return self.text(value)
+            return self.text(value, LONGEST_DESCRIPTION if key == "description" else LONGEST)
         if isinstance(value, list):
             return [self.value(item) for item in value]
         if isinstance(value, dict):
-            return {self.text(key): self.value(item) for key, item in value.items()}
+            return {self.text(key): self.value(item, key) for key, item in value.items()}
         return value
+
+    def body(self, body, says):
+        body = self.value(body)
+        if len(body.get("tools", [])) > 3:
+            body["tools"] = distinct(body["tools"], says)
+        return body
+
+
+def shapes(value, place=""):
+    """Which keys with which kinds of values there are, whatever properties are called."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            key = "*" if place.endswith("properties") else key
+            yield f"{place} {key} {item if key == 'type' else type(item).__name__}"
+            yield from shapes(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from shapes(item, place + "[]")
+
+
+def distinct(tools, says):
+    """The tools that the answer calls, and those with a shape that none before has."""
+    kept, seen = [], set()
+    for tool in sorted(tools, key=lambda tool: f"<tool_call>{tool.get('name', tool.get('function', {}).get('name'))}<" not in says):
+        new = set(shapes(tool)) - seen
+        if new:
+            kept.append(tool)
+            seen |= new
+    return kept
+
+
+def without_repeats(requests):
+    """Each request's fields that are as in the one before are named only."""
+    slim, before = [], {}
+    for request in requests:
+        body = request["body"]
+        again = [key for key, value in body.items() if before.get(key) == value and len(json.dumps(value)) > 100]
+        slim.append({**request, "again": again, "body": {key: value for key, value in body.items() if key not in again}})
+        before = body
+    return slim
 
 
 # Headers that say how a body is read; the rest is the client's machine.
@@ -476,13 +516,14 @@ def drive(name, binary, folder, node):
     requests = [
         {
             "path": line["path"], "headers": {key: line["headers"][key] for key in HEADERS if key in line["headers"]},
-            "says": line.get("says"), "body": cleaner.value(line["body"]),
+            "says": line.get("says"), "body": cleaner.body(line["body"], line.get("says", "")),
         }
         for line in posts
     ]
     if outcome == "ok":
-        fixture = {"client": f"{package.removeprefix('npm:')} {version}", "requests": requests}
-        (folder / f"{name}.json").write_text(json.dumps(fixture, indent=1, ensure_ascii=False) + "\n")
+        client = json.dumps(f"{package.removeprefix('npm:')} {version}")
+        lines = ",\n".join(json.dumps(request, ensure_ascii=False) for request in without_repeats(requests))
+        (folder / f"{name}.json").write_text(f'{{"client": {client}, "requests": [\n{lines}\n]}}\n')
     shutil.rmtree(place.root, ignore_errors=True)
     print(f"{name} ({package.removeprefix('npm:')} {version}): {outcome}; {len(posts)} requests", flush=True)
     return outcome == "ok"
