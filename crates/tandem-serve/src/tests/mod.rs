@@ -1,6 +1,7 @@
 //! The server in process: the real tokenizer, template, dialect and router, and an engine that writes what it is told.
 
 mod abuse;
+mod bytes;
 mod clients;
 mod protocol;
 
@@ -25,11 +26,14 @@ type Script = Arc<Mutex<Vec<u32>>>;
 
 struct Scripted {
     script: Script,
+    /// Tokens of all steps.
+    seen: Script,
     vocab_size: usize,
 }
 
 impl Runner for Scripted {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.seen.lock().unwrap().extend(&batch.tokens);
         for _ in &batch.logits_rows {
             let mut script = self.script.lock().unwrap();
             let next = if script.is_empty() { EOS } else { script.remove(0) };
@@ -54,6 +58,7 @@ impl Runner for Scripted {
 pub(crate) struct Server {
     pub(crate) app: Arc<App>,
     script: Script,
+    seen: Script,
     tokenizer: Tokenizer,
 }
 
@@ -73,9 +78,10 @@ impl Server {
         let template = ChatTemplate::from_dir(dir, None).unwrap();
         let vocab_size = tokenizer.vocab_size();
         let script = Script::default();
-        let runner_script = Arc::clone(&script);
+        let seen = Script::default();
+        let (runner_script, runner_seen) = (Arc::clone(&script), Arc::clone(&seen));
         let make = move || {
-            let runner = Scripted { script: Arc::clone(&runner_script), vocab_size };
+            let runner = Scripted { script: Arc::clone(&runner_script), seen: Arc::clone(&runner_seen), vocab_size };
             let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * context), context, context);
             Ok((engine, Box::new(|_| 0u64) as StepBytes))
         };
@@ -93,7 +99,12 @@ impl Server {
             bandwidth: 0.0,
             max_batch: 16,
         };
-        Server { app: App::new(worker, model, options).unwrap(), script, tokenizer }
+        Server { app: App::new(worker, model, options).unwrap(), script, seen, tokenizer }
+    }
+
+    /// The text that the engine has read so far, special tokens too.
+    pub(crate) fn seen(&self) -> String {
+        self.tokenizer.decode(&self.seen.lock().unwrap(), false).unwrap()
     }
 
     /// What the next answers say.
