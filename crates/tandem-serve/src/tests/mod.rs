@@ -1,6 +1,7 @@
 //! The server in process: the real tokenizer, template, dialect and router, and an engine that writes what it is told.
 
 mod abuse;
+mod clients;
 mod protocol;
 
 use std::sync::{Arc, Mutex};
@@ -62,6 +63,11 @@ impl Server {
     }
 
     pub(crate) fn with(options: &Options) -> Server {
+        Server::with_context(options, CONTEXT)
+    }
+
+    /// A model with a context of this many tokens.
+    pub(crate) fn with_context(options: &Options, context: usize) -> Server {
         let dir = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"));
         let tokenizer = Tokenizer::from_dir(dir).unwrap();
         let template = ChatTemplate::from_dir(dir, None).unwrap();
@@ -70,7 +76,7 @@ impl Server {
         let runner_script = Arc::clone(&script);
         let make = move || {
             let runner = Scripted { script: Arc::clone(&runner_script), vocab_size };
-            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * CONTEXT), CONTEXT, CONTEXT);
+            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * context), context, context);
             Ok((engine, Box::new(|_| 0u64) as StepBytes))
         };
         let worker = Worker::start(make, 32).unwrap();
@@ -82,7 +88,7 @@ impl Server {
             template,
             defaults: GenerationConfig { eos_token_ids: vec![EOS], ..GenerationConfig::default() },
             vocab_size,
-            context: CONTEXT,
+            context,
             numerics: "f32",
             bandwidth: 0.0,
             max_batch: 16,

@@ -1,0 +1,228 @@
+//! `tandem bench`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use tandem_cpu::Isa;
+use tandem_model::Recipe;
+use tandem_runtime::DeviceOptions;
+use tandem_runtime::measured::MeasuredOptions;
+
+use super::model::{ActivationsArg, BackendArg};
+use super::parallel::ParallelArgs;
+use super::shapes::ShapeArgs;
+use super::values::{real, token_count, whole};
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Token-by-token decoding: ms per token, bytes read, fraction of the memory's bandwidth.
+    Decode(BenchDecodeArgs),
+    /// Prompt processing: tokens per second, GFLOP/s.
+    Prefill(BenchPrefillArgs),
+    /// Load for an OpenAI-compatible server: time to the first token, between tokens, tokens per second.
+    Serve(BenchServeArgs),
+    /// Collectives between ranks: latency and bandwidth by size, next to a raw socket's.
+    Comm(BenchCommArgs),
+    /// What limits decoding: formats, one rank and several, transports and sums compared in one table, on random weights.
+    Matrix(BenchMatrixArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchDecodeArgs {
+    #[command(flatten)]
+    pub(crate) model: BenchModelArgs,
+    /// Tokens in the cache before each step (random vectors).
+    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
+    pub(crate) context: usize,
+    /// Measure at several contexts, e.g. 1k,8k,32k,128k.
+    #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = token_count, conflicts_with = "context")]
+    pub(crate) sweep_context: Vec<usize>,
+    /// Sequences that decode together.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(1, 65536))]
+    pub(crate) batch: usize,
+    /// Steps measured.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
+    pub(crate) steps: usize,
+    /// Steps before that.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = whole::<usize>(0, 1048576))]
+    pub(crate) warmup: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchPrefillArgs {
+    #[command(flatten)]
+    pub(crate) model: BenchModelArgs,
+    /// Tokens in the cache before the prompt (random vectors).
+    #[arg(long, value_name = "N", default_value = "0", value_parser = token_count)]
+    pub(crate) context: usize,
+    /// Tokens of the prompt.
+    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
+    pub(crate) prompt_tokens: usize,
+    /// Tokens run at once.
+    #[arg(long, value_name = "N", default_value = "256", value_parser = token_count)]
+    pub(crate) prefill_chunk: usize,
+    /// Prompts measured.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = whole::<usize>(1, 1048576))]
+    pub(crate) steps: usize,
+    /// Prompts before that.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(0, 1048576))]
+    pub(crate) warmup: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchMatrixArgs {
+    /// Model directory or Hugging Face id whose shapes are used. The bundled fable-30m's if not given.
+    #[arg(long, value_name = "DIR|ID", conflicts_with = "config")]
+    pub(crate) model: Option<String>,
+    /// Shapes of glm-5.1, deepseek-v3.2, llama-3.2-3b or a config.json.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) config: Option<String>,
+    /// Layers; with it, half of them are measured too.
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 4096))]
+    pub(crate) num_layers: Option<usize>,
+    /// Leading layers without experts.
+    #[arg(long, value_name = "K", value_parser = whole::<usize>(0, 4096))]
+    pub(crate) first_dense: Option<usize>,
+    /// Vocabulary size.
+    #[arg(long, value_name = "V", value_parser = whole::<usize>(1, 16777216))]
+    pub(crate) vocab: Option<usize>,
+    /// Ranks on this machine to compare with one.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = whole::<usize>(1, 4096))]
+    pub(crate) ranks: usize,
+    /// Threads of one rank; several share them. One per core if not given.
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
+    pub(crate) threads: Option<usize>,
+    /// Tokens in the cache before each step.
+    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
+    pub(crate) context: usize,
+    /// Steps measured for each row.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
+    pub(crate) steps: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchServeArgs {
+    /// The server, without /v1 (http only).
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    /// Name of the model; the first of /v1/models if not given.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Key to send.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) api_key: Option<String>,
+    /// Requests in all.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(1, 16777216))]
+    pub(crate) requests: usize,
+    /// Requests open at the same time.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 65536))]
+    pub(crate) concurrency: usize,
+    /// Start this many requests a second, however many are open.
+    #[arg(long, value_name = "R", conflicts_with = "concurrency", value_parser = real::<f64>(0.001, 1e6))]
+    pub(crate) request_rate: Option<f64>,
+    /// Random words of each prompt.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole::<usize>(0, 1048576))]
+    pub(crate) prompt_words: usize,
+    /// Words before them that all prompts share.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 1048576))]
+    pub(crate) shared_prefix: usize,
+    /// Tokens of each answer; servers that know ignore_eos write exactly as many.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(0, 268435456))]
+    pub(crate) max_tokens: usize,
+    /// Use /v1/chat/completions instead of /v1/completions.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Seed of the prompts.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchCommArgs {
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
+    /// Largest payload in bytes.
+    #[arg(long, value_name = "BYTES", default_value = "16m", value_parser = token_count)]
+    pub(crate) max_bytes: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What is measured, and how.
+#[derive(Debug, Args)]
+pub(crate) struct BenchModelArgs {
+    /// Model directory, or a Hugging Face id that is in the local cache. The bundled fable-30m if not given.
+    #[arg(long, value_name = "DIR|ID", conflicts_with = "config")]
+    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) shapes: ShapeArgs,
+    /// Formats of random weights: mxfp4-q8, mxfp4, mxfp8, nvfp4, affine4, affine8:g32, bf16, ...
+    #[arg(long, value_name = "FORMATS", default_value = "mxfp4-q8", value_parser = Recipe::parse)]
+    pub(crate) quant: Recipe,
+    /// Threads; one per core if not given.
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1024))]
+    pub(crate) threads: Option<usize>,
+    /// Kernels of the processor: scalar, avx2, avx512, amx or neon; the best that it has if not given.
+    #[arg(long, value_name = "ISA")]
+    pub(crate) isa: Option<Isa>,
+    /// Pin the weights in memory, so that the system cannot take it back.
+    #[arg(long)]
+    pub(crate) lock: bool,
+    /// Numerics of the activations that meet quantised weights.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
+    pub(crate) activations: ActivationsArg,
+    /// Device to run on.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// The GPU for --backend wgpu: its number in `tandem devices`, or a part of its name; the first one if not given.
+    #[arg(long, value_name = "N|NAME")]
+    pub(crate) device: Option<String>,
+    /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if not given.
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 4096))]
+    pub(crate) n_cpu_moe: Option<usize>,
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
+    /// Tensor-parallel ranks sum in each Nth layer only, to see what the sums cost; the output means nothing then.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Several ranks", value_parser = whole::<usize>(1, 1048576))]
+    pub(crate) sync_every: usize,
+    /// Draw the result.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl From<&BenchModelArgs> for MeasuredOptions {
+    fn from(args: &BenchModelArgs) -> MeasuredOptions {
+        MeasuredOptions {
+            model: args.model.clone(),
+            shapes: (&args.shapes).into(),
+            quant: args.quant.clone(),
+            lock: args.lock,
+            device: DeviceOptions {
+                backend: args.backend.into(),
+                device: args.device.clone(),
+                activations: args.activations.into(),
+                threads: args.threads,
+                isa: args.isa,
+                n_cpu_moe: args.n_cpu_moe,
+            },
+            parallel: (&args.parallel).into(),
+            sync_every: args.sync_every,
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Commands and flags: one file a command, which ends in the options of the library that does the work.
+
+mod bench;
+mod convert;
+mod eval;
+mod inspect;
+mod launch;
+mod model;
+mod parallel;
+mod pull;
+mod run;
+mod serve;
+mod shapes;
+mod values;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use bench::{
+    BenchArgs, BenchCommArgs, BenchCommand, BenchDecodeArgs, BenchMatrixArgs, BenchModelArgs, BenchPrefillArgs,
+    BenchServeArgs,
+};
+pub(crate) use convert::ConvertArgs;
+pub(crate) use eval::{CompareArgs, EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
+pub(crate) use inspect::InspectArgs;
+pub(crate) use launch::LaunchArgs;
+pub(crate) use model::ModelArgs;
+pub(crate) use parallel::ParallelArgs;
+pub(crate) use pull::PullArgs;
+use run::RUN_EXAMPLES;
+pub(crate) use run::{OnOff, RunArgs};
+use serve::SERVE_EXAMPLES;
+pub(crate) use serve::ServeArgs;
+
+/// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, max_term_width = 100, after_long_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Say more on stderr (-v, -vv, -vvv); without it RUST_LOG counts, such as tandem_serve=debug.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Form of the log on stderr.
+    #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = LogFormat::Text, hide_short_help = true)]
+    pub(crate) log_format: LogFormat,
+    /// Where `tandem launch` sends its orders.
+    #[arg(long, global = true, hide = true, value_name = "FD")]
+    pub(crate) launch_fd: Option<u32>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Ends the long help of commands.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done, or the reader of standard output has left
+  1    an error: something is not found, malformed, does not fit or cannot be written; one line on stderr says what
+  2    the command line is wrong
+  130  Ctrl-C ended it";
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Answer a prompt, or chat when there is none.
+    #[command(after_help = RUN_EXAMPLES, after_long_help = [RUN_EXAMPLES, EXIT_CODES].join("\n\n"))]
+    Run(RunArgs),
+    /// Say what a checkpoint is: architecture, sizes, quantisation, bytes read per token.
+    Inspect(InspectArgs),
+    /// Measure a model's outputs.
+    Eval(EvalArgs),
+    /// Measure speed against what this machine's memory allows.
+    Bench(BenchArgs),
+    /// Serve the model over HTTP: OpenAI's and Anthropic's interfaces, and a chat page.
+    #[command(after_help = SERVE_EXAMPLES, after_long_help = [SERVE_EXAMPLES, EXIT_CODES].join("\n\n"))]
+    Serve(ServeArgs),
+    /// Run a command on several machines, or as several processes of this one.
+    Launch(LaunchArgs),
+    /// Write a checkpoint in other formats, in MLX's layout.
+    Convert(ConvertArgs),
+    /// Get a model from Hugging Face into the local cache.
+    Pull(PullArgs),
+    /// List the devices that models can run on, with their memory, limits and features.
+    Devices(DevicesArgs),
+    /// Print the completions of a shell: tandem completions bash > ~/.local/share/bash-completion/completions/tandem
+    Completions(CompletionsArgs),
+    /// Write man pages, one a command.
+    #[command(hide = true)]
+    Man(ManArgs),
+}
+
+impl Command {
+    /// The model's flags, of commands that can run on several ranks.
+    pub(crate) fn model_args(&self) -> Option<&ModelArgs> {
+        match self {
+            Command::Run(args) => Some(&args.model),
+            Command::Serve(args) => Some(&args.model),
+            Command::Eval(args) => match &args.command {
+                EvalCommand::Logits(args) => Some(&args.model),
+                EvalCommand::Perplexity(args) => Some(&args.model),
+                EvalCommand::Tasks(args) => Some(&args.model),
+                EvalCommand::Compare(_) => None,
+            },
+            Command::Inspect(_)
+            | Command::Bench(_)
+            | Command::Launch(_)
+            | Command::Convert(_)
+            | Command::Pull(_)
+            | Command::Devices(_)
+            | Command::Completions(_)
+            | Command::Man(_) => None,
+        }
+    }
+
+    /// What `bench decode` and `bench prefill` measure.
+    pub(crate) fn bench_model_args(&self) -> Option<&BenchModelArgs> {
+        match self {
+            Command::Bench(BenchArgs { command: BenchCommand::Decode(args) }) => Some(&args.model),
+            Command::Bench(BenchArgs { command: BenchCommand::Prefill(args) }) => Some(&args.model),
+            _ => None,
+        }
+    }
+
+    /// The model that the command names, and whether it may be got without asking.
+    pub(crate) fn wanted_model(&self) -> Option<(&str, bool)> {
+        self.model_args().and_then(|args| Some((args.model.as_deref()?, args.yes)))
+    }
+
+    /// How the command's ranks are arranged.
+    pub(crate) fn parallel_args(&self) -> Option<&ParallelArgs> {
+        match self {
+            Command::Bench(BenchArgs { command: BenchCommand::Comm(args) }) => Some(&args.parallel),
+            Command::Bench(_) => self.bench_model_args().map(|args| &args.parallel),
+            command => command.model_args().map(|args| &args.parallel),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Folder that gets the pages.
+    pub(crate) dir: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Arg, Command, CommandFactory};
+
+    use super::*;
+
+    /// Every flag of every command that takes a number, with the names of the commands before it.
+    fn numeric_flags(command: &Command, path: &[String], found: &mut Vec<(Vec<String>, Arg)>) {
+        let types = [
+            std::any::TypeId::of::<usize>(),
+            std::any::TypeId::of::<u64>(),
+            std::any::TypeId::of::<u32>(),
+            std::any::TypeId::of::<u16>(),
+            std::any::TypeId::of::<f64>(),
+            std::any::TypeId::of::<f32>(),
+        ];
+        for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
+            if types.iter().any(|id| arg.get_value_parser().type_id() == *id) {
+                found.push((path.to_vec(), arg.clone()));
+            }
+        }
+        for inner in command.get_subcommands() {
+            numeric_flags(inner, &[path, &[inner.get_name().to_string()]].concat(), found);
+        }
+    }
+
+    #[test]
+    fn every_numeric_flag_refuses_absurd_values_with_its_range() {
+        let mut flags = vec![];
+        numeric_flags(&Cli::command(), &["tandem".to_string()], &mut flags);
+        assert!(flags.len() > 60, "{}", flags.len());
+        // Any seed will do, ports are 16 bits, and the engine and the ranks check these with messages of their own.
+        let others = [
+            "seed",
+            "port",
+            "starting-port",
+            "temperature",
+            "top-k",
+            "top-p",
+            "min-p",
+            "repetition-penalty",
+            "deadline",
+        ];
+        for (path, arg) in flags {
+            let name = arg.get_long().expect("long").to_string();
+            if others.contains(&&*name) || arg.is_hide_set() {
+                continue;
+            }
+            for value in ["99999999999999999999", "18446744073709551615", "1e300", "nan", "inf", "-1", "x", ""] {
+                let given = format!("--{name}={value}");
+                let error = Cli::try_parse_from(path.iter().chain([&given])).err().map(|error| error.to_string());
+                let error = error.unwrap_or_default();
+                let says = error.contains("expected a") && error.contains("from ") && error.contains(" to ");
+                assert!(says && error.contains(&format!("--{name}")), "{path:?} {given}: {error}");
+            }
+        }
+    }
+}

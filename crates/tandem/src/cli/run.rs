@@ -1,0 +1,108 @@
+//! `tandem run`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use tandem_engine::SamplingOverrides;
+use tandem_runtime::conversation::ConversationOptions;
+
+use super::model::ModelArgs;
+use super::values::tokens;
+
+pub(super) const RUN_EXAMPLES: &str = "\
+Examples:
+  tandem run \"Tell me a story\"                        one answer from the bundled model
+  tandem run --model OWNER/NAME --context 8k           a chat
+  git diff | tandem run \"Review this\" --json | jq -r .text";
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The prompt; a pipe on standard input joins it, or is the prompt. A chat without either.
+    pub(crate) prompt: Option<String>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// System message.
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    pub(crate) system: Option<String>,
+    /// Pass the prompt to the model as it stands, without the chat template.
+    #[arg(long, help_heading = "Prompt")]
+    pub(crate) raw: bool,
+    /// Chat template to use instead of the model's.
+    #[arg(long, value_name = "FILE", help_heading = "Prompt")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// Reasoning before the answer, for templates that know `enable_thinking`.
+    #[arg(long, value_enum, help_heading = "Prompt")]
+    pub(crate) thinking: Option<OnOff>,
+    /// JSON file with an array of tools (OpenAI's form) that the model may call.
+    #[arg(long, value_name = "FILE", help_heading = "Prompt")]
+    pub(crate) tools: Option<PathBuf>,
+    /// Tokens to generate at most.
+    #[arg(long, value_name = "N", value_parser = tokens(0, 268435456), help_heading = "Output")]
+    pub(crate) max_tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// Text that ends the answer; may be given several times.
+    #[arg(long, value_name = "TEXT", help_heading = "Output")]
+    pub(crate) stop: Vec<String>,
+    /// Keep generating after an end-of-text token.
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
+    pub(crate) ignore_eos: bool,
+    /// Print one JSON object with text, reasoning, tool calls, tokens and statistics instead of streaming.
+    #[arg(long, help_heading = "Output")]
+    pub(crate) json: bool,
+}
+
+impl From<&RunArgs> for ConversationOptions {
+    fn from(args: &RunArgs) -> ConversationOptions {
+        let flags = &args.sampling;
+        ConversationOptions {
+            system: args.system.clone(),
+            raw: args.raw,
+            chat_template: args.chat_template.clone(),
+            thinking: args.thinking.map(|thinking| thinking == OnOff::On),
+            tools: args.tools.clone(),
+            max_tokens: args.max_tokens,
+            sampling: SamplingOverrides {
+                temperature: flags.temperature,
+                top_k: flags.top_k,
+                top_p: flags.top_p,
+                min_p: flags.min_p,
+                repetition_penalty: flags.repetition_penalty,
+                seed: flags.seed,
+                ..SamplingOverrides::default()
+            },
+            stop: args.stop.clone(),
+            ignore_eos: args.ignore_eos,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnOff {
+    On,
+    Off,
+}
+
+/// Defaults come from the model's generation_config.json.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// 0 picks the likeliest token. The model's generation_config.json has the defaults of these.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f32>,
+    /// Consider the K likeliest tokens only.
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Consider the likeliest tokens that add up to P.
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Consider tokens at least P times as likely as the likeliest.
+    #[arg(long, value_name = "P", hide_short_help = true)]
+    pub(crate) min_p: Option<f32>,
+    /// Make tokens that occurred less likely (1 does nothing).
+    #[arg(long, value_name = "R", hide_short_help = true)]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Same seed, same text.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}

@@ -1,0 +1,77 @@
+//! `tandem serve`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::model::ModelArgs;
+use super::values::{real, tokens, whole};
+
+pub(super) const SERVE_EXAMPLES: &str = "\
+Examples:
+  tandem serve --port 8000
+  tandem serve --model OWNER/NAME --context 32k --max-batch 32 --api-key-file keys.txt
+  tandem serve --log-format json 2>> serve.log";
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Server")]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Address to listen on; only this machine reaches the default.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, value_name = "N", default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// File with API keys, one a line; requests need one of them. Open to all who reach it if not given.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Name of the model in requests and answers; may be given several times. The directory's name if not given.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) served_model_name: Vec<String>,
+    /// Chat template to use instead of the model's.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// Answers written at the same time, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 64))]
+    pub(crate) max_batch: usize,
+    /// Requests that may wait beside those; more are refused with status 429.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole::<usize>(0, 1048576), hide_short_help = true)]
+    pub(crate) max_queue: usize,
+    /// Time a step may spend on prompts while answers are written, as a multiple of what the answers take.
+    #[arg(long, value_name = "R", default_value_t = 2.0, value_parser = real::<f64>(0.0, 1000.0), hide_short_help = true)]
+    pub(crate) prefill_share: f64,
+    /// Milliseconds between the tokens of an answer to keep to: as many answers are written at once as this allows, at
+    /// least one, and the others wait longer for their first token. No limit if not given.
+    #[arg(long, value_name = "MS", value_parser = real::<f64>(0.001, 3.6e6), hide_short_help = true)]
+    pub(crate) inter_token_ms: Option<f64>,
+    /// Tokens that the cache holds for all requests together; four contexts if not given.
+    #[arg(long, value_name = "N", value_parser = tokens(0, 268435456))]
+    pub(crate) cache_tokens: Option<usize>,
+    /// Directory that keeps cache pages, so that a restart need not run old prompts again.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// Gigabytes in --cache-dir at most; the oldest pages go.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<u64>(1, 1048576), hide_short_help = true)]
+    pub(crate) cache_dir_gb: u64,
+    /// Seconds after which an answer that is not complete is given up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = whole::<u64>(1, 31536000), hide_short_help = true)]
+    pub(crate) request_timeout: u64,
+    /// Seconds that a stopping server waits for the answers in flight.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = whole::<u64>(0, 604800), hide_short_help = true)]
+    pub(crate) drain_timeout: u64,
+    /// Megabytes of the largest request; those being read together have 64 at most.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 4096), hide_short_help = true)]
+    pub(crate) max_body_mb: usize,
+    /// Web page origin that may use the server from a browser, or * for any; may be given several times.
+    #[arg(long, value_name = "ORIGIN", hide_short_help = true)]
+    pub(crate) cors_origin: Vec<String>,
+    /// Name that the server goes by besides localhost, or * for any; may be given several times. While it listens on this
+    /// machine only, requests for other names are refused: they are those of web pages.
+    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    pub(crate) allowed_host: Vec<String>,
+    /// Log prompts (with -v); they are not logged otherwise.
+    #[arg(long)]
+    pub(crate) log_text: bool,
+}
