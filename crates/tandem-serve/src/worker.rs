@@ -530,8 +530,7 @@ mod tests {
     fn start(panics: bool, is_broken: &Arc<AtomicBool>, gate: &Arc<Mutex<()>>, max_open: usize) -> Worker {
         let (is_broken, gate) = (Arc::clone(is_broken), Arc::clone(gate));
         let make = move || {
-            let runner =
-                Fragile { n_steps: 0, panics, is_broken: Arc::clone(&is_broken), gate: Arc::clone(&gate) };
+            let runner = Fragile { n_steps: 0, panics, is_broken: Arc::clone(&is_broken), gate: Arc::clone(&gate) };
             let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(512), 256, 256);
             Ok((engine, Box::new(|_| 0u64) as StepBytes))
         };
