@@ -2,8 +2,9 @@
 //! what it is told. It shows how a client behaves when a model calls its tools, which a small model does not do by itself.
 //!
 //! `cargo run -p tandem-llm-serve --example scripted -- PORT ANSWERS [MODEL_DIR]`: the file ANSWERS has one answer after the other,
-//! separated by lines of `---`; the last one is repeated. Each request's path and body are printed, one a line, so that they
-//! can be kept as fixtures.
+//! separated by lines of `---`; the last one is repeated, and is what a request without tools gets (agents ask for titles beside
+//! their work). Each request is printed as a line of JSON (method, path, headers, body, and what was answered), so that it can
+//! be kept as a fixture.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,11 +12,13 @@ use axum::body::{Body, to_bytes};
 use axum::extract::Request;
 use axum::middleware::{Next, from_fn};
 use axum::response::Response;
+use serde_json::{Value, json};
 use tandem_core::Batch;
 use tandem_engine::{BlockManager, Engine, EngineError, GenerationConfig, Runner};
 use tandem_model::Limits as RunnerLimits;
 use tandem_serve::{App, Limits, Model, Options, StepBytes, Worker, router, serve};
 use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tokio_stream::StreamExt;
 
 const CONTEXT: usize = 1 << 17;
 const NAMES: [&str; 6] = ["scripted", "gpt-5", "gpt-4o", "claude-sonnet-4-5", "claude-haiku-4-5", "llama3"];
@@ -64,10 +67,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let end = defaults.eos_token_ids.first().copied().unwrap_or(0);
     let vocab_size = tokenizer.vocab_size();
     let text = std::fs::read_to_string(answers)?;
-    let answers: Vec<Vec<u32>> = text
-        .split("\n---\n")
-        .map(|answer| tokenizer.encode(answer.trim_end_matches('\n'), false))
-        .collect::<Result<_, _>>()?;
+    let answers = text.split("\n---\n").map(|answer| answer.trim_end_matches('\n'));
+    let answers: Vec<(String, Vec<u32>)> = answers
+        .map(|answer| Ok((answer.to_owned(), tokenizer.encode(answer, false)?)))
+        .collect::<Result<_, tandem_text::TokenizerError>>()?;
     let script = Script::default();
     let engine_script = Arc::clone(&script);
     let make = move || {
@@ -89,11 +92,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         max_batch: 1,
     };
     let app = App::new(Worker::start(make, 64)?, model, &Options::default())?;
-    let n_asked = Arc::new(Mutex::new(0usize));
-    let answers = Arc::new(answers);
+    let answers = Arc::new(Answers { all: answers, script, n_given: Arc::default() });
     let tell = from_fn(move |request: Request, next: Next| {
-        let (script, answers, n_asked) = (Arc::clone(&script), Arc::clone(&answers), Arc::clone(&n_asked));
-        async move { told(request, next, &script, &answers, &n_asked).await }
+        let answers = Arc::clone(&answers);
+        async move { answers.give(request, next).await }
     });
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port.parse::<u16>()?)).await?;
     eprintln!("scripted on http://{}", listener.local_addr()?);
@@ -101,19 +103,50 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     Ok(())
 }
 
-/// Prints a request, and makes the next answer the engine's when one is asked for.
-async fn told(request: Request, next: Next, script: &Script, answers: &[Vec<u32>], n_asked: &Mutex<usize>) -> Response {
-    let (head, body) = request.into_parts();
-    let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
-    println!("{} {} {}", head.method, head.uri, String::from_utf8_lossy(&body));
-    let path = head.uri.path();
-    let generates =
-        ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate"];
-    if generates.contains(&path) {
-        let mut n_asked = n_asked.lock().unwrap_or_else(|e| e.into_inner());
-        let answer = answers.get(*n_asked).or(answers.last()).cloned().unwrap_or_default();
-        *script.lock().unwrap_or_else(|e| e.into_inner()) = answer;
-        *n_asked += 1;
+/// What the engine says, answer by answer.
+struct Answers {
+    /// Texts and their tokens.
+    all: Vec<(String, Vec<u32>)>,
+    script: Script,
+    /// Answers given to requests with tools. Locked until an answer is complete: agents ask several things at once.
+    n_given: Arc<tokio::sync::Mutex<usize>>,
+}
+
+impl Answers {
+    /// Prints a request, and makes the next answer the engine's when one is asked for.
+    async fn give(&self, request: Request, next: Next) -> Response {
+        let (head, body) = request.into_parts();
+        let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
+        let json: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let headers: Value = head
+            .headers
+            .iter()
+            .map(|(name, value)| (name.to_string(), json!(String::from_utf8_lossy(value.as_bytes()))))
+            .collect();
+        let path = head.uri.path().to_owned();
+        let mut line =
+            json!({"method": head.method.as_str(), "path": head.uri.to_string(), "headers": headers, "body": json});
+        let generates =
+            ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate"];
+        let request = Request::from_parts(head, Body::from(body));
+        if !generates.contains(&path.as_str()) {
+            println!("{line}");
+            return next.run(request).await;
+        }
+        let mut n_given = Arc::clone(&self.n_given).lock_owned().await;
+        let has_tools = json["tools"].as_array().is_some_and(|tools| !tools.is_empty());
+        let answer = if has_tools { self.all.get(*n_given) } else { None }.or(self.all.last());
+        if let Some((text, tokens)) = answer {
+            line["says"] = json!(text);
+            *self.script.lock().unwrap_or_else(|e| e.into_inner()) = tokens.clone();
+        }
+        *n_given += usize::from(has_tools);
+        println!("{line}");
+        let (head, body) = next.run(request).await.into_parts();
+        let body = body.into_data_stream().map(move |part| {
+            let _until_the_end = &n_given;
+            part
+        });
+        Response::from_parts(head, Body::from_stream(body))
     }
-    next.run(Request::from_parts(head, Body::from(body))).await
 }

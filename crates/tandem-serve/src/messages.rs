@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
+use axum::response::Response;
 use axum::response::sse::Event;
-use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tandem_engine::SamplingOverrides;
 use tandem_text::dialect::Delta;
+use tandem_text::exact;
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
@@ -24,7 +25,7 @@ use crate::conversation::{
 use crate::error::ApiError;
 use crate::fields::{self, Table};
 use crate::generation::{Answer, Ask, Finish, Generation, new_id};
-use crate::read::{expected, kind, missing, object, optional, required_text};
+use crate::read::{exact_json, expected, kind, missing, object, optional, required_text};
 use crate::strict::objects;
 
 objects!(MessagesRequest, CountRequest);
@@ -256,7 +257,7 @@ pub(crate) async fn messages(State(app): State<Arc<App>>, body: Body<MessagesReq
     }
     for call in &answer.calls {
         // A call that was cut off has no complete arguments, and must not look as if it had.
-        if let Ok(input) = exact(&call.arguments) {
+        if let Ok(input) = exact::read(&call.arguments) {
             content.push(json!({"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": input}));
         }
     }
@@ -265,12 +266,7 @@ pub(crate) async fn messages(State(app): State<Arc<App>>, body: Body<MessagesReq
         "id": id, "type": "message", "role": "assistant", "model": model, "content": content,
         "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": usage_json(&answer.usage),
     });
-    Ok(conversation.notes.on(axum::Json(body).into_response()))
-}
-
-/// Arguments as JSON.
-fn exact(arguments: &str) -> serde_json::Result<Value> {
-    serde_json::from_str(arguments)
+    Ok(conversation.notes.on(exact_json(&body)))
 }
 
 /// Counts the tokens of a prompt.

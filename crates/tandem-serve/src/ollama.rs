@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use tandem_text::dialect::Delta;
-use tandem_text::template_call;
+use tandem_text::{exact, template_call};
 use tokio::sync::mpsc::channel;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -25,7 +25,7 @@ use crate::error::ApiError;
 use crate::fields::Table;
 use crate::generation::{Ask, Finish, Generation, new_id, now};
 use crate::grammar::Form;
-use crate::read::{expected, list, object, optional, optional_text, required_text};
+use crate::read::{exact_json, expected, list, object, optional, optional_text, required_text};
 
 /// A conversation.
 #[derive(Clone, Debug, Deserialize)]
@@ -315,7 +315,7 @@ impl Writer {
             }
             Delta::EndCall => {
                 let (name, arguments) = self.call.take()?;
-                let arguments: Value = serde_json::from_str(&arguments).ok()?;
+                let arguments = exact::read(&arguments).ok()?;
                 let call = json!([{"id": new_id("call_"), "function": {"name": name, "arguments": arguments}}]);
                 Some(self.frame("tool_calls", &call))
             }
@@ -367,7 +367,7 @@ async fn answer(app: &App, mut generation: Generation, stream: Option<bool>, is_
         if !calls.is_empty() {
             part["tool_calls"] = json!(calls);
         }
-        return notes.on(axum::Json(last).into_response());
+        return notes.on(exact_json(&last));
     }
     let (lines, receiver) = channel::<Result<String, std::convert::Infallible>>(64);
     let deadline = app.timeout;
@@ -384,7 +384,7 @@ async fn answer(app: &App, mut generation: Generation, stream: Option<bool>, is_
                     Err(error) => vec![json!({"error": error.message()})],
                 };
                 for frame in frames {
-                    lines.send(Ok(format!("{frame}\n"))).await.ok()?;
+                    lines.send(Ok(exact::write(&frame) + "\n")).await.ok()?;
                 }
             }
             Some(())

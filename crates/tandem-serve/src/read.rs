@@ -1,5 +1,7 @@
 //! Requests are read by hand where the published schemas leave room: each fault names its field.
 
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
@@ -14,6 +16,11 @@ pub(crate) fn describe(value: &Value) -> String {
         Value::Array(_) => "a list".into(),
         Value::Object(_) => "an object".into(),
     }
+}
+
+/// An answer with the numbers that [`tandem_text::exact`] kept.
+pub(crate) fn exact_json(value: &Value) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], tandem_text::exact::write(value)).into_response()
 }
 
 /// 400: the field is not what was expected.

@@ -494,15 +494,17 @@ mod tests {
     use tandem_engine::{BlockManager, Runner};
     use tandem_model::Limits;
 
-    /// Fails at its third step while `is_broken`, by an error or a panic.
+    /// Fails at its third step while `is_broken`, by an error or a panic. A step begins when `gate` is free.
     struct Fragile {
         n_steps: usize,
         panics: bool,
         is_broken: Arc<AtomicBool>,
+        gate: Arc<Mutex<()>>,
     }
 
     impl Runner for Fragile {
         fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+            drop(self.gate.lock().unwrap());
             self.n_steps += 1;
             if self.n_steps >= 3 && self.is_broken.load(Ordering::Relaxed) {
                 assert!(!self.panics, "as a bug would");
@@ -525,10 +527,10 @@ mod tests {
         Request { prompt: vec![1, 1], max_tokens: 5, ..Request::default() }
     }
 
-    fn start(panics: bool, is_broken: &Arc<AtomicBool>, max_open: usize) -> Worker {
-        let is_broken = Arc::clone(is_broken);
+    fn start(panics: bool, is_broken: &Arc<AtomicBool>, gate: &Arc<Mutex<()>>, max_open: usize) -> Worker {
+        let (is_broken, gate) = (Arc::clone(is_broken), Arc::clone(gate));
         let make = move || {
-            let runner = Fragile { n_steps: 0, panics, is_broken: Arc::clone(&is_broken) };
+            let runner = Fragile { n_steps: 0, panics, is_broken: Arc::clone(&is_broken), gate: Arc::clone(&gate) };
             let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(512), 256, 256);
             Ok((engine, Box::new(|_| 0u64) as StepBytes))
         };
@@ -552,7 +554,7 @@ mod tests {
     fn a_failed_engine_is_one_error_for_each_request_and_comes_back() {
         for (panics, expected) in [(false, "rank 1 on host b"), (true, "the engine has stopped")] {
             let is_broken = Arc::new(AtomicBool::new(true));
-            let worker = start(panics, &is_broken, 4);
+            let worker = start(panics, &is_broken, &Arc::default(), 4);
             let in_flight = worker.submit(vec![request(), request()]).unwrap();
             for replies in in_flight {
                 let (_, error) = read(replies);
@@ -573,13 +575,14 @@ mod tests {
 
     #[test]
     fn the_queue_is_bounded_and_places_come_back() {
-        let worker = start(false, &Arc::default(), 2);
+        let gate = Arc::default();
+        let worker = start(false, &Arc::default(), &gate, 2);
         assert!(worker.submit(vec![request(), request(), request()]).is_err());
-        // They do not end before the next line.
-        let long = || Request { max_tokens: 250, ..request() };
-        let places = worker.submit(vec![long(), long()]).unwrap();
+        // While the gate is held no step ends, so both keep their places.
+        let held = gate.lock().unwrap();
+        let places = worker.submit(vec![request(), request()]).unwrap();
         assert!(worker.submit(vec![request()]).is_err());
-        drop(places);
+        drop((places, held));
         // The engine lets go of them before its next step.
         let again = loop {
             match worker.submit(vec![request()]) {

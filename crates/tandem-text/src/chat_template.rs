@@ -12,8 +12,8 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value as Jinja
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::jinja;
 use crate::tokenizer::{SPECIAL_TOKENS, TokenizerError, content_of, read_tokenizer_config, token_text};
+use crate::{exact, jinja};
 
 /// Why a chat template could not be loaded or rendered.
 #[derive(Debug, Error)]
@@ -222,7 +222,7 @@ impl ChatTemplate {
         let tool_use = self.variants.iter().find(|(name, _)| tools.is_some() && name == TOOL_USE);
         let Some((_, source)) = tool_use.or(self.variants.first()) else { return Ok(String::new()) };
         let root = variables.into_iter().collect::<JinjaValue>();
-        jinja::render(&self.environment, source, root, render_error)
+        jinja::render(&self.environment, source, root, render_error).map(exact::unmarked)
     }
 
     /// Text of the template, its variants one after the other.
@@ -456,7 +456,13 @@ impl JsonWriter {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => self.out.push_str(&number_text(value)),
-            ValueKind::String => self.string(value.as_str().unwrap_or_default()),
+            ValueKind::String => {
+                let text = value.as_str().unwrap_or_default();
+                match exact::number(text) {
+                    Some(digits) => self.out.push_str(digits),
+                    None => self.string(text),
+                }
+            }
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<JinjaValue> = value.try_iter()?.collect();
                 self.container('[', ']', &items, |writer, item| writer.value(item))?;

@@ -105,6 +105,8 @@ pub struct Parser {
     dialect: Dialect,
     functions: Vec<Function>,
     state: State,
+    /// The prompt has opened the reasoning, of which nothing was written yet.
+    is_opened: bool,
     /// Where to go on after a call.
     after_call: State,
     pending: String,
@@ -129,6 +131,7 @@ impl Parser {
             dialect,
             functions,
             state,
+            is_opened: in_reasoning,
             after_call: state,
             pending: String::new(),
             n_tried: 0,
@@ -221,6 +224,15 @@ impl Parser {
                 return false;
             }
             self.state = State::Content;
+        }
+        if self.is_opened {
+            let trimmed = self.pending.trim_start();
+            if let Some(rest) = trimmed.strip_prefix(THINK) {
+                self.pending = rest.to_owned();
+            } else if !at_end && is_beginning_of(trimmed, THINK) {
+                return false;
+            }
+            self.is_opened = false;
         }
         let in_reasoning = self.state == State::Reasoning;
         if self.dialect == Dialect::Json && !in_reasoning && !self.functions.is_empty() {
@@ -609,6 +621,18 @@ mod tests {
                      <arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>";
         check(lines, "", "", &[("get_weather", json!({"city": "Paris", "days": 3}))]);
         check("<tool_call>now</tool_call>", "", "", &[("now", json!({}))]);
+    }
+
+    #[test]
+    fn a_tag_that_the_prompt_has_written_is_no_reasoning() {
+        for text in ["<think>a</think>b", "\n<think>a</think>b", "a</think>b"] {
+            for dialect in [Dialect::Glm, Dialect::Json] {
+                for cut in 0..text.len() {
+                    let found = parse(dialect, true, &[&text[..cut], &text[cut..]]);
+                    assert_eq!((found.0.trim(), found.1.as_str()), ("a", "b"), "{text:?} cut at {cut}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod answer;
 pub mod chat_template;
 pub mod dialect;
 mod ends;
+pub mod exact;
 mod jinja;
 mod prompt;
 pub mod schema;

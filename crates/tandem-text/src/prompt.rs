@@ -139,9 +139,9 @@ impl Rendered {
     }
 }
 
-/// A call as chat templates expect it: `arguments`, JSON text, as an object.
+/// A call as chat templates expect it: `arguments`, JSON text, as an object, read by [`crate::exact`].
 pub fn template_call(id: &str, name: &str, arguments: &str) -> Value {
-    let arguments = match serde_json::from_str::<Value>(arguments) {
+    let arguments = match crate::exact::read(arguments) {
         Ok(Value::Object(map)) => Value::Object(map),
         Ok(Value::Null) => json!({}),
         // A call that was cut off; the model sees what it wrote.

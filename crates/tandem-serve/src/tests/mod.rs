@@ -1,6 +1,8 @@
 //! The server in process: the real tokenizer, template, dialect and router, and an engine that writes what it is told.
 
 mod abuse;
+mod bytes;
+mod clients;
 mod protocol;
 
 use std::sync::{Arc, Mutex};
@@ -24,11 +26,14 @@ type Script = Arc<Mutex<Vec<u32>>>;
 
 struct Scripted {
     script: Script,
+    /// Tokens of all steps.
+    seen: Script,
     vocab_size: usize,
 }
 
 impl Runner for Scripted {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.seen.lock().unwrap().extend(&batch.tokens);
         for _ in &batch.logits_rows {
             let mut script = self.script.lock().unwrap();
             let next = if script.is_empty() { EOS } else { script.remove(0) };
@@ -53,6 +58,7 @@ impl Runner for Scripted {
 pub(crate) struct Server {
     pub(crate) app: Arc<App>,
     script: Script,
+    seen: Script,
     tokenizer: Tokenizer,
 }
 
@@ -62,15 +68,21 @@ impl Server {
     }
 
     pub(crate) fn with(options: &Options) -> Server {
+        Server::with_context(options, CONTEXT)
+    }
+
+    /// A model with a context of this many tokens.
+    pub(crate) fn with_context(options: &Options, context: usize) -> Server {
         let dir = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"));
         let tokenizer = Tokenizer::from_dir(dir).unwrap();
         let template = ChatTemplate::from_dir(dir, None).unwrap();
         let vocab_size = tokenizer.vocab_size();
         let script = Script::default();
-        let runner_script = Arc::clone(&script);
+        let seen = Script::default();
+        let (runner_script, runner_seen) = (Arc::clone(&script), Arc::clone(&seen));
         let make = move || {
-            let runner = Scripted { script: Arc::clone(&runner_script), vocab_size };
-            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * CONTEXT), CONTEXT, CONTEXT);
+            let runner = Scripted { script: Arc::clone(&runner_script), seen: Arc::clone(&runner_seen), vocab_size };
+            let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * context), context, context);
             Ok((engine, Box::new(|_| 0u64) as StepBytes))
         };
         let worker = Worker::start(make, 32).unwrap();
@@ -82,12 +94,17 @@ impl Server {
             template,
             defaults: GenerationConfig { eos_token_ids: vec![EOS], ..GenerationConfig::default() },
             vocab_size,
-            context: CONTEXT,
+            context,
             numerics: "f32",
             bandwidth: 0.0,
             max_batch: 16,
         };
-        Server { app: App::new(worker, model, options).unwrap(), script, tokenizer }
+        Server { app: App::new(worker, model, options).unwrap(), script, seen, tokenizer }
+    }
+
+    /// The text that the engine has read so far, special tokens too.
+    pub(crate) fn seen(&self) -> String {
+        self.tokenizer.decode(&self.seen.lock().unwrap(), false).unwrap()
     }
 
     /// What the next answers say.

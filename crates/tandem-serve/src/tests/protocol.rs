@@ -24,7 +24,7 @@ fn merge(mut base: Value, more: Value) -> Value {
 }
 
 /// What an answer says, whichever interface gave it: reasoning, text, calls (name, arguments), end.
-type Said = (String, String, Vec<(String, String)>, String);
+pub(super) type Said = (String, String, Vec<(String, String)>, String);
 
 /// One question in all interfaces, with the interface's own tool form, as a whole and as a stream.
 async fn ask_all(server: &Server, script: &str, stop: Option<&str>, max_tokens: u32) -> Vec<(&'static str, Said)> {
@@ -59,11 +59,11 @@ async fn ask_all(server: &Server, script: &str, stop: Option<&str>, max_tokens: 
     all
 }
 
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-fn said_by_chat(answer: &Value) -> Said {
+pub(super) fn said_by_chat(answer: &Value) -> Said {
     let choice = &answer["choices"][0];
     let message = &choice["message"];
     let calls = message["tool_calls"].as_array().cloned().unwrap_or_default();
@@ -75,7 +75,7 @@ fn said_by_chat(answer: &Value) -> Said {
     (text(&message["reasoning_content"]), text(&message["content"]), calls.iter().map(call).collect(), end.to_owned())
 }
 
-fn said_by_chunks(chunks: &[Value]) -> Said {
+pub(super) fn said_by_chunks(chunks: &[Value]) -> Said {
     let mut said = Said::default();
     for choice in chunks.iter().filter_map(|chunk| chunk["choices"].get(0)) {
         let delta = &choice["delta"];
@@ -104,7 +104,7 @@ fn end_of_message(value: &Value) -> String {
     .to_owned()
 }
 
-fn said_by_message(message: &Value) -> Said {
+pub(super) fn said_by_message(message: &Value) -> Said {
     let mut said = Said::default();
     for block in message["content"].as_array().unwrap() {
         match block["type"].as_str().unwrap() {
@@ -120,7 +120,7 @@ fn said_by_message(message: &Value) -> Said {
     said
 }
 
-fn said_by_message_events(events: &[Value]) -> Said {
+pub(super) fn said_by_message_events(events: &[Value]) -> Said {
     assert_eq!(
         (&events[0]["type"], &events.last().unwrap()["type"]),
         (&json!("message_start"), &json!("message_stop"))
@@ -158,7 +158,7 @@ fn said_by_message_events(events: &[Value]) -> Said {
     said
 }
 
-fn said_by_response(response: &Value) -> Said {
+pub(super) fn said_by_response(response: &Value) -> Said {
     let mut said = Said::default();
     for item in response["output"].as_array().unwrap() {
         match item["type"].as_str().unwrap() {
@@ -178,7 +178,7 @@ fn said_by_response(response: &Value) -> Said {
 
 /// Numbers in order, every item and part opened and closed once.
 #[track_caller]
-fn check_events(events: &[Value]) {
+pub(super) fn check_events(events: &[Value]) {
     for (i, event) in events.iter().enumerate() {
         assert_eq!(event["sequence_number"], i, "{event}");
     }
