@@ -47,17 +47,8 @@ pub enum SettingsError {
         what: String,
     },
     /// Two flags from equally important places exclude each other.
-    #[error("{first} and {second} cannot be used together: --{first_flag} excludes --{second_flag}")]
-    Conflict {
-        /// Where the first flag is set.
-        first: Origin,
-        /// The first flag, without its dashes.
-        first_flag: String,
-        /// Where the second one is set.
-        second: Origin,
-        /// The second flag, without its dashes.
-        second_flag: String,
-    },
+    #[error("{0}")]
+    Conflict(String),
 }
 
 /// Where the value of a flag came from, the most important first.
@@ -342,12 +333,11 @@ fn drop_excluded(
             if candidate.rank == rank {
                 let name = |arg: &Arg| arg.get_long().unwrap_or_default().to_owned();
                 let origin = found[i].2.as_ref().map_or(Origin::Default, |candidate| candidate.origin.clone());
-                return Err(SettingsError::Conflict {
-                    first: origin,
-                    first_flag: name(arg),
-                    second: candidate.origin.clone(),
-                    second_flag: name(other),
-                });
+                let (one, two) = (name(arg), name(other));
+                let second = &candidate.origin;
+                return Err(SettingsError::Conflict(format!(
+                    "{origin} and {second} cannot be used together: --{one} excludes --{two}"
+                )));
             }
             is_out |= candidate.rank < rank;
         }
