@@ -115,7 +115,8 @@ fn what_excludes_what() {
 
 #[test]
 fn mistakes_are_named() {
-    let cases: &[(&[(&str, &str)], &str, &str)] = &[
+    type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, &'a str);
+    let cases: &[Case<'_>] = &[
         (&[("T_SIZE", "x")], "", "T_SIZE: invalid value 'x' for '--size"),
         (&[("T_JSON", "maybe")], "", "T_JSON: --json is \"maybe\", expected true or false"),
         (&[], "size = 99", "0.toml: invalid value '99'"),
