@@ -173,7 +173,7 @@ fn generate(
 ) -> anyhow::Result<bool> {
     let prompt = tokenizer.encode(&task.prompt, true)?;
     let in_reasoning = opens_reasoning(&task.prompt);
-    let mut stream = AnswerStream::chat(tokenizer, Dialect::Json, vec![], in_reasoning, vec![]);
+    let mut stream = AnswerStream::chat(tokenizer, Dialect::Hermes, vec![], in_reasoning, vec![]);
     let mut answer = String::new();
     let mut take = |deltas: Vec<Delta>| {
         for delta in deltas {

@@ -31,7 +31,7 @@ pub(crate) use model::ModelArgs;
 pub(crate) use parallel::ParallelArgs;
 pub(crate) use pull::PullArgs;
 use run::RUN_EXAMPLES;
-pub(crate) use run::{OnOff, RunArgs};
+pub(crate) use run::RunArgs;
 use serve::SERVE_EXAMPLES;
 pub(crate) use serve::ServeArgs;
 
