@@ -727,18 +727,21 @@ mod tests {
         let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8");
         let path = std::path::Path::new(model).join("tokenizer.json");
         let mut file: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        let mut id = Tokenizer::from_dir(std::path::Path::new(model)).unwrap().vocab_size();
-        for tag in [
+        let n_known = Tokenizer::from_dir(std::path::Path::new(model)).unwrap().vocab_size();
+        let tags = [
             "｜DSML｜",
             "<｜tool▁calls▁begin｜>",
             "<｜tool▁calls▁end｜>",
             "<｜tool▁call▁begin｜>",
             "<｜tool▁call▁end｜>",
             "<｜tool▁sep｜>",
-        ] {
-            file["added_tokens"].as_array_mut().unwrap().push(json!({"id": id, "content": tag, "special": false,
+        ];
+        for (i, tag) in tags.into_iter().enumerate() {
+            file["added_tokens"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!({"id": n_known + i, "content": tag, "special": false,
                 "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
-            id += 1;
         }
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
