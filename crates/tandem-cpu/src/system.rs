@@ -77,6 +77,18 @@ pub fn lock_memory() -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
+/// Gives memory that was freed back to the system, where the allocator would keep it for later.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[allow(unsafe_code)]
+pub fn return_freed_memory() {
+    // SAFETY: malloc_trim touches free memory only, and takes the allocator's locks.
+    let _ = unsafe { libc::malloc_trim(0) };
+}
+
+/// Gives memory that was freed back to the system: allocators of other systems do it by themselves.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn return_freed_memory() {}
+
 /// Threads to use when nobody says: one per core this process may run on.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

@@ -298,6 +298,7 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         request_timeout: Duration::from_secs(args.request_timeout).min(LONGEST_TIMEOUT),
         stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
+        return_memory: system::return_freed_memory,
     })
 }
 
