@@ -376,13 +376,23 @@ impl Launcher<'_> {
             }
             let all_ended = ranks.iter().all(|r| r.status.is_some());
             if let Some((rank, status, at)) = first_failure {
-                // The others have most of the deadline to say what they saw.
-                if all_ended || at.elapsed() > patience.mul_f64(0.8) {
+                // Whoever lives sees the failure within 0.1 of the deadline, and ends within 0.2 more.
+                let is_over = |rank: &Rank| rank.status.is_some() || is_suspended(rank.child.id());
+                if ranks.iter().all(is_over) || at.elapsed() > patience.mul_f64(0.3) {
                     // Ranks end within moments of each other: one that a signal ended did not follow another.
                     let by_signal =
                         |(i, r): (usize, &Rank)| r.status.filter(|s| s.signal().is_some()).map(|status| (i, status));
-                    let (rank, status) = ranks.iter().enumerate().find_map(by_signal).unwrap_or((rank, status));
-                    eprintln!("launch: rank {rank} ({}) ended first: {status}", self.hosts[rank].name);
+                    let killed = ranks.iter().enumerate().find_map(by_signal);
+                    let silent = silent(ranks).filter(|_| killed.is_none());
+                    let (rank, status) = killed.unwrap_or((rank, status));
+                    let ended = format!("rank {rank} ({}) ended first: {status}", self.hosts[rank].name);
+                    match silent {
+                        Some(silent) => {
+                            let host = &self.hosts[silent].name;
+                            eprintln!("launch: rank {silent} ({host}) did not answer and is ended; {ended}");
+                        }
+                        None => eprintln!("launch: {ended}"),
+                    }
                     return Ok(match code(status) {
                         ExitCode::SUCCESS => ExitCode::FAILURE,
                         other => other,
@@ -403,6 +413,18 @@ impl Launcher<'_> {
             Event::News(_, Announcement::Listening(_)) => {}
         }
     }
+}
+
+/// The rank that the others have waited for in vain: one that is suspended, else one that has not ended.
+fn silent(ranks: &[Rank]) -> Option<usize> {
+    let running = || ranks.iter().enumerate().filter(|(_, rank)| rank.status.is_none()).map(|(i, _)| i);
+    running().find(|i| is_suspended(ranks[*i].child.id())).or_else(|| running().next())
+}
+
+/// Whether a process of this host was stopped by a signal; false where the system does not tell.
+fn is_suspended(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, state)| state.trim_start().starts_with(['T', 't']))
 }
 
 /// Ends every rank that still runs: first its pipe, then the process.

@@ -210,12 +210,17 @@ fn a_killed_rank_is_named_and_nobody_outlives_it() {
 
 #[test]
 fn a_suspended_rank_is_named_within_the_deadline() {
-    let mut launch = launch(2, &["--pp", "2"], &ENDLESS);
-    launch.wait_for_text();
-    signal(launch.ranks[1], "STOP");
-    let (code, stderr, _) = launch.end(WITHIN * 2);
-    assert_ne!(code, Some(0));
-    assert!(stderr.contains("rank 1 (localhost") && stderr.contains("did not answer"), "{stderr}");
+    for (n, victim) in [(2, 1), (2, 0), (3, 1)] {
+        let mut launch = launch(n, &["--pp", if n == 2 { "2" } else { "3" }], &ENDLESS);
+        launch.wait_for_text();
+        signal(launch.ranks[victim], "STOP");
+        let (code, stderr, took) = launch.end(WITHIN * 2);
+        assert_ne!(code, Some(0));
+        let last = stderr.lines().last().unwrap_or_default();
+        assert!(last.starts_with(&format!("launch: rank {victim} (localhost) did not answer")), "{stderr}");
+        // Four seconds, and one.
+        assert!(took < Duration::from_secs(5), "{took:?}: {stderr}");
+    }
 }
 
 #[test]
