@@ -3,6 +3,7 @@
 mod abuse;
 mod bytes;
 mod clients;
+mod others;
 mod protocol;
 
 use std::sync::{Arc, Mutex};
