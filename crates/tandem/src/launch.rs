@@ -27,6 +27,8 @@ use crate::cli::LaunchArgs;
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
+/// After this long without a line, ranks that have ended say nothing more.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 /// Ranks that fail so soon will probably fail again.
 const SHORT: Duration = Duration::from_secs(2);
 
@@ -379,6 +381,10 @@ impl Launcher<'_> {
                 // Whoever lives sees the failure within 0.1 of the deadline, and ends within 0.2 more.
                 let is_over = |rank: &Rank| rank.status.is_some() || is_suspended(rank.child.id());
                 if ranks.iter().all(is_over) || at.elapsed() > patience.mul_f64(0.3) {
+                    // What the ranks said last may still be in its pipe; this launcher's line follows it.
+                    for event in std::iter::from_fn(|| events.recv_timeout(LAST_WORDS).ok()).take(20) {
+                        self.show(&event, &bars);
+                    }
                     // Ranks end within moments of each other: one that a signal ended did not follow another.
                     let by_signal =
                         |(i, r): (usize, &Rank)| r.status.filter(|s| s.signal().is_some()).map(|status| (i, status));
