@@ -256,6 +256,12 @@ impl Launcher<'_> {
         result
     }
 
+    /// Of the commands that ranks run, only `run` reads.
+    fn reads_input(&self) -> bool {
+        let commands = ["run", "serve", "eval", "bench"];
+        self.args.command.iter().find(|word| commands.contains(&word.as_str())).is_none_or(|command| command == "run")
+    }
+
     fn order(&self, rank: usize, secret: &str, generation: u32) -> Order {
         let host = &self.hosts[rank];
         // Checked to be below 65536 when the launcher began.
@@ -271,6 +277,7 @@ impl Launcher<'_> {
             on_this_host: self.hosts.iter().filter(|h| h.name == host.name).count(),
             start_timeout: self.args.start_timeout,
             model: self.args.remote_model.clone().filter(|_| !host.is_local()),
+            reads_input: self.reads_input(),
         }
     }
 
@@ -348,7 +355,7 @@ impl Launcher<'_> {
                     if let Some(pipe) = &mut rank.pipe {
                         let _ = pipe.write_all(text.as_bytes());
                     }
-                    if i == 0 && !self.hosts[0].is_local() {
+                    if i == 0 && !self.hosts[0].is_local() && self.reads_input() {
                         forward_input(rank.pipe.take());
                     }
                 }

@@ -233,6 +233,36 @@ fn the_end_of_the_launcher_ends_every_rank() {
     }
 }
 
+/// A remote rank 0 has no other way to notice than its orders' pipe, which is the user's input only for `run`.
+#[test]
+fn a_remote_server_does_not_outlive_its_launcher() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = temporary();
+    let ssh = file(&dir, "ssh", "#!/bin/sh\nfor last; do :; done\nexec sh -c \"exec $last\"\n");
+    std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).expect("own file");
+    let path = format!("{}:{}", text(dir.path()), std::env::var("PATH").unwrap_or_default());
+    let hostfile = file(&dir, "hosts.json", r#"[{"ssh": "a", "ips": ["127.0.0.1"]}]"#);
+    let args = ["launch", "--hostfile", &hostfile, "--", "serve", "--port", "0", "--threads", "1"];
+    let mut child = command(&args)
+        .env("PATH", &path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+    assert!(lines.by_ref().map_while(Result::ok).any(|line| line.contains("listening on")), "it ended");
+    let ranks = children(child.id());
+    assert_eq!(ranks.len(), 1);
+    signal(child.id(), "KILL");
+    child.wait().expect("a child");
+    let start = Instant::now();
+    while runs(ranks[0]) {
+        assert!(start.elapsed() < WITHIN, "the server outlived its launcher");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn restarted_ranks_answer() {
     let mut launch = launch(2, &["--pp", "2", "--restart", "1"], &["--max-tokens", "400", PROMPT]);
