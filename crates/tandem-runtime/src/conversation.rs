@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tandem_engine::{GenerationConfig, SamplingOverrides, SamplingParams, check_vocabulary};
 use tandem_text::{
-    AnswerStream, ChatTemplate, Dialect, Function, Prompt, Tokenizer, ends_of_turn, prompt, stop_tokens, template_call,
+    AnswerStream, ChatFormat, Dialect, Function, Prompt, Reasoning, Tokenizer, ends_of_turn, prompt, stop_tokens,
+    template_call,
 };
 
 /// What a chat begins with.
@@ -18,8 +19,10 @@ pub struct ConversationOptions {
     pub raw: bool,
     /// Chat template to use instead of the model's.
     pub chat_template: Option<PathBuf>,
-    /// The template's `enable_thinking`; its own default if `None`.
-    pub thinking: Option<bool>,
+    /// The chat format to use in place of that which the checkpoint says.
+    pub chat_format: Option<Dialect>,
+    /// How much the model should think first; what is not said is the template's choice.
+    pub thinking: Reasoning,
     /// JSON file with an array of tools in OpenAI's form.
     pub tools: Option<PathBuf>,
     /// Tokens of an answer at most; the model's own limit if `None`.
@@ -42,15 +45,14 @@ pub struct Conversation {
     pub sampling: SamplingOverrides,
     /// Tokens of an answer at most; the rest of the context if `None`.
     pub max_tokens: Option<usize>,
-    /// The template's `enable_thinking`; its own default if `None`.
-    pub thinking: Option<bool>,
+    /// How much the model should think first; what is not said is the template's choice.
+    pub thinking: Reasoning,
     stops: Vec<String>,
     raw: bool,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
-    dialect: Dialect,
+    format: ChatFormat,
     defaults: GenerationConfig,
     /// Directory of the model, for messages.
     pub model: String,
@@ -64,11 +66,13 @@ impl Conversation {
     pub fn new(options: &ConversationOptions, dir: &Path, vocab_size: usize) -> anyhow::Result<Conversation> {
         let defaults = GenerationConfig::load(dir)?;
         let tokenizer = Tokenizer::from_dir(dir)?;
-        let template = ChatTemplate::from_dir(dir, options.chat_template.as_deref())?;
+        let format = ChatFormat::from_dir(dir, options.chat_template.as_deref(), options.chat_format, |token| {
+            tokenizer.has_token(token)
+        })?;
         check_vocabulary(&defaults.eos_token_ids, vocab_size).context("eos_token_id")?;
         let mut eos = match options.ignore_eos {
             true => vec![],
-            false => ends_of_turn(&defaults.eos_token_ids, &tokenizer, template.as_ref(), vocab_size),
+            false => ends_of_turn(&defaults.eos_token_ids, &tokenizer, format.template.as_ref(), vocab_size),
         };
         eos.extend(stop_tokens(&options.stop, &tokenizer));
         let conversation = Conversation {
@@ -81,8 +85,7 @@ impl Conversation {
             raw: options.raw,
             eos,
             tokenizer,
-            dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
-            template,
+            format,
             defaults,
             model: dir.display().to_string(),
         };
@@ -114,7 +117,7 @@ impl Conversation {
             let text = self.messages.last().and_then(|m| m["content"].as_str()).unwrap_or_default().to_owned();
             return Ok(Prompt { ids: self.tokenizer.encode(&text, true)?, text, in_reasoning: false });
         }
-        let Some(template) = &self.template else {
+        let Some(template) = &self.format.template else {
             bail!(
                 "{} has no chat template; pass the prompt as it stands with --raw, or a template with --chat-template FILE",
                 self.model
@@ -124,10 +127,15 @@ impl Conversation {
         if !self.messages.iter().any(|m| m["role"] == "user") {
             return Ok(Prompt::default());
         }
-        let thinking = self.thinking.map(|on| ("enable_thinking".to_owned(), Value::Bool(on)));
-        let extra: Map<String, Value> = thinking.into_iter().collect();
+        let (extra, _) = template.reasoning().variables(self.thinking);
         let tools = (!self.tools.is_empty()).then_some(&self.tools[..]);
         Ok(prompt(template, &self.tokenizer, &self.messages, tools, &extra)?)
+    }
+
+    /// What the chat template cannot be told of [`Conversation::thinking`].
+    pub fn notes(&self) -> Vec<String> {
+        let template = self.format.template.as_ref().filter(|_| !self.raw);
+        template.map(|template| template.reasoning().variables(self.thinking).1).unwrap_or_default()
     }
 
     /// Takes the answer to a prompt apart.
@@ -136,7 +144,7 @@ impl Conversation {
             return AnswerStream::plain(&self.tokenizer, self.stops.clone());
         }
         let functions = self.tools.iter().filter_map(Function::of_tool).collect();
-        AnswerStream::chat(&self.tokenizer, self.dialect, functions, prompt.in_reasoning, self.stops.clone())
+        AnswerStream::chat(&self.tokenizer, self.format.dialect, functions, prompt.in_reasoning, self.stops.clone())
     }
 
     /// Forgets everything, and begins with a system message if there is one.

@@ -9,7 +9,7 @@ use tandem_core::ModelConfig;
 use tandem_engine::GenerationConfig;
 use tandem_runtime::{LoadOptions, LogitsRows, ModelOptions, ignore_news, load, model_dir};
 use tandem_serve::{App, Limits, Model, Options, StepBytes, Worker, router, serve};
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_text::{ChatFormat, Tokenizer};
 
 const MAX_BATCH: usize = 8;
 
@@ -27,12 +27,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Ok((loaded.engine, Box::new(|_| 0u64) as StepBytes))
     };
     let worker = Worker::start(make, MAX_BATCH + 64)?;
-    let template = ChatTemplate::from_dir(&dir, None)?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let ChatFormat { dialect, template } = ChatFormat::from_dir(&dir, None, None, |token| tokenizer.has_token(token))?;
     let model = Model {
         names: vec!["mine".into()],
         model_type: config.model_type.name().to_owned(),
-        tokenizer: Tokenizer::from_dir(&dir)?,
-        dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
+        tokenizer,
+        dialect,
         template,
         defaults: GenerationConfig::load(&dir)?,
         vocab_size: config.vocab_size,

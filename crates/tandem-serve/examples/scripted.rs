@@ -17,7 +17,7 @@ use tandem_core::Batch;
 use tandem_engine::{BlockManager, Engine, EngineError, GenerationConfig, Runner};
 use tandem_model::Limits as RunnerLimits;
 use tandem_serve::{App, Limits, Model, Options, StepBytes, Worker, router, serve};
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_text::{ChatFormat, Tokenizer};
 use tokio_stream::StreamExt;
 
 const CONTEXT: usize = 1 << 17;
@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let bundled = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8").to_owned();
     let dir = std::path::PathBuf::from(rest.first().unwrap_or(&bundled));
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let template = ChatTemplate::from_dir(&dir, None)?;
+    let ChatFormat { dialect, template } = ChatFormat::from_dir(&dir, None, None, |token| tokenizer.has_token(token))?;
     let defaults = GenerationConfig::load(&dir)?;
     let end = defaults.eos_token_ids.first().copied().unwrap_or(0);
     let vocab_size = tokenizer.vocab_size();
@@ -81,7 +81,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let model = Model {
         names: NAMES.iter().map(|name| (*name).to_owned()).collect(),
         model_type: "scripted".into(),
-        dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
+        dialect,
         tokenizer,
         template,
         defaults,

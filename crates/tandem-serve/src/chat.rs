@@ -17,12 +17,14 @@ use crate::api::*;
 use crate::app::App;
 use crate::body::Body;
 use crate::conversation::{
-    Choice, Conversation, Effort, Notes, Thinking, Tool, ToolKind, content_text, count, read_format, split_reasoning,
+    Choice, Conversation, Notes, Tool, ToolKind, content_text, count, read_effort, read_format, read_thinking,
+    split_reasoning,
 };
 use crate::error::{ApiError, ErrorResponse};
 use crate::generation::{Answer, Ask, Chunk, Finish, Generation, new_id, now, total};
 use crate::grammar::Form;
 use crate::read::{kind, list, missing, object, optional, optional_text, required_text};
+use tandem_text::Reasoning;
 use tandem_text::dialect::Delta;
 use tandem_text::template_call;
 
@@ -383,14 +385,13 @@ pub(crate) fn read(request: &ChatRequest, notes: Notes) -> Result<Conversation, 
         Some(outputs) => form_of(outputs)?,
         None => request.response_format.as_ref().map(|f| read_format(f, "response_format")).transpose()?.flatten(),
     };
-    let effort =
-        request.reasoning_effort.as_ref().map(|effort| Effort::read(effort, "reasoning_effort")).transpose()?;
-    let thinking = request.thinking.as_ref().map(|thinking| Thinking::read(thinking, "thinking")).transpose()?;
+    let effort = request.reasoning_effort.as_ref().map(|effort| read_effort(effort, "reasoning_effort")).transpose()?;
+    let thinking = request.thinking.as_ref().map(|thinking| read_thinking(thinking, "thinking")).transpose()?;
     let reasoning = request.reasoning.as_ref().map(|reasoning| read_reasoning(reasoning, "reasoning")).transpose()?;
-    let budget = Thinking { budget: request.thinking_token_budget.map(|n| n.0), ..Thinking::default() };
+    let budget = Reasoning { budget: request.thinking_token_budget.map(|n| n.0), ..Reasoning::default() };
     conversation.thinking = thinking
         .unwrap_or_default()
-        .or(effort.map(Thinking::of_effort).unwrap_or_default())
+        .or(effort.map(Reasoning::of_effort).unwrap_or_default())
         .or(reasoning.unwrap_or_default())
         .or(budget);
     conversation.variables = request.chat_template_kwargs.clone().unwrap_or_default();
@@ -419,13 +420,13 @@ pub(crate) fn read(request: &ChatRequest, notes: Notes) -> Result<Conversation, 
 }
 
 /// `{"effort": .., "max_tokens": .., "enabled": ..}`, as gateways write it.
-pub(crate) fn read_reasoning(value: &Value, path: &str) -> Result<Thinking, ApiError> {
+pub(crate) fn read_reasoning(value: &Value, path: &str) -> Result<Reasoning, ApiError> {
     let map = object(value, path)?;
-    let effort = optional(map, "effort").map(|effort| Effort::read(effort, &format!("{path}.effort"))).transpose()?;
+    let effort = optional(map, "effort").map(|effort| read_effort(effort, &format!("{path}.effort"))).transpose()?;
     let budget = optional(map, "max_tokens").map(|n| count(n, &format!("{path}.max_tokens"))).transpose()?;
     let is_on = optional(map, "enabled").and_then(Value::as_bool);
-    let thinking = Thinking { is_on, effort: None, budget };
-    Ok(thinking.or(effort.map(Thinking::of_effort).unwrap_or_default()))
+    let thinking = Reasoning { is_on, effort: None, budget };
+    Ok(thinking.or(effort.map(Reasoning::of_effort).unwrap_or_default()))
 }
 
 /// A tool of Chat Completions; `None` for those that a vendor would run.

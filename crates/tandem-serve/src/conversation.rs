@@ -4,7 +4,7 @@
 //! (images, sound, tools that only a vendor runs) is left out with a note, so that a client's turn goes on.
 
 use serde_json::{Map, Value, json};
-use tandem_text::Function;
+use tandem_text::{Effort, Function, Reasoning, ReasoningControls};
 
 use crate::app::App;
 use crate::error::ApiError;
@@ -195,105 +195,47 @@ impl Choice {
     }
 }
 
-/// How much the model should think first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Thinking {
-    pub(crate) is_on: Option<bool>,
-    pub(crate) effort: Option<Effort>,
-    /// Tokens of reasoning at most.
-    pub(crate) budget: Option<u32>,
+/// One of OpenAI's levels.
+pub(crate) fn read_effort(value: &Value, path: &str) -> Result<Effort, ApiError> {
+    let found = value.as_str().and_then(Effort::from_name);
+    found.ok_or_else(|| expected(path, value, "one of none, minimal, low, medium, high, xhigh and max"))
 }
 
-/// OpenAI's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Effort {
-    None,
-    Minimal,
-    Low,
-    Medium,
-    High,
-    Xhigh,
-    Max,
+/// `{"type": "enabled", "budget_tokens": ..}`, as Anthropic and Z.ai write it.
+pub(crate) fn read_thinking(value: &Value, path: &str) -> Result<Reasoning, ApiError> {
+    let map = object(value, path)?;
+    let is_on = match kind(map, "enabled", path)? {
+        "enabled" | "adaptive" | "auto" => true,
+        "disabled" => false,
+        other => {
+            let message = format!("type is {other:?}, expected \"enabled\", \"adaptive\" or \"disabled\"");
+            return Err(ApiError::invalid(&format!("{path}.type"), message));
+        }
+    };
+    let budget =
+        optional(map, "budget_tokens").map(|value| count(value, &format!("{path}.budget_tokens"))).transpose()?;
+    Ok(Reasoning { is_on: Some(is_on), effort: None, budget: budget.filter(|_| is_on) })
 }
 
-impl Effort {
-    const ALL: [(&'static str, Effort); 7] = [
-        ("none", Effort::None),
-        ("minimal", Effort::Minimal),
-        ("low", Effort::Low),
-        ("medium", Effort::Medium),
-        ("high", Effort::High),
-        ("xhigh", Effort::Xhigh),
-        ("max", Effort::Max),
-    ];
-
-    pub(crate) fn read(value: &Value, path: &str) -> Result<Effort, ApiError> {
-        let found = Effort::ALL.iter().find(|(name, _)| value.as_str() == Some(name));
-        found
-            .map(|(_, effort)| *effort)
-            .ok_or_else(|| expected(path, value, "one of none, minimal, low, medium, high, xhigh and max"))
-    }
-
-    pub(crate) fn name(self) -> &'static str {
-        Effort::ALL.iter().find(|(_, effort)| *effort == self).map_or("", |(name, _)| name)
-    }
-}
-
-impl Thinking {
-    pub(crate) fn of_effort(effort: Effort) -> Thinking {
-        Thinking { is_on: Some(effort != Effort::None), effort: Some(effort), budget: None }
-    }
-
-    /// `{"type": "enabled", "budget_tokens": ..}`, as Anthropic and Z.ai write it.
-    pub(crate) fn read(value: &Value, path: &str) -> Result<Thinking, ApiError> {
-        let map = object(value, path)?;
-        let is_on = match kind(map, "enabled", path)? {
-            "enabled" | "adaptive" | "auto" => true,
-            "disabled" => false,
-            other => {
-                let message = format!("type is {other:?}, expected \"enabled\", \"adaptive\" or \"disabled\"");
-                return Err(ApiError::invalid(&format!("{path}.type"), message));
-            }
-        };
-        let budget =
-            optional(map, "budget_tokens").map(|value| count(value, &format!("{path}.budget_tokens"))).transpose()?;
-        Ok(Thinking { is_on: Some(is_on), effort: None, budget: budget.filter(|_| is_on) })
-    }
-
-    /// What the other says where this one does not.
-    pub(crate) fn or(self, other: Thinking) -> Thinking {
-        Thinking {
-            is_on: self.is_on.or(other.is_on),
-            effort: self.effort.or(other.effort),
-            budget: self.budget.or(other.budget),
+/// The variables that tell a template of it, with those that the client has named. These win, but for a level that the
+/// template does not know, or a switch that it does not have: then the nearest that it knows is taken.
+fn template_variables(
+    controls: &ReasoningControls,
+    wanted: Reasoning,
+    named: &Map<String, Value>,
+    notes: &mut Notes,
+) -> Map<String, Value> {
+    let (mut variables, said) = controls.variables(wanted);
+    said.into_iter().for_each(|note| notes.add(note));
+    let is_unknown = |word: &str| Effort::from_name(word).is_some_and(|effort| !controls.efforts.contains(&effort));
+    for (key, value) in named {
+        let is_mapped =
+            key == "reasoning_effort" && variables.contains_key(key) && value.as_str().is_some_and(is_unknown);
+        if !is_mapped {
+            variables.insert(key.clone(), value.clone());
         }
     }
-
-    /// Variables by which templates know it: GLM's and Qwen's, DeepSeek's, and the effort in the nearest of the words that the
-    /// template has.
-    fn variables(self, template: &str, variables: &mut Map<String, Value>, notes: &mut Notes) {
-        if let Some(is_on) = self.is_on {
-            variables.insert("enable_thinking".into(), json!(is_on));
-            variables.insert("thinking".into(), json!(is_on));
-        }
-        if !template.contains("reasoning_effort") {
-            return;
-        }
-        let has_switch = template.contains("enable_thinking") || template.contains("thinking is");
-        let mut effort = self.effort.filter(|effort| *effort != Effort::None);
-        if self.is_on == Some(false) && !has_switch {
-            notes.add("the chat template cannot switch reasoning off: it gets the least effort instead");
-            effort = Some(Effort::None);
-        }
-        let Some(effort) = effort else { return };
-        let lower = template.to_lowercase();
-        let knows = |word: &str| lower.contains(&format!("'{word}'")) || lower.contains(&format!("\"{word}\""));
-        let known = Effort::ALL.iter().filter(|(word, known)| *known != Effort::None && knows(word));
-        let distance = |known: Effort| (known as i32 - effort as i32).abs();
-        let nearest = known.min_by_key(|(_, known)| (distance(*known), std::cmp::Reverse(*known as i32)));
-        let word = nearest.map_or(if effort == Effort::None { "low" } else { effort.name() }, |(word, _)| word);
-        variables.insert("reasoning_effort".into(), json!(word));
-    }
+    variables
 }
 
 /// A whole number of things.
@@ -313,7 +255,7 @@ pub(crate) struct Conversation {
     pub(crate) one_call: bool,
     /// The form of an answer that is text.
     pub(crate) form: Option<Form>,
-    pub(crate) thinking: Thinking,
+    pub(crate) thinking: Reasoning,
     /// Further variables of the template.
     pub(crate) variables: Map<String, Value>,
     /// The answer continues the last message.
@@ -391,9 +333,9 @@ impl Conversation {
             let message = format!("there are {} messages, expected at most {MAX_MESSAGES}", self.messages.len());
             return Err(ApiError::invalid(self.param, message));
         }
-        let mut variables = Map::new();
-        let template = app.template.as_ref().map_or("", |template| template.source());
-        self.thinking.variables(template, &mut variables, &mut self.notes);
+        let wanted = Reasoning::of_variables(&self.variables).or(self.thinking);
+        let controls = app.template.as_ref().map(|template| template.reasoning().clone()).unwrap_or_default();
+        let variables = template_variables(&controls, wanted, &self.variables, &mut self.notes);
         let (callable, is_required) = self.callable()?;
         let functions: Vec<Function> = callable
             .iter()
@@ -402,7 +344,6 @@ impl Conversation {
         // All are shown, so that the prompt stays the same while the choice changes.
         let shown: Option<Vec<Value>> =
             (!functions.is_empty()).then(|| self.tools.iter().map(Tool::declaration).collect());
-        variables.extend(self.variables.clone());
         let (prompt, in_reasoning) =
             app.prompt(self.param, &self.messages, shown.as_deref(), &variables, self.continues)?;
         let form = match (is_required, &self.form) {
@@ -418,12 +359,7 @@ impl Conversation {
             param: self.param,
             prompt,
             form,
-            chat: Some(Chat {
-                functions,
-                in_reasoning,
-                one_call: self.one_call,
-                thinking_budget: self.thinking.budget,
-            }),
+            chat: Some(Chat { functions, in_reasoning, one_call: self.one_call, thinking_budget: wanted.budget }),
             n: 1,
             ..Ask::default()
         })

@@ -213,7 +213,7 @@ impl Inner {
         or_text: Option<&Value>,
     ) -> anyhow::Result<TopLevelGrammar> {
         match self.dialect {
-            Dialect::Json => {
+            Dialect::Llama3 | Dialect::Hermes | Dialect::DeepSeekV3 | Dialect::DeepSeekV31 | Dialect::DeepSeekV32 => {
                 // References start from the schema that they stand in.
                 let roots = json!({
                     "functions": functions

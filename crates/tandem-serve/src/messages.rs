@@ -20,7 +20,7 @@ use crate::app::App;
 use crate::body::{Body, Fields};
 use crate::chat::{Events, Gone, send, stream};
 use crate::conversation::{
-    Choice, Conversation, Effort, Notes, Thinking, Tool, content_text, read_format, split_reasoning,
+    Choice, Conversation, Notes, Tool, content_text, read_effort, read_format, read_thinking, split_reasoning,
 };
 use crate::error::ApiError;
 use crate::fields::{self, Table};
@@ -356,12 +356,12 @@ impl CountRequest {
             };
         }
         if let Some(thinking) = &self.thinking {
-            conversation.thinking = Thinking::read(thinking, "thinking")?;
+            conversation.thinking = read_thinking(thinking, "thinking")?;
         }
         let config = self.output_config.as_ref().map(|config| object(config, "output_config")).transpose()?;
         if let Some(effort) = config.and_then(|config| optional(config, "effort")) {
             // It says how much, and the field thinking says whether.
-            conversation.thinking.effort = Some(Effort::read(effort, "output_config.effort")?);
+            conversation.thinking.effort = Some(read_effort(effort, "output_config.effort")?);
         }
         let format = config.and_then(|config| optional(config, "format")).or(self.output_format.as_ref());
         conversation.form = format.map(|format| read_format(format, "output_format")).transpose()?.flatten();

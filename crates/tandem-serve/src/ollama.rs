@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
+use tandem_text::Reasoning;
 use tandem_text::dialect::Delta;
 use tandem_text::{exact, template_call};
 use tokio::sync::mpsc::channel;
@@ -20,7 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::api::{Integer, check_stops, sampling};
 use crate::app::App;
 use crate::body::{Body, Fields};
-use crate::conversation::{Choice, Conversation, Effort, Notes, Thinking, Tool, content_text};
+use crate::conversation::{Choice, Conversation, Notes, Tool, content_text, read_effort};
 use crate::error::ApiError;
 use crate::fields::Table;
 use crate::generation::{Ask, Finish, Generation, new_id, now};
@@ -216,12 +217,12 @@ fn form(format: Option<&Value>) -> Result<Option<Form>, ApiError> {
     }
 }
 
-fn thinking(think: Option<&Value>) -> Result<Thinking, ApiError> {
+fn thinking(think: Option<&Value>) -> Result<Reasoning, ApiError> {
     match think {
         // As Ollama, which shows thinking only to those who ask for it.
-        None => Ok(Thinking::default()),
-        Some(Value::Bool(is_on)) => Ok(Thinking { is_on: Some(*is_on), ..Thinking::default() }),
-        Some(effort) => Effort::read(effort, "think").map(Thinking::of_effort),
+        None => Ok(Reasoning::default()),
+        Some(Value::Bool(is_on)) => Ok(Reasoning { is_on: Some(*is_on), ..Reasoning::default() }),
+        Some(effort) => read_effort(effort, "think").map(Reasoning::of_effort),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Owns the order of the stages: ids become text, a dialect takes the text apart, and stop strings are looked for in
 //! what the reader gets, so that reasoning, arguments and tags never end an answer.
 
-use crate::dialect::{Delta, Dialect, Function, Parser, TAGS};
+use crate::dialect::{Delta, Dialect, Function, Parser};
 use crate::stop::StopMatcher;
 use crate::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
 
@@ -72,9 +72,7 @@ impl AnswerStream {
         if self.stops.stopped().is_some() {
             return Ok(AnswerPiece { deltas: vec![], stopped: true });
         }
-        let is_tag =
-            self.parser.is_some() && self.tokenizer.id_to_token(id).is_some_and(|t| TAGS.contains(&t.as_str()));
-        if self.tokenizer.is_special(id) && !is_tag {
+        if self.tokenizer.is_special(id) && !self.is_tag(id) {
             return Ok(AnswerPiece::default());
         }
         let text = self.decoder.push(id)?;
@@ -126,6 +124,10 @@ impl AnswerStream {
     /// Texts that looked like calls, could not be read, and were passed on as content.
     pub fn n_malformed(&self) -> usize {
         self.parser.as_ref().map_or(0, Parser::n_malformed)
+    }
+
+    fn is_tag(&self, id: u32) -> bool {
+        self.parser.as_ref().zip(self.tokenizer.id_to_token(id)).is_some_and(|(parser, token)| parser.keeps(&token))
     }
 
     fn parse(&mut self, text: &str) -> Vec<Delta> {

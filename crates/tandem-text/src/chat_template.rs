@@ -6,12 +6,15 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value as JinjaValue};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use crate::dialect::{Dialect, deepseek_v32};
+use crate::reasoning::ReasoningControls;
 use crate::tokenizer::{SPECIAL_TOKENS, TokenizerError, content_of, read_tokenizer_config, token_text};
 use crate::{exact, jinja};
 
@@ -61,6 +64,14 @@ pub enum TemplateError {
         /// The template's own message.
         cause: String,
     },
+    /// The model's own encoding, which stands in for a template, has no place for this conversation.
+    #[error("the chat format {format} refused the conversation: {cause}; change the messages")]
+    Encoding {
+        /// Its name.
+        format: &'static str,
+        /// What is wrong with the messages.
+        cause: String,
+    },
     /// The template failed while rendering.
     #[error("chat template, line {line}: \"{cause}\"; fix the template, or name another with --chat-template FILE")]
     Render {
@@ -97,7 +108,7 @@ impl TemplateTokens {
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
-/// A compiled chat template, with the variant for tools where the model has one.
+/// A compiled chat template, with the variant for tools where the model has one; or an encoding that stands in for one.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -106,6 +117,9 @@ pub struct ChatTemplate {
     variants: Vec<(String, String)>,
     /// As they came, all variants.
     source: String,
+    /// Prompts are written by this dialect, not by a template.
+    built_in: Option<Dialect>,
+    controls: OnceLock<ReasoningControls>,
 }
 
 impl ChatTemplate {
@@ -114,9 +128,39 @@ impl ChatTemplate {
     /// # Errors
     /// [`TemplateError::Syntax`] when it is not valid Jinja.
     pub fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
-        let mut template = Self { environment: environment(), tokens, variants: vec![], source: String::new() };
+        let mut template = Self { tokens, ..Self::empty() };
         template.add(DEFAULT, source)?;
         Ok(template)
+    }
+
+    /// The encoding of a dialect whose checkpoints have no template; `None` for those that have one.
+    pub fn built_in(dialect: Dialect) -> Option<Self> {
+        let has_encoding = match dialect {
+            Dialect::DeepSeekV32 => true,
+            Dialect::DeepSeekV3 | Dialect::DeepSeekV31 | Dialect::Glm | Dialect::Hermes | Dialect::Llama3 => false,
+        };
+        has_encoding.then(|| Self { built_in: Some(dialect), ..Self::empty() })
+    }
+
+    fn empty() -> Self {
+        Self {
+            environment: environment(),
+            tokens: TemplateTokens::default(),
+            variants: vec![],
+            source: String::new(),
+            built_in: None,
+            controls: OnceLock::new(),
+        }
+    }
+
+    /// Whether it is an encoding of ours.
+    pub fn is_built_in(&self) -> bool {
+        self.built_in.is_some()
+    }
+
+    /// What it lets a client say about reasoning.
+    pub fn reasoning(&self) -> &ReasoningControls {
+        self.controls.get_or_init(|| ReasoningControls::of(self))
     }
 
     /// Finds a model's template: `explicit`, else `chat_template.jinja` and `additional_chat_templates/*.jinja`, else
@@ -209,6 +253,13 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &Map<String, Value>,
     ) -> Result<String, TemplateError> {
+        if let Some(dialect) = self.built_in {
+            let is_on = |name: &str| extra.get(name).and_then(Value::as_bool);
+            let adds_prompt = is_on("add_generation_prompt").unwrap_or(add_generation_prompt);
+            let is_thinking = ["thinking", "enable_thinking"].iter().any(|name| is_on(name) == Some(true));
+            return deepseek_v32::render(messages, tools.unwrap_or_default(), is_thinking, adds_prompt)
+                .map_err(|cause| TemplateError::Encoding { format: dialect.name(), cause });
+        }
         // Hugging Face passes tools and documents always: they are defined, and none.
         let mut variables: Vec<(&str, JinjaValue)> = vec![
             ("messages", JinjaValue::from_serialize(messages)),
@@ -225,7 +276,7 @@ impl ChatTemplate {
         jinja::render(&self.environment, source, root, render_error).map(exact::unmarked)
     }
 
-    /// Text of the template, its variants one after the other.
+    /// Text of the template, its variants one after the other; nothing if the encoding is ours.
     pub fn source(&self) -> &str {
         &self.source
     }
@@ -435,6 +486,21 @@ fn tojson(value: &JinjaValue, positional_ascii: Option<bool>, options: Kwargs) -
         JsonWriter { out: String::new(), ensure_ascii, indent, item_separator, key_separator, sort_keys, depth: 0 };
     writer.value(value)?;
     jinja::charge(writer.out.len())?;
+    Ok(writer.out)
+}
+
+/// A value as Python's `json.dumps` writes it, letters of all languages as they are.
+pub(crate) fn json_dumps(value: &Value) -> Result<String, Error> {
+    let mut writer = JsonWriter {
+        out: String::new(),
+        ensure_ascii: false,
+        indent: None,
+        item_separator: ", ".to_owned(),
+        key_separator: ": ".to_owned(),
+        sort_keys: false,
+        depth: 0,
+    };
+    writer.value(&JinjaValue::from_serialize(value))?;
     Ok(writer.out)
 }
 

@@ -352,6 +352,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// Whether the vocabulary has a token.
+    pub fn has_token(&self, token: &str) -> bool {
+        self.token_to_id(token).is_some()
+    }
+
     /// The tokenizer's own end of a text (`eos_token` in its configuration).
     pub fn eos(&self) -> Option<u32> {
         self.eos

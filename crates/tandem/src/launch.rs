@@ -102,8 +102,7 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The short form: `command` with `n` ranks on this host.
-pub(crate) fn launch_here(n: usize, parallel: &ParallelOptions) -> anyhow::Result<ExitCode> {
-    let command = std::env::args().skip(1).collect();
+pub(crate) fn launch_here(n: usize, parallel: &ParallelOptions, command: Vec<String>) -> anyhow::Result<ExitCode> {
     let args = LaunchArgs::short_form(command);
     catch_signals()?;
     Launcher { args: &args, parallel: parallel.clone(), hosts: local_hosts(n) }.generation(0)

@@ -6,6 +6,7 @@ mod report;
 mod bench;
 mod cli;
 mod compare;
+mod config;
 mod convert;
 mod devices;
 mod eval;
@@ -21,16 +22,23 @@ use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use tandem_runtime::ranks::{self, Joined, Role};
 use tandem_runtime::{ModelOptions, ParallelOptions, measured};
 
-/// Exit code of a bug, as the standard library has it.
+/// Exit codes of a bug, as the standard library has it, and of flags that cannot be used, as clap has it.
 const PANICKED: u8 = 101;
+const WRONG_COMMAND_LINE: u8 = 2;
 
 fn main() -> ExitCode {
     tandem_runtime::device::prepare_process();
-    let cli = cli::Cli::parse();
+    let cli::Parsed { cli, arguments } = match cli::parse(std::env::args_os().collect()) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            eprintln!("error: {}", report::plain(&error.to_string()));
+            return ExitCode::from(WRONG_COMMAND_LINE);
+        }
+    };
     if let Err(error) = init_logging(&cli) {
         eprintln!("error: {error:#}");
         return ExitCode::FAILURE;
@@ -41,7 +49,7 @@ fn main() -> ExitCode {
             eprintln!("error: tandem has a bug: {info}. Please report this with the command you ran");
         }
     }));
-    let done = match std::panic::catch_unwind(AssertUnwindSafe(|| run(cli))) {
+    let done = match std::panic::catch_unwind(AssertUnwindSafe(|| run(cli, arguments))) {
         Ok(done) => done,
         Err(payload) => match payload.downcast::<report::Unwritable>() {
             Ok(unwritable) => Err(anyhow::Error::from(unwritable.0).context("cannot write to standard output")),
@@ -59,7 +67,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
+/// Runs a command; `arguments` is its command line, settings of files and variables put in.
+fn run(cli: cli::Cli, arguments: Vec<String>) -> anyhow::Result<ExitCode> {
     if let (Some((model, yes)), None) = (cli.command.wanted_model(), cli.launch_fd) {
         pull::offer(model, yes)?;
     }
@@ -67,7 +76,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
     let joined = match Role::find(cli.launch_fd, parallel.as_ref(), quit)? {
         Role::Alone => None,
         Role::Lead(joined) => Some(joined),
-        Role::Launch(n) => return launch::launch_here(n, &parallel.unwrap_or_default()),
+        Role::Launch(n) => return launch::launch_here(n, &parallel.unwrap_or_default(), arguments),
         Role::Follow(joined) => return follow(joined, &cli.command).map(|()| ExitCode::SUCCESS),
     };
     match cli.command {
@@ -90,6 +99,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
             };
             write().with_context(|| format!("cannot write to {}", args.dir.display()))?;
         }
+        cli::Command::Config(args) => config::config(&args, cli.config_file.as_deref())?,
         cli::Command::Devices(args) => devices::devices(&args)?,
         cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }

@@ -28,7 +28,7 @@ fn new_bar(progress: Progress) -> ProgressBar {
         if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(Some(progress.total), target);
     let template = match progress.unit {
-        Unit::Bytes => "{msg} {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+        Unit::Bytes => "{msg} {bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
         Unit::Tokens => "{msg} {bar:40} {pos}/{len} tokens {eta}",
     };
     if let Ok(style) = ProgressStyle::with_template(template) {

@@ -17,7 +17,7 @@ use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::ranks::{Joined, Quit};
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load, model_dir};
 use tandem_serve::{App, Limits, Loading, Model, Options, StepBytes, Worker, router};
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_text::{ChatFormat, Tokenizer};
 
 use crate::cli::ServeArgs;
 use crate::news::on_terminal;
@@ -261,7 +261,7 @@ struct Files {
     dir: PathBuf,
     config: ModelConfig,
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    chat_format: ChatFormat,
     defaults: GenerationConfig,
 }
 
@@ -271,13 +271,11 @@ impl Files {
         let dir = model_dir(options.model.as_deref())?;
         let config = ModelConfig::load(&dir)?;
         options.context(&config)?;
-        Ok(Files {
-            config,
-            tokenizer: Tokenizer::from_dir(&dir)?,
-            template: ChatTemplate::from_dir(&dir, args.chat_template.as_deref())?,
-            defaults: GenerationConfig::load(&dir)?,
-            dir,
-        })
+        let tokenizer = Tokenizer::from_dir(&dir)?;
+        let chat_format = ChatFormat::from_dir(&dir, args.chat_template.as_deref(), args.chat_format, |token| {
+            tokenizer.has_token(token)
+        })?;
+        Ok(Files { config, tokenizer, chat_format, defaults: GenerationConfig::load(&dir)?, dir })
     }
 
     /// Name of the directory.
@@ -308,13 +306,13 @@ fn model(args: &ServeArgs, files: Files, facts: Facts) -> Model {
         [] => vec![files.name()],
         names => names.to_vec(),
     };
-    let Files { config, tokenizer, template, defaults, .. } = files;
+    let Files { config, tokenizer, chat_format, defaults, .. } = files;
     Model {
         names,
         model_type: config.model_type.name().to_owned(),
         tokenizer,
-        dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
-        template,
+        dialect: chat_format.dialect,
+        template: chat_format.template,
         defaults,
         vocab_size: config.vocab_size,
         context: facts.context,

@@ -128,6 +128,16 @@ pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<
     let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
     let dir = model_dir(args.model.model.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
+    for (line, task) in &tasks {
+        let Task::Choose(task) = task else { continue };
+        for choice in &task.choices {
+            ensure!(
+                tokenizer.encode(&format!("{}{choice}", task.question), true)?.len() > 1,
+                "{path} line {line}: the question and the choice {choice:?} are one token together, so nothing comes \
+                 before the choice; expected a longer question, or a choice that begins with a space"
+            );
+        }
+    }
     let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
     let eos = GenerationConfig::load(&dir)?.eos_token_ids;
     let Loaded { mut engine, prefill_chunk, .. } =
@@ -163,7 +173,7 @@ fn generate(
 ) -> anyhow::Result<bool> {
     let prompt = tokenizer.encode(&task.prompt, true)?;
     let in_reasoning = opens_reasoning(&task.prompt);
-    let mut stream = AnswerStream::chat(tokenizer, Dialect::Json, vec![], in_reasoning, vec![]);
+    let mut stream = AnswerStream::chat(tokenizer, Dialect::Hermes, vec![], in_reasoning, vec![]);
     let mut answer = String::new();
     let mut take = |deltas: Vec<Delta>| {
         for delta in deltas {

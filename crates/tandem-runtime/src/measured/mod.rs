@@ -1,5 +1,6 @@
 //! A model that is loaded to be measured: from a checkpoint, or of a preset's shapes with random weights.
 
+mod bytes_read;
 mod ranks;
 mod runner;
 
@@ -24,6 +25,7 @@ use crate::presets;
 use crate::ranks::{Joined, Model, Source, follow_with};
 use crate::units::bytes;
 
+pub use bytes_read::{BytesRead, prefill_flop};
 pub use ranks::{RankReport, by_stage};
 pub use runner::MeasuredRunner;
 

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tandem_core::Batch;
 use tandem_engine::{BlockManager, Engine, EngineError, GenerationConfig, Runner};
 use tandem_model::Limits;
-use tandem_text::{ChatTemplate, Dialect, Tokenizer};
+use tandem_text::{ChatFormat, Tokenizer};
 use tower::ServiceExt;
 
 use crate::{App, Model, Options, StepBytes, Worker, router};
@@ -81,7 +81,8 @@ impl Server {
     pub(crate) fn with_context(options: &Options, context: usize) -> Server {
         let dir = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"));
         let tokenizer = Tokenizer::from_dir(dir).unwrap();
-        let template = ChatTemplate::from_dir(dir, None).unwrap();
+        let ChatFormat { dialect, template } =
+            ChatFormat::from_dir(dir, None, None, |token| tokenizer.has_token(token)).unwrap();
         let vocab_size = tokenizer.vocab_size();
         let script = Script::default();
         let seen = Script::default();
@@ -102,7 +103,7 @@ impl Server {
             names: vec!["fable".into()],
             model_type: "glm_moe_dsa".into(),
             tokenizer: tokenizer.clone(),
-            dialect: template.as_ref().map_or(Dialect::Json, |template| Dialect::of_template(template.source())),
+            dialect,
             template,
             defaults: GenerationConfig { eos_token_ids: vec![EOS], ..GenerationConfig::default() },
             vocab_size,

@@ -4,7 +4,6 @@
 //! operation gives the breakdown. Every decode step runs at the same position with other tokens, so that all steps see
 //! exactly the context asked for.
 
-mod bytes_read;
 pub(crate) mod comm;
 mod matrix;
 mod plot;
@@ -20,9 +19,10 @@ use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
-use bytes_read::BytesRead;
 use tandem_model::Limits;
-use tandem_runtime::measured::{MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage};
+use tandem_runtime::measured::{
+    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, prefill_flop,
+};
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::units::{bytes, count};
 
@@ -340,7 +340,7 @@ fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()
 
     model.note_peak_memory(0);
     let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
-    let flop = bytes_read::prefill_flop(&model, args.context, args.prompt_tokens, chunk);
+    let flop = prefill_flop(&model, args.context, args.prompt_tokens, chunk);
     let peaks: Option<Vec<f64>> = peaks.into_iter().collect();
     let peak = peaks.map(|peaks| Peak::new(&peaks, &times, flop));
     let ms = Spread::of(times);

@@ -1,6 +1,7 @@
 //! Commands and flags: one file a command, which ends in the options of the library that does the work.
 
 mod bench;
+mod config;
 mod convert;
 mod eval;
 mod inspect;
@@ -21,6 +22,7 @@ pub(crate) use bench::{
     BenchArgs, BenchCommArgs, BenchCommand, BenchDecodeArgs, BenchMatrixArgs, BenchModelArgs, BenchPrefillArgs,
     BenchServeArgs,
 };
+pub(crate) use config::{ConfigArgs, Parsed, parse, settings};
 pub(crate) use convert::ConvertArgs;
 pub(crate) use eval::{CompareArgs, EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
 pub(crate) use inspect::InspectArgs;
@@ -29,13 +31,13 @@ pub(crate) use model::ModelArgs;
 pub(crate) use parallel::ParallelArgs;
 pub(crate) use pull::PullArgs;
 use run::RUN_EXAMPLES;
-pub(crate) use run::{OnOff, RunArgs};
+pub(crate) use run::RunArgs;
 use serve::SERVE_EXAMPLES;
 pub(crate) use serve::ServeArgs;
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
 #[derive(Debug, Parser)]
-#[command(name = "tandem", version, max_term_width = 100, after_long_help = EXIT_CODES)]
+#[command(name = "tandem", version, max_term_width = 100, after_long_help = [SETTINGS, EXIT_CODES].join("\n\n"))]
 pub(crate) struct Cli {
     /// Say more on stderr (-v, -vv, -vvv); without it RUST_LOG counts, such as tandem_serve=debug.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -43,12 +45,22 @@ pub(crate) struct Cli {
     /// Form of the log on stderr.
     #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = LogFormat::Text, hide_short_help = true)]
     pub(crate) log_format: LogFormat,
+    /// File of flags to read instead of ./tandem.toml and ~/.config/tandem/tandem.toml.
+    #[arg(long, global = true, value_name = "FILE", hide_short_help = true)]
+    pub(crate) config_file: Option<PathBuf>,
     /// Where `tandem launch` sends its orders.
     #[arg(long, global = true, hide = true, value_name = "FD")]
     pub(crate) launch_fd: Option<u32>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
+
+/// In the long help of the program.
+const SETTINGS: &str = "\
+Flags from elsewhere:
+  TANDEM_CONTEXT=8k does what --context 8k does, and so for every flag. ./tandem.toml and ~/.config/tandem/tandem.toml
+  have lines such as context = \"8k\", under [run] for one command and [models.\"OWNER/NAME\"] for one model.
+  The command line counts more than variables, variables more than files; `tandem config run` shows what came from where.";
 
 /// Ends the long help of commands.
 const EXIT_CODES: &str = "\
@@ -89,6 +101,8 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// List the devices that models can run on, with their memory, limits and features.
     Devices(DevicesArgs),
+    /// Show what flags are set to by files, variables and the command line: tandem config run --model OWNER/NAME
+    Config(ConfigArgs),
     /// Print the completions of a shell: tandem completions bash > ~/.local/share/bash-completion/completions/tandem
     Completions(CompletionsArgs),
     /// Write man pages, one a command.
@@ -114,6 +128,7 @@ impl Command {
             | Command::Convert(_)
             | Command::Pull(_)
             | Command::Devices(_)
+            | Command::Config(_)
             | Command::Completions(_)
             | Command::Man(_) => None,
         }

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use tandem_engine::SamplingOverrides;
 use tandem_runtime::conversation::ConversationOptions;
+use tandem_text::{Dialect, Reasoning};
 
 use super::model::ModelArgs;
-use super::values::tokens;
+use super::values::{chat_format, reasoning, tokens};
 
 pub(super) const RUN_EXAMPLES: &str = "\
 Examples:
@@ -30,9 +31,12 @@ pub(crate) struct RunArgs {
     /// Chat template to use instead of the model's.
     #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     pub(crate) chat_template: Option<PathBuf>,
-    /// Reasoning before the answer, for templates that know `enable_thinking`.
-    #[arg(long, value_enum, help_heading = "Prompt")]
-    pub(crate) thinking: Option<OnOff>,
+    /// How prompts are made and answers written, if not as the checkpoint says.
+    #[arg(long, value_name = "NAME", value_parser = chat_format(), help_heading = "Prompt")]
+    pub(crate) chat_format: Option<Dialect>,
+    /// Reasoning before the answer: on, off, or how much, in the nearest word that the chat template knows.
+    #[arg(long, value_name = "LEVEL", value_parser = reasoning(), help_heading = "Prompt")]
+    pub(crate) thinking: Option<Reasoning>,
     /// JSON file with an array of tools (OpenAI's form) that the model may call.
     #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     pub(crate) tools: Option<PathBuf>,
@@ -59,7 +63,8 @@ impl From<&RunArgs> for ConversationOptions {
             system: args.system.clone(),
             raw: args.raw,
             chat_template: args.chat_template.clone(),
-            thinking: args.thinking.map(|thinking| thinking == OnOff::On),
+            chat_format: args.chat_format,
+            thinking: args.thinking.unwrap_or_default(),
             tools: args.tools.clone(),
             max_tokens: args.max_tokens,
             sampling: SamplingOverrides {
@@ -75,12 +80,6 @@ impl From<&RunArgs> for ConversationOptions {
             ignore_eos: args.ignore_eos,
         }
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OnOff {
-    On,
-    Off,
 }
 
 /// Defaults come from the model's generation_config.json.

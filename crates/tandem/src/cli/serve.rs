@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use tandem_text::Dialect;
 
 use super::model::ModelArgs;
-use super::values::{real, tokens, whole};
+use super::values::{chat_format, real, tokens, whole};
 
 pub(super) const SERVE_EXAMPLES: &str = "\
 Examples:
@@ -33,6 +34,9 @@ pub(crate) struct ServeArgs {
     /// Chat template to use instead of the model's.
     #[arg(long, value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,
+    /// How prompts are made and answers written, if not as the checkpoint says.
+    #[arg(long, value_name = "NAME", value_parser = chat_format())]
+    pub(crate) chat_format: Option<Dialect>,
     /// Answers written at the same time, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 64))]
     pub(crate) max_batch: usize,

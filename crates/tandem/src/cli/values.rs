@@ -2,6 +2,9 @@
 
 use std::str::FromStr;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use tandem_text::{Dialect, Effort, Reasoning};
+
 /// A whole number within a range, which a refusal names.
 pub(crate) fn whole<T: TryFrom<u64>>(
     low: u64,
@@ -35,6 +38,18 @@ pub(crate) fn real<T: FromStr + Into<f64> + Copy>(
         let number = text.parse::<T>().ok().filter(|number| (low..=high).contains(&(*number).into()));
         number.ok_or_else(|| format!("expected a number from {low} to {high}"))
     }
+}
+
+/// The name of a chat format.
+pub(crate) fn chat_format() -> impl TypedValueParser<Value = Dialect> {
+    PossibleValuesParser::new(Dialect::names())
+        .try_map(|name| Dialect::from_name(&name).ok_or("expected the name of a chat format"))
+}
+
+/// `on`, `off`, or a level of effort.
+pub(crate) fn reasoning() -> impl TypedValueParser<Value = Reasoning> {
+    let words = ["on", "off"].into_iter().chain(Effort::ALL.into_iter().map(|(name, _)| name));
+    PossibleValuesParser::new(words).try_map(|word| Reasoning::from_word(&word).ok_or("expected a level of effort"))
 }
 
 /// `5GB`, `300MB` or a number of bytes.

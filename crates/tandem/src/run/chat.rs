@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use clap::ValueEnum;
 use console::style;
 use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
@@ -15,10 +14,10 @@ use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{Cmd, CompletionType, Config, Context, Editor, Helper, KeyEvent};
 
 use tandem_runtime::session::{Session, Step};
+use tandem_text::Reasoning;
 
 use super::Interrupt;
 use super::screen::Screen;
-use crate::cli::OnOff;
 use crate::report::plain;
 
 /// Name, arguments and use of each command.
@@ -38,12 +37,18 @@ const COMMANDS: [(&str, &str, &str); 14] = [
     ("/load", "FILE", "go on with a conversation from a file"),
     ("/tools", "FILE|off", "let the model call the tools of a JSON file; without FILE, list them"),
     ("/stats", "", "model, device, context, tokens, memory"),
-    ("/think", "on|off|show|full", "reason before answers or not; show the last reasoning; show all as it comes"),
+    (
+        "/think",
+        "on|off|LEVEL|show|full",
+        "reason before answers or not, or how much; show the last reasoning; show all as it comes",
+    ),
     ("/result", "TEXT", "what a tool that the model called gave back; the model goes on after the last one"),
     ("/exit", "", "leave, as Ctrl-D does"),
 ];
 /// What `/set` knows.
 const SETTINGS: [&str; 7] = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens"];
+/// What `/think` knows.
+const THINK: [&str; 8] = ["on", "off", "low", "medium", "high", "max", "show", "full"];
 /// Begins and ends a message of several lines.
 const QUOTES: &str = "\"\"\"";
 
@@ -178,12 +183,15 @@ impl Chat {
                 }
             }
             "/stats" => println!("{}", self.session.facts()?),
-            "/think" => match (rest, OnOff::from_str(rest, false)) {
-                (_, Ok(thinking)) => conversation.thinking = Some(thinking == OnOff::On),
+            "/think" => match (rest, Reasoning::from_word(rest)) {
+                (_, Some(thinking)) => {
+                    conversation.thinking = thinking;
+                    conversation.notes().iter().for_each(|note| println!("{note}"));
+                }
                 ("show", _) if self.reasoning.is_empty() => println!("the last answer has no reasoning"),
                 ("show", _) => println!("{}", style(plain(self.reasoning.trim())).dim()),
                 ("full", _) => self.unfolded = !self.unfolded,
-                _ => bail!("/think takes on, off, show or full"),
+                _ => bail!("/think takes on, off, low, high or another level of effort, show or full"),
             },
             name => bail!("unknown command {name}; /help lists them"),
         }
@@ -313,7 +321,7 @@ impl Completer for Line {
         match command {
             "/save" | "/load" | "/tools" => self.files.complete(line, pos, context),
             "/set" => Ok((command.len() + 1, all(&mut SETTINGS.into_iter(), rest))),
-            "/think" => Ok((command.len() + 1, all(&mut ["on", "off", "show", "full"].into_iter(), rest))),
+            "/think" => Ok((command.len() + 1, all(&mut THINK.into_iter(), rest))),
             _ => Ok((pos, vec![])),
         }
     }

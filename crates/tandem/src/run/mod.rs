@@ -41,6 +41,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
     let config = ModelConfig::load(&dir)?;
     let context = options.context(&config)?;
     let mut conversation = Conversation::new(&args.into(), &dir, config.vocab_size)?;
+    conversation.notes().iter().for_each(|note| eprintln!("{note}"));
     if let Some(text) = &prompt {
         conversation.say(text);
     }

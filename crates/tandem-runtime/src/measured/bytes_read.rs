@@ -5,19 +5,20 @@ use tandem_core::backend::{CacheKind, CacheSpec};
 use tandem_core::weights::ModuleKind;
 use tandem_model::cache_specs;
 
-use tandem_runtime::measured::MeasuredModel;
+use super::MeasuredModel;
 
 /// Bytes of one step by module kind.
-pub(super) struct BytesRead {
-    pub(super) kinds: Vec<(&'static str, f64)>,
+pub struct BytesRead {
+    /// Names of kinds of module, and bytes.
+    pub kinds: Vec<(&'static str, f64)>,
     /// Different routed experts per MoE layer, counted while profiling.
-    pub(super) experts_per_layer: Option<f64>,
+    pub experts_per_layer: Option<f64>,
 }
 
 impl BytesRead {
     /// Bytes of decoding `batch` sequences with `visible` positions each: weights once, routed experts as often as they were
     /// counted to differ, and each sequence's attended cache.
-    pub(super) fn of_decode_step(
+    pub fn of_decode_step(
         model: &MeasuredModel,
         visible: usize,
         batch: usize,
@@ -44,12 +45,13 @@ impl BytesRead {
         BytesRead { kinds, experts_per_layer }
     }
 
-    pub(super) fn total(&self) -> f64 {
+    /// Bytes of all kinds.
+    pub fn total(&self) -> f64 {
         self.kinds.iter().map(|(_, bytes)| bytes).sum()
     }
 
     /// Per token of a batch.
-    pub(super) fn json(&self, batch: usize) -> Value {
+    pub fn json(&self, batch: usize) -> Value {
         let share = |bytes: f64| json!((bytes / batch as f64).round() as u64);
         let mut map: Map<String, Value> = self.kinds.iter().map(|(name, n)| (name.to_string(), share(*n))).collect();
         map.insert("total".into(), share(self.total()));
@@ -75,7 +77,7 @@ fn cache_bytes(model: &MeasuredModel, visible: usize, sparse: bool) -> f64 {
 
 /// Floating-point operations of a prompt: 2 per weight that a token meets. The output projection runs for the last
 /// token only, index queries only in chunks that see more than `index_topk` positions.
-pub(super) fn prefill_flop(model: &MeasuredModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
+pub fn prefill_flop(model: &MeasuredModel, context: usize, n_tokens: usize, chunk: usize) -> f64 {
     let config = &model.config;
     let end = context + n_tokens;
     let scored: usize = (context..end)
