@@ -465,21 +465,17 @@ pub(crate) fn read_format(value: &Value, path: &str) -> Result<Option<Form>, Api
     let map = object(value, path)?;
     match kind(map, "", path)? {
         "text" => Ok(None),
-        "json_object" => Ok(Some(Form::JsonSchema(json!({"type": "object"})))),
-        "json_schema" => {
-            let (map, path) = match optional(map, "json_schema") {
-                Some(inner) => (object(inner, &format!("{path}.json_schema"))?, format!("{path}.json_schema")),
-                None => (map, path.to_owned()),
-            };
-            // Without a schema any object will do.
-            let Some(schema) = optional(map, "schema") else {
-                return Ok(Some(Form::JsonSchema(json!({"type": "object"}))));
-            };
-            match schema {
-                Value::Object(_) | Value::Bool(_) => Ok(Some(Form::JsonSchema(schema.clone()))),
-                _ => Err(expected(&format!("{path}.schema"), schema, "a JSON schema")),
+        // llama.cpp's clients give it a schema too.
+        "json_object" => schema_of(map, path).map(Some),
+        // Chat's schema may be absent, Responses' may not.
+        "json_schema" => match optional(map, "json_schema") {
+            Some(inner) => {
+                schema_of(object(inner, &format!("{path}.json_schema"))?, &format!("{path}.json_schema")).map(Some)
             }
-        }
+            None if optional(map, "schema").is_some() => schema_of(map, path).map(Some),
+            None if path.starts_with("response_format") => Err(missing(&format!("{path}.json_schema"))),
+            None => Err(missing(&format!("{path}.schema"))),
+        },
         "grammar" => {
             let grammar = optional_text(map, "grammar", path)?.or(optional_text(map, "definition", path)?);
             let grammar = grammar.ok_or_else(|| missing(&format!("{path}.grammar")))?;
@@ -490,6 +486,15 @@ pub(crate) fn read_format(value: &Value, path: &str) -> Result<Option<Form>, Api
             let message = format!("type is {other:?}, expected \"text\", \"json_object\" or \"json_schema\"");
             Err(ApiError::invalid(&format!("{path}.type"), message))
         }
+    }
+}
+
+/// The schema of a format; without one any object will do.
+fn schema_of(map: &Map<String, Value>, path: &str) -> Result<Form, ApiError> {
+    match optional(map, "schema") {
+        None => Ok(Form::JsonSchema(json!({"type": "object"}))),
+        Some(schema @ (Value::Object(_) | Value::Bool(_))) => Ok(Form::JsonSchema(schema.clone())),
+        Some(other) => Err(expected(&format!("{path}.schema"), other, "a JSON schema")),
     }
 }
 
