@@ -283,7 +283,8 @@ fn json_keys() {
         ),
         (
             &["inspect", FABLE],
-            "active_parameters hidden_size index_topk max_position_embeddings model_type modules modules.* \
+            "active_parameters chat chat.format chat.prompts chat.reasoning_by_default chat.reasoning_can_be_switched \
+             chat.reasoning_efforts hidden_size index_topk max_position_embeddings model_type modules modules.* \
              modules.*.active_parameters modules.*.format_bytes modules.*.format_bytes.* modules.*.parameters \
              modules.*.read_bytes_per_token modules.*.resident_bytes mtp_head n_routed_experts num_experts_per_tok \
              num_hidden_layers parameters path read_bytes_per_token read_bytes_per_token_below_index_topk resident_bytes \
