@@ -83,6 +83,14 @@ impl Operand {
 /// Bytes ahead of the one being read that are asked for, into the second-level cache: the processor's own prefetchers stop
 /// at every page.
 const AHEAD: usize = 8 << 10;
+/// The same where every line is asked for.
+const fn lines_ahead(operand: Operand, code_bits: usize) -> usize {
+    match (operand, code_bits) {
+        (_, 4) => 8 << 10,
+        (Operand::Int8, _) => 2 << 10,
+        _ => 4 << 10,
+    }
+}
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Bytes of which one line is asked for where [`crate::isa::wants_every_line`] says no: it starts the processor's
@@ -123,10 +131,11 @@ pub(crate) fn tile_rows(
     // What comes before the tiles' own prefetches, at once.
     let every_line = crate::isa::wants_every_line();
     let first = matrix.tile(part, first_row / height).codes.as_ptr();
+    let ahead = if every_line { lines_ahead(operand, matrix.layout.codes.bits()) } else { AHEAD };
     if every_line {
-        prefetch_stretch::<LINE>(first, AHEAD)
+        prefetch_stretch::<LINE>(first, ahead)
     } else {
-        prefetch_stretch::<STRIDE>(first, AHEAD)
+        prefetch_stretch::<STRIDE>(first, ahead)
     }
     let n_passes = tokens.len().div_ceil(share);
     for start in (0..n_rows).step_by(height) {
@@ -135,7 +144,7 @@ pub(crate) fn tile_rows(
         let n = height.min(n_rows - start);
         let group_bytes = tile.group_bytes();
         for (pass, tokens) in tokens.chunks(share).enumerate() {
-            if n_passes > 1 {
+            if n_passes > 1 && !every_line {
                 // Each pass asks for its share of the next tile.
                 tile.ahead_step = group_bytes / n_passes;
                 let start = tile.codes.len() + tile.scales.len() + tile.biases.len();
@@ -143,7 +152,7 @@ pub(crate) fn tile_rows(
                 tile.is_shared = true;
             } else {
                 tile.ahead_step = group_bytes;
-                tile.ahead = tile.codes.as_ptr().wrapping_add(AHEAD);
+                tile.ahead = tile.codes.as_ptr().wrapping_add(ahead);
             }
             // SAFETY: tiles exist only on processors with the instructions of `isa`, and the operand was chosen for it
             // (`Operand::choose`).
@@ -295,15 +304,14 @@ fn share_log2(layout: &Layout) -> u32 {
 #[inline(always)]
 fn prefetch_group<const BYTES: usize>(tile: &Tile<'_>, group: usize) {
     let first = tile.ahead.wrapping_add(group * tile.ahead_step);
-    match (tile.every_line, tile.is_shared) {
-        // A line more for scales and biases: the next group's begin where this one's end.
-        (true, false) => prefetch_stretch::<LINE>(first, BYTES + LINE),
-        (true, true) => prefetch_stretch::<LINE>(first, tile.ahead_step),
-        (false, false) => prefetch_stretch::<STRIDE>(first, BYTES),
-        (false, true) => {
-            prefetch_stretch::<LINE>(first, 1);
-            prefetch_stretch::<LINE>(first.wrapping_add(tile.ahead_step / 2), 1);
-        }
+    if tile.every_line {
+        // Two lines more for scales and biases, so that groups in a row are asked for without a gap.
+        prefetch_stretch::<LINE>(first, BYTES + 2 * LINE);
+    } else if tile.is_shared {
+        prefetch_stretch::<LINE>(first, 1);
+        prefetch_stretch::<LINE>(first.wrapping_add(tile.ahead_step / 2), 1);
+    } else {
+        prefetch_stretch::<STRIDE>(first, BYTES);
     }
 }
 
