@@ -50,7 +50,7 @@ fn app() -> Arc<App> {
         model_type: "glm_moe_dsa".into(),
         tokenizer,
         template: None,
-        dialect: Dialect::Json,
+        dialect: Dialect::Hermes,
         defaults: GenerationConfig { eos_token_ids: vec![0], ..GenerationConfig::default() },
         vocab_size,
         context: CONTEXT,

@@ -505,3 +505,42 @@ pub(crate) fn reference<'a>(value: &'a Value, path: &str) -> Result<&'a str, Api
         other => text(other, path),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A template with levels and no switch, as GLM-5.3's: what each interface says, and any template's variable, becomes one
+    /// of its words; a word that it knows is passed on as the client wrote it.
+    #[test]
+    fn every_way_to_ask_for_reasoning_reaches_the_template() {
+        let controls =
+            ReasoningControls { has_switch: false, efforts: vec![Effort::Low, Effort::High, Effort::Max], is_on: true };
+        let thinking = |value: Value| read_thinking(&value, "thinking").unwrap();
+        let effort = |name: &str| Reasoning::of_effort(read_effort(&json!(name), "effort").unwrap());
+        let unsaid = Reasoning::default();
+        for (wanted, named, word, is_said) in [
+            (effort("high"), json!({}), Some("high"), false),
+            (effort("medium"), json!({}), Some("high"), true),
+            (effort("none"), json!({}), Some("low"), true),
+            (thinking(json!({"type": "enabled", "budget_tokens": 1024})), json!({}), Some("low"), false),
+            (thinking(json!({"type": "enabled", "budget_tokens": 64000})), json!({}), Some("max"), false),
+            (thinking(json!({"type": "disabled"})), json!({}), Some("low"), true),
+            (thinking(json!({"type": "adaptive"})), json!({}), None, false),
+            (unsaid, json!({}), None, false),
+            (unsaid, json!({"enable_thinking": false}), Some("low"), true),
+            (unsaid, json!({"thinking": false}), Some("low"), true),
+            (unsaid, json!({"reasoning_effort": "max"}), Some("max"), false),
+            (unsaid, json!({"reasoning_effort": "minimal"}), Some("low"), true),
+            (unsaid, json!({"reasoning_effort": "of my own"}), Some("of my own"), false),
+            (effort("low"), json!({"reasoning_effort": "max"}), Some("max"), false),
+        ] {
+            let Value::Object(named) = named else { panic!("an object") };
+            let mut notes = Notes::default();
+            let wanted = Reasoning::of_variables(&named).or(wanted);
+            let found = template_variables(&controls, wanted, &named, &mut notes);
+            assert_eq!(found.get("reasoning_effort").and_then(Value::as_str), word, "{wanted:?} {named:?}");
+            assert_eq!(notes.line().is_some(), is_said, "{wanted:?} {named:?} {notes:?}");
+        }
+    }
+}
