@@ -62,14 +62,16 @@ pub enum ModelType {
     DeepseekV32,
     /// DeepSeek-V3 / R1: no indexer.
     DeepseekV3,
+    /// GLM-4.7-Flash: DeepSeek-V3's arithmetic.
+    Glm4MoeLite,
     /// Llama and its look-alikes.
     Llama,
 }
 
 impl ModelType {
     /// All of them.
-    pub const ALL: [ModelType; 4] =
-        [ModelType::GlmMoeDsa, ModelType::DeepseekV32, ModelType::DeepseekV3, ModelType::Llama];
+    pub const ALL: [ModelType; 5] =
+        [ModelType::GlmMoeDsa, ModelType::DeepseekV32, ModelType::DeepseekV3, ModelType::Glm4MoeLite, ModelType::Llama];
 
     /// The `model_type` string.
     pub const fn name(self) -> &'static str {
@@ -83,6 +85,7 @@ impl ModelType {
             ModelType::GlmMoeDsa => Parts { name: "glm_moe_dsa", indexer: Some(true), ..DEEPSEEK },
             ModelType::DeepseekV32 => Parts { name: "deepseek_v32", indexer: Some(false), ..DEEPSEEK },
             ModelType::DeepseekV3 => DEEPSEEK,
+            ModelType::Glm4MoeLite => Parts { name: "glm4_moe_lite", ..DEEPSEEK },
             ModelType::Llama => Parts { name: "llama", mla: false, moe: false, mtp: false, indexer: None },
         }
     }
@@ -855,7 +858,9 @@ impl Fields<'_> {
             }
             Some(types) => types[..n_layers].iter().map(|t| t == "sparse").collect(),
             None => {
-                let first = raw.first_k_dense_replace.unwrap_or(0);
+                // transformers' Glm4MoeLiteConfig has one dense layer where the file says nothing.
+                let usual = usize::from(self.model_type == ModelType::Glm4MoeLite);
+                let first = raw.first_k_dense_replace.unwrap_or(usual);
                 let freq = self.size("moe_layer_freq", raw.moe_layer_freq.or(Some(1)))?;
                 (0..n_layers).map(|l| l >= first && l % freq == 0).collect()
             }
@@ -977,5 +982,32 @@ impl Fields<'_> {
             }
         };
         Ok(RopeParameters { theta, scaling })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// GLM-4.7-Flash's file says which layers are sparse, in one of three ways.
+    #[test]
+    fn dense_layers_of_glm4_moe_lite() {
+        for (fields, expected) in [
+            ("", [false, true, true]),
+            (r#""first_k_dense_replace": 2,"#, [false, false, true]),
+            (r#""mlp_layer_types": ["sparse", "dense", "sparse"],"#, [true, false, true]),
+        ] {
+            let text = format!(
+                r#"{{"model_type": "glm4_moe_lite", {fields} "hidden_size": 8, "num_attention_heads": 2,
+                "num_hidden_layers": 3, "intermediate_size": 8, "vocab_size": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+                "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 8}}"#
+            );
+            let config = ModelConfig::parse(&text).expect("valid");
+            assert_eq!(config.model_type.name(), "glm4_moe_lite");
+            let moe = config.moe.expect("experts");
+            assert_eq!(moe.sparse_layers, expected, "{fields}");
+            assert!(moe.norm_topk_prob && config.indexer.is_none() && config.mla.expect("latent").rope_interleave);
+        }
     }
 }

@@ -77,6 +77,34 @@ pub fn lock_memory() -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
+/// Lets the allocator keep little of what is freed from now on. glibc's bounds grow with what was freed before: up to 64 MB
+/// in each thread's arena, which not even [`return_freed_memory`] reaches.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[allow(unsafe_code)]
+pub fn keep_little_freed_memory() {
+    // SAFETY: mallopt changes bounds of the allocator and no memory.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 4 << 20);
+    }
+}
+
+/// Lets the allocator keep little of what is freed: those of other systems do it by themselves.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn keep_little_freed_memory() {}
+
+/// Gives memory that was freed back to the system, where the allocator would keep it for later.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[allow(unsafe_code)]
+pub fn return_freed_memory() {
+    // SAFETY: malloc_trim touches free memory only, and takes the allocator's locks.
+    let _ = unsafe { libc::malloc_trim(0) };
+}
+
+/// Gives memory that was freed back to the system: allocators of other systems do it by themselves.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn return_freed_memory() {}
+
 /// Threads to use when nobody says: one per core this process may run on.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

@@ -11,7 +11,9 @@ use crate::{Limits, Loader, Model, Share};
 macro_rules! of_family {
     ($config:expr, $function:ident $arguments:tt) => {
         match $config.model_type {
-            ModelType::GlmMoeDsa | ModelType::DeepseekV32 | ModelType::DeepseekV3 => deepseek_v32::$function $arguments,
+            ModelType::GlmMoeDsa | ModelType::DeepseekV32 | ModelType::DeepseekV3 | ModelType::Glm4MoeLite => {
+                deepseek_v32::$function $arguments
+            }
             ModelType::Llama => llama::$function $arguments,
         }
     };

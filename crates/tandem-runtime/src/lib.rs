@@ -4,6 +4,7 @@
 //! ([`load()`]), measuring ([`measured`]) and judging ([`judge`]). It knows no flags and prints nothing: news go to the
 //! caller ([`News`]).
 
+mod bundled;
 mod chat;
 pub mod conversation;
 pub mod device;

@@ -120,17 +120,20 @@ fn snapshot(repo: &Path, revision: Option<&str>) -> Option<PathBuf> {
     dirs.pop().filter(|_| dirs.is_empty())
 }
 
-/// Next to the working directory or above the executable, as in a clone.
+/// Next to the working directory or above the executable, as in a clone or a release's archive; else inside the program.
 fn bundled_model() -> anyhow::Result<PathBuf> {
     let executable = std::env::current_exe().unwrap_or_default();
-    std::iter::once(Path::new(""))
+    let found = std::iter::once(Path::new(""))
         .chain(executable.ancestors())
         .map(|dir| dir.join(BUNDLED))
-        .find(|dir| dir.join("config.json").exists())
-        .with_context(|| {
-            format!(
-                "no model is named, and the bundled {BUNDLED} is only in a clone of the repository; name a directory with \
-                 --model DIR, or let --model OWNER/NAME get one from Hugging Face (`tandem inspect OWNER/NAME` tells its size)"
-            )
-        })
+        .find(|dir| dir.join("config.json").exists());
+    if let Some(dir) = found {
+        return Ok(dir);
+    }
+    crate::bundled::unpacked()?.with_context(|| {
+        format!(
+            "no model is named, and the bundled {BUNDLED} is only in a clone of the repository; name a directory with \
+             --model DIR, or let --model OWNER/NAME get one from Hugging Face (`tandem inspect OWNER/NAME` tells its size)"
+        )
+    })
 }

@@ -66,6 +66,8 @@ pub struct Options {
     pub stall_timeout: Duration,
     /// Whether prompts are logged.
     pub log_text: bool,
+    /// Gives freed memory back to the system; called some time after large requests.
+    pub return_memory: fn(),
 }
 
 impl Default for Options {
@@ -80,6 +82,7 @@ impl Default for Options {
             request_timeout: Duration::from_secs(3600),
             stall_timeout: Duration::from_secs(600),
             log_text: false,
+            return_memory: || (),
         }
     }
 }
@@ -186,7 +189,7 @@ impl App {
             log_text: options.log_text,
             max_body_bytes: options.max_body_bytes,
             access: options.access()?,
-            admission: Admission::new(options.max_body_bytes_in_flight),
+            admission: Admission::new(options.max_body_bytes_in_flight, options.return_memory),
             store: Store::new(options.store_dir.clone()),
             longest_token,
         }))

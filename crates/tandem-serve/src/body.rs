@@ -1,6 +1,7 @@
 //! Bodies of requests: bounded in bytes and time, each alone and all together, before anything is done with them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::extract::{FromRequest, Request};
@@ -8,6 +9,7 @@ use axum::http::{StatusCode, header};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tandem_text::exact;
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::StreamExt;
@@ -38,22 +40,57 @@ const LARGE: usize = 1 << 20;
 /// connection closes would see a broken pipe instead of the answer.
 const TOO_LARGE_READ: usize = 8;
 
+/// From the end of a large body on until its memory is given back: others may come.
+const MEMORY: Duration = Duration::from_secs(1);
+
 /// Places for work on requests before they reach the engine's queue.
 pub(crate) struct Admission {
     bytes: Arc<Semaphore>,
     working: Arc<Semaphore>,
     large: Arc<Semaphore>,
+    memory: Memory,
 }
 
 impl Admission {
-    pub(crate) fn new(in_flight: usize) -> Admission {
+    pub(crate) fn new(in_flight: usize, return_memory: fn()) -> Admission {
         let semaphore = |n: usize| Arc::new(Semaphore::new(n.min(Semaphore::MAX_PERMITS)));
-        Admission { bytes: semaphore(in_flight / UNIT), working: semaphore(N_WORKING), large: semaphore(1) }
+        Admission {
+            bytes: semaphore(in_flight / UNIT),
+            working: semaphore(N_WORKING),
+            large: semaphore(1),
+            memory: Memory { give_back: return_memory, is_planned: Arc::default() },
+        }
     }
 }
 
 /// A place among those whose request is worked on.
-pub(crate) struct Admitted(#[allow(dead_code)] Vec<OwnedSemaphorePermit>);
+pub(crate) struct Admitted {
+    _permits: Vec<OwnedSemaphorePermit>,
+    _large: Option<Large>,
+}
+
+/// How memory goes back to the system: the allocator keeps for later what a large request had.
+#[derive(Clone)]
+struct Memory {
+    give_back: fn(),
+    is_planned: Arc<AtomicBool>,
+}
+
+/// A body that is large. After its end memory is given back.
+struct Large(Memory);
+
+impl Drop for Large {
+    fn drop(&mut self) {
+        let Memory { give_back, is_planned } = self.0.clone();
+        if let (Ok(runtime), false) = (Handle::try_current(), is_planned.swap(true, Ordering::Relaxed)) {
+            runtime.spawn(async move {
+                tokio::time::sleep(MEMORY).await;
+                is_planned.store(false, Ordering::Relaxed);
+                let _ = tokio::task::spawn_blocking(give_back).await;
+            });
+        }
+    }
+}
 
 /// A request, read from a JSON body.
 pub(crate) struct Body<T> {
@@ -74,7 +111,7 @@ impl<T: Fields> FromRequest<Arc<App>> for Body<T> {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let admission = &app.admission;
-        let (bytes, held) = read(request, app.max_body_bytes, admission).await?;
+        let (bytes, held, large) = read(request, app.max_body_bytes, admission).await?;
         let mut permits = vec![held];
         let mut enter = async |semaphore: &Arc<Semaphore>| {
             match timeout_at(Instant::now() + PATIENCE, Arc::clone(semaphore).acquire_owned()).await {
@@ -83,7 +120,7 @@ impl<T: Fields> FromRequest<Arc<App>> for Body<T> {
             }
             Ok(())
         };
-        if bytes.len() >= LARGE {
+        if large.is_some() {
             enter(&admission.large).await?;
         }
         enter(&admission.working).await?;
@@ -102,7 +139,7 @@ impl<T: Fields> FromRequest<Arc<App>> for Body<T> {
                 ApiError::invalid(&path, format!("the request is not as expected: {}", error.into_inner()))
             })
         })?;
-        Ok(Body { value, notes, admitted: Admitted(permits) })
+        Ok(Body { value, notes, admitted: Admitted { _permits: permits, _large: large } })
     }
 }
 
@@ -115,10 +152,10 @@ async fn read(
     request: Request,
     limit: usize,
     admission: &Admission,
-) -> Result<(Vec<u8>, OwnedSemaphorePermit), ApiError> {
+) -> Result<(Vec<u8>, OwnedSemaphorePermit, Option<Large>), ApiError> {
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|n| n.to_str().ok()?.parse::<usize>().ok());
     let mut chunks = request.into_body().into_data_stream();
-    let (mut bytes, mut n_read, mut n_units) = (vec![], 0usize, 0);
+    let (mut bytes, mut n_read, mut n_units, mut large) = (vec![], 0usize, 0, None);
     let none = Arc::clone(&admission.bytes).try_acquire_many_owned(0);
     let mut held = none.map_err(|_| ApiError::unavailable("the server is stopping"))?;
     let end = Instant::now() + DEADLINE;
@@ -128,6 +165,9 @@ async fn read(
         let Some(chunk) = next.map_err(|_| ApiError::slow_body())? else { break };
         let chunk = chunk.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body broke off: {e}")))?;
         n_read += chunk.len();
+        if n_read >= LARGE {
+            large.get_or_insert_with(|| Large(admission.memory.clone()));
+        }
         if is_too_large(n_read) {
             bytes = vec![];
             if n_read / TOO_LARGE_READ > limit {
@@ -149,7 +189,7 @@ async fn read(
     if is_too_large(n_read) {
         return Err(ApiError::body_too_large(limit));
     }
-    Ok((bytes, held))
+    Ok((bytes, held, large))
 }
 
 impl ApiError {

@@ -786,8 +786,8 @@ fn prompts(app: &App, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
         Prompt::TokenLists(lists) => lists.len(),
         Prompt::Text(_) | Prompt::Tokens(_) => 1,
     };
-    if n_prompts > 64 {
-        return Err(ApiError::invalid("prompt", format!("there are {n_prompts} prompts, expected at most 64")));
+    if !(1..=64).contains(&n_prompts) {
+        return Err(ApiError::invalid("prompt", format!("there are {n_prompts} prompts, expected 1 to 64")));
     }
     let encode = |text: &String| app.encode("prompt", text, true);
     let prompts = match prompt {
@@ -796,7 +796,6 @@ fn prompts(app: &App, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
         Prompt::Tokens(ids) => vec![TokenId::all(ids)],
         Prompt::TokenLists(lists) => lists.iter().map(|ids| TokenId::all(ids)).collect(),
     };
-    let prompts = if prompts.is_empty() { vec![vec![]] } else { prompts };
     // An empty prompt begins a text, as after the end of another (OpenAI's rule).
     let start = app.defaults.eos_token_ids.first().copied();
     Ok(prompts.into_iter().map(|ids| if ids.is_empty() { start.into_iter().collect() } else { ids }).collect())

@@ -465,21 +465,17 @@ pub(crate) fn read_format(value: &Value, path: &str) -> Result<Option<Form>, Api
     let map = object(value, path)?;
     match kind(map, "", path)? {
         "text" => Ok(None),
-        "json_object" => Ok(Some(Form::JsonSchema(json!({"type": "object"})))),
-        "json_schema" => {
-            let (map, path) = match optional(map, "json_schema") {
-                Some(inner) => (object(inner, &format!("{path}.json_schema"))?, format!("{path}.json_schema")),
-                None => (map, path.to_owned()),
-            };
-            // Without a schema any object will do.
-            let Some(schema) = optional(map, "schema") else {
-                return Ok(Some(Form::JsonSchema(json!({"type": "object"}))));
-            };
-            match schema {
-                Value::Object(_) | Value::Bool(_) => Ok(Some(Form::JsonSchema(schema.clone()))),
-                _ => Err(expected(&format!("{path}.schema"), schema, "a JSON schema")),
+        // llama.cpp's clients give it a schema too.
+        "json_object" => schema_of(map, path).map(Some),
+        // Chat's schema may be absent, Responses' may not.
+        "json_schema" => match optional(map, "json_schema") {
+            Some(inner) => {
+                schema_of(object(inner, &format!("{path}.json_schema"))?, &format!("{path}.json_schema")).map(Some)
             }
-        }
+            None if optional(map, "schema").is_some() => schema_of(map, path).map(Some),
+            None if path.starts_with("response_format") => Err(missing(&format!("{path}.json_schema"))),
+            None => Err(missing(&format!("{path}.schema"))),
+        },
         "grammar" => {
             let grammar = optional_text(map, "grammar", path)?.or(optional_text(map, "definition", path)?);
             let grammar = grammar.ok_or_else(|| missing(&format!("{path}.grammar")))?;
@@ -493,10 +489,58 @@ pub(crate) fn read_format(value: &Value, path: &str) -> Result<Option<Form>, Api
     }
 }
 
+/// The schema of a format; without one any object will do.
+fn schema_of(map: &Map<String, Value>, path: &str) -> Result<Form, ApiError> {
+    match optional(map, "schema") {
+        None => Ok(Form::JsonSchema(json!({"type": "object"}))),
+        Some(schema @ (Value::Object(_) | Value::Bool(_))) => Ok(Form::JsonSchema(schema.clone())),
+        Some(other) => Err(expected(&format!("{path}.schema"), other, "a JSON schema")),
+    }
+}
+
 /// A text that must not be empty: the name of a field that was asked for by reference.
 pub(crate) fn reference<'a>(value: &'a Value, path: &str) -> Result<&'a str, ApiError> {
     match value {
         Value::Object(map) => required_text(map, "id", path),
         other => text(other, path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A template with levels and no switch, as GLM-5.3's: what each interface says, and any template's variable, becomes one
+    /// of its words; a word that it knows is passed on as the client wrote it.
+    #[test]
+    fn every_way_to_ask_for_reasoning_reaches_the_template() {
+        let controls =
+            ReasoningControls { has_switch: false, efforts: vec![Effort::Low, Effort::High, Effort::Max], is_on: true };
+        let thinking = |value: Value| read_thinking(&value, "thinking").unwrap();
+        let effort = |name: &str| Reasoning::of_effort(read_effort(&json!(name), "effort").unwrap());
+        let unsaid = Reasoning::default();
+        for (wanted, named, word, is_said) in [
+            (effort("high"), json!({}), Some("high"), false),
+            (effort("medium"), json!({}), Some("high"), true),
+            (effort("none"), json!({}), Some("low"), true),
+            (thinking(json!({"type": "enabled", "budget_tokens": 1024})), json!({}), Some("low"), false),
+            (thinking(json!({"type": "enabled", "budget_tokens": 64000})), json!({}), Some("max"), false),
+            (thinking(json!({"type": "disabled"})), json!({}), Some("low"), true),
+            (thinking(json!({"type": "adaptive"})), json!({}), None, false),
+            (unsaid, json!({}), None, false),
+            (unsaid, json!({"enable_thinking": false}), Some("low"), true),
+            (unsaid, json!({"thinking": false}), Some("low"), true),
+            (unsaid, json!({"reasoning_effort": "max"}), Some("max"), false),
+            (unsaid, json!({"reasoning_effort": "minimal"}), Some("low"), true),
+            (unsaid, json!({"reasoning_effort": "of my own"}), Some("of my own"), false),
+            (effort("low"), json!({"reasoning_effort": "max"}), Some("max"), false),
+        ] {
+            let Value::Object(named) = named else { panic!("an object") };
+            let mut notes = Notes::default();
+            let wanted = Reasoning::of_variables(&named).or(wanted);
+            let found = template_variables(&controls, wanted, &named, &mut notes);
+            assert_eq!(found.get("reasoning_effort").and_then(Value::as_str), word, "{wanted:?} {named:?}");
+            assert_eq!(notes.line().is_some(), is_said, "{wanted:?} {named:?} {notes:?}");
+        }
     }
 }

@@ -15,6 +15,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use tandem_engine::{Constraint, argmax};
 
+use crate::tagged::{self, Tags};
 use tandem_text::Tokenizer;
 use tandem_text::dialect::{Dialect, END_THINK, Function, THINK};
 
@@ -212,8 +213,12 @@ impl Inner {
         parallel: bool,
         or_text: Option<&Value>,
     ) -> anyhow::Result<TopLevelGrammar> {
+        let tag = |tag: &str| match self.tokenizer.token_to_id(tag) {
+            Some(id) => format!("<[{id}]>"),
+            None => quoted(tag),
+        };
         match self.dialect {
-            Dialect::Llama3 | Dialect::Hermes | Dialect::DeepSeekV3 | Dialect::DeepSeekV31 | Dialect::DeepSeekV32 => {
+            Dialect::Llama3 | Dialect::Hermes => {
                 // References start from the schema that they stand in.
                 let roots = json!({
                     "functions": functions
@@ -241,19 +246,22 @@ impl Inner {
                 Ok(TopLevelGrammar::from_json_schema(with_white_space(schema)))
             }
             Dialect::Glm => {
-                // A model that may also write text is helped with its calls as far as a grammar can.
-                let is_strict = or_text.is_none();
-                let tag = |tag: &str| match self.tokenizer.token_to_id(tag) {
-                    Some(_) => tag.to_owned(),
-                    None => quoted(tag),
-                };
-                Ok(TopLevelGrammar::from_lark(crate::glm::calls(functions, parallel, or_text, is_strict, &tag)?))
+                Ok(TopLevelGrammar::from_lark(tagged::calls(functions, parallel, or_text, &Tags::glm(&tag))?))
+            }
+            Dialect::DeepSeekV32 => {
+                let tags = Tags::dsml(self.tokenizer.token_to_id("｜DSML｜"));
+                Ok(TopLevelGrammar::from_lark(tagged::calls(functions, parallel, or_text, &tags)?))
+            }
+            Dialect::DeepSeekV3 | Dialect::DeepSeekV31 => {
+                let is_fenced = self.dialect == Dialect::DeepSeekV3;
+                let grammar = tagged::deepseek_v3(functions, parallel, or_text, is_fenced, &tag)?;
+                Ok(TopLevelGrammar::from_lark(grammar))
             }
         }
     }
 }
 
-fn object_schema(parameters: &Value) -> Value {
+pub(crate) fn object_schema(parameters: &Value) -> Value {
     if parameters.as_object().is_none_or(serde_json::Map::is_empty) {
         json!({"type": "object"})
     } else {
@@ -712,6 +720,124 @@ mod tests {
         }
         // Nothing is left behind.
         assert!(grammars.compile(&Form::Regex("a".into()), None).is_ok());
+    }
+
+    /// A vocabulary with the tags of all dialects as tokens.
+    fn with_tags() -> Tokenizer {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8");
+        let path = std::path::Path::new(model).join("tokenizer.json");
+        let mut file: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let n_known = Tokenizer::from_dir(std::path::Path::new(model)).unwrap().vocab_size();
+        let tags = [
+            "｜DSML｜",
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁calls▁end｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁sep｜>",
+        ];
+        for (i, tag) in tags.into_iter().enumerate() {
+            file["added_tokens"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!({"id": n_known + i, "content": tag, "special": false,
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+        Tokenizer::from_dir(dir.path()).unwrap()
+    }
+
+    /// In each dialect, with its tags as tokens and without: what the grammar lets pass is read as the calls that it stands for.
+    #[test]
+    fn forced_calls_in_every_dialect() {
+        let functions = vec![
+            Function {
+                name: "set".into(),
+                parameters: json!({
+                    "type": "object", "required": ["city", "n"],
+                    "properties": {
+                        "city": {"type": "string"}, "n": {"type": "integer"}, "unit": {"enum": ["C", 1]},
+                        "code": {"type": "string", "pattern": "^[a-z]+$"}, "tags": {"type": "array"}, "any": {},
+                    },
+                }),
+            },
+            Function { name: "now".into(), parameters: json!({}) },
+        ];
+        let dsml = |calls: &str| format!("<｜DSML｜function_calls>\n{calls}</｜DSML｜function_calls>");
+        let call = |name: &str, parameters: &[(&str, bool, &str)]| {
+            let parameters: Vec<String> = parameters
+                .iter()
+                .map(|(key, is_text, value)| {
+                    format!("<｜DSML｜parameter name=\"{key}\" string=\"{is_text}\">{value}</｜DSML｜parameter>\n")
+                })
+                .collect();
+            format!("<｜DSML｜invoke name=\"{name}\">\n{}</｜DSML｜invoke>\n", parameters.concat())
+        };
+        let all = [
+            ("city", true, "Z\u{fc}rich </b>\n\"x\""),
+            ("n", false, "3"),
+            ("unit", true, "C"),
+            ("code", true, "abc"),
+            ("tags", false, "[1, {\"a\": \"</\"}]"),
+            ("any", true, "1"),
+        ];
+        let v31 = |name: &str, arguments: &str| {
+            format!("<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>")
+        };
+        let list = |calls: &str| format!("<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>");
+        let v3 = |name: &str, arguments: &str| v31("function", &format!("{name}\n```json\n{arguments}\n```"));
+        let json = r#"{"city": "a</b>", "n": 3}"#;
+        let glm =
+            |rest: &str| format!("<tool_call>set<arg_key>city</arg_key><arg_value>a</b></arg_value>{rest}</tool_call>");
+        let n = "<arg_key>n</arg_key><arg_value>3</arg_value>";
+        // A text, and the number of calls in it; none if it must not pass.
+        let cases: [(Dialect, String, usize); 16] = [
+            (Dialect::DeepSeekV32, dsml(&call("set", &all)), 1),
+            (Dialect::DeepSeekV32, format!("\n\n{}", dsml(&call("set", &all[..2]))), 1),
+            (Dialect::DeepSeekV32, dsml(&(call("now", &[]) + &call("set", &all[..3]))), 2),
+            (Dialect::DeepSeekV32, dsml(&call("set", &[all[0], ("n", false, "3"), ("unit", false, "1")])), 1),
+            (Dialect::DeepSeekV32, dsml(&call("set", &all[..1])), 0),
+            (Dialect::DeepSeekV32, dsml(&call("set", &[all[0], ("n", true, "3")])), 0),
+            (Dialect::DeepSeekV32, dsml(&call("set", &[all[0], all[1], ("code", true, "ABC")])), 0),
+            (Dialect::DeepSeekV32, dsml(&call("fly", &[])), 0),
+            (Dialect::DeepSeekV32, "words".into(), 0),
+            (Dialect::DeepSeekV31, list(&(v31("set", json) + &v31("now", "{}"))), 2),
+            (Dialect::DeepSeekV31, list(&v31("set", "{}")), 0),
+            (Dialect::DeepSeekV3, list(&(v3("set", json) + &v3("now", "{}"))), 2),
+            (Dialect::DeepSeekV3, list(&v31("now", "{}")), 0),
+            (Dialect::Glm, glm(n), 1),
+            (Dialect::Glm, glm(""), 0),
+            (Dialect::Llama3, format!("[{{\"name\": \"set\", \"parameters\": {json}}}]"), 1),
+        ];
+        for tokenizer in [with_tags(), grammars().0.tokenizer.clone()] {
+            for (dialect, text, n_calls) in &cases {
+                let grammars = Grammars::new(&tokenizer, *dialect, tokenizer.vocab_size(), &[0]).unwrap();
+                let form = Form::Calls { functions: functions.clone(), parallel: true, or_text: None };
+                let compiled = grammars.compile(&form, None).unwrap_or_else(|error| panic!("{dialect:?}: {error:?}"));
+                let mut constraint = compiled.constraint();
+                let mut goes_on = true;
+                let mut passes = |id: u32| {
+                    let mut logits = vec![0.0; tokenizer.vocab_size()];
+                    constraint.mask(&mut logits);
+                    let passes = goes_on && logits[id as usize] == 0.0;
+                    goes_on = passes && constraint.accept(id);
+                    passes
+                };
+                let ids = tokenizer.encode(text, false).unwrap();
+                let n_passed = ids.iter().take_while(|id| passes(**id)).count();
+                // A grammar that can only end has ended.
+                let is_whole = n_passed == ids.len();
+                assert_eq!(is_whole, *n_calls > 0, "{dialect:?} {text:?} after {n_passed} of {} tokens", ids.len());
+                if is_whole {
+                    let mut stream =
+                        tandem_text::AnswerStream::chat(&tokenizer, *dialect, functions.clone(), false, vec![]);
+                    ids.iter().for_each(|id| drop(stream.push(*id).unwrap()));
+                    stream.finish(false).unwrap();
+                    assert_eq!(stream.n_calls(), *n_calls, "{text:?}");
+                }
+            }
+        }
     }
 
     /// All texts that a constraint lets pass, up to a length.

@@ -14,7 +14,6 @@ mod conversation;
 mod error;
 mod fields;
 mod generation;
-mod glm;
 mod grammar;
 mod loading;
 mod messages;
@@ -25,6 +24,7 @@ mod read;
 mod responses;
 mod store;
 mod strict;
+mod tagged;
 #[cfg(test)]
 mod tests;
 mod worker;

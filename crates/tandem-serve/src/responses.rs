@@ -713,7 +713,7 @@ impl Output {
         }
         // It can be continued as soon as the client knows its id.
         if let Some(input) = self.input.take() {
-            app.store.put(&self.id, Stored { input, response: response.clone() });
+            app.store.put(&self.id, &Stored { input, response: response.clone() });
         }
         self.event(&format!("response.{}", status.0), json!({"response": response})).await?;
         Ok(Ok(response))

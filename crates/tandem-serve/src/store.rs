@@ -28,10 +28,25 @@ pub(crate) struct Store {
 
 #[derive(Default)]
 struct Inner {
-    responses: HashMap<String, (Stored, usize)>,
+    responses: HashMap<String, Kept>,
     /// Oldest first.
     order: VecDeque<String>,
     n_bytes: usize,
+}
+
+struct Kept {
+    /// JSON text of a [`Stored`]: as values it would take many times its bytes.
+    json: Box<[u8]>,
+    /// Ids of its items.
+    items: Vec<Box<str>>,
+}
+
+impl Kept {
+    fn new(stored: &Stored, json: Vec<u8>) -> Kept {
+        let output = stored.response["output"].as_array().into_iter().flatten();
+        let ids = output.chain(&stored.input).filter_map(|item| item["id"].as_str());
+        Kept { items: ids.map(Box::from).collect(), json: json.into() }
+    }
 }
 
 impl Store {
@@ -53,12 +68,9 @@ impl Store {
                 else {
                     continue;
                 };
-                let stored = std::fs::read(&path).ok().and_then(|bytes| {
-                    let n_bytes = bytes.len();
-                    Some((serde_json::from_slice::<Stored>(&bytes).ok()?, n_bytes))
-                });
-                if let Some((stored, n_bytes)) = stored {
-                    inner.put(id, stored, n_bytes).iter().for_each(|id| forget(dir, id));
+                let Ok(bytes) = std::fs::read(&path) else { continue };
+                if let Some(stored) = parse(&bytes) {
+                    inner.put(id, Kept::new(&stored, bytes)).iter().for_each(|id| forget(dir, id));
                 }
             }
         }
@@ -70,8 +82,8 @@ impl Store {
     }
 
     /// Keeps an answer under its id.
-    pub(crate) fn put(&self, id: &str, stored: Stored) {
-        let Ok(bytes) = serde_json::to_vec(&stored) else { return };
+    pub(crate) fn put(&self, id: &str, stored: &Stored) {
+        let Ok(bytes) = serde_json::to_vec(stored) else { return };
         if bytes.len() > MAX_BYTES / 4 {
             return;
         }
@@ -80,14 +92,15 @@ impl Store {
         {
             tracing::warn!("an answer is not kept in {}: {error}", dir.display());
         }
-        let gone = self.lock().put(id, stored, bytes.len());
+        let gone = self.lock().put(id, Kept::new(stored, bytes));
         if let Some(dir) = &self.dir {
             gone.iter().for_each(|id| forget(dir, id));
         }
     }
 
     pub(crate) fn get(&self, id: &str) -> Option<Stored> {
-        self.lock().responses.get(id).map(|(stored, _)| stored.clone())
+        let json = self.lock().responses.get(id)?.json.clone();
+        parse(&json)
     }
 
     /// Forgets an answer; false if it is not there.
@@ -101,21 +114,24 @@ impl Store {
 
     /// An item that an answer holds, or that one was given for.
     pub(crate) fn item(&self, id: &str) -> Option<Value> {
-        let inner = self.lock();
-        let newest_first = inner.order.iter().rev().filter_map(|id| inner.responses.get(id));
-        let mut items = newest_first
-            .flat_map(|(stored, _)| stored.response["output"].as_array().into_iter().flatten().chain(&stored.input));
-        items.find(|item| item["id"] == id).cloned()
+        let json = {
+            let inner = self.lock();
+            let mut newest_first = inner.order.iter().rev().filter_map(|id| inner.responses.get(id));
+            newest_first.find(|kept| kept.items.iter().any(|item| **item == *id))?.json.clone()
+        };
+        let Stored { input, mut response } = parse(&json)?;
+        let output = response["output"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        output.into_iter().chain(input).find(|item| item["id"] == id)
     }
 }
 
 impl Inner {
     /// Returns the ids that went.
-    fn put(&mut self, id: &str, stored: Stored, n_bytes: usize) -> Vec<String> {
+    fn put(&mut self, id: &str, kept: Kept) -> Vec<String> {
         self.remove(id);
-        self.responses.insert(id.to_owned(), (stored, n_bytes));
+        self.n_bytes += kept.json.len();
+        self.responses.insert(id.to_owned(), kept);
         self.order.push_back(id.to_owned());
-        self.n_bytes += n_bytes;
         let mut gone = vec![];
         while self.order.len() > MAX_RESPONSES || self.n_bytes > MAX_BYTES {
             let Some(oldest) = self.order.front().cloned() else { break };
@@ -126,11 +142,15 @@ impl Inner {
     }
 
     fn remove(&mut self, id: &str) -> bool {
-        let Some((_, n_bytes)) = self.responses.remove(id) else { return false };
+        let Some(kept) = self.responses.remove(id) else { return false };
         self.order.retain(|other| other != id);
-        self.n_bytes -= n_bytes;
+        self.n_bytes -= kept.json.len();
         true
     }
+}
+
+fn parse(bytes: &[u8]) -> Option<Stored> {
+    serde_json::from_slice(bytes).ok()
 }
 
 /// Ids become names of files.
@@ -183,7 +203,7 @@ mod tests {
         let _ = std::fs::remove_dir_all(&dir);
         let store = Store::new(Some(dir.clone()));
         for i in 0..MAX_RESPONSES + 5 {
-            store.put(&format!("resp_{i}"), stored(&i.to_string()));
+            store.put(&format!("resp_{i}"), &stored(&i.to_string()));
         }
         assert!(store.get("resp_4").is_none() && store.get("resp_5").is_some());
         assert!(store.remove("resp_6") && !store.remove("resp_6"));

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value as JinjaValue};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::dialect::{Dialect, deepseek_v32};
@@ -120,6 +120,8 @@ pub struct ChatTemplate {
     /// Prompts are written by this dialect, not by a template.
     built_in: Option<Dialect>,
     controls: OnceLock<ReasoningControls>,
+    /// It takes the arguments of calls as JSON text, and fails on objects.
+    wants_text: OnceLock<bool>,
 }
 
 impl ChatTemplate {
@@ -150,6 +152,7 @@ impl ChatTemplate {
             source: String::new(),
             built_in: None,
             controls: OnceLock::new(),
+            wants_text: OnceLock::new(),
         }
     }
 
@@ -260,6 +263,33 @@ impl ChatTemplate {
             return deepseek_v32::render(messages, tools.unwrap_or_default(), is_thinking, adds_prompt)
                 .map_err(|cause| TemplateError::Encoding { format: dialect.name(), cause });
         }
+        let has_calls = messages.iter().any(|message| message["tool_calls"].is_array());
+        if has_calls && *self.wants_text.get_or_init(|| self.fails_on_objects()) {
+            let messages: Vec<Value> = messages.iter().map(with_text_arguments).collect();
+            return self.render_jinja(&messages, tools, add_generation_prompt, extra);
+        }
+        self.render_jinja(messages, tools, add_generation_prompt, extra)
+    }
+
+    /// Whether the template needs the arguments of calls as text: DeepSeek's add them to other texts.
+    fn fails_on_objects(&self) -> bool {
+        let call = json!({"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}});
+        let messages = [
+            json!({"role": "user", "content": "hi"}),
+            json!({"role": "assistant", "content": "", "tool_calls": [call]}),
+            json!({"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}),
+        ];
+        let renders = |messages: &[Value]| self.render_jinja(messages, None, true, &Map::new()).is_ok();
+        !renders(&messages) && renders(&messages.each_ref().map(with_text_arguments))
+    }
+
+    fn render_jinja(
+        &self,
+        messages: &[Value],
+        tools: Option<&[Value]>,
+        add_generation_prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> Result<String, TemplateError> {
         // Hugging Face passes tools and documents always: they are defined, and none.
         let mut variables: Vec<(&str, JinjaValue)> = vec![
             ("messages", JinjaValue::from_serialize(messages)),
@@ -293,6 +323,20 @@ impl ChatTemplate {
         self.variants.push((name.to_owned(), source));
         Ok(())
     }
+}
+
+/// The message with the arguments of its calls as JSON text.
+fn with_text_arguments(message: &Value) -> Value {
+    let mut message = message.clone();
+    for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+        let Some(arguments) = call.pointer_mut("/function/arguments").filter(|arguments| arguments.is_object()) else {
+            continue;
+        };
+        if let Ok(text) = json_dumps(arguments) {
+            *arguments = Value::String(text);
+        }
+    }
+    message
 }
 
 /// The message of a `raise_exception` call, carried through minijinja as an error source.
@@ -1200,6 +1244,26 @@ mod tests {
             json!({"messages": short, "add_generation_prompt": false}),
             "<|im_start|>system\n be brief <|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nhello\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"city\": \"Zürich <&>\", \"n\": 2}}\n</tool_call><|im_end|>\n",
         );
+    }
+
+    /// DeepSeek's templates add the arguments of calls to texts, others go through them.
+    #[test]
+    fn arguments_come_in_the_form_that_the_template_takes() {
+        let text = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name + '(' + c.function.arguments + ')' }}\
+                    {% endfor %}{% endfor %}";
+        let object = "{% for m in messages %}{% for c in m.tool_calls %}{% for k, v in c.function.arguments.items() %}{{ k }}=\
+                      {{ v }};{% endfor %}{% endfor %}{% endfor %}";
+        let both = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}";
+        let calls = json!([{"id": "c", "function": {"name": "f", "arguments": {"a": "é", "n": [1, 2.0]}}}]);
+        let messages = [json!({"role": "assistant", "content": "", "tool_calls": calls})];
+        for (source, expected) in [
+            (text, r#"f({"a": "é", "n": [1, 2.0]})"#),
+            (object, "a=é;n=[1, 2.0];"),
+            (both, r#"{"a": "é", "n": [1, 2.0]}"#),
+        ] {
+            let template = ChatTemplate::new(source, TemplateTokens::default()).unwrap();
+            assert_eq!(template.render(&messages, None, true, &Map::new()).unwrap(), expected, "{source}");
+        }
     }
 
     #[test]

@@ -1,9 +1,13 @@
 //! `tandem inspect`: what a checkpoint is, without reading its weights.
 
+use std::cell::LazyCell;
+use std::path::Path;
+
 use serde_json::json;
 use tandem_core::weights::ModuleKind;
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::Accounting;
+use tandem_text::{ChatFormat, ChatTemplate, Dialect, Tokenizer};
 
 use crate::cli::InspectArgs;
 use crate::report::print_json;
@@ -22,11 +26,70 @@ pub(crate) fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
     let has_mtp = weights.iter().any(|w| w.spec.kind == ModuleKind::Mtp);
+    let chat = Chat::of(&dir, args.chat_format);
     if args.json {
-        return print_json(&as_json(&dir, &config, &checkpoint, &accounting, has_mtp));
+        let mut json = as_json(&dir, &config, &checkpoint, &accounting, has_mtp);
+        json["chat"] = chat.as_json();
+        return print_json(&json);
     }
-    print(&config, &checkpoint, &accounting, has_mtp);
+    print(&config, &checkpoint, &accounting, has_mtp, &chat);
     Ok(())
+}
+
+/// How the model chats, as far as its small files are here.
+struct Chat {
+    format: Option<ChatFormat>,
+    /// Why it is not known.
+    error: Option<String>,
+}
+
+impl Chat {
+    fn of(dir: &Path, forced: Option<Dialect>) -> Chat {
+        // Needed only where no template says how calls are written.
+        let tokenizer = LazyCell::new(|| Tokenizer::from_dir(dir).ok());
+        let has_token = |token: &str| tokenizer.as_ref().is_some_and(|tokenizer| tokenizer.has_token(token));
+        match ChatFormat::from_dir(dir, None, forced, has_token) {
+            Ok(format) => Chat { format: Some(format), error: None },
+            Err(error) => Chat { format: None, error: Some(error.to_string()) },
+        }
+    }
+
+    /// Where prompts come from.
+    fn source(template: &ChatTemplate) -> &'static str {
+        if template.is_built_in() { "built-in" } else { "template" }
+    }
+
+    fn as_json(&self) -> serde_json::Value {
+        let Some(format) = &self.format else { return json!({"error": self.error}) };
+        let Some(template) = &format.template else { return json!({"format": format.dialect.name(), "prompts": null}) };
+        let reasoning = template.reasoning();
+        json!({
+            "format": format.dialect.name(),
+            "prompts": Chat::source(template),
+            "reasoning_by_default": reasoning.is_on,
+            "reasoning_can_be_switched": reasoning.has_switch,
+            "reasoning_efforts": reasoning.efforts.iter().map(|effort| effort.name()).collect::<Vec<_>>(),
+        })
+    }
+
+    fn line(&self) -> String {
+        let Some(format) = &self.format else { return self.error.clone().unwrap_or_default() };
+        let name = format.dialect.name();
+        let Some(template) = &format.template else {
+            return format!("none (calls as {name}): there is no chat template, so prompts are passed as they stand");
+        };
+        let reasoning = template.reasoning();
+        let efforts: Vec<&str> = reasoning.efforts.iter().map(|effort| effort.name()).collect();
+        let switch = match (reasoning.has_switch, reasoning.is_on) {
+            (true, true) => ", reasoning on, can be switched off",
+            (true, false) => ", reasoning off, can be switched on",
+            (false, true) => ", reasoning always on",
+            (false, false) => "",
+        };
+        let efforts = if efforts.is_empty() { String::new() } else { format!(", efforts {}", efforts.join(", ")) };
+        let prompts = if template.is_built_in() { "built-in prompts" } else { "prompts by its template" };
+        format!("{name}, {prompts}{switch}{efforts}")
+    }
 }
 
 fn as_json(
@@ -72,7 +135,7 @@ fn as_json(
     })
 }
 
-fn print(config: &ModelConfig, checkpoint: &Checkpoint, accounting: &Accounting, has_mtp: bool) {
+fn print(config: &ModelConfig, checkpoint: &Checkpoint, accounting: &Accounting, has_mtp: bool, chat: &Chat) {
     println!(
         "{} with {} layers, hidden size {}",
         config.model_type.name(),
@@ -96,6 +159,7 @@ fn print(config: &ModelConfig, checkpoint: &Checkpoint, accounting: &Accounting,
         thousands(config.vocab_size as u64),
         if has_mtp { "yes" } else { "no" }
     );
+    println!("chat format: {}", chat.line());
     if !checkpoint.has_data() {
         println!("weights are not here: sizes are computed from config.json and the index");
     }

@@ -27,6 +27,8 @@ use crate::cli::LaunchArgs;
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
+/// After this long without a line, ranks that have ended say nothing more.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 /// Ranks that fail so soon will probably fail again.
 const SHORT: Duration = Duration::from_secs(2);
 
@@ -253,6 +255,12 @@ impl Launcher<'_> {
         result
     }
 
+    /// Of the commands that ranks run, only `run` reads.
+    fn reads_input(&self) -> bool {
+        let commands = ["run", "serve", "eval", "bench"];
+        self.args.command.iter().find(|word| commands.contains(&word.as_str())).is_none_or(|command| command == "run")
+    }
+
     fn order(&self, rank: usize, secret: &str, generation: u32) -> Order {
         let host = &self.hosts[rank];
         // Checked to be below 65536 when the launcher began.
@@ -268,6 +276,7 @@ impl Launcher<'_> {
             on_this_host: self.hosts.iter().filter(|h| h.name == host.name).count(),
             start_timeout: self.args.start_timeout,
             model: self.args.remote_model.clone().filter(|_| !host.is_local()),
+            reads_input: self.reads_input(),
         }
     }
 
@@ -345,7 +354,7 @@ impl Launcher<'_> {
                     if let Some(pipe) = &mut rank.pipe {
                         let _ = pipe.write_all(text.as_bytes());
                     }
-                    if i == 0 && !self.hosts[0].is_local() {
+                    if i == 0 && !self.hosts[0].is_local() && self.reads_input() {
                         forward_input(rank.pipe.take());
                     }
                 }
@@ -375,13 +384,27 @@ impl Launcher<'_> {
             }
             let all_ended = ranks.iter().all(|r| r.status.is_some());
             if let Some((rank, status, at)) = first_failure {
-                // The others have most of the deadline to say what they saw.
-                if all_ended || at.elapsed() > patience.mul_f64(0.8) {
+                // Whoever lives sees the failure within 0.1 of the deadline, and ends within 0.2 more.
+                let is_over = |rank: &Rank| rank.status.is_some() || is_suspended(rank.child.id());
+                if ranks.iter().all(is_over) || at.elapsed() > patience.mul_f64(0.3) {
+                    // What the ranks said last may still be in its pipe; this launcher's line follows it.
+                    for event in std::iter::from_fn(|| events.recv_timeout(LAST_WORDS).ok()).take(20) {
+                        self.show(&event, &bars);
+                    }
                     // Ranks end within moments of each other: one that a signal ended did not follow another.
                     let by_signal =
                         |(i, r): (usize, &Rank)| r.status.filter(|s| s.signal().is_some()).map(|status| (i, status));
-                    let (rank, status) = ranks.iter().enumerate().find_map(by_signal).unwrap_or((rank, status));
-                    eprintln!("launch: rank {rank} ({}) ended first: {status}", self.hosts[rank].name);
+                    let killed = ranks.iter().enumerate().find_map(by_signal);
+                    let silent = silent(ranks).filter(|_| killed.is_none());
+                    let (rank, status) = killed.unwrap_or((rank, status));
+                    let ended = format!("rank {rank} ({}) ended first: {status}", self.hosts[rank].name);
+                    match silent {
+                        Some(silent) => {
+                            let host = &self.hosts[silent].name;
+                            eprintln!("launch: rank {silent} ({host}) did not answer and is ended; {ended}");
+                        }
+                        None => eprintln!("launch: {ended}"),
+                    }
                     return Ok(match code(status) {
                         ExitCode::SUCCESS => ExitCode::FAILURE,
                         other => other,
@@ -402,6 +425,18 @@ impl Launcher<'_> {
             Event::News(_, Announcement::Listening(_)) => {}
         }
     }
+}
+
+/// The rank that the others have waited for in vain: one that is suspended, else one that has not ended.
+fn silent(ranks: &[Rank]) -> Option<usize> {
+    let running = || ranks.iter().enumerate().filter(|(_, rank)| rank.status.is_none()).map(|(i, _)| i);
+    running().find(|i| is_suspended(ranks[*i].child.id())).or_else(|| running().next())
+}
+
+/// Whether a process of this host was stopped by a signal; false where the system does not tell.
+fn is_suspended(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, state)| state.trim_start().starts_with(['T', 't']))
 }
 
 /// Ends every rank that still runs: first its pipe, then the process.

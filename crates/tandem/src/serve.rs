@@ -39,6 +39,7 @@ const OTHER_DESCRIPTORS: usize = 128;
 
 /// Runs the command.
 pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
+    system::keep_little_freed_memory();
     // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
     let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(n_threads).build()?;
@@ -296,6 +297,7 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         request_timeout: Duration::from_secs(args.request_timeout).min(LONGEST_TIMEOUT),
         stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
+        return_memory: system::return_freed_memory,
     })
 }
 

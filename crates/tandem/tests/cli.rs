@@ -153,6 +153,37 @@ fn a_model_without_a_template_says_so() {
     assert!(done.stderr.contains("--raw") && done.stderr.contains("--chat-template FILE"), "{}", done.stderr);
 }
 
+/// The checkpoint says how it chats, `inspect` shows it, and `--chat-format` forces another way.
+#[test]
+fn chat_formats() {
+    let with = Copy::of("dsv32_tiny").path();
+    let without = Copy::of("dsv32_tiny").without("chat_template.jinja");
+    let chat =
+        |model: &str, more: &[&str]| tandem(&[&["inspect", model, "--json"], more].concat()).json()["chat"].clone();
+    for (model, more, format, prompts) in [
+        (&with, &[][..], "hermes", json!("template")),
+        (&without.path(), &[], "deepseek_v32", json!("built-in")),
+        (&without.path(), &["--chat-format", "llama3"], "llama3", json!(null)),
+        (&with, &["--chat-format", "deepseek_v32"], "deepseek_v32", json!("built-in")),
+    ] {
+        let found = chat(model, more);
+        assert_eq!((&found["format"], &found["prompts"]), (&json!(format), &prompts), "{model} {more:?}");
+    }
+    let shown = tandem(&["inspect", &without.path()]).stdout;
+    let line = "chat format: deepseek_v32, built-in prompts, reasoning off, can be switched on";
+    assert!(shown.contains(line), "{shown}");
+    // A prompt is made, with reasoning and without, and what the format cannot be told is said.
+    let run = |more: &[&str]| {
+        let flags = ["run", "hi", "--model", &without.path(), "--max-tokens", "1", "--json"];
+        tandem(&[&flags[..], more].concat())
+    };
+    assert!(run(&["--thinking", "off"]).json()["prompt_tokens"].as_u64() > Some(10));
+    let done = run(&["--thinking", "high"]);
+    assert!(done.stderr.contains("knows no levels of effort"), "{}", done.stderr);
+    assert_eq!(run(&["--thinking", "much"]).code, Some(2));
+    assert_eq!(run(&["--chat-format", "morse"]).code, Some(2));
+}
+
 /// Lays a fixture out as huggingface_hub does and inspects it by id.
 #[test]
 fn ids_are_found_in_the_hugging_face_cache() {

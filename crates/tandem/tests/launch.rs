@@ -210,12 +210,17 @@ fn a_killed_rank_is_named_and_nobody_outlives_it() {
 
 #[test]
 fn a_suspended_rank_is_named_within_the_deadline() {
-    let mut launch = launch(2, &["--pp", "2"], &ENDLESS);
-    launch.wait_for_text();
-    signal(launch.ranks[1], "STOP");
-    let (code, stderr, _) = launch.end(WITHIN * 2);
-    assert_ne!(code, Some(0));
-    assert!(stderr.contains("rank 1 (localhost") && stderr.contains("did not answer"), "{stderr}");
+    for (n, victim) in [(2, 1), (2, 0), (3, 1)] {
+        let mut launch = launch(n, &["--pp", if n == 2 { "2" } else { "3" }], &ENDLESS);
+        launch.wait_for_text();
+        signal(launch.ranks[victim], "STOP");
+        let (code, stderr, took) = launch.end(WITHIN * 2);
+        assert_ne!(code, Some(0));
+        let last = stderr.lines().last().unwrap_or_default();
+        assert!(last.starts_with(&format!("launch: rank {victim} (localhost) did not answer")), "{stderr}");
+        // Four seconds, and one.
+        assert!(took < Duration::from_secs(5), "{took:?}: {stderr}");
+    }
 }
 
 #[test]
@@ -225,6 +230,36 @@ fn the_end_of_the_launcher_ends_every_rank() {
         launch.wait_for_text();
         signal(launch.child.id(), name);
         assert_eq!(launch.end(WITHIN).0, code);
+    }
+}
+
+/// A remote rank 0 has no other way to notice than its orders' pipe, which is the user's input only for `run`.
+#[test]
+fn a_remote_server_does_not_outlive_its_launcher() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = temporary();
+    let ssh = file(&dir, "ssh", "#!/bin/sh\nfor last; do :; done\nexec sh -c \"exec $last\"\n");
+    std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).expect("own file");
+    let path = format!("{}:{}", text(dir.path()), std::env::var("PATH").unwrap_or_default());
+    let hostfile = file(&dir, "hosts.json", r#"[{"ssh": "a", "ips": ["127.0.0.1"]}]"#);
+    let args = ["launch", "--hostfile", &hostfile, "--", "serve", "--port", "0", "--threads", "1"];
+    let mut child = command(&args)
+        .env("PATH", &path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+    assert!(lines.by_ref().map_while(Result::ok).any(|line| line.contains("listening on")), "it ended");
+    let ranks = children(child.id());
+    assert_eq!(ranks.len(), 1);
+    signal(child.id(), "KILL");
+    child.wait().expect("a child");
+    let start = Instant::now();
+    while runs(ranks[0]) {
+        assert!(start.elapsed() < WITHIN, "the server outlived its launcher");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

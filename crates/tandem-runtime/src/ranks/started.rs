@@ -47,6 +47,8 @@ pub struct Order {
     pub start_timeout: f64,
     /// The model's place on this host, if it differs.
     pub model: Option<String>,
+    /// Whether the command reads the user's input, which a remote rank 0 gets behind its orders.
+    pub reads_input: bool,
 }
 
 impl Order {
@@ -142,8 +144,8 @@ pub(super) fn start(fd: u32, quit: Quit) -> anyhow::Result<Started> {
         .zip(addresses)
         .map(|(host, address)| Peer { host, address })
         .collect();
-    // A remote rank 0 gets the user's input from the same pipe, whose end means nothing then.
-    if !(order.rank == 0 && fd == 0) {
+    // Where the user's input comes through the same pipe, its end means nothing.
+    if !(order.rank == 0 && fd == 0 && order.reads_input) {
         std::thread::spawn(move || {
             let mut byte = [0];
             while matches!(pipe.read(&mut byte), Ok(n) if n > 0) {}

@@ -75,3 +75,35 @@ async fn bodies_are_bounded_alone_and_together() {
     statuses.sort_unstable();
     assert_eq!(statuses, [400, 503]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_fails_while_requests_wait_and_no_step_ends() {
+    let stall_timeout = std::time::Duration::from_millis(600);
+    let server = Server::with(&Options { stall_timeout, ..Options::default() });
+    // Nothing waits: the engine may rest for as long as it likes.
+    tokio::time::sleep(stall_timeout * 2).await;
+    assert_eq!(server.get("/health").await.0, 200);
+    server.says("yes");
+    let gate = std::sync::Arc::clone(&server.gate);
+    let (held, is_held) = std::sync::mpsc::channel();
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let holder = std::thread::spawn(move || {
+        let _guard = gate.lock().unwrap();
+        held.send(()).unwrap();
+        let _ = released.recv();
+    });
+    is_held.recv().unwrap();
+    let request = Request::post("/v1/completions").header("content-type", "application/json");
+    let request = request.body(Body::from(json!({"prompt": "a", "max_tokens": 1}).to_string())).unwrap();
+    let app = std::sync::Arc::clone(&server.app);
+    let answer = tokio::spawn(async move { tower::ServiceExt::oneshot(crate::router(app), request).await.unwrap() });
+    tokio::time::sleep(stall_timeout / 3).await;
+    assert_eq!(server.get("/health").await.0, 200);
+    tokio::time::sleep(stall_timeout * 2).await;
+    let (status, error) = server.get("/health").await;
+    assert!(status == 503 && error.to_string().contains("no step has passed all ranks"), "{status} {error}");
+    drop(release);
+    holder.join().unwrap();
+    assert_eq!(answer.await.unwrap().status(), 200);
+    assert_eq!(server.get("/health").await.0, 200);
+}

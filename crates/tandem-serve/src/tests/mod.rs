@@ -3,6 +3,7 @@
 mod abuse;
 mod bytes;
 mod clients;
+mod others;
 mod protocol;
 
 use std::sync::{Arc, Mutex};
@@ -28,11 +29,14 @@ struct Scripted {
     script: Script,
     /// Tokens of all steps.
     seen: Script,
+    /// A step waits for it.
+    gate: Arc<Mutex<()>>,
     vocab_size: usize,
 }
 
 impl Runner for Scripted {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        drop(self.gate.lock().unwrap());
         self.seen.lock().unwrap().extend(&batch.tokens);
         for _ in &batch.logits_rows {
             let mut script = self.script.lock().unwrap();
@@ -59,6 +63,8 @@ pub(crate) struct Server {
     pub(crate) app: Arc<App>,
     script: Script,
     seen: Script,
+    /// Whoever holds it stops the engine.
+    pub(crate) gate: Arc<Mutex<()>>,
     tokenizer: Tokenizer,
 }
 
@@ -80,9 +86,15 @@ impl Server {
         let vocab_size = tokenizer.vocab_size();
         let script = Script::default();
         let seen = Script::default();
-        let (runner_script, runner_seen) = (Arc::clone(&script), Arc::clone(&seen));
+        let gate = Arc::new(Mutex::new(()));
+        let (runner_script, runner_seen, runner_gate) = (Arc::clone(&script), Arc::clone(&seen), Arc::clone(&gate));
         let make = move || {
-            let runner = Scripted { script: Arc::clone(&runner_script), seen: Arc::clone(&runner_seen), vocab_size };
+            let runner = Scripted {
+                script: Arc::clone(&runner_script),
+                seen: Arc::clone(&runner_seen),
+                gate: Arc::clone(&runner_gate),
+                vocab_size,
+            };
             let engine = Engine::new(Box::new(runner), BlockManager::for_tokens(4 * context), context, context);
             Ok((engine, Box::new(|_| 0u64) as StepBytes))
         };
@@ -100,7 +112,7 @@ impl Server {
             bandwidth: 0.0,
             max_batch: 16,
         };
-        Server { app: App::new(worker, model, options).unwrap(), script, seen, tokenizer }
+        Server { app: App::new(worker, model, options).unwrap(), script, seen, gate, tokenizer }
     }
 
     /// The text that the engine has read so far, special tokens too.

@@ -154,6 +154,8 @@ pub struct Parser {
     is_opened: bool,
     /// Where to go on after calls.
     after_call: State,
+    /// Complete calls before the last opening tag.
+    n_before: usize,
     pending: String,
     n_malformed: usize,
 }
@@ -177,6 +179,7 @@ impl Parser {
             state,
             is_opened: in_reasoning,
             after_call: state,
+            n_before: 0,
             pending: String::new(),
             n_malformed: 0,
         }
@@ -204,7 +207,7 @@ impl Parser {
 
     /// Whether a call has begun that is not complete.
     pub fn in_call(&self) -> bool {
-        matches!(self.state, State::Call(_))
+        matches!(self.state, State::Call(_)) && self.calls.n_calls == self.n_before
     }
 
     /// Takes more text.
@@ -295,6 +298,7 @@ impl Parser {
                 }
             } else {
                 self.after_call = self.state;
+                self.n_before = self.calls.n_calls;
                 self.state = State::Call(tag);
                 self.reader.open(tag);
             }

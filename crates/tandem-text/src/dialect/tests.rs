@@ -578,6 +578,23 @@ fn a_cut_off_call_keeps_its_open_end_and_a_half_name_is_text() {
     }
 }
 
+/// A list that waits for its end holds no open call.
+#[test]
+fn a_call_is_open_up_to_its_end() {
+    for (dialect, begin, end) in [
+        (Dialect::Glm, "<tool_call>now", "</tool_call>"),
+        (Dialect::Hermes, "<tool_call>{\"name\": \"now\"}", "</tool_call>"),
+        (Dialect::DeepSeekV31, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}", "<｜tool▁call▁end｜>"),
+        (Dialect::DeepSeekV32, "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"now\">\n", "</｜DSML｜invoke>"),
+    ] {
+        let mut parser = Parser::new(dialect, functions(), false);
+        parser.push(begin);
+        assert!(parser.in_call() && parser.n_calls() == 0, "{dialect:?}");
+        parser.push(end);
+        assert!(!parser.in_call() && parser.n_calls() == 1, "{dialect:?}");
+    }
+}
+
 #[test]
 fn without_functions_everything_is_text() {
     for (dialect, text) in [

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use tandem_cpu::Isa;
+use tandem_load::{Arrivals, Goal, LoadOptions, Prompts, Ramp};
 use tandem_model::Recipe;
 use tandem_runtime::DeviceOptions;
 use tandem_runtime::measured::MeasuredOptions;
@@ -111,7 +112,7 @@ pub(crate) struct BenchMatrixArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchServeArgs {
-    /// The server, without /v1 (http only).
+    /// The server, without /v1; http or https.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
     pub(crate) url: String,
     /// Name of the model; the first of /v1/models if not given.
@@ -120,21 +121,45 @@ pub(crate) struct BenchServeArgs {
     /// Key to send.
     #[arg(long, value_name = "KEY")]
     pub(crate) api_key: Option<String>,
-    /// Requests in all.
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(1, 16777216))]
+    /// Requests measured.
+    #[arg(long, alias = "num-prompts", value_name = "N", default_value_t = 64, value_parser = whole::<usize>(1, 16777216))]
     pub(crate) requests: usize,
-    /// Requests open at the same time.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = whole::<usize>(1, 65536))]
-    pub(crate) concurrency: usize,
-    /// Start this many requests a second, however many are open.
-    #[arg(long, value_name = "R", conflicts_with = "concurrency", value_parser = real::<f64>(0.001, 1e6))]
+    /// Requests before them that are not measured.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 1048576))]
+    pub(crate) num_warmups: usize,
+    /// Requests open at the same time: 16 if not given, or as many as come with --request-rate.
+    #[arg(long, alias = "max-concurrency", value_name = "N", value_parser = whole::<usize>(1, 65536))]
+    pub(crate) concurrency: Option<usize>,
+    /// Requests that come each second, on average, however many are open.
+    #[arg(long, value_name = "R", value_parser = real::<f64>(0.001, 1e6))]
     pub(crate) request_rate: Option<f64>,
+    /// Shape of their pauses: 1 is a Poisson process, less comes in bursts, more is more even.
+    #[arg(long, value_name = "B", default_value_t = 1.0, value_parser = real::<f64>(0.001, 1e9))]
+    pub(crate) burstiness: f64,
+    /// Come more and more often, from --ramp-up-start-rps to --ramp-up-end-rps.
+    #[arg(long, value_enum, value_name = "HOW", conflicts_with = "request_rate", requires_all = ["ramp_up_start_rps", "ramp_up_end_rps"])]
+    pub(crate) ramp_up_strategy: Option<RampArg>,
+    /// Requests a second at the start.
+    #[arg(long, value_name = "R", requires = "ramp_up_strategy", value_parser = real::<f64>(0.001, 1e6))]
+    pub(crate) ramp_up_start_rps: Option<f64>,
+    /// Requests a second at the end.
+    #[arg(long, value_name = "R", requires = "ramp_up_strategy", value_parser = real::<f64>(0.001, 1e6))]
+    pub(crate) ramp_up_end_rps: Option<f64>,
+    /// Limits of a good request in ms, such as ttft:500,tpot:50,e2el:5000; good requests a second are reported.
+    #[arg(long, value_name = "KEY:MS", value_delimiter = ',')]
+    pub(crate) goodput: Vec<Goal>,
+    /// Conversations in ShareGPT's form, whose first messages are the prompts; random words if not given.
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["prompt_words", "shared_prefix", "num_prefixes"])]
+    pub(crate) dataset_path: Option<PathBuf>,
     /// Random words of each prompt.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) prompt_words: usize,
-    /// Words before them that all prompts share.
+    /// Words before them that prompts share.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) shared_prefix: usize,
+    /// Different beginnings that are shared, of which each prompt has one.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(1, 1048576))]
+    pub(crate) num_prefixes: usize,
     /// Tokens of each answer; servers that know ignore_eos write exactly as many.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(0, 268435456))]
     pub(crate) max_tokens: usize,
@@ -147,6 +172,42 @@ pub(crate) struct BenchServeArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl From<&BenchServeArgs> for LoadOptions {
+    fn from(args: &BenchServeArgs) -> LoadOptions {
+        let (from, to) = (args.ramp_up_start_rps.unwrap_or(1.0), args.ramp_up_end_rps.unwrap_or(1.0));
+        let ramp = match args.ramp_up_strategy {
+            Some(RampArg::Linear) => Some(Ramp::Linear(from, to)),
+            Some(RampArg::Exponential) => Some(Ramp::Exponential(from, to)),
+            None => args.request_rate.map(Ramp::Constant),
+        };
+        let words =
+            Prompts::Words { own: args.prompt_words, shared: args.shared_prefix, num_prefixes: args.num_prefixes };
+        LoadOptions {
+            url: args.url.clone(),
+            model_name: args.model_name.clone(),
+            api_key: args.api_key.clone(),
+            requests: args.requests,
+            num_warmups: args.num_warmups,
+            concurrency: args.concurrency.or(ramp.is_none().then_some(16)),
+            arrivals: ramp.map(|ramp| Arrivals { ramp, burstiness: args.burstiness }),
+            prompts: args.dataset_path.clone().map_or(words, Prompts::ShareGpt),
+            max_tokens: args.max_tokens,
+            chat: args.chat,
+            seed: args.seed,
+            goodput: args.goodput.clone(),
+        }
+    }
+}
+
+/// How rates rise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RampArg {
+    /// The same step at each request.
+    Linear,
+    /// The same factor at each request.
+    Exponential,
 }
 
 #[derive(Debug, Args)]
@@ -201,6 +262,12 @@ pub(crate) struct BenchModelArgs {
     /// Draw the result.
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
+    /// Print a table in Markdown, to paste.
+    #[arg(long, conflicts_with_all = ["json", "csv"])]
+    pub(crate) markdown: bool,
+    /// Print comma-separated values below their names.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) csv: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

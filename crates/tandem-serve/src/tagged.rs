@@ -1,4 +1,5 @@
-//! A grammar of calls in GLM's form: `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>..</tool_call>`.
+//! Grammars of calls whose arguments stand between tags: GLM's and DeepSeek-V3.2's; and of those that are JSON between
+//! tokens, DeepSeek-V3.1's.
 //!
 //! Arguments come in the schema's order. Texts stand as they are, everything else as JSON. A keyword that cannot be kept to is
 //! an error that names it, unless the model may write text as well: then the grammar only helps.
@@ -60,7 +61,61 @@ const OF_TEXTS: [&str; 17] = [
     "nullable",
 ];
 
-/// The grammar, in Lark's notation; `tag` names a tag as a token or quotes it.
+/// The tags of a dialect, in Lark's notation.
+pub(crate) struct Tags {
+    /// Around all calls.
+    list: [String; 2],
+    /// Around a call: what stands before the function's name, between it and the arguments, and at the end.
+    call: [String; 3],
+    /// Around an argument that is a text, and one that is JSON: before its name, between it and the value, at the end.
+    text: [String; 3],
+    json: [String; 3],
+    /// What the terminal of a text takes of the end of its argument. It goes on as far as it can, and a token that is a tag as
+    /// a whole ends it; where there is none, it ends as soon as it can.
+    is_lazy: bool,
+    end_of_text: &'static str,
+}
+
+impl Tags {
+    /// GLM's; `tag` names a tag as a token or quotes it.
+    pub(crate) fn glm(tag: &dyn Fn(&str) -> String) -> Tags {
+        let argument =
+            || [tag("<arg_key>"), format!("{} {}", tag("</arg_key>"), tag("<arg_value>")), tag("</arg_value>")];
+        Tags {
+            list: [String::new(), String::new()],
+            call: [tag("<tool_call>"), String::new(), tag("</tool_call>")],
+            text: argument(),
+            json: argument(),
+            is_lazy: false,
+            end_of_text: "",
+        }
+    }
+
+    /// DeepSeek-V3.2's; `mark` is the token in every tag, if the vocabulary has it.
+    pub(crate) fn dsml(mark: Option<u32>) -> Tags {
+        let tag = |before: &str, after: &str| match mark {
+            Some(mark) => format!("{} <[{mark}]> {}", quoted(before), quoted(after)),
+            None => quoted(&format!("{before}｜DSML｜{after}")),
+        };
+        let end_of_text = match mark {
+            Some(mark) => format!("<[{mark}]> {}", quoted("parameter>\n")),
+            None => quoted("parameter>\n"),
+        };
+        let argument = |is_text: bool, end: String| {
+            [tag("<", "parameter name=\""), quoted(&format!("\" string=\"{is_text}\">")), end]
+        };
+        Tags {
+            list: [format!("/\\n{{0,2}}/ {}", tag("<", "function_calls>\n")), tag("</", "function_calls>")],
+            call: [tag("<", "invoke name=\""), quoted("\">\n"), tag("</", "invoke>\n")],
+            text: argument(true, end_of_text),
+            json: argument(false, tag("</", "parameter>\n")),
+            is_lazy: mark.is_none(),
+            end_of_text: if mark.is_some() { "</" } else { "</｜DSML｜" },
+        }
+    }
+}
+
+/// The grammar, in Lark's notation.
 ///
 /// # Errors
 /// A schema has a keyword that the grammar could not keep to.
@@ -68,20 +123,21 @@ pub(crate) fn calls(
     functions: &[Function],
     parallel: bool,
     or_text: Option<&Value>,
-    is_strict: bool,
-    tag: &dyn Fn(&str) -> String,
+    tags: &Tags,
 ) -> anyhow::Result<String> {
-    let mut rules = Rules { text: String::new(), n_texts: 0, is_strict, tag };
+    // A model that may also write text is helped with its calls as far as a grammar can.
+    let is_strict = or_text.is_none();
+    let mut rules = Rules { text: String::new(), n_texts: 0, is_strict, tags };
     let more = if parallel { "+" } else { "" };
     let mut grammar = format!("start: calls{}\n", if or_text.is_some() { " | answer" } else { "" });
     // A model puts a line before a call.
     let space = if is_strict { "" } else { "/[ \\n]{0,2}/ " };
-    writeln!(grammar, "calls: ({space}call){more}")?;
+    writeln!(grammar, "calls: {} ({space}call){more} {}", tags.list[0], tags.list[1])?;
     let names: Vec<String> = (0..functions.len()).map(|i| format!("call_{i}")).collect();
     writeln!(grammar, "call: {}", names.join(" | "))?;
-    grammar.push_str("TEXT: /(.|\\n)*/\n");
+    writeln!(grammar, "{}", rules.terminal("TEXT", "/(.|\\n)*/"))?;
     if let Some(schema) = or_text {
-        writeln!(grammar, "answer: %json {}", with_white_space(self_contained(schema, schema)?))?;
+        writeln!(grammar, "answer: {}", json_rule(schema, schema)?)?;
     }
     for (i, function) in functions.iter().enumerate() {
         let wrong = |error: anyhow::Error| anyhow!("the function {:?}: {error}", function.name);
@@ -97,10 +153,58 @@ pub(crate) fn calls(
         if bodies.is_empty() {
             return Err(wrong(anyhow!("no arguments fit its schema")));
         }
-        let (begin, end) = (tag("<tool_call>"), tag("</tool_call>"));
-        writeln!(grammar, "call_{i}: {begin} {} ({}) {end}", quoted(&function.name), bodies.join(" | "))?;
+        let [begin, middle, end] = &tags.call;
+        writeln!(grammar, "call_{i}: {begin} {} {middle} ({}) {end}", quoted(&function.name), bodies.join(" | "))?;
     }
     Ok(grammar + &rules.text)
+}
+
+/// The grammar of DeepSeek-V3.1's calls; of V3's, if `is_fenced`. `tag` names a tag as a token or quotes it.
+///
+/// # Errors
+/// A schema's references lead nowhere.
+pub(crate) fn deepseek_v3(
+    functions: &[Function],
+    parallel: bool,
+    or_text: Option<&Value>,
+    is_fenced: bool,
+    tag: &dyn Fn(&str) -> String,
+) -> anyhow::Result<String> {
+    let more = if parallel { "+" } else { "" };
+    let mut grammar = format!("start: calls{}\n", if or_text.is_some() { " | answer" } else { "" });
+    if let Some(schema) = or_text {
+        writeln!(grammar, "answer: {}", json_rule(schema, schema)?)?;
+    }
+    let (begin, end) = (tag("<｜tool▁calls▁begin｜>"), tag("<｜tool▁calls▁end｜>"));
+    let names: Vec<String> = (0..functions.len()).map(|i| format!("call_{i}")).collect();
+    writeln!(grammar, "calls: /\\n{{0,2}}/ {begin} ({}){more} {end}", names.join(" | "))?;
+    let (begin, separator, end) = (tag("<｜tool▁call▁begin｜>"), tag("<｜tool▁sep｜>"), tag("<｜tool▁call▁end｜>"));
+    for (i, function) in functions.iter().enumerate() {
+        let parameters = crate::grammar::object_schema(&function.parameters);
+        let arguments = json_rule(&parameters, &parameters)
+            .map_err(|error| anyhow!("the function {:?}: {error}", function.name))?;
+        let name = &function.name;
+        match is_fenced {
+            true => writeln!(
+                grammar,
+                "call_{i}: {begin} \"function\" {separator} {} {arguments} {} {end}",
+                quoted(&format!("{name}\n```json\n")),
+                quoted("\n```")
+            )?,
+            false => writeln!(grammar, "call_{i}: {begin} {} {separator} {arguments} {end}", quoted(name))?,
+        }
+    }
+    Ok(grammar)
+}
+
+/// What an argument may be.
+enum Form {
+    /// A terminal of texts, up to the end of the argument.
+    Text(String),
+    /// One of these texts.
+    Texts(Vec<String>),
+    /// JSON.
+    Json(String),
 }
 
 struct Rules<'a> {
@@ -108,7 +212,7 @@ struct Rules<'a> {
     text: String,
     n_texts: usize,
     is_strict: bool,
-    tag: &'a dyn Fn(&str) -> String,
+    tags: &'a Tags,
 }
 
 impl Rules<'_> {
@@ -143,33 +247,34 @@ impl Rules<'_> {
         let mut body = String::new();
         for (name, schema) in declared.chain(undeclared) {
             let is_required = required.contains(&name);
-            let value = match self.value(schema, root) {
-                Ok(Some(value)) => value,
-                Ok(None) if is_required => bail!("the argument {name:?} is required, and nothing fits its schema"),
-                Ok(None) => continue,
-                Err(_) if !self.is_strict => "TEXT".to_owned(),
+            let forms = match self.value(schema, root) {
+                Ok(forms) if !forms.is_empty() => forms,
+                Ok(_) if is_required => bail!("the argument {name:?} is required, and nothing fits its schema"),
+                Ok(_) => continue,
+                Err(_) if !self.is_strict => vec![Form::Text(self.name_of("TEXT"))],
                 Err(error) => return Err(anyhow!("the argument {name:?}: {error}")),
             };
-            let tag = self.tag;
-            let argument = format!(
-                "{} {} {} {} {value} {}",
-                tag("<arg_key>"),
-                quoted(name),
-                tag("</arg_key>"),
-                tag("<arg_value>"),
-                tag("</arg_value>")
-            );
+            let Tags { text, json, end_of_text, .. } = self.tags;
+            let alternatives = forms.iter().map(|form| {
+                let ([begin, middle, end], value) = match form {
+                    Form::Text(terminal) => (text, terminal.clone()),
+                    Form::Texts(texts) => (text, format!("({}) {}", alternatives(texts), quoted(end_of_text))),
+                    Form::Json(rule) => (json, format!("({rule})")),
+                };
+                format!("{begin} {} {middle} {value} {end}", quoted(name))
+            });
+            let argument = format!("({})", alternatives.collect::<Vec<_>>().join(" | "));
             body.push_str(&if is_required { format!("{argument} ") } else { format!("({argument})? ") });
         }
         Ok(if body.is_empty() { "\"\"".to_owned() } else { body })
     }
 
-    /// One argument; `None` when nothing fits its schema.
-    fn value(&mut self, schema: &Value, root: &Value) -> anyhow::Result<Option<String>> {
+    /// One argument; nothing when nothing fits its schema.
+    fn value(&mut self, schema: &Value, root: &Value) -> anyhow::Result<Vec<Form>> {
         let plain = match plain_schemas(schema, root) {
             Ok(plain) => plain,
             // A type that holds itself is no text.
-            Err(SchemaError::Depth(_) | SchemaError::Many(_)) => return Ok(Some(json_rule(schema, root)?)),
+            Err(SchemaError::Depth(_) | SchemaError::Many(_)) => return Ok(vec![Form::Json(json_rule(schema, root)?)]),
             Err(error) => return Err(error.into()),
         };
         let mut forms = vec![];
@@ -192,21 +297,23 @@ impl Rules<'_> {
                 {
                     bail!("the keyword {key:?} beside a list of values cannot be kept to; leave it out");
                 }
-                let texts: Vec<String> = values
-                    .iter()
-                    .map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned))
-                    .collect();
-                forms.extend((!texts.is_empty()).then(|| alternatives(&texts)));
+                let (texts, others): (Vec<&Value>, Vec<&Value>) = values.iter().partition(|value| value.is_string());
+                let texts: Vec<String> = texts.into_iter().filter_map(Value::as_str).map(str::to_owned).collect();
+                let others: Vec<String> = others.into_iter().map(Value::to_string).collect();
+                forms.extend((!texts.is_empty()).then_some(Form::Texts(texts)));
+                forms.extend((!others.is_empty()).then(|| Form::Json(alternatives(&others))));
                 continue;
             }
             match types(schema)[..] {
-                ["string"] => forms.push(self.string(schema)?),
+                ["string"] => forms.push(Form::Text(self.string(schema)?)),
                 // Whatever it is, it can be written as text; what it looks like is what it becomes.
-                [] if schema.keys().all(|key| OF_TEXTS.contains(&key.as_str())) => forms.push("TEXT".to_owned()),
-                _ => forms.push(json_rule(&Value::Object(schema.clone()), root)?),
+                [] if schema.keys().all(|key| OF_TEXTS.contains(&key.as_str())) => {
+                    forms.push(Form::Text(self.name_of("TEXT")));
+                }
+                _ => forms.push(Form::Json(json_rule(&Value::Object(schema.clone()), root)?)),
             }
         }
-        Ok((!forms.is_empty()).then(|| format!("({})", forms.join(" | "))))
+        Ok(forms)
     }
 
     /// A text as it stands.
@@ -229,13 +336,31 @@ impl Rules<'_> {
         }
         parts.extend(schema.get("format").and_then(Value::as_str).and_then(format_regex).map(str::to_owned));
         if parts.is_empty() {
-            return Ok("TEXT".to_owned());
+            return Ok(self.name_of("TEXT"));
         }
         let parts: Vec<String> = parts.iter().map(|part| format!("/{}/", part.replace('/', "\\/"))).collect();
         let name = format!("TEXT_{}", self.n_texts);
         self.n_texts += 1;
-        writeln!(self.text, "{name}: {}", parts.join(" & "))?;
-        Ok(name)
+        let terminal = self.terminal(&name, &parts.join(" & "));
+        writeln!(self.text, "{terminal}")?;
+        Ok(self.name_of(&name))
+    }
+
+    /// Only rules may end early, and their names are small.
+    fn name_of(&self, terminal: &str) -> String {
+        if self.tags.is_lazy { terminal.to_lowercase() } else { terminal.to_owned() }
+    }
+
+    /// A terminal of a text, which takes the beginning of what ends it.
+    fn terminal(&self, name: &str, text: &str) -> String {
+        let Tags { is_lazy, end_of_text, .. } = self.tags;
+        match *end_of_text {
+            "" => format!("{name}: {text}"),
+            end if *is_lazy => {
+                format!("{}[lazy]: {name}_END\n{name}_END: ({text}) {}", name.to_lowercase(), quoted(end))
+            }
+            end => format!("{name}: ({text}) {}", quoted(end)),
+        }
     }
 }
 
