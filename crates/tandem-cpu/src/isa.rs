@@ -123,6 +123,23 @@ fn amx_permitted() -> bool {
     })
 }
 
+/// Whether a kernel that streams weights asks for each of their cache lines: on Intel's processors, whose prefetchers do not
+/// take up what one request in several lines begins.
+pub(crate) fn wants_every_line() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static WANTS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+        #[allow(unsafe_code, unused_unsafe)] // as above
+        *WANTS.get_or_init(|| {
+            // SAFETY: every processor has leaf 0, which names its maker.
+            let maker = unsafe { std::arch::x86_64::__cpuid(0) };
+            [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+        })
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 impl FromStr for Isa {
     type Err = String;
 

@@ -160,6 +160,8 @@ pub(crate) struct Tile<'a> {
     pub(crate) ahead_step: usize,
     /// Other passes over this tile ask for the rest.
     pub(crate) is_shared: bool,
+    /// Whether all lines are asked for, not one of several.
+    pub(crate) every_line: bool,
 }
 
 impl Tile<'_> {
@@ -264,6 +266,7 @@ impl Tiles {
             ahead: bytes.as_ptr(),
             ahead_step: 0,
             is_shared: false,
+            every_line: false,
         }
     }
 

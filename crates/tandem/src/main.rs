@@ -35,12 +35,12 @@ fn main() -> ExitCode {
     let cli::Parsed { cli, arguments } = match cli::parse(std::env::args_os().collect()) {
         Ok(parsed) => parsed,
         Err(error) => {
-            eprintln!("error: {}", report::plain(&error.to_string()));
+            eprintln!("error: {}", report::error_text(&error.to_string()));
             return ExitCode::from(WRONG_COMMAND_LINE);
         }
     };
     if let Err(error) = init_logging(&cli) {
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", report::error_text(&format!("{error:#}")));
         return ExitCode::FAILURE;
     }
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Messages quote files.
-            eprintln!("error: {}", report::plain(&format!("{error:#}")));
+            eprintln!("error: {}", report::error_text(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -120,7 +120,7 @@ fn follow(joined: Joined, command: &cli::Command) -> anyhow::Result<()> {
 
 /// Ends this process: the launcher or another rank is lost, and every thread may be waiting for it.
 fn quit(message: &str) {
-    eprintln!("error: {}", report::plain(message));
+    eprintln!("error: {}", report::error_text(message));
     std::process::exit(1);
 }
 

@@ -70,6 +70,21 @@ pub(crate) fn check_writable(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Characters of an error's message, which may quote a name of any length from a file.
+const MAX_ERROR: usize = 4_000;
+
+/// An error as it is shown: [`plain`], without the middle where it is very long.
+pub(crate) fn error_text(message: &str) -> String {
+    let n_chars = message.chars().count();
+    if n_chars <= MAX_ERROR {
+        return plain(message).into_owned();
+    }
+    let start: String = message.chars().take(MAX_ERROR / 2).collect();
+    let end: String = message.chars().skip(n_chars - MAX_ERROR / 2).collect();
+    let left_out = n_chars - MAX_ERROR;
+    format!("{} [{left_out} characters left out] {}", plain(&start), plain(&end))
+}
+
 /// A text of a file or a model with escapes in the place of control characters, but for line ends and tabs: it must not
 /// steer the terminal that shows it.
 pub(crate) fn plain(text: &str) -> Cow<'_, str> {
@@ -97,5 +112,14 @@ mod tests {
         check("a b\tc\né 🙂", "a b\tc\né 🙂");
         check("\x1b]0;title\x07\r\u{9b}2J\x7f", "\\u{1b}]0;title\\u{7}\\u{d}\\u{9b}2J\\u{7f}");
         check("a\u{202e}b", "a\\u{202e}b");
+    }
+
+    #[test]
+    fn a_name_of_any_length_leaves_an_error_readable() {
+        assert_eq!(error_text("no tensor x\x07"), "no tensor x\\u{7}");
+        let long = format!("no tensor {} in model.gguf", "n".repeat(1 << 20));
+        let shown = error_text(&long);
+        assert!(shown.len() < MAX_ERROR + 100, "{} bytes", shown.len());
+        assert!(shown.starts_with("no tensor nn") && shown.ends_with("nn in model.gguf"), "{shown}");
     }
 }

@@ -366,6 +366,26 @@ fn json_keys() {
     check_names("devices", &found);
 }
 
+#[test]
+fn tables_to_paste() {
+    let model = ["--config", "llama-3.2-3b", "--load-format", "dummy", "--num-layers", "1", "--vocab", "512"];
+    let quick = ["--steps", "1", "--warmup", "0", "--threads", "1"];
+    let decode = [&["bench", "decode", "--sweep-context", "8,16"], &model[..], &quick].concat();
+    let prefill = [&["bench", "prefill", "--prompt-tokens", "8"], &model[..], &quick].concat();
+    for (args, n_rows) in [(&decode, 2), (&prefill, 1)] {
+        let csv = tandem(&[&args[..], &["--csv"]].concat()).ok();
+        let rows: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').collect()).collect();
+        assert_eq!((rows.len(), rows[0].len()), (n_rows + 1, 7), "{csv}");
+        assert!(rows[1..].iter().flatten().all(|cell| cell.parse::<f64>().is_ok()), "{csv}");
+        let markdown = tandem(&[&args[..], &["--markdown"]].concat()).ok();
+        let lines: Vec<&str> = markdown.lines().collect();
+        assert_eq!(lines.len(), n_rows + 2, "{markdown}");
+        assert!(lines.iter().all(|line| line.matches('|').count() == 8) && lines[1].contains("---:"), "{markdown}");
+    }
+    let both = tandem(&[&decode[..], &["--csv", "--json"]].concat());
+    assert_eq!(both.code, Some(2), "{}", both.stderr);
+}
+
 /// A question and a choice that are one token together used to end in a panic.
 #[test]
 fn a_choice_with_nothing_before_it() {

@@ -18,7 +18,7 @@ use tandem_core::backend::{PAGE_SIZE, Sampling};
 use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
 
-use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs};
+use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchModelArgs, BenchPrefillArgs};
 use tandem_model::Limits;
 use tandem_runtime::measured::{
     BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, prefill_flop,
@@ -33,6 +33,45 @@ use crate::report::print_json;
 const PASS_BYTES: usize = 256 << 20;
 /// Steps of the profiled run, at most.
 const PROFILED_STEPS: usize = 8;
+
+const DECODE_COLUMNS: [&str; 7] = [
+    "context",
+    "decode_ms_median",
+    "decode_ms_p10",
+    "decode_ms_p90",
+    "tokens_per_second",
+    "achieved_gb_per_s",
+    "bandwidth_fraction",
+];
+const PREFILL_COLUMNS: [&str; 7] = [
+    "prompt_tokens",
+    "prefill_chunk",
+    "prefill_ms_median",
+    "prefill_ms_p10",
+    "prefill_ms_p90",
+    "tokens_per_second",
+    "achieved_gflop_per_s",
+];
+
+/// Prints figures under their JSON names if a table is asked for; true if so.
+fn print_table(args: &BenchModelArgs, rows: &[Map<String, Value>], columns: &[&str]) -> bool {
+    let (start, between, end) = match (args.markdown, args.csv) {
+        (true, _) => ("| ", " | ", " |"),
+        (_, true) => ("", ",", ""),
+        _ => return false,
+    };
+    let line = |cells: Vec<String>| println!("{start}{}{end}", cells.join(between));
+    line(columns.iter().map(|name| name.to_string()).collect());
+    if args.markdown {
+        line(vec!["---:".to_owned(); columns.len()]);
+    }
+    let cell = |value: &Value| match value.as_f64().filter(|_| !value.is_u64()) {
+        Some(number) => format!("{number:.3}"),
+        None => value.to_string(),
+    };
+    rows.iter().for_each(|row| line(columns.iter().map(|name| cell(&row[*name])).collect()));
+    true
+}
 
 /// Runs the command.
 pub(crate) fn bench(args: &BenchArgs, joined: Option<Joined>) -> anyhow::Result<()> {
@@ -78,6 +117,7 @@ fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> 
     report.insert("steps".into(), json!(args.steps));
     report.insert("measured_bandwidth_gb_per_s".into(), json!(measured / 1e9));
     let mut results: Vec<Map<String, Value>> = points.iter().map(|p| p.json(measured)).collect();
+    let is_table = print_table(&args.model, &results, &DECODE_COLUMNS);
     if args.sweep_context.is_empty() {
         report.append(&mut results[0]);
     } else {
@@ -91,7 +131,7 @@ fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> 
     }
     if args.model.json {
         print_json(&report)?;
-    } else {
+    } else if !is_table {
         print_model(&model);
         for point in &points {
             point.print(measured);
@@ -351,7 +391,7 @@ fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()
         let bars = [(format!("{} tokens in chunks of {chunk}", args.prompt_tokens), breakdown.rows.clone())];
         plot::draw(file, &model.title, &[], &bars)?;
     }
-    if args.model.json {
+    if args.model.json || args.model.markdown || args.model.csv {
         let mut report = model.describe();
         for (name, value) in [
             ("command", json!("prefill")),
@@ -379,7 +419,8 @@ fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()
             report.insert("peak_fraction_of_moment_median".into(), json!(peak.fraction_of_moment.median));
         }
         breakdown.insert_json(&mut report);
-        return print_json(&report);
+        let is_table = print_table(&args.model, std::slice::from_ref(&report), &PREFILL_COLUMNS);
+        return if is_table { Ok(()) } else { print_json(&report) };
     }
     print_model(&model);
     println!();

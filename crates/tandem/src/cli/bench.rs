@@ -262,6 +262,12 @@ pub(crate) struct BenchModelArgs {
     /// Draw the result.
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
+    /// Print a table in Markdown, to paste.
+    #[arg(long, conflicts_with_all = ["json", "csv"])]
+    pub(crate) markdown: bool,
+    /// Print comma-separated values below their names.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) csv: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
