@@ -156,7 +156,7 @@ fn a_model_without_a_template_says_so() {
 /// The checkpoint says how it chats, `inspect` shows it, and `--chat-format` forces another way.
 #[test]
 fn chat_formats() {
-    let with = Copy::of("dsv32_tiny").path();
+    let with = golden("models/dsv32_tiny");
     let without = Copy::of("dsv32_tiny").without("chat_template.jinja");
     let chat =
         |model: &str, more: &[&str]| tandem(&[&["inspect", model, "--json"], more].concat()).json()["chat"].clone();
