@@ -1,17 +1,19 @@
-//! `tandem eval`: logits and perplexity of a model.
+//! `tandem eval`: logits and perplexity of a model, and its right answers.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use safetensors::tensor::TensorView;
-use serde_json::json;
+use serde_json::{Value, json};
 use tandem_core::ModelConfig;
 use tandem_engine::{Engine, Logits, Sequence, check_vocabulary};
 
-use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs};
+use crate::cli::{EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
 use crate::news::on_terminal;
 use crate::report::{check_writable, print_json};
+use tandem_runtime::judge::tasks::{Count, Score as TaskScore, Tasks};
 use tandem_runtime::judge::{documents, load_checked};
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::{Loaded, LogitsRows, model_dir};
@@ -26,7 +28,7 @@ pub(crate) fn eval(args: &EvalArgs, joined: Option<Joined>) -> anyhow::Result<()
         EvalCommand::Logits(args) => logits(args, joined),
         EvalCommand::Perplexity(args) => perplexity(args, joined),
         EvalCommand::Compare(args) => crate::compare::compare(args),
-        EvalCommand::Tasks(args) => crate::tasks::tasks(args, joined),
+        EvalCommand::Tasks(args) => tasks(args, joined),
     }
 }
 
@@ -154,4 +156,37 @@ impl Score {
 
 fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Right answers of a file of tasks.
+fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<()> {
+    let tasks = Tasks::read(&args.tasks)?;
+    let scores = tasks.score(&(&args.model).into(), args.max_tokens, joined, &mut on_terminal())?;
+    if args.json {
+        let kinds: BTreeMap<&str, Value> = scores
+            .iter()
+            .map(|(kind, TaskScore { plain, normalized })| {
+                let mut value = json!({
+                    "right": plain.right, "total": plain.total, "accuracy": plain.accuracy(),
+                    "standard_error": plain.standard_error(),
+                });
+                if normalized.total > 0 {
+                    value["right_normalized"] = json!(normalized.right);
+                    value["accuracy_normalized"] = json!(normalized.accuracy());
+                    value["standard_error_normalized"] = json!(normalized.standard_error());
+                }
+                (kind.as_str(), value)
+            })
+            .collect();
+        return print_json(&json!({ "kinds": kinds }));
+    }
+    let percent = |count: &Count| {
+        let error = count.standard_error().map_or_else(String::new, |error| format!(" ± {:.1}", 100.0 * error));
+        format!("{}/{} = {:.1}{error} %", count.right, count.total, 100.0 * count.accuracy())
+    };
+    for (kind, TaskScore { plain, normalized }) in &scores {
+        let of = if normalized.total > 0 { format!(", per byte {}", percent(normalized)) } else { String::new() };
+        println!("{kind:<16} {}{of}", percent(plain));
+    }
+    Ok(())
 }

@@ -16,7 +16,6 @@ mod news;
 mod pull;
 mod run;
 mod serve;
-mod tasks;
 
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;

@@ -1,21 +1,23 @@
-//! `tandem eval tasks`: answers that are generated, and answers that are chosen.
+//! Tasks with right answers: answers that are generated, and answers that are chosen.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
-use crate::cli::TasksArgs;
-use crate::news::on_terminal;
-use crate::report::print_json;
-use tandem_runtime::judge::load_checked;
-use tandem_runtime::ranks::Joined;
-use tandem_runtime::{Loaded, LogitsRows, model_dir};
 use tandem_text::dialect::opens_reasoning;
 use tandem_text::{AnswerStream, ChatTemplate, Delta, Dialect, Tokenizer, ends_of_turn};
+
+use super::load_checked;
+use crate::load::{Loaded, LogitsRows};
+use crate::model_dir::model_dir;
+use crate::news::OnNews;
+use crate::options::ModelOptions;
+use crate::ranks::Joined;
 
 /// One line of the file.
 enum Task {
@@ -80,10 +82,12 @@ impl Task {
 }
 
 /// Right answers of one kind of task.
-#[derive(Clone, Copy, Default)]
-struct Count {
-    right: usize,
-    total: usize,
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Count {
+    /// Tasks that were answered right.
+    pub right: usize,
+    /// All of them.
+    pub total: usize,
 }
 
 impl Count {
@@ -92,76 +96,103 @@ impl Count {
         self.total += 1;
     }
 
-    fn accuracy(self) -> f64 {
+    /// Share of right answers; NaN without tasks.
+    pub fn accuracy(self) -> f64 {
         self.right as f64 / self.total as f64
     }
 
     /// Standard error of the share of right answers, from the sample's deviation; `None` for a single answer.
-    fn standard_error(self) -> Option<f64> {
+    pub fn standard_error(self) -> Option<f64> {
         let p = self.accuracy();
         (self.total > 1).then(|| (p * (1.0 - p) / (self.total - 1) as f64).sqrt())
     }
 }
 
-#[derive(Default)]
-struct Score {
-    plain: Count,
+/// What a model reached in one kind of task.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Score {
+    /// Greedy answers that equal the expected one, or choices by log-likelihood.
+    pub plain: Count,
     /// By log-likelihood per byte of the choice; only where one is chosen.
-    normalized: Count,
+    pub normalized: Count,
 }
 
-/// Runs the command.
-pub(crate) fn tasks(args: &TasksArgs, joined: Option<Joined>) -> anyhow::Result<()> {
-    let path = args.tasks.display();
-    let text = std::fs::read_to_string(&args.tasks).with_context(|| format!("cannot read {path}"))?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let tasks: Vec<(usize, Task)> = lines
-        .map(|(i, line)| {
-            let what = "is neither {kind, prompt, expect} nor {question, choices, answer}";
-            Ok((i + 1, Task::parse(line).with_context(|| format!("{path} line {} {what}", i + 1))?))
-        })
-        .collect::<anyhow::Result<_>>()?;
-    if tasks.is_empty() {
-        bail!("{path} holds no task; expected one JSON object a line");
-    }
-    let needs_rows = tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
-    let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
-    let dir = model_dir(args.model.model.as_deref())?;
-    let tokenizer = Tokenizer::from_dir(&dir)?;
-    for (line, task) in &tasks {
-        let Task::Choose(task) = task else { continue };
-        for choice in &task.choices {
-            ensure!(
-                tokenizer.encode(&format!("{}{choice}", task.question), true)?.len() > 1,
-                "{path} line {line}: the question and the choice {choice:?} are one token together, so nothing comes \
-                 before the choice; expected a longer question, or a choice that begins with a space"
-            );
+/// A file of tasks, one JSON object a line: `{kind, prompt, expect}` or `{question, choices, answer}`.
+pub struct Tasks {
+    path: PathBuf,
+    /// With their lines' numbers.
+    tasks: Vec<(usize, Task)>,
+}
+
+impl Tasks {
+    /// # Errors
+    /// The file cannot be read, holds no task, or a line is not one.
+    pub fn read(path: &Path) -> anyhow::Result<Tasks> {
+        let shown = path.display();
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        let tasks: Vec<(usize, Task)> = lines
+            .map(|(i, line)| {
+                let what = "is neither {kind, prompt, expect} nor {question, choices, answer}";
+                Ok((i + 1, Task::parse(line).with_context(|| format!("{shown} line {} {what}", i + 1))?))
+            })
+            .collect::<anyhow::Result<_>>()?;
+        if tasks.is_empty() {
+            bail!("{shown} holds no task; expected one JSON object a line");
         }
+        Ok(Tasks { path: path.to_owned(), tasks })
     }
-    let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
-    let eos = GenerationConfig::load(&dir)?.eos_token_ids;
-    let Loaded { mut engine, prefill_chunk, .. } =
-        load_checked(&(&args.model).into(), rows, joined, &mut on_terminal())?;
-    check_vocabulary(&eos, engine.vocab_size()).context("eos_token_id")?;
-    let eos = ends_of_turn(&eos, &tokenizer, template.as_ref(), engine.vocab_size());
-    let mut scores: BTreeMap<&str, Score> = BTreeMap::new();
-    for (line, task) in &tasks {
-        let score = scores.entry(task.kind()).or_default();
-        match task {
-            Task::Generate(task) => {
-                let is_right = generate(&mut engine, &tokenizer, task, args.max_tokens, &eos);
-                score.plain.add(is_right.with_context(|| format!("{path} line {line}"))?);
-            }
-            Task::Choose(task) => {
-                let Answer::Index(answer) = task.answer else { bail!("the answer of line {line} has no number") };
-                let chosen = choose(&mut engine, &tokenizer, task, prefill_chunk);
-                let (plain, normalized) = chosen.with_context(|| format!("{path} line {line}"))?;
-                score.plain.add(plain == answer);
-                score.normalized.add(normalized == answer);
+
+    /// Loads a model and scores its answers, of up to `max_tokens` tokens, by kind of task.
+    ///
+    /// # Errors
+    /// A task has no token before its choice; the model cannot be loaded, or its outputs are not numbers.
+    pub fn score(
+        &self,
+        options: &ModelOptions,
+        max_tokens: usize,
+        joined: Option<Joined>,
+        on_news: OnNews<'_>,
+    ) -> anyhow::Result<BTreeMap<String, Score>> {
+        let path = self.path.display();
+        let needs_rows = self.tasks.iter().any(|(_, task)| matches!(task, Task::Choose(_)));
+        let rows = if needs_rows { LogitsRows::Chunk } else { LogitsRows::One };
+        let dir = model_dir(options.model.as_deref())?;
+        let tokenizer = Tokenizer::from_dir(&dir)?;
+        for (line, task) in &self.tasks {
+            let Task::Choose(task) = task else { continue };
+            for choice in &task.choices {
+                ensure!(
+                    tokenizer.encode(&format!("{}{choice}", task.question), true)?.len() > 1,
+                    "{path} line {line}: the question and the choice {choice:?} are one token together, so nothing \
+                     comes before the choice; expected a longer question, or a choice that begins with a space"
+                );
             }
         }
+        let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
+        let eos = GenerationConfig::load(&dir)?.eos_token_ids;
+        let Loaded { mut engine, prefill_chunk, .. } = load_checked(options, rows, joined, on_news)?;
+        check_vocabulary(&eos, engine.vocab_size()).context("eos_token_id")?;
+        let eos = ends_of_turn(&eos, &tokenizer, template.as_ref(), engine.vocab_size());
+        let mut scores: BTreeMap<String, Score> = BTreeMap::new();
+        for (line, task) in &self.tasks {
+            let score = scores.entry(task.kind().to_owned()).or_default();
+            match task {
+                Task::Generate(task) => {
+                    let is_right = generate(&mut engine, &tokenizer, task, max_tokens, &eos);
+                    score.plain.add(is_right.with_context(|| format!("{path} line {line}"))?);
+                }
+                Task::Choose(task) => {
+                    let Answer::Index(answer) = task.answer else { bail!("the answer of line {line} has no number") };
+                    let chosen = choose(&mut engine, &tokenizer, task, prefill_chunk);
+                    let (plain, normalized) = chosen.with_context(|| format!("{path} line {line}"))?;
+                    score.plain.add(plain == answer);
+                    score.normalized.add(normalized == answer);
+                }
+            }
+        }
+        Ok(scores)
     }
-    report(args, &scores)
 }
 
 fn generate(
@@ -237,36 +268,6 @@ fn log_likelihood(engine: &mut Engine, tokens: &[u32], n_context: usize, chunk: 
     }
     engine.release(&mut sequence);
     Ok(sum)
-}
-
-fn report(args: &TasksArgs, scores: &BTreeMap<&str, Score>) -> anyhow::Result<()> {
-    if args.json {
-        let kinds: BTreeMap<&str, Value> = scores
-            .iter()
-            .map(|(kind, Score { plain, normalized })| {
-                let mut value = json!({
-                    "right": plain.right, "total": plain.total, "accuracy": plain.accuracy(),
-                    "standard_error": plain.standard_error(),
-                });
-                if normalized.total > 0 {
-                    value["right_normalized"] = json!(normalized.right);
-                    value["accuracy_normalized"] = json!(normalized.accuracy());
-                    value["standard_error_normalized"] = json!(normalized.standard_error());
-                }
-                (*kind, value)
-            })
-            .collect();
-        return print_json(&json!({ "kinds": kinds }));
-    }
-    let percent = |count: &Count| {
-        let error = count.standard_error().map_or_else(String::new, |error| format!(" ± {:.1}", 100.0 * error));
-        format!("{}/{} = {:.1}{error} %", count.right, count.total, 100.0 * count.accuracy())
-    };
-    for (kind, Score { plain, normalized }) in scores {
-        let of = if normalized.total > 0 { format!(", per byte {}", percent(normalized)) } else { String::new() };
-        println!("{kind:<16} {}{of}", percent(plain));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Judging a model by its outputs: the text that it reads, and what it loses against another of the same architecture.
 
+pub mod tasks;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
