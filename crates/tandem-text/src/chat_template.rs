@@ -122,6 +122,7 @@ pub struct ChatTemplate {
     controls: OnceLock<ReasoningControls>,
     /// It takes the arguments of calls as JSON text, and fails on objects.
     wants_text: OnceLock<bool>,
+    wants_null: OnceLock<bool>,
 }
 
 impl ChatTemplate {
@@ -153,6 +154,7 @@ impl ChatTemplate {
             built_in: None,
             controls: OnceLock::new(),
             wants_text: OnceLock::new(),
+            wants_null: OnceLock::new(),
         }
     }
 
@@ -273,14 +275,18 @@ impl ChatTemplate {
 
     /// Whether the template needs the arguments of calls as text: DeepSeek's add them to other texts.
     fn fails_on_objects(&self) -> bool {
-        let call = json!({"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}});
-        let messages = [
-            json!({"role": "user", "content": "hi"}),
-            json!({"role": "assistant", "content": "", "tool_calls": [call]}),
-            json!({"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}),
-        ];
+        let messages = one_call(&json!(""));
         let renders = |messages: &[Value]| self.render_jinja(messages, None, true, &Map::new()).is_ok();
         !renders(&messages) && renders(&messages.each_ref().map(with_text_arguments))
+    }
+
+    /// Whether the template writes an answer's calls only if its content is null, and drops them beside an empty text, as
+    /// DeepSeek-V3's and R1's do.
+    pub(crate) fn drops_calls_beside_text(&self) -> bool {
+        let shows_call = |content: &Value| {
+            self.render(&one_call(content), None, true, &Map::new()).is_ok_and(|text| text.contains(PROBE))
+        };
+        *self.wants_null.get_or_init(|| !shows_call(&json!("")) && shows_call(&Value::Null))
     }
 
     fn render_jinja(
@@ -326,6 +332,19 @@ impl ChatTemplate {
 }
 
 /// The message with the arguments of its calls as JSON text.
+/// Name of a function that no template speaks of.
+const PROBE: &str = "qzprobe";
+
+/// A conversation with one call, in an answer of this content.
+fn one_call(content: &Value) -> [Value; 3] {
+    let call = json!({"id": "call00000", "type": "function", "function": {"name": PROBE, "arguments": {"a": "b"}}});
+    [
+        json!({"role": "user", "content": "hi"}),
+        json!({"role": "assistant", "content": content, "tool_calls": [call]}),
+        json!({"role": "tool", "tool_call_id": "call00000", "name": PROBE, "content": "ok"}),
+    ]
+}
+
 fn with_text_arguments(message: &Value) -> Value {
     let mut message = message.clone();
     for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {

@@ -4,6 +4,8 @@
 //! template writes itself open and close turns. Before rendering a mark goes into each special token of the conversation,
 //! which no template looks for, and afterwards the marks tell these tokens from the template's.
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
@@ -90,6 +92,16 @@ pub fn render(
     input: &TemplateInput<'_>,
 ) -> Result<Rendered, PromptError> {
     let TemplateInput { messages, tools, variables, continues } = *input;
+    let only_calls = |message: &Value| {
+        message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty()) && message["content"] == ""
+    };
+    let mut messages = Cow::Borrowed(messages);
+    if messages.iter().any(only_calls) && template.drops_calls_beside_text() {
+        messages.to_mut().iter_mut().filter(|message| only_calls(message)).for_each(|message| {
+            message["content"] = Value::Null;
+        });
+    }
+    let messages = &messages[..];
     let values = || messages.iter().chain(tools.into_iter().flatten()).chain(variables.values());
     let is_plain = !continues && !values().any(|value| has_control(tokenizer, value));
     let (text, literals) = if is_plain {
@@ -219,6 +231,7 @@ fn without_marks(marked: &str, mark: &str) -> (String, Vec<usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chat_template::TemplateTokens;
     use std::path::{Path, PathBuf};
 
     /// Every model with a tokenizer and a chat template in the repository.
@@ -270,6 +283,28 @@ mod tests {
             ("name of a call", vec![user.clone(), call(text, json!({"a": "b"}))], Some(vec![plain])),
             ("tool", vec![user.clone()], Some(vec![tool(text, text, text)])),
         ]
+    }
+
+    #[test]
+    fn calls_reach_templates_that_write_them_beside_null_only() {
+        let strict = "{% for m in messages %}{% if m.tool_calls and m.content is none %}[{% for c in m.tool_calls %}\
+                      {{ c.function.name }}{% endfor %}]{% else %}<{{ m.content }}>{% endif %}{% endfor %}";
+        let usual = "{% for m in messages %}{{ m.content | trim }}{% for c in m.tool_calls or [] %}\
+                     ({{ c.function.name }}){% endfor %}{% endfor %}";
+        let check = |source: &str, content: Value, expected: &str| {
+            let template = ChatTemplate::new(source, TemplateTokens::default()).unwrap();
+            let messages = [
+                json!({"role": "user", "content": "a"}),
+                json!({"role": "assistant", "content": content, "tool_calls": [template_call("c", "f", "{}")]}),
+            ];
+            let (_, tokenizer, _) = models().swap_remove(0);
+            let input = TemplateInput { messages: &messages, tools: None, variables: &Map::new(), continues: false };
+            assert_eq!(render(&template, &tokenizer, &input).unwrap().text, expected, "{source}");
+        };
+        check(strict, json!(""), "<a>[f]");
+        check(strict, Value::Null, "<a>[f]");
+        check(strict, json!("text"), "<a><text>");
+        check(usual, json!(""), "a(f)");
     }
 
     #[test]

@@ -419,6 +419,7 @@ impl Launcher<'_> {
     fn show(&self, event: &Event, bars: &Bars) {
         match event {
             Event::Line(rank, line) => {
+                let line = crate::report::plain(line);
                 bars.print(format!("[rank {rank} {}] {line}", self.hosts[*rank].name));
             }
             Event::News(rank, Announcement::Loading { done, total }) => bars.set(*rank, *done, *total),

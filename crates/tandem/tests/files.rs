@@ -687,3 +687,35 @@ fn gguf_counts_are_bounded_before_they_are_used() {
         assert!(done.code == Some(1) && done.stderr.contains("expected a finite number"), "{key}: {}", done.stderr);
     }
 }
+
+#[test]
+fn modules_take_what_their_mode_implies() {
+    let logits = |left_out: &[&str]| {
+        let model = common::Copy::of("glm51_tiny").edit("config.json", |bytes| {
+            let mut config: Value = serde_json::from_slice(bytes).unwrap();
+            for section in ["quantization", "quantization_config"] {
+                let Some(section) = config[section].as_object_mut() else { continue };
+                for entry in section.values_mut().filter_map(Value::as_object_mut) {
+                    left_out.iter().for_each(|key| {
+                        entry.remove(*key);
+                    });
+                }
+                // The default's group is that of its mode too.
+                left_out.iter().filter(|key| **key != "bits").for_each(|key| {
+                    section.remove(*key);
+                });
+            }
+            *bytes = config.to_string().into_bytes();
+        });
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("t.json"), "[1, 2, 3]").unwrap();
+        let path = model.path();
+        let command = ["eval", "logits", "--model", &path, "--tokens", "t.json", "--out", "o", "--activations", "f32"];
+        finish(common::command(&command).current_dir(dir.path())).ok();
+        std::fs::read(dir.path().join("o")).unwrap()
+    };
+    let expected = logits(&[]);
+    for left_out in [&["group_size"][..], &["bits"], &["group_size", "bits"]] {
+        assert_eq!(logits(left_out), expected, "without {left_out:?}");
+    }
+}

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tandem_engine::{Engine, FinishReason, GenerationConfig, Logits, Request, Sequence, check_vocabulary, logprob};
 
 use tandem_text::dialect::opens_reasoning;
-use tandem_text::{AnswerStream, ChatTemplate, Delta, Dialect, Tokenizer, ends_of_turn};
+use tandem_text::{AnswerStream, ChatFormat, Delta, Dialect, Tokenizer, ends_of_turn};
 
 use super::load_checked;
 use crate::load::{Loaded, LogitsRows};
@@ -169,17 +169,18 @@ impl Tasks {
                 );
             }
         }
-        let template = ChatTemplate::from_dir(&dir, None).unwrap_or_default();
+        // A call in an expected answer is text: the dialect only says which of its tags are kept.
+        let format = ChatFormat::from_dir(&dir, None, None, |token| tokenizer.has_token(token))?;
         let eos = GenerationConfig::load(&dir)?.eos_token_ids;
         let Loaded { mut engine, prefill_chunk, .. } = load_checked(options, rows, joined, on_news)?;
         check_vocabulary(&eos, engine.vocab_size()).context("eos_token_id")?;
-        let eos = ends_of_turn(&eos, &tokenizer, template.as_ref(), engine.vocab_size());
+        let eos = ends_of_turn(&eos, &tokenizer, format.template.as_ref(), engine.vocab_size());
         let mut scores: BTreeMap<String, Score> = BTreeMap::new();
         for (line, task) in &self.tasks {
             let score = scores.entry(task.kind().to_owned()).or_default();
             match task {
                 Task::Generate(task) => {
-                    let is_right = generate(&mut engine, &tokenizer, task, max_tokens, &eos);
+                    let is_right = generate(&mut engine, &tokenizer, format.dialect, task, max_tokens, &eos);
                     score.plain.add(is_right.with_context(|| format!("{path} line {line}"))?);
                 }
                 Task::Choose(task) => {
@@ -198,13 +199,14 @@ impl Tasks {
 fn generate(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
+    dialect: Dialect,
     task: &Generate,
     max_tokens: usize,
     eos: &[u32],
 ) -> anyhow::Result<bool> {
     let prompt = tokenizer.encode(&task.prompt, true)?;
     let in_reasoning = opens_reasoning(&task.prompt);
-    let mut stream = AnswerStream::chat(tokenizer, Dialect::Hermes, vec![], in_reasoning, vec![]);
+    let mut stream = AnswerStream::chat(tokenizer, dialect, vec![], in_reasoning, vec![]);
     let mut answer = String::new();
     let mut take = |deltas: Vec<Delta>| {
         for delta in deltas {
