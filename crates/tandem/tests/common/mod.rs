@@ -42,6 +42,12 @@ pub(crate) fn command(args: &[&str]) -> Command {
     for variable in ["HF_HOME", "HF_HUB_CACHE", "RUST_BACKTRACE", "RUST_LOG"] {
         command.env_remove(variable);
     }
+    // Settings of the machine that runs the tests, which have variables of their own (`TANDEM_REQUIRE_MPI`) too.
+    for (variable, _) in std::env::vars_os() {
+        if variable.to_string_lossy().starts_with("TANDEM_") {
+            command.env_remove(variable);
+        }
+    }
     command.env("HOME", "/nonexistent");
     command
 }
