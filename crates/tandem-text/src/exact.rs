@@ -1,7 +1,7 @@
 //! JSON whose whole numbers keep their digits, however many there are.
 //!
 //! `serde_json` makes a float of a whole number beyond 64 bits, and an identifier of 20 digits would reach a tool as another
-//! one. Here such a number is a text that begins with a mark, which no text from outside has; [`write`] and chat templates
+//! one. Here such a number is a text that begins with a mark, which no text from outside has; [`write()`] and chat templates
 //! make the number of it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
