@@ -155,20 +155,12 @@ pub(crate) struct Tile<'a> {
     pub(crate) scales: &'a [u8],
     /// `[groups, height]`, or empty.
     pub(crate) biases: &'a [u8],
-    /// What a kernel asks the memory for while it reads this tile: bytes from here on, so many a group of 32 columns.
-    pub(crate) ahead: *const u8,
-    pub(crate) ahead_step: usize,
-    /// Other passes over this tile ask for the rest.
-    pub(crate) is_shared: bool,
-    /// Whether all lines are asked for, not one of several.
-    pub(crate) every_line: bool,
-}
-
-impl Tile<'_> {
     /// Bytes of 32 columns with their share of scales and biases.
-    pub(crate) fn group_bytes(&self) -> usize {
-        (self.codes.len() + self.scales.len() + self.biases.len()) * 32 / self.cols
-    }
+    pub(crate) group_bytes: usize,
+    /// How many bytes ahead of the group that it reads a kernel asks the memory for.
+    pub(crate) ahead: usize,
+    /// Whether it asks for all lines, not for one of several.
+    pub(crate) every_line: bool,
 }
 
 /// Rows of a tile for these instructions; 0 where there are no kernels for tiles.
@@ -263,9 +255,8 @@ impl Tiles {
             codes: &bytes[..codes],
             scales: &bytes[codes..to_scales],
             biases: &bytes[to_scales..to_biases],
-            ahead: bytes.as_ptr(),
-            ahead_step: 0,
-            is_shared: false,
+            group_bytes: to_biases * 32 / self.cols.max(1),
+            ahead: 0,
             every_line: false,
         }
     }

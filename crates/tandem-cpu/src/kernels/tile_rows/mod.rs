@@ -93,11 +93,15 @@ const fn lines_ahead(operand: Operand, code_bits: usize) -> usize {
 }
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Bytes of which one line is asked for where [`crate::isa::wants_every_line`] says no: it starts the processor's
+/// Bytes of which one line is asked for when few tokens leave the processor waiting for memory: it starts the processor's
 /// prefetchers on the rest. Every line asked for takes one of the few slots that the loads need too: on Zen 4 (mxfp4,
 /// int8 activations, two threads) asking for all lines reaches 86 % of plain reading, for one of eight 90 %, for none
-/// 82 %. On Sapphire Rapids (two GLM-5.1 layers, int8, 16 threads) a step takes 7.8, 9.2 and 8.8 ms.
+/// 82 %. Not where [`crate::isa::wants_every_line`]: on Sapphire Rapids (two GLM-5.1 layers, int8, 16 threads) a step
+/// takes 7.8, 9.2 and 8.8 ms.
 const STRIDE: usize = 512;
+/// Tokens from which on arithmetic bounds, and every line is asked for: 256 tokens through a GLM-5.1 layer on Zen 4 with
+/// int8 activations reach 440 to 480 tokens/s, with one line of eight 390 to 415.
+const MANY_TOKENS: usize = 3;
 
 /// `out[t * n_rows + i] = matrix[first_row + i] . x[tokens[t]]` for `n_rows` rows of matrix `part`; `first_row` is the
 /// first of a tile.
@@ -128,32 +132,20 @@ pub(crate) fn tile_rows(
     let most = operand.max_tokens(isa);
     let share = tokens.len().div_ceil(tokens.len().div_ceil(most).max(1)).max(1);
     let mut sums = [[0.0; MAX_HEIGHT]; MAX_TOKENS];
-    // What comes before the tiles' own prefetches, at once.
-    let every_line = crate::isa::wants_every_line();
-    let first = matrix.tile(part, first_row / height).codes.as_ptr();
+    let every_line = tokens.len() >= MANY_TOKENS || crate::isa::wants_every_line();
     let ahead = if every_line { lines_ahead(operand, matrix.layout.codes.bits()) } else { AHEAD };
+    // What comes before the tiles' own prefetches, at once.
+    let first = matrix.tile(part, first_row / height).codes.as_ptr();
     if every_line {
         prefetch_stretch::<LINE>(first, ahead)
     } else {
         prefetch_stretch::<STRIDE>(first, ahead)
     }
-    let n_passes = tokens.len().div_ceil(share);
     for start in (0..n_rows).step_by(height) {
         let mut tile = matrix.tile(part, (first_row + start) / height);
-        tile.every_line = every_line;
+        (tile.ahead, tile.every_line) = (ahead, every_line);
         let n = height.min(n_rows - start);
-        let group_bytes = tile.group_bytes();
         for (pass, tokens) in tokens.chunks(share).enumerate() {
-            if n_passes > 1 && !every_line {
-                // Each pass asks for its share of the next tile.
-                tile.ahead_step = group_bytes / n_passes;
-                let start = tile.codes.len() + tile.scales.len() + tile.biases.len();
-                tile.ahead = tile.codes.as_ptr().wrapping_add(start + pass * (start / n_passes));
-                tile.is_shared = true;
-            } else {
-                tile.ahead_step = group_bytes;
-                tile.ahead = tile.codes.as_ptr().wrapping_add(ahead);
-            }
             // SAFETY: tiles exist only on processors with the instructions of `isa`, and the operand was chosen for it
             // (`Operand::choose`).
             unsafe {
@@ -303,13 +295,10 @@ fn share_log2(layout: &Layout) -> u32 {
 /// Asks for what will be read later than the tile's group `group`, which is `BYTES` long and more (scales and biases).
 #[inline(always)]
 fn prefetch_group<const BYTES: usize>(tile: &Tile<'_>, group: usize) {
-    let first = tile.ahead.wrapping_add(group * tile.ahead_step);
+    let first = tile.codes.as_ptr().wrapping_add(tile.ahead + group * tile.group_bytes);
     if tile.every_line {
         // Two lines more for scales and biases, so that groups in a row are asked for without a gap.
         prefetch_stretch::<LINE>(first, BYTES + 2 * LINE);
-    } else if tile.is_shared {
-        prefetch_stretch::<LINE>(first, 1);
-        prefetch_stretch::<LINE>(first.wrapping_add(tile.ahead_step / 2), 1);
     } else {
         prefetch_stretch::<STRIDE>(first, BYTES);
     }
