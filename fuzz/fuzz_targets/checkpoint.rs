@@ -6,22 +6,17 @@
 
 #![no_main]
 
-use std::cell::OnceCell;
-use std::path::Path;
+mod shared;
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Map, Value, json};
+use shared::in_folder;
 use tandem_core::weights::{Form, WeightSpec};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::Accounting;
-use tempfile::TempDir;
 
 const MAX_FILE: usize = 1 << 20;
 const MAX_TENSORS: usize = 600;
-
-thread_local! {
-    static DIR: OnceCell<TempDir> = const { OnceCell::new() };
-}
 
 fuzz_target!(|data: &[u8]| {
     let [mode, low, high, rest @ ..] = data else { return };
@@ -34,13 +29,9 @@ fuzz_target!(|data: &[u8]| {
         _ => None,
     };
     let Some(file) = file else { return };
-    DIR.with(|cell| {
-        let dir = cell.get_or_init(|| {
-            let shm = Path::new("/dev/shm");
-            if shm.is_dir() { TempDir::new_in(shm) } else { TempDir::new() }.expect("a temporary folder")
-        });
-        std::fs::write(dir.path().join("model.safetensors"), file).expect("writable");
-        let Ok(checkpoint) = Checkpoint::open(dir.path()) else { return };
+    in_folder(|dir| {
+        std::fs::write(dir.join("model.safetensors"), file).expect("writable");
+        let Ok(checkpoint) = Checkpoint::open(dir) else { return };
         for name in checkpoint.names() {
             assert_eq!(checkpoint.bytes(name).map(|b| b.len()), checkpoint.info(name).map(|i| i.bytes()));
         }

@@ -2,26 +2,17 @@
 
 #![no_main]
 
-use std::cell::OnceCell;
-use std::path::Path;
+mod shared;
 
 use libfuzzer_sys::fuzz_target;
+use shared::in_folder;
 use tandem_core::gguf::Gguf;
-use tempfile::TempDir;
 
 const MAX_ELEMENTS: usize = 1 << 16;
 
-thread_local! {
-    static DIR: OnceCell<TempDir> = const { OnceCell::new() };
-}
-
 fuzz_target!(|data: &[u8]| {
-    DIR.with(|cell| {
-        let dir = cell.get_or_init(|| {
-            let shm = Path::new("/dev/shm");
-            if shm.is_dir() { TempDir::new_in(shm) } else { TempDir::new() }.expect("a temporary folder")
-        });
-        let path = dir.path().join("model.gguf");
+    in_folder(|dir| {
+        let path = dir.join("model.gguf");
         std::fs::write(&path, data).expect("writable");
         let gguf = match Gguf::open(&path) {
             Ok(gguf) => gguf,

@@ -2,31 +2,22 @@
 
 #![no_main]
 
-use std::cell::OnceCell;
-use std::path::Path;
+mod shared;
 
 use libfuzzer_sys::fuzz_target;
+use shared::in_folder;
 use tandem_engine::PageStore;
-use tempfile::TempDir;
-
-thread_local! {
-    static DIR: OnceCell<TempDir> = const { OnceCell::new() };
-}
 
 fuzz_target!(|data: &[u8]| {
     let Some((name, content)) = data.split_first_chunk::<32>() else { return };
-    DIR.with(|cell| {
-        let dir = cell.get_or_init(|| {
-            let shm = Path::new("/dev/shm");
-            if shm.is_dir() { TempDir::new_in(shm) } else { TempDir::new() }.expect("a temporary folder")
-        });
-        let _ = std::fs::remove_dir_all(dir.path().join("model"));
-        let mut store = PageStore::open(dir.path(), "model", 1 << 24).expect("a folder of its own");
+    in_folder(|dir| {
+        let _ = std::fs::remove_dir_all(dir.join("model"));
+        let mut store = PageStore::open(dir, "model", 1 << 24).expect("a folder of its own");
         store.write([1; 32], vec![7; 100]);
         drop(store);
         let digits: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
-        std::fs::write(dir.path().join("model").join(digits + ".page"), content).expect("writable");
-        let mut store = PageStore::open(dir.path(), "model", 1 << 24).expect("a folder of its own");
+        std::fs::write(dir.join("model").join(digits + ".page"), content).expect("writable");
+        let mut store = PageStore::open(dir, "model", 1 << 24).expect("a folder of its own");
         // The fuzzer sees both sides of a comparison and so finds right checksums: then the page is what was written here.
         for hash in [*name, [1; 32]] {
             if let Some(page) = store.read(&hash) {

@@ -3,36 +3,19 @@
 
 #![no_main]
 
-use std::cell::OnceCell;
-use std::path::Path;
+mod shared;
 
 use libfuzzer_sys::fuzz_target;
+use shared::{allow_caught_panics, in_folder};
 use tandem_text::Tokenizer;
-use tempfile::TempDir;
 
-thread_local! {
-    static DIR: OnceCell<TempDir> = const { OnceCell::new() };
-}
-
-fuzz_target!(init: {
-    // A panic of the tokenizers crate on a malformed file is caught, and becomes an error.
-    let abort = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        if !tandem_text::tokenizer::is_guarded() {
-            abort(info);
-        }
-    }));
-}, |data: &[u8]| {
+fuzz_target!(init: allow_caught_panics(), |data: &[u8]| {
     let Some((length, rest)) = data.split_first_chunk::<2>() else { return };
     let (config, tokenizer) = rest.split_at(rest.len().min(u16::from_le_bytes(*length).into()));
-    DIR.with(|cell| {
-        let dir = cell.get_or_init(|| {
-            let shm = Path::new("/dev/shm");
-            if shm.is_dir() { TempDir::new_in(shm) } else { TempDir::new() }.expect("a temporary folder")
-        });
-        std::fs::write(dir.path().join("tokenizer.json"), tokenizer).expect("writable");
-        std::fs::write(dir.path().join("tokenizer_config.json"), config).expect("writable");
-        let tokenizer = match Tokenizer::from_dir(dir.path()) {
+    in_folder(|dir| {
+        std::fs::write(dir.join("tokenizer.json"), tokenizer).expect("writable");
+        std::fs::write(dir.join("tokenizer_config.json"), config).expect("writable");
+        let tokenizer = match Tokenizer::from_dir(dir) {
             Ok(tokenizer) => tokenizer,
             Err(error) => return assert!(!error.to_string().is_empty()),
         };
