@@ -135,6 +135,12 @@ fn settings_that_cannot_be() {
         ("[rum]\na = 1", None, &["run", "hi"], "did you mean run?"),
         ("context = 'x'", None, &["run", "hi"], "expected a whole number from 0"),
         ("", Some(("TANDEM_BACKEND", "abacus")), &["run", "hi"], "TANDEM_BACKEND: invalid value 'abacus'"),
+        // Ranges hold wherever a number comes from.
+        ("inter-token-ms = -1", None, &["serve"], "expected a number from 0.001 to 3600000"),
+        ("prefill-share = nan", None, &["serve"], "expected a number from 0 to 1000"),
+        ("request-timeout = 31536001", None, &["serve"], "expected a whole number from 1 to 31536000"),
+        ("", Some(("TANDEM_INTER_TOKEN_MS", "1e300")), &["serve"], "expected a number from 0.001 to 3600000"),
+        ("", Some(("TANDEM_MAX_BATCH", "65")), &["serve"], "expected a whole number from 1 to 64"),
         // Only the user starts programs and downloads.
         ("mpirun = '/tmp/x'", None, &["run", "hi"], "\"mpirun\" can be set on the command line"),
         ("[launch]\nssh-option = ['ProxyCommand=x']", None, &["run", "hi"], "\"ssh-option\" in [launch] can be set"),

@@ -85,8 +85,6 @@ pub(crate) fn bench(args: &BenchArgs, joined: Option<Joined>) -> anyhow::Result<
 }
 
 fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> {
-    ensure!(args.batch >= 1, "--batch must be at least 1");
-    ensure!(args.steps >= 1, "--steps must be at least 1");
     let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
     let longest = contexts.iter().copied().max().unwrap_or(0);
     let options = MeasuredOptions::from(&args.model);
@@ -337,7 +335,6 @@ impl DecodePoint {
 }
 
 fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()> {
-    ensure!(args.steps >= 1, "--steps must be at least 1");
     ensure!(args.prompt_tokens >= 1, "--prompt-tokens must be at least 1");
     ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
     let chunk = args.prefill_chunk.min(args.prompt_tokens);
