@@ -20,6 +20,9 @@ pub fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
     if path.join("config.json").exists() {
         return Ok(path.to_path_buf());
     }
+    if path.is_file() {
+        bail!("{name} is a file; --model takes a model directory or a Hugging Face id");
+    }
     if path.exists() {
         bail!("{name} has no config.json; --model takes a model directory or a Hugging Face id");
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use sha2::{Digest, Sha256};
 use tandem_core::ModelConfig;
+use tandem_core::backend::PAGE_SIZE;
 use tandem_core::weights::ModuleKind;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
@@ -21,6 +22,7 @@ use tandem_text::{ChatFormat, Tokenizer};
 
 use crate::cli::ServeArgs;
 use crate::news::on_terminal;
+use crate::telemetry::below_the_caller;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
 const BANDWIDTH_BYTES: usize = 256 << 20;
@@ -73,7 +75,7 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
             () = signal() => return Ok(()),
         };
         let app = App::new(worker, model(args, files, facts), &options)?;
-        loading.done(router(Arc::clone(&app)));
+        loading.done(below_the_caller(router(Arc::clone(&app))));
         announce(address, &app, options.api_keys.is_empty());
         tokio::select! {
             result = &mut server => return result.context("the server failed"),
@@ -214,9 +216,10 @@ fn start(
         let facts = Facts { context: engine.context(), numerics, bandwidth };
         let resident = accounting.total(|k| k.resident_bytes);
         let seconds = load_time.as_secs_f64();
+        let cache_tokens = engine.blocks().n_pages() * PAGE_SIZE;
         tracing::info!(
-            model = %dir.display(), device, numerics, context = facts.context, max_batch = args.max_batch,
-            resident_bytes = resident, seconds, gigabytes_per_second = resident as f64 / seconds / 1e9, "loaded"
+            model = %dir.display(), device, numerics, context = facts.context, cache_tokens, max_batch = args.max_batch,
+            resident_bytes = resident, seconds, gb_per_s = resident as f64 / seconds / 1e9, "loaded"
         );
         *made_facts.lock().unwrap_or_else(|e| e.into_inner()) = Some(facts);
         Ok((engine, step_bytes))
