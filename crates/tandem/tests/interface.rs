@@ -316,7 +316,8 @@ fn json_keys() {
     let decode = [&["bench", "decode", "--context", "8"], &dummy[..], &quick].concat();
     let prefill = [&["bench", "prefill", "--prompt-tokens", "8"], &dummy[..], &quick].concat();
     let matrix =
-        [&["bench", "matrix", "--context", "8", "--steps", "1", "--threads", "1"], &dummy[..2], &dummy[4..]].concat();
+        ["bench", "matrix", "--config", "llama-3.2-3b", "--num-layers", "2", "--vocab", "512", "--context", "8"];
+    let matrix = [&matrix[..], &["--steps", "1", "--threads", "1"]].concat();
     let schemas: &[(&[&str], &str)] = &[
         (
             &["run", "hi", "--model", FABLE, "--max-tokens", "2"],
