@@ -187,7 +187,7 @@ fn poor_terminals() {
 fn closed_terminals() {
     for before in ["", "trap '' HUP;"] {
         let home = temporary();
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
         grantpt(&master).and_then(|()| unlockpt(&master)).expect("usable");
         let name = ptsname(&master, vec![]).expect("a name").into_string().expect("UTF-8");
         let slave = || std::fs::OpenOptions::new().read(true).write(true).open(&name).expect("opens");
