@@ -6,6 +6,7 @@ use anyhow::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use tandem_core::ModelConfig;
 use tandem_cpu::Isa;
+use tandem_engine::DraftDepth;
 
 /// Context when nobody asks for more: the cache of a model made for 200,000 tokens would take tens of gigabytes.
 const DEFAULT_CONTEXT: usize = 32768;
@@ -25,6 +26,10 @@ pub struct ModelOptions {
     pub device: DeviceOptions,
     /// How it is divided among ranks.
     pub parallel: ParallelOptions,
+    /// Tokens drafted for a sequence in one step.
+    pub draft_depth: DraftDepth,
+    /// Directory or Hugging Face id of the multi-token-prediction layer that drafts; the model's own if `None`.
+    pub mtp: Option<String>,
 }
 
 impl Default for ModelOptions {
@@ -36,6 +41,8 @@ impl Default for ModelOptions {
             lock: false,
             device: DeviceOptions::default(),
             parallel: ParallelOptions::default(),
+            draft_depth: DraftDepth::OFF,
+            mtp: None,
         }
     }
 }

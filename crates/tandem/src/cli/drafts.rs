@@ -1,0 +1,26 @@
+//! Tokens that are drafted and verified several at once.
+
+use clap::Args;
+use tandem_engine::DraftDepth;
+use tandem_runtime::ModelOptions;
+
+/// Tokens that are drafted and verified several at once.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Drafts")]
+pub(crate) struct DraftArgs {
+    /// Tokens to draft for an answer in one step, 0 (off) to 8, from what the text has said before; the answer stays the
+    /// same. auto drafts as many as measured times and acceptance say pays.
+    #[arg(long, value_name = "N|auto", default_value_t = DraftDepth::OFF)]
+    pub(crate) draft_depth: DraftDepth,
+    /// Directory, or Hugging Face id in the local cache, of the multi-token-prediction layer that drafts: a checkpoint of the
+    /// same model that still has it. The model's own if not given.
+    #[arg(long, value_name = "DIR|ID")]
+    pub(crate) mtp: Option<String>,
+}
+
+impl DraftArgs {
+    /// The options with these drafts.
+    pub(crate) fn apply(&self, options: ModelOptions) -> ModelOptions {
+        ModelOptions { draft_depth: self.draft_depth, mtp: self.mtp.clone(), ..options }
+    }
+}
