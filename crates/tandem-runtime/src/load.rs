@@ -81,11 +81,20 @@ pub fn load(
     settle_tie(&mut config, &checkpoint);
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
-    let drafts = options.draft_depth != DraftDepth::OFF;
+    let depth = match options.draft_depth {
+        Some(depth) => depth,
+        None if joined.is_none() && DeviceKind::choose(&options.device)? == DeviceKind::Cpu => DraftDepth::Auto,
+        None => DraftDepth::OFF,
+    };
+    let drafts = depth != DraftDepth::OFF;
+    ensure!(
+        drafts || options.mtp.is_none(),
+        "--mtp is the layer that drafts, and nothing is to be drafted; give --draft-depth auto, or a number from 1 to 8"
+    );
     let sidecar = options.mtp.as_deref().filter(|_| drafts).map(|place| Sidecar::open(place, &config)).transpose()?;
     let prefill_chunk = options.prefill_chunk.clamp(1, context);
     // A sequence's next token and its drafts.
-    let n_rows = 1 + options.draft_depth.most();
+    let n_rows = 1 + depth.most();
     let limits = match what.logits {
         LogitsRows::One => Limits { max_rows: prefill_chunk, max_logits_rows: n_rows },
         LogitsRows::Chunk => Limits { max_rows: prefill_chunk, max_logits_rows: prefill_chunk },
@@ -101,20 +110,24 @@ pub fn load(
         Some(joined) => {
             no_host_experts(&options.device)?;
             let kind = DeviceKind::choose_for_ranks(&options.device, joined.transport(&options.parallel))?;
-            let model = Model::new(config.clone(), checkpoint, weights, options).with_sidecar(sidecar);
+            let model = Model::new(config.clone(), checkpoint, weights, options).with_drafts(drafts, sidecar);
             kind.with(Lead { model, options, limits, n_slots, joined, on_news })?
         }
         None => {
             let shape = Shape { config: &config, limits, n_slots };
             let source = CheckpointWeights::new(&checkpoint, weights.clone());
-            let mtp = if drafts { mtp::bytes_of(sidecar.as_ref(), &config, &weights) } else { 0 };
-            let resident = resident_bytes(&accounting) + mtp;
+            let mut mtp = if drafts { mtp::bytes_of(sidecar.as_ref(), &config, &weights) } else { 0 };
+            let mut resident = resident_bytes(&accounting) + mtp;
+            // Unless it was asked for, the layer must not be what the memory is too small for.
+            if options.draft_depth.is_none() && !fits_in_memory(resident) {
+                (mtp, resident) = (0, resident - mtp);
+            }
             let to_hold = ToHold { shape, weights: &weights, resident, mtp, sidecar: sidecar.as_ref() };
             DeviceKind::choose(&options.device)?.with(Alone { options, source: &source, to_hold, on_news })?
         }
     };
     let Running { runner, numerics, device, bandwidth } = running;
-    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings).with_drafts(options.draft_depth);
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings).with_drafts(depth);
     let load_time = start.elapsed();
     Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth })
 }

@@ -1,8 +1,6 @@
 //! Where the multi-token-prediction layer comes from: the model's own checkpoint, or a directory beside it, since many
 //! quantised checkpoints have left it out.
 
-use std::path::Path;
-
 use anyhow::{Context, ensure};
 use tandem_core::weights::Weight;
 use tandem_core::{Checkpoint, ModelConfig};

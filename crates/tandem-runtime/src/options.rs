@@ -26,8 +26,9 @@ pub struct ModelOptions {
     pub device: DeviceOptions,
     /// How it is divided among ranks.
     pub parallel: ParallelOptions,
-    /// Tokens drafted for a sequence in one step.
-    pub draft_depth: DraftDepth,
+    /// Tokens drafted for a sequence in one step. If `None`, as many as pay where the processor computes alone, and none
+    /// elsewhere.
+    pub draft_depth: Option<DraftDepth>,
     /// Directory or Hugging Face id of the multi-token-prediction layer that drafts; the model's own if `None`.
     pub mtp: Option<String>,
 }
@@ -41,7 +42,7 @@ impl Default for ModelOptions {
             lock: false,
             device: DeviceOptions::default(),
             parallel: ParallelOptions::default(),
-            draft_depth: DraftDepth::OFF,
+            draft_depth: None,
             mtp: None,
         }
     }

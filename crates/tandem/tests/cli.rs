@@ -238,6 +238,7 @@ fn drafts_that_cannot_be() {
         (&["--draft-depth", "9"][..], 2, "expected auto, or a whole number from 0 (off) to 8"),
         (&["--draft-depth", "many"], 2, "expected auto"),
         (&["--draft-depth", "2", "--mtp", &golden("models/glm51_tiny")], 1, "expected 8 as in the model"),
+        (&["--draft-depth", "0", "--mtp", FABLE], 1, "give --draft-depth auto"),
         (&["--draft-depth", "2", "--mtp", "/nonexistent/layer"], 1, "/nonexistent/layer"),
     ] {
         let done = tandem(&[&["run", "Hello", "--model", FABLE], flags].concat());

@@ -10,7 +10,7 @@ use tandem_comm::{Doing, Group, Transport, Wire, local};
 use tandem_core::backend::TensorGroup;
 use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Backend, Checkpoint, ModelConfig};
-use tandem_engine::{Answer, DistributedRunner, DraftDepth, HostReduce, Pipeline, RankRunner};
+use tandem_engine::{Answer, DistributedRunner, HostReduce, Pipeline, RankRunner};
 use tandem_model::{
     Accounting, CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe,
     Request, Share, WeightSource, load_drafting,
@@ -67,14 +67,14 @@ impl Model {
             source: Source::Checkpoint(Arc::new(checkpoint)),
             device: options.device.clone(),
             lock: options.lock,
-            drafts: options.draft_depth != DraftDepth::OFF,
+            drafts: false,
             sidecar: None,
         }
     }
 
-    /// The same, drafting by a layer of another directory.
-    pub(crate) fn with_sidecar(self, sidecar: Option<Sidecar>) -> Model {
-        Model { sidecar: sidecar.map(Arc::new), ..self }
+    /// The same, drafting if `drafts`, by a layer of another directory if there is one.
+    pub(crate) fn with_drafts(self, drafts: bool, sidecar: Option<Sidecar>) -> Model {
+        Model { drafts, sidecar: sidecar.map(Arc::new), ..self }
     }
 
     /// A hash of the configuration, and of the tensors by name, type and shape.

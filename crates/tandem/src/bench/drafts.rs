@@ -58,7 +58,7 @@ pub(super) fn verified(
         let experts_per_layer = experts_per_layer(&model.runner.stop()?);
         let bytes = BytesRead::of_decode_step(model, context + 1 + depth, args.batch, experts_per_layer).total();
         let ms = Spread::of(times).median;
-        let shares = args.force_acceptance.get(..depth).or((depth == 0).then_some(&[]));
+        let shares = args.force_acceptance.get(..depth);
         let tokens = shares.map(|shares| 1.0 + shares.iter().sum::<f64>());
         let tokens_per_second = tokens.map(|tokens| args.batch as f64 * tokens * 1e3 / ms);
         found.push(Verified { depth, ms, bytes, experts_per_layer, tokens_per_second });

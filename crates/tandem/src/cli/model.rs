@@ -63,7 +63,7 @@ impl From<&ModelArgs> for ModelOptions {
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
-            draft_depth: DraftDepth::OFF,
+            draft_depth: Some(DraftDepth::OFF),
             mtp: None,
         }
     }
