@@ -15,13 +15,16 @@ use crate::draft::{DraftDepth, MAX_DRAFT_DEPTH};
 const N_CLASSES: usize = 5;
 /// Share of drafts expected to be right before anything is known, by class.
 const EXPECTED: [f64; N_CLASSES] = [0.7, 0.35, 0.5, 0.7, 0.85];
-/// Drafts that this expectation weighs as much as.
+/// Drafts that this expectation weighs as much as; for later positions the one before them is the expectation.
 const EXPECTED_WEIGHT: f64 = 2.0;
+const LATER_WEIGHT: f64 = 4.0;
 /// Drafts of all sequences that a sequence's own weigh against.
-const COMMON_WEIGHT: f64 = 4.0;
+const COMMON_WEIGHT: f64 = 8.0;
 /// What an older draft counts for when another one is added, among all sequences' and among a sequence's own.
 const COMMON_DECAY: f64 = 0.995;
-const OWN_DECAY: f64 = 0.96;
+const OWN_DECAY: f64 = 0.98;
+/// Standard deviations by which a share that few drafts tell is taken for better than they say.
+const OPTIMISM: f64 = 0.75;
 
 /// Share of the time of steps that may be spent on finding out.
 const ALLOWANCE: f64 = 0.008;
@@ -33,9 +36,7 @@ const MOST_SAVED: f64 = 16.0;
 const PLAIN_EVERY: u32 = 48;
 /// Steps after which a sequence without drafts tries one again; twice as many after each that fails, up to the last.
 const FIRST_RETRY: u32 = 16;
-const LAST_RETRY: u32 = 512;
-/// An unknown number of rows must promise this much more than the best known one.
-const PROMISE: f64 = 1.02;
+const LAST_RETRY: u32 = 64;
 /// Weight of a new time in a mean, and how far it may be from it: a step that something else held up says little.
 const NEWEST: f64 = 0.1;
 const MOST_CHANGE: f64 = 2.0;
@@ -198,10 +199,12 @@ impl Control {
     fn better_source(&self, offer: &Offer<'_>) -> (DraftSource, Vec<f64>) {
         let gains = |(source, n): &(DraftSource, usize)| {
             let class = source.class();
-            let mut all = 1.0;
+            let (mut all, mut expected) = (1.0, EXPECTED[class]);
             let gain = |i: usize| {
-                let common = self.common.share(class, i, EXPECTED[class], EXPECTED_WEIGHT);
-                all *= offer.history.own.share(class, i, common, COMMON_WEIGHT);
+                expected = self.common.share(class, i, expected, if i == 0 { EXPECTED_WEIGHT } else { LATER_WEIGHT });
+                let share = offer.history.own.share(class, i, expected, COMMON_WEIGHT);
+                let n = offer.history.own.counts[class][i].0 + COMMON_WEIGHT;
+                all *= (share + OPTIMISM * (share * (1.0 - share) / n).sqrt()).min(1.0);
                 all
             };
             (*source, (0..*n).map(gain).collect::<Vec<f64>>())
@@ -238,7 +241,7 @@ impl Control {
                 }
                 None => {
                     // At best it costs no more than what is known; at worst a whole step for each row.
-                    let promises = tokens / (last_known + drafting) > PROMISE * best_rate;
+                    let promises = tokens / (last_known + drafting) > best_rate;
                     let loss = plain * (m + 1) as f64 / n as f64 + drafting - plain * (tokens / n as f64 - 1.0);
                     return if promises && loss <= balance { m + 1 } else { n_best };
                 }
