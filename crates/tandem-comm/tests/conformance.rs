@@ -1,6 +1,7 @@
 //! Every transport does the same: one suite over threads, TCP, and MPI where a launcher is installed.
 
-use std::net::TcpListener;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use tandem_comm::tcp::{Hello, Peer, Secret, Tcp, TcpConfig};
@@ -18,6 +19,7 @@ fn config(rank: usize, peers: &[Peer], deadline: Duration) -> TcpConfig {
         rank,
         peers: peers.to_vec(),
         secret: Secret([7; 32]),
+        encrypt: false,
         generation: 0,
         hello: Hello { version: "test".to_string(), model: "none".to_string() },
         deadline,
@@ -30,8 +32,12 @@ fn listeners(n: usize) -> Vec<TcpListener> {
     (0..n).map(|_| tcp::listen("127.0.0.1:0".parse().expect("an address")).expect("loopback")).collect()
 }
 
-/// Runs `rank` in a thread per rank over TCP.
-fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
+/// Runs `rank` in a thread per rank over TCP, plain and then encrypted.
+fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Sync) -> [Vec<R>; 2] {
+    [false, true].map(|encrypt| over_one_tcp(n, deadline, encrypt, &rank))
+}
+
+fn over_one_tcp<R: Send>(n: usize, deadline: Duration, encrypt: bool, rank: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
     let listeners = listeners(n);
     let peers = peers(&listeners);
     std::thread::scope(|scope| {
@@ -40,7 +46,8 @@ fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Syn
             .enumerate()
             .map(|(i, listener)| {
                 let (peers, rank) = (&peers, &rank);
-                scope.spawn(move || rank(tcp::connect(listener, config(i, peers, deadline)).expect("meets")))
+                let config = TcpConfig { encrypt, ..config(i, peers, deadline) };
+                scope.spawn(move || rank(tcp::connect(listener, config).expect("meets")))
             })
             .collect();
         threads.into_iter().map(|t| t.join().expect("no panic")).collect()
@@ -212,7 +219,7 @@ fn a_rank_that_ends_is_named_by_every_other() {
         group.abort(&error.to_string());
         Some((blamed, error))
     });
-    for (blamed, error) in errors.into_iter().flatten() {
+    for (blamed, error) in errors.into_iter().flatten().flatten() {
         assert!(blamed == Some(2) || error.to_string().contains("rank 2"), "{error}");
         assert_eq!(error.doing, Some(TEST));
     }
@@ -234,8 +241,10 @@ fn a_rank_that_hangs_is_named_within_the_deadline() {
         assert!((deadline..deadline * 2).contains(&start.elapsed()), "{:?}", start.elapsed());
         Some((blamed, error))
     });
-    let (blamed, error) = errors[0].clone().expect("rank 0");
-    assert!(blamed == Some(1) && matches!(error.failure, Failure::Stalled { .. }), "{error}");
+    for of_ranks in errors {
+        let (blamed, error) = of_ranks[0].clone().expect("rank 0");
+        assert!(blamed == Some(1) && matches!(error.failure, Failure::Stalled { .. }), "{error}");
+    }
 }
 
 #[test]
@@ -250,8 +259,10 @@ fn a_reason_reaches_the_others() {
         let mut byte = vec![];
         Some(group.recv_when_ready(1, Channel::Command, &mut byte, TEST).expect_err("aborted"))
     });
-    let error = errors[0].clone().expect("rank 0");
-    assert_eq!(error.failure, Failure::Stopped { message: "the disk is full".to_string() });
+    for of_ranks in errors {
+        let error = of_ranks[0].clone().expect("rank 0");
+        assert_eq!(error.failure, Failure::Stopped { message: "the disk is full".to_string() });
+    }
 }
 
 #[test]
@@ -294,19 +305,18 @@ fn different_versions_and_models_do_not_meet() {
 
 #[test]
 fn strangers_are_dropped_and_nothing_is_lost() {
-    knock(600);
+    knock(600, false);
+    knock(600, true);
 }
 
 #[test]
 #[ignore = "takes half a minute"]
 fn ten_thousand_strangers_are_dropped() {
-    knock(10_000);
+    knock(10_000, false);
 }
 
 /// `n` connections that do not belong to the launch, then the ranks that do.
-fn knock(n: u32) {
-    use std::io::Write;
-    use std::net::TcpStream;
+fn knock(n: u32, encrypt: bool) {
     let listeners = listeners(2);
     let peers = peers(&listeners);
     let target = peers[0].address;
@@ -315,6 +325,7 @@ fn knock(n: u32) {
     let rank = |i: usize, listener: TcpListener| {
         let mut config = config(i, &peers, DEADLINE);
         config.start_timeout = Duration::from_secs(120);
+        config.encrypt = encrypt;
         std::thread::spawn(move || tcp::connect(listener, config).map(|t| suite(&world(t))))
     };
     let zero = rank(0, first);
@@ -342,19 +353,46 @@ fn knock(n: u32) {
 
 #[test]
 fn a_wrong_secret_or_generation_does_not_get_in() {
-    for (secret, generation) in [(Secret([8; 32]), 0), (Secret([7; 32]), 1)] {
+    for (secret, generation, encrypt) in
+        [(8, 0, false), (7, 1, false), (8, 0, true), (7, 1, true)].map(|(key, g, e)| (Secret([key; 32]), g, e))
+    {
         let listeners = listeners(2);
         let peers = peers(&listeners);
         std::thread::scope(|scope| {
             for (i, listener) in listeners.into_iter().enumerate() {
                 let mut config = config(i, &peers, DEADLINE);
                 config.start_timeout = Duration::from_millis(400);
+                config.encrypt = encrypt;
                 if i == 1 {
                     (config.secret, config.generation) = (secret.clone(), generation);
                 }
-                scope.spawn(move || assert!(tcp::connect(listener, config).is_err()));
+                scope.spawn(move || {
+                    let error = tcp::connect(listener, config).err().expect("does not meet").to_string();
+                    assert!(error.contains(&format!("rank {} (loopback)", 1 - i)), "{error}");
+                });
             }
         });
+    }
+}
+
+#[test]
+fn plain_and_encrypted_ranks_do_not_meet() {
+    for encrypting in [0, 1] {
+        let listeners = listeners(2);
+        let peers = peers(&listeners);
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for (i, listener) in listeners.into_iter().enumerate() {
+                let config = TcpConfig { encrypt: i == encrypting, ..config(i, &peers, DEADLINE) };
+                scope.spawn(move || {
+                    let error = tcp::connect(listener, config).err().expect("differs").to_string();
+                    let how = |rank| if rank == encrypting { "with --encrypt" } else { "without --encrypt" };
+                    let other = format!("rank {} (loopback) was started {}, ", 1 - i, how(1 - i));
+                    assert!(error.starts_with(&other) && error.contains(how(i)), "{error}");
+                });
+            }
+        });
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
 }
 

@@ -165,6 +165,7 @@ fn over_tcp(n: usize) -> Vec<Box<dyn Transport>> {
         .enumerate()
         .map(|(rank, listener)| {
             let config = TcpConfig {
+                encrypt: false,
                 rank,
                 peers: peers.clone(),
                 secret: Secret([3; 32]),

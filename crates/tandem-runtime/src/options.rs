@@ -181,6 +181,9 @@ pub struct ParallelOptions {
     pub deadline: Option<f64>,
     /// Send sums of tensor-parallel ranks as bf16: half the traffic, less exact.
     pub wire_bf16: bool,
+    /// Encrypt what ranks send to each other over TCP.
+    #[serde(default)]
+    pub encrypt: bool,
 }
 
 impl ParallelOptions {
@@ -209,6 +212,21 @@ impl ParallelOptions {
         Ok(Duration::from_secs_f64(seconds))
     }
 
+    /// Checks that what ranks send can be encrypted, if it is to be.
+    ///
+    /// # Errors
+    /// It does not go over TCP.
+    pub fn check_encryption(&self) -> anyhow::Result<()> {
+        let name = self.transport.name();
+        match self.transport {
+            TransportKind::Mpi | TransportKind::Nccl if self.encrypt => anyhow::bail!(
+                "--encrypt reaches what goes over TCP, and --transport {name} sends by other ways; use --transport tcp, or leave \
+                 --encrypt out"
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// The same as flags of a command.
     pub fn flags(&self, n_ranks: usize) -> Vec<String> {
         let transport = self.transport.name().to_string();
@@ -218,6 +236,7 @@ impl ParallelOptions {
         }
         flags.extend(self.deadline.into_iter().flat_map(|s| ["--deadline".to_string(), s.to_string()]));
         flags.extend(self.wire_bf16.then(|| "--wire-bf16".to_string()));
+        flags.extend(self.encrypt.then(|| "--encrypt".to_string()));
         flags
     }
 }
