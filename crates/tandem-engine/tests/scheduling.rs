@@ -603,7 +603,7 @@ fn ten_thousand_schedules_of_drafts_leave_no_trace() {
                 let mut run = |engine: &mut Engine| {
                     let accepted: std::sync::Arc<std::sync::Mutex<Vec<u32>>> = Default::default();
                     let noting = Noting { accepted: accepted.clone(), hash: random };
-                    let constraint = (random % 3 == 0).then(|| Box::new(noting) as Box<dyn Constraint>);
+                    let constraint = random.is_multiple_of(3).then(|| Box::new(noting) as Box<dyn Constraint>);
                     let max_tokens = (random >> 8) as usize % 30;
                     let request = Request { constraint, ..greedy(prompt.clone(), max_tokens) };
                     let (tokens, pages, _) = trace(engine, request);
