@@ -163,7 +163,7 @@ fn start(
 ) -> anyhow::Result<(Worker, Facts)> {
     let inter_token = args.inter_token_ms.map(|ms| Duration::from_secs_f64(ms / 1e3));
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
-    let load_options = ModelOptions::from(&args.model);
+    let load_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
     let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
     let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));

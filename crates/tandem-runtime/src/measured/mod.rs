@@ -150,7 +150,7 @@ impl WithDevice for InOneProcess<'_, '_> {
         };
         let backend = D::alone(&options.device, &to_hold, on_news)?;
         let numerics = backend.numerics_name();
-        let runner = load_runner(backend.profiled(), &*source, to_hold.shape, to_hold.resident, on_news)?;
+        let runner = load_runner(backend.profiled(), &*source, &to_hold, on_news)?;
         if options.lock {
             lock_memory(on_news);
         }
@@ -167,6 +167,8 @@ fn described(options: &MeasuredOptions, place: Option<&str>) -> anyhow::Result<(
         source,
         device: options.device.clone(),
         lock: options.lock,
+        drafts: false,
+        sidecar: None,
     };
     if !options.shapes.is_dummy("--model DIR")? {
         let dir = dir()?;
@@ -225,7 +227,7 @@ impl MeasuredModel {
                 kind.with(Lead { options, model: &model, shape, joined, on_news })?
             }
             None => {
-                let to_hold = ToHold { shape, weights, resident: resident_bytes };
+                let to_hold = ToHold { shape, weights, resident: resident_bytes, mtp: 0, sidecar: None };
                 DeviceKind::choose(&options.device)?.with(InOneProcess { options, model: &model, to_hold, on_news })?
             }
         };

@@ -3,6 +3,7 @@
 mod bench;
 mod config;
 mod convert;
+mod drafts;
 mod eval;
 mod inspect;
 mod launch;

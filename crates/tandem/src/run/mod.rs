@@ -40,7 +40,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
         eprintln!("note: {name:?} is taken as the prompt; --model {name} names a model");
     }
     // Whatever can be wrong with flags and small files is found before the weights are read.
-    let options = ModelOptions::from(&args.model);
+    let options = args.drafts.apply(ModelOptions::from(&args.model));
     let dir = model_dir(options.model.as_deref())?;
     let config = ModelConfig::load(&dir)?;
     let context = options.context(&config)?;
