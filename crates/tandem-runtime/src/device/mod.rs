@@ -38,6 +38,15 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// As `--backend` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+            DeviceKind::Wgpu => "wgpu",
+        }
+    }
+
     /// The device of a model that runs in one process.
     ///
     /// # Errors
@@ -252,6 +261,10 @@ pub trait Device: Backend + Sized + 'static {
     fn numerics_name(&self) -> &'static str;
     /// Bytes per second, where that is known without a measurement.
     fn known_bandwidth(&self) -> Option<f64>;
+    /// Whether weights that are not repacked stay mapped from their files.
+    fn stays_mapped() -> bool {
+        false
+    }
     /// Whether made-up experts may share their bytes.
     fn stacks() -> Stacks;
     /// Sums over `group` that the device makes itself.
@@ -262,7 +275,8 @@ pub trait Device: Backend + Sized + 'static {
         Ok(None)
     }
 
-    /// With a stopwatch that counts the experts of a step.
+    /// With a stopwatch that counts the experts of a step; a device that does operations when they are called always notes
+    /// how long they take.
     fn profiled(self) -> Profiled<Self>;
     /// Bytes per second that the memory delivers, measured with care.
     fn bandwidth(&self) -> f64;
