@@ -117,7 +117,8 @@ pub fn load(
             kind.with(Alone { options, source: &source, to_hold, mapped: &mapped, on_news })?
         }
     };
-    let Running { runner, numerics, device, bandwidth, residency, plan } = running;
+    let Running { runner, numerics, device, bandwidth, residency, plan, host_expert_bytes } = running;
+    facts.host_expert_bytes = host_expert_bytes;
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings)
         .with_major_faults(system::major_page_faults);
     let load_time = start.elapsed();
@@ -177,6 +178,7 @@ struct Running {
     residency: Arc<Residency>,
     /// Of several ranks.
     plan: Option<Plan>,
+    host_expert_bytes: u64,
 }
 
 /// Rank 0 of several.
@@ -199,7 +201,8 @@ impl WithDevice for Lead<'_, '_> {
         let (plan, device) = (runner.plan().clone(), Device::name(runner.backend().inner()));
         let device = format!("{} ranks, {device} each", plan.ranks.len());
         let bandwidth = Some(plan.bandwidth());
-        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth, residency, plan: Some(plan) })
+        let (plan, host_expert_bytes) = (Some(plan), 0);
+        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth, residency, plan, host_expert_bytes })
     }
 }
 
@@ -220,6 +223,7 @@ impl WithDevice for Alone<'_, '_> {
         let Alone { options, source, to_hold, mapped, on_news } = self;
         let backend = D::alone(&options.device, &to_hold, on_news)?;
         let (numerics, device, bandwidth) = (backend.numerics_name(), backend.name(), backend.known_bandwidth());
+        let host_expert_bytes = backend.host_read_bytes();
         let backend = backend.profiled();
         let times = backend.operation_times();
         let runner = runner(backend, source, to_hold.shape, to_hold.resident, on_news)?;
@@ -228,7 +232,7 @@ impl WithDevice for Alone<'_, '_> {
         }
         let residency = Residency::watch(mapped, to_hold.resident);
         let runner = Box::new(runner.with_times(times, residency.usage()));
-        Ok(Running { runner, numerics, device, bandwidth, residency, plan: None })
+        Ok(Running { runner, numerics, device, bandwidth, residency, plan: None, host_expert_bytes })
     }
 }
 

@@ -10,6 +10,7 @@ use tandem_runtime::diagnosis::{self, DoctorOptions, RunRecord};
 
 use crate::cli::{DoctorArgs, ExplainArgs};
 use crate::report::{check_writable, plain, print_json};
+use crate::serve::read_keys;
 
 /// A server that answers anything answers this sooner.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -57,10 +58,7 @@ fn ask(url: &str, args: &ExplainArgs) -> anyhow::Result<RunRecord> {
     let config = ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).http_status_as_error(false);
     let mut request = config.build().new_agent().get(&address);
     if let Some(file) = &args.api_key_file {
-        let keys = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let key = keys.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
-        let key = key.with_context(|| format!("{} holds no key", file.display()))?;
-        request = request.header("Authorization", format!("Bearer {key}"));
+        request = request.header("Authorization", format!("Bearer {}", read_keys(file)?[0]));
     }
     let mut response = request.call().with_context(|| format!("cannot reach {address}"))?;
     let status = response.status();

@@ -366,7 +366,7 @@ fn fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> anyhow::Resu
 }
 
 /// Keys of a file, one a line; empty lines and lines that begin with # do not count.
-fn read_keys(path: &Path) -> anyhow::Result<Vec<String>> {
+pub(crate) fn read_keys(path: &Path) -> anyhow::Result<Vec<String>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read --api-key-file {}", path.display()))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));

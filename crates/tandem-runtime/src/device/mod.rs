@@ -261,6 +261,10 @@ pub trait Device: Backend + Sized + 'static {
     fn numerics_name(&self) -> &'static str;
     /// Bytes per second, where that is known without a measurement.
     fn known_bandwidth(&self) -> Option<f64>;
+    /// Bytes of experts that a token reads on the host, because the device does not hold them.
+    fn host_read_bytes(&self) -> u64 {
+        0
+    }
     /// Whether weights that are not repacked stay mapped from their files.
     fn stays_mapped() -> bool {
         false

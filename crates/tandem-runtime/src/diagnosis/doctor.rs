@@ -96,8 +96,7 @@ pub fn doctor(options: &DoctorOptions, say: &mut dyn FnMut(&str)) -> Report {
     let model = model.flatten();
     say("processor and memory");
     let machine = Machine::look(options.device.threads, options.device.isa);
-    findings.splice(0..0, machine.findings(model.as_ref().map(|model| model.resident)));
-    findings.extend(devices());
+    let mut findings = [machine.findings(model.as_ref().map(|model| model.resident)), devices(), findings].concat();
     let mut prediction = None;
     if let Some(model) = &model {
         findings.extend(model.fit(&options.device, &machine));

@@ -143,6 +143,8 @@ struct Case<'a> {
     weight_bytes: f64,
     /// What memory alone would take for the weights, ms.
     floor: Option<f64>,
+    /// By rank: what page faults take of its work, ms.
+    paging: Vec<f64>,
 }
 
 impl Case<'_> {
@@ -155,7 +157,8 @@ impl Case<'_> {
         };
         let weight_bytes: f64 = Operation::ALL.iter().map(|o| record.facts.read_bytes(n_rows, kinds_of(*o))).sum();
         let floor = record.facts.bandwidth.filter(|b| *b > 0.0).map(|bandwidth| weight_bytes / bandwidth * 1e3);
-        Case { record, decode, n_rows, operations, working, communication, waiting, weight_bytes, floor }
+        let paging = paging_of(record, decode);
+        Case { record, decode, n_rows, operations, working, communication, waiting, weight_bytes, floor, paging }
     }
 
     fn time_of(&self, operations: &[Operation]) -> f64 {
@@ -168,6 +171,22 @@ impl Case<'_> {
             return self.working;
         }
         self.time_of(&Operation::ALL.into_iter().filter(|o| !kinds_of(*o).is_empty()).collect::<Vec<_>>())
+    }
+
+    /// The same on the fastest rank of each stage, without page faults and time without a core: what the kernels take.
+    fn kernels_ms(&self) -> f64 {
+        let (mut own, mut all) = (0.0, 0.0);
+        for (stage, paging) in self.stages() {
+            let undisturbed = |(rank, paging): (&RankRecord, &f64)| rank.working_ms - paging - self.starved(rank);
+            own += stage.iter().zip(paging).map(undisturbed).fold(f64::INFINITY, f64::min).max(0.0);
+            all += stage.iter().map(|rank| rank.working_ms).sum::<f64>() / stage.len() as f64;
+        }
+        if all > 0.0 { self.weights_ms() * own / all } else { self.weights_ms() }
+    }
+
+    fn stages(&self) -> impl Iterator<Item = (&[RankRecord], &[f64])> {
+        let size = self.record.facts.tensor_size.max(1);
+        self.record.ranks.chunks(size).zip(self.paging.chunks(size))
     }
 
     /// Work beyond what good kernels take for these bytes; all of it where bandwidth is not known.
@@ -266,51 +285,68 @@ fn nothing(verdict: String) -> Explanation {
     }
 }
 
-fn paging(case: &Case<'_>) -> Option<Cause> {
-    let (decode, facts) = (case.decode, &case.record.facts);
-    let resident = case.record.ranks.iter().filter_map(|rank| rank.resident_share).fold(1.0, f64::min);
-    let others = case.record.ranks.iter().enumerate().skip(1);
-    let (rank, faults, own) = others
-        .map(|(i, rank)| (Some(i), rank.major_faults, rank.working_ms))
-        .chain([(None, decode.major_faults, decode.ms)])
-        .max_by(|a, b| a.1.total_cmp(&b.1))?;
-    if faults < 0.2 {
-        return None;
-    }
-    let cost = match (rank, decode.clean_ms) {
-        (None, Some(clean)) => decode.ms - clean,
-        (None, None) => case.slack(),
-        (Some(i), _) => own - expected_of(case, i)?,
+/// Pages per step from which on a rank counts as paging.
+const MIN_FAULTS: f64 = 0.2;
+
+/// Milliseconds of each rank's work that page faults take.
+fn paging_of(record: &RunRecord, decode: &Phase) -> Vec<f64> {
+    let ranks = &record.ranks;
+    let of_rank_0 = match decode.clean_working_ms {
+        Some(clean) => decode.working_ms - clean,
+        // Not one step without: what good kernels would not take.
+        None => {
+            let bytes: f64 = Operation::ALL.iter().map(|o| record.facts.read_bytes(1.0, kinds_of(*o))).sum();
+            let share = record.facts.rank_bytes.first().map_or(1.0, |own| *own as f64 / bytes.max(1.0));
+            let per_rank = record.facts.bandwidth.map(|bandwidth| bandwidth / record.facts.tensor_size.max(1) as f64);
+            per_rank.map_or(decode.working_ms / 2.0, |b| decode.working_ms - bytes * share / b * 1e3 / REACHABLE)
+        }
     };
-    let place = rank.map_or(String::new(), |i| format!(" on rank {i}"));
+    let rank_0 = if decode.major_faults >= MIN_FAULTS { of_rank_0.max(0.0) } else { 0.0 };
+    let mut list = vec![rank_0];
+    for (i, rank) in ranks.iter().enumerate().skip(1) {
+        let others: Vec<f64> = (0..ranks.len()).map(|j| if j == 0 { rank_0 } else { 0.0 }).collect();
+        let excess = expected(record, &others, i).map_or(0.0, |expected| (rank.working_ms - expected).max(0.0));
+        list.push(if rank.major_faults >= MIN_FAULTS { excess } else { 0.0 });
+    }
+    list
+}
+
+/// Milliseconds that a rank's work would take at the rate of the others, whose page faults are left out.
+fn expected(record: &RunRecord, paging: &[f64], rank: usize) -> Option<f64> {
+    let bytes = &record.facts.rank_bytes;
+    let rate = |(i, r): (usize, &RankRecord)| {
+        let ms = r.working_ms - paging.get(i).unwrap_or(&0.0);
+        (i != rank && ms > 0.0).then(|| *bytes.get(i).unwrap_or(&0) as f64 / ms)
+    };
+    let mut rates: Vec<f64> = record.ranks.iter().enumerate().filter_map(rate).filter(|rate| *rate > 0.0).collect();
+    rates.sort_by(f64::total_cmp);
+    let typical = rates.get(rates.len() / 2)?;
+    Some(*bytes.get(rank)? as f64 / typical)
+}
+
+fn paging(case: &Case<'_>) -> Option<Cause> {
+    let (decode, facts, ranks) = (case.decode, &case.record.facts, &case.record.ranks);
+    let (rank, cost) = case.paging.iter().copied().enumerate().max_by(|a, b| a.1.total_cmp(&b.1))?;
+    let resident = ranks.iter().filter_map(|rank| rank.resident_share).fold(1.0, f64::min);
+    let faults = if rank == 0 { decode.major_faults } else { ranks[rank].major_faults };
+    let place = if ranks.len() > 1 { format!(" on rank {rank}") } else { String::new() };
+    let clean = decode.clean_ms.filter(|_| rank == 0);
     let evidence = format!(
         "{faults:.1} pages per token came from the disk{place}{}, {:.0} % of the weights are in memory",
-        decode.clean_ms.map_or(String::new(), |ms| format!(" (steps without: {ms:.1} ms, all: {:.1} ms)", decode.ms)),
+        clean.map_or(String::new(), |ms| format!(" (steps without: {ms:.1} ms, all: {:.1} ms)", decode.ms)),
         100.0 * resident
     );
     let remedy = format!(
         "free memory for the {} of weights, pin them with --lock, use fewer bits, or add a machine",
         bytes(facts.weight_bytes)
     );
-    Some(Cause { rank, ..case.cause(CauseKind::Paging, cost.max(0.0), evidence, &remedy) })
-}
-
-/// Milliseconds that a rank's work would take at the rate of the others.
-fn expected_of(case: &Case<'_>, rank: usize) -> Option<f64> {
-    let bytes = &case.record.facts.rank_bytes;
-    let rate = |(i, r): (usize, &RankRecord)| {
-        (i != rank && r.working_ms > 0.0).then(|| *bytes.get(i).unwrap_or(&0) as f64 / r.working_ms)
-    };
-    let mut rates: Vec<f64> =
-        case.record.ranks.iter().enumerate().filter_map(rate).filter(|rate| *rate > 0.0).collect();
-    rates.sort_by(f64::total_cmp);
-    let typical = rates.get(rates.len() / 2)?;
-    Some(*bytes.get(rank)? as f64 / typical)
+    let rank = (ranks.len() > 1).then_some(rank);
+    Some(Cause { rank, ..case.cause(CauseKind::Paging, cost, evidence, &remedy) })
 }
 
 fn slow_rank(case: &Case<'_>) -> Option<Cause> {
     let ranks = &case.record.ranks;
-    let excess = |i: usize| Some((i, ranks[i].working_ms - expected_of(case, i)?));
+    let excess = |i: usize| Some((i, ranks[i].working_ms - case.paging[i] - expected(case.record, &case.paging, i)?));
     let (rank, cost) = (0..ranks.len()).filter_map(excess).max_by(|a, b| a.1.total_cmp(&b.1))?;
     let slow = &ranks[rank];
     let rate = |i: usize| case.record.facts.rank_bytes[i] as f64 / ranks[i].working_ms / 1e6;
@@ -375,8 +411,9 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
 fn kernels(case: &Case<'_>) -> Option<Cause> {
     let facts = &case.record.facts;
     let (isa, best) = (facts.isa.as_deref()?, facts.best_isa.as_deref()?);
-    let (ms, floor) = (case.weights_ms(), case.floor?);
-    if ms <= 0.0 || floor / ms > KERNEL_BOUND {
+    let (ms, floor) = (case.kernels_ms(), case.floor?);
+    // The best kernels for this processor are at fault only where they are far from the memory's limit.
+    if ms <= 0.0 || (isa == best && floor / ms > KERNEL_BOUND) {
         return None;
     }
     let is_old = matches!(isa, "scalar" | "avx2");
@@ -391,7 +428,7 @@ fn kernels(case: &Case<'_>) -> Option<Cause> {
         case.weight_bytes / ms / 1e6,
         facts.bandwidth? / 1e9
     );
-    Some(case.cause(CauseKind::Kernels, case.slack(), evidence, &remedy))
+    Some(case.cause(CauseKind::Kernels, (ms - floor / REACHABLE).max(0.0), evidence, &remedy))
 }
 
 fn device(case: &Case<'_>) -> Option<Cause> {

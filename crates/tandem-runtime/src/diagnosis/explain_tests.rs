@@ -93,6 +93,7 @@ fn run(faults: Faults, n_ranks: usize, seed: u64) -> RunRecord {
         major_faults: ranks[0].major_faults,
         // Half of the steps have faults, of twice the mean cost.
         clean_ms: Some(ms - faults.paging / 2.0),
+        clean_working_ms: Some(ranks[0].working_ms - faults.paging / 2.0),
         ..Phase::default()
     };
     let kind = |kind: ModuleKind, share: f64, format: &str| KindBytes {
@@ -244,7 +245,6 @@ fn what_the_numbers_do_not_carry_is_unknown() {
     // Time that belongs to nothing.
     let mut record = run(Faults::default(), 1, 1);
     record.decode.as_mut().unwrap().ms *= 2.0;
-    record.decode.as_mut().unwrap().clean_ms = None;
     assert_eq!(explain(&record).principal, CauseKind::Unknown);
     // No run at all.
     assert_eq!(explain(&RunRecord::default()).principal, CauseKind::Unknown);

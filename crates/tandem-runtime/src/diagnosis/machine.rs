@@ -92,6 +92,7 @@ impl Machine {
         found.extend(self.memory());
         found.extend(self.swapping());
         found.push(self.locking(weight_bytes));
+        found.extend(self.wired(weight_bytes));
         found.extend(self.paging());
         let evidence = format!("{:.1} GB/s read by {} threads", self.bandwidth / 1e9, self.threads);
         found.push(Finding::new("memory.bandwidth", Level::Ok, "bandwidth of memory", evidence));
@@ -227,6 +228,20 @@ impl Machine {
         }
     }
 
+    /// What a Mac lets its GPU keep in memory.
+    fn wired(&self, weight_bytes: Option<u64>) -> Option<Finding> {
+        let limit = self.wired_limit?;
+        let found = Finding::new("memory.wired", Level::Ok, "memory that the GPU may keep", bytes(limit));
+        let needed = weight_bytes.unwrap_or(0) + (weight_bytes.unwrap_or(0) >> 4);
+        let megabytes = needed >> 20;
+        Some(match needed > limit {
+            false => found,
+            true => found
+                .with_level(Level::Warning, "the GPU may not keep the weights in memory")
+                .with_remedy(format!("sudo sysctl iogpu.wired_limit_mb={megabytes}, or --backend cpu")),
+        })
+    }
+
     fn paging(&self) -> Option<Finding> {
         let setting = self.huge_pages.clone()?;
         let found = Finding::new("memory.huge_pages", Level::Ok, "transparent huge pages", setting.clone());
@@ -327,7 +342,8 @@ mod tests {
     #[test]
     fn each_fault_of_a_machine_is_found_and_no_other() {
         type Change = fn(&mut Machine);
-        let cases: [(&str, Level, Change); 13] = [
+        let cases: [(&str, Level, Change); 14] = [
+            ("memory.wired", Level::Warning, |m| m.wired_limit = Some(6 << 30)),
             ("processor.kernels", Level::Warning, |m| (m.isas, m.isa) = (vec![Isa::Scalar, Isa::Avx2], Isa::Avx2)),
             ("processor.kernels", Level::Warning, |m| m.isa = Isa::Avx2),
             ("processor.kernels", Level::Problem, |m| (m.isas, m.isa) = (vec![Isa::Scalar], Isa::Scalar)),
@@ -342,7 +358,7 @@ mod tests {
             ("memory.locked", Level::Warning, |m| m.lockable = Some(8 << 20)),
             ("memory.huge_pages", Level::Warning, |m| m.huge_pages = Some("never".into())),
         ];
-        assert_eq!(faults(&healthy()), []);
+        assert!(faults(&healthy()).is_empty());
         for (id, level, change) in cases {
             let mut machine = healthy();
             change(&mut machine);

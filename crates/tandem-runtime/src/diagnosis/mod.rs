@@ -10,7 +10,7 @@ mod machine;
 mod pairs;
 mod predict;
 mod record;
-pub mod report;
+mod report;
 mod residency;
 
 pub use doctor::{DoctorOptions, Report, doctor};
@@ -20,4 +20,5 @@ pub use machine::Machine;
 pub use pairs::{PairSpeed, findings as pair_findings, pairs};
 pub use predict::{Prediction, predict};
 pub use record::{Facts, KindBytes, Phase, RankRecord, Recorder, RunRecord, last_run_file, read_last_run};
+pub use report::{Bar, write_chart};
 pub use residency::Residency;

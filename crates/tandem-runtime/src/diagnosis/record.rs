@@ -158,6 +158,8 @@ pub struct Phase {
     pub major_faults: f64,
     /// Mean of the steps without such faults; none if there were none.
     pub clean_ms: Option<f64>,
+    /// Rank 0's own work in these.
+    pub clean_working_ms: Option<f64>,
 }
 
 impl Phase {
@@ -171,7 +173,10 @@ impl Phase {
         let mut totals: Vec<f64> = steps.iter().map(|step| ms(step.total)).collect();
         totals.sort_by(f64::total_cmp);
         let at = |q: f64| totals[(q * (totals.len() - 1) as f64).round() as usize];
-        let clean: Vec<f64> = steps.iter().filter(|s| s.rank.usage.major_faults == 0).map(|s| ms(s.total)).collect();
+        let clean: Vec<&&StepTimes> = steps.iter().filter(|step| step.rank.usage.major_faults == 0).collect();
+        let clean_mean = |of: &dyn Fn(&StepTimes) -> f64| {
+            (!clean.is_empty()).then(|| clean.iter().map(|step| of(step)).sum::<f64>() / clean.len() as f64)
+        };
         Some(Phase {
             n_steps: steps.len(),
             n_tokens: steps.iter().map(|step| step.n_decoding + step.n_prefilled).sum(),
@@ -188,7 +193,8 @@ impl Phase {
             receiving_ms: mean(&|step| ms(step.rank.receiving)),
             sending_ms: mean(&|step| ms(step.rank.sending)),
             major_faults: mean(&|step| step.rank.usage.major_faults as f64),
-            clean_ms: (!clean.is_empty()).then(|| clean.iter().sum::<f64>() / clean.len() as f64),
+            clean_ms: clean_mean(&|step| ms(step.total)),
+            clean_working_ms: clean_mean(&|step| ms(step.rank.working)),
         })
     }
 }

@@ -1,6 +1,9 @@
 //! An explanation as text, and as a page of its own with charts; nothing is loaded from elsewhere.
 
 use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::Context;
 
 use super::explain::Explanation;
 use super::record::RunRecord;
@@ -92,7 +95,7 @@ pub struct Bar {
 }
 
 /// Bars below each other, as SVG.
-pub fn bar_chart(bars: &[Bar], unit: &str) -> String {
+fn bar_chart(bars: &[Bar], unit: &str) -> String {
     const ROW: usize = 24;
     let longest = bars.iter().map(|bar| bar.value.max(bar.mark.unwrap_or(0.0))).fold(1e-9, f64::max);
     let scale = 480.0 / longest;
@@ -118,7 +121,7 @@ pub fn bar_chart(bars: &[Bar], unit: &str) -> String {
 }
 
 /// Values one after the other, as SVG.
-pub fn line_chart(values: &[f64]) -> String {
+fn line_chart(values: &[f64]) -> String {
     let top = values.iter().copied().fold(1e-9, f64::max) * 1.1;
     let dx = 780.0 / values.len().saturating_sub(1).max(1) as f64;
     let point = |(i, value): (usize, &f64)| format!("{:.1},{:.1}", 60.0 + i as f64 * dx, 190.0 - value / top * 180.0);
@@ -132,8 +135,17 @@ pub fn line_chart(values: &[f64]) -> String {
     )
 }
 
+/// Writes a page with a verdict and a chart.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_chart(file: &Path, title: &str, verdict: &str, bars: &[Bar], unit: &str) -> anyhow::Result<()> {
+    let body = format!("<p><strong>{}</strong></p>{}", escape(verdict), bar_chart(bars, unit));
+    std::fs::write(file, page(title, &body)).with_context(|| format!("cannot write {}", file.display()))
+}
+
 /// A page of its own.
-pub fn page(title: &str, body: &str) -> String {
+fn page(title: &str, body: &str) -> String {
     let title = escape(title);
     format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>\
@@ -144,6 +156,6 @@ pub fn page(title: &str, body: &str) -> String {
 }
 
 /// Text that is no markup.
-pub fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

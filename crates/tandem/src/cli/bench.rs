@@ -105,6 +105,9 @@ pub(crate) struct BenchMatrixArgs {
     /// Steps measured for each row.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
+    /// Write a page with a chart, which needs nothing else.
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) report: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
