@@ -1,6 +1,7 @@
 //! What a run's numbers mean: where a token's time went, what costs most that need not be, and what would help.
 //!
-//! A cause is named only if its own evidence is there; costs are what a token would gain without it. Where nothing explains
+//! A cause is named only if its own evidence is there; its cost is what it alone takes from a token. Causes multiply: two that
+//! cost 10 ms each may cost 30 together. Where nothing explains
 //! the time, the verdict says so and names the command that would tell.
 
 use std::collections::BTreeMap;
@@ -60,7 +61,7 @@ pub struct Cause {
     pub kind: CauseKind,
     /// The rank at fault, if it is one's.
     pub rank: Option<usize>,
-    /// What a token would gain without it, ms.
+    /// What it alone takes from a token, ms; together with others it may be more.
     pub cost_ms: f64,
     /// The same as a share of a token's time.
     pub share: f64,
@@ -184,14 +185,16 @@ impl Case<'_> {
         if all > 0.0 { self.weights_ms() * own / all } else { self.weights_ms() }
     }
 
+    /// What products of weights would take if nothing were wrong.
+    fn healthy_ms(&self) -> f64 {
+        let facts = &self.record.facts;
+        let (ms, best) = (self.kernels_ms(), self.floor.map(|floor| floor / REACHABLE));
+        if facts.isa == facts.best_isa { ms } else { best.map_or(ms, |best| best.min(ms)) }
+    }
+
     fn stages(&self) -> impl Iterator<Item = (&[RankRecord], &[f64])> {
         let size = self.record.facts.tensor_size.max(1);
         self.record.ranks.chunks(size).zip(self.paging.chunks(size))
-    }
-
-    /// Work beyond what good kernels take for these bytes; all of it where bandwidth is not known.
-    fn slack(&self) -> f64 {
-        self.floor.map_or(self.working, |floor| (self.weights_ms() - floor / REACHABLE).max(0.0))
     }
 
     fn cause(&self, kind: CauseKind, cost_ms: f64, evidence: String, remedy: &str) -> Cause {
@@ -390,8 +393,11 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
     if facts.backend != "cpu" {
         return None;
     }
-    // What every rank lacks; what one lacks more than the others is that rank's fault.
-    let starved = ranks.iter().map(|rank| case.starved(rank)).reduce(f64::min)?;
+    // What the fastest rank lacks; what one lacks more is that rank's fault.
+    let (working, starved) = (ranks.iter().zip(&case.paging))
+        .map(|(rank, paging)| (rank.working_ms - paging, case.starved(rank)))
+        .min_by(|a, b| a.0.total_cmp(&b.0))?;
+    let share = (starved / working.max(1e-9)).min(0.95);
     let local = ranks.iter().filter(|rank| rank.host.is_empty() || rank.host == ranks[0].host).count().max(1);
     let threads = facts.threads * local;
     let (kind, remedy) = if threads > facts.cores {
@@ -405,7 +411,7 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
         "threads that could run waited {starved:.1} ms of every token for one of {} cores ({threads} threads compute){quota}",
         facts.cores
     );
-    Some(case.cause(kind, starved.min(case.slack()), evidence, remedy))
+    Some(case.cause(kind, case.healthy_ms() * share / (1.0 - share), evidence, remedy))
 }
 
 fn kernels(case: &Case<'_>) -> Option<Cause> {
