@@ -1,5 +1,5 @@
 //! Why a model is as fast as it is: what a run did ([`RunRecord`]), whether its weights stay in memory ([`Residency`]), what
-//! that means ([`explain()`]), and what this machine and a model make one expect ([`doctor`]).
+//! that means ([`explain()`]), and what this machine and a model make one expect ([`doctor()`]).
 //!
 //! A verdict follows from recorded numbers alone, so that it can be made later, elsewhere, and in tests. It prints nothing.
 
