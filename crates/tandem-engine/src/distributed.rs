@@ -16,7 +16,7 @@ use tandem_core::backend::{Backend, Batch, TensorGroup};
 use tandem_model::{KvCache, Limits, Model, Plan, RankPlan, StepShape};
 
 use crate::EngineError;
-use crate::runner::{RankStatus, Runner};
+use crate::runner::{Drafted, Drafter, MtpState, RankStatus, Runner};
 use crate::timings::{OperationTimes, ReadUsage, Spent};
 
 /// Tensor-parallel ranks compare their residual streams once in this many steps.
@@ -240,6 +240,7 @@ pub struct RankRunner<B: Backend> {
     usage: Option<ReadUsage>,
     answer: Option<Answer<B>>,
     check: Option<Check>,
+    mtp: Option<MtpState<B>>,
     /// Steps run, from which ranks know when to compare.
     n_steps: u64,
 }
@@ -261,6 +262,7 @@ impl<B: Backend> RankRunner<B> {
         n_slots: usize,
     ) -> Self {
         let cache = model.new_cache(&backend, n_slots);
+        let mtp = MtpState::new(&backend, &*model, n_slots, vocab_size);
         RankRunner {
             backend,
             model,
@@ -277,6 +279,7 @@ impl<B: Backend> RankRunner<B> {
             usage: None,
             answer: None,
             check: None,
+            mtp,
             n_steps: 0,
         }
     }
@@ -360,6 +363,9 @@ impl<B: Backend> RankRunner<B> {
             let start = logits.len();
             logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
             self.backend.download(self.model.logits(), &mut logits[start..]);
+        }
+        if let Some(mtp) = &mut self.mtp {
+            mtp.keep(&self.backend, &*self.model, shape.n_rows);
         }
         self.sync()?;
         self.compare_streams(shape.n_rows)?;
@@ -554,7 +560,14 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     }
 
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        if let Some(mtp) = &mut self.rank.mtp {
+            mtp.hidden.clear();
+        }
         self.run_all(batches, logits).map_err(|error| self.fail(error))
+    }
+
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        if self.rank.mtp.is_some() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -608,6 +621,25 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     }
 }
 
+/// Rank 0's layer: no other rank takes part.
+impl<B: Backend> Drafter for DistributedRunner<B> {
+    fn hidden_size(&self) -> usize {
+        self.rank.hidden_size
+    }
+
+    fn hidden(&self) -> &[f32] {
+        self.rank.mtp.as_ref().map_or(&[], |mtp| &mtp.hidden)
+    }
+
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError> {
+        let rank = &mut self.rank;
+        let Some(mtp) = &mut rank.mtp else { return Ok(Drafted::default()) };
+        let drafted = mtp.draft(&rank.backend, &mut *rank.model, batch, hidden);
+        let failed = rank.backend.sync().err().map(|e| EngineError::Device(Box::new(e)));
+        failed.map_or(Ok(drafted), |error| Err(self.fail(error)))
+    }
+}
+
 /// The first word, and what comes after it.
 fn split_word(bytes: &[u8]) -> Option<(u32, &[u8])> {
     let (word, rest) = bytes.split_first_chunk()?;
@@ -625,13 +657,12 @@ impl<B: Backend> Drop for DistributedRunner<B> {
     }
 }
 
-/// Cuts a batch of several sequences' next tokens so that every stage has one part; rows do not depend on each other.
+/// Cuts a batch of next tokens and drafts so that every stage has one part. Rows see only rows of their own sequence, and
+/// those come before them.
 fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
     let n = batch.n_rows();
-    let mut seen = vec![false; batch.block_tables.len()];
-    let own_sequences = batch.sequences.iter().all(|s| !std::mem::replace(&mut seen[*s as usize], true));
     let every_row_once = batch.logits_rows.iter().copied().eq(0..n as u32);
-    if n_parts == 1 || !(2..=EXACT_ROWS).contains(&n) || !own_sequences || !every_row_once {
+    if n_parts == 1 || !(2..=EXACT_ROWS).contains(&n) || !every_row_once {
         return vec![batch];
     }
     (0..n_parts)
@@ -720,9 +751,14 @@ mod tests {
             let expected: Vec<usize> = (0..n).map(|r| whole.slot(whole.sequences[r] as usize, 70)).collect();
             assert_eq!(slots, expected);
         }
-        // A prompt is one sequence: its rows stay together.
-        let mut prompt = batch(5);
-        prompt.sequences = vec![0; 5];
+        // Rows of a prompt, whose logits nobody wants, stay together; a token and its drafts need not.
+        let mut prompt = Batch { positions: (70..75).collect(), sequences: vec![0; 5], ..batch(5) };
+        let parts = cut_decode_batch(prompt.clone(), 2);
+        assert_eq!(
+            parts.iter().map(|part| part.positions.clone()).collect::<Vec<_>>(),
+            [vec![70, 71], vec![72, 73, 74]]
+        );
+        prompt.logits_rows = vec![4];
         assert_eq!(cut_decode_batch(prompt.clone(), 2), [prompt]);
     }
 

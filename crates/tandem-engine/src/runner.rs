@@ -8,7 +8,7 @@ use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, Limits, Model, StepShape};
 
 use crate::EngineError;
-use crate::sampler::{SampleError, sampled};
+use crate::sampler::{SampleError, argmax, sampled};
 use crate::timings::{OperationTimes, ReadUsage, Spent};
 
 /// What one rank holds, and what it has done.
@@ -56,6 +56,10 @@ pub trait Runner {
     fn warning(&self) -> Option<String> {
         None
     }
+    /// The multi-token-prediction layer, if one is loaded.
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        None
+    }
     /// Rows of the largest batch.
     fn limits(&self) -> Limits;
     /// Logits per row.
@@ -93,6 +97,72 @@ pub trait DeviceSampler {
     fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError>;
 }
 
+/// A multi-token-prediction layer: it drafts the token after next.
+pub trait Drafter {
+    /// Elements of a hidden state.
+    fn hidden_size(&self) -> usize;
+    /// The hidden states of the rows of the last step, which has ended, `[n_rows, hidden_size]`.
+    fn hidden(&self) -> &[f32];
+    /// Runs rows whose `hidden [n_rows, hidden_size]` is that of a position and whose token is the one after it. The wanted
+    /// rows' drafts are returned, each with the hidden state to go on from.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError>;
+}
+
+/// What a [`Drafter`] makes of a batch.
+#[derive(Clone, Debug, Default)]
+pub struct Drafted {
+    /// `[n_logits]`
+    pub tokens: Vec<u32>,
+    /// `[n_logits, hidden_size]`
+    pub hidden: Vec<f32>,
+}
+
+/// A rank's multi-token-prediction layer beside its model.
+pub(crate) struct MtpState<B: Backend> {
+    cache: KvCache<B>,
+    /// Of the last step's rows, `[n_rows, hidden_size]`.
+    pub(crate) hidden: Vec<f32>,
+    pub(crate) hidden_size: usize,
+    vocab_size: usize,
+}
+
+impl<B: Backend> MtpState<B> {
+    /// With an empty cache, if the model has such a layer.
+    pub(crate) fn new(backend: &B, model: &dyn Model<B>, n_slots: usize, vocab_size: usize) -> Option<MtpState<B>> {
+        let specs = model.mtp_cache_specs();
+        let hidden_size = model.hidden_size();
+        let new = || MtpState { cache: KvCache::new(backend, specs, n_slots), hidden: vec![], hidden_size, vocab_size };
+        (!specs.is_empty()).then(new)
+    }
+
+    /// Appends the hidden states of a step that has run.
+    pub(crate) fn keep(&mut self, backend: &B, model: &dyn Model<B>, n_rows: usize) {
+        let start = self.hidden.len();
+        self.hidden.resize(start + n_rows * self.hidden_size, 0.0);
+        backend.download(model.normed(), &mut self.hidden[start..]);
+    }
+
+    /// As [`Drafter::draft`].
+    pub(crate) fn draft(&mut self, backend: &B, model: &mut dyn Model<B>, batch: Batch, hidden: &[f32]) -> Drafted {
+        let shape = StepShape::of(&batch);
+        let batch = backend.upload(batch);
+        model.draft(backend, &batch, shape, hidden, &mut self.cache);
+        let (n, mut drafted) = (shape.n_logits, Drafted::default());
+        if let (1.., Some((logits, hidden))) = (n, model.drafted()) {
+            let mut rows = vec![0.0; n * self.vocab_size];
+            backend.download(logits, &mut rows);
+            // A draft that makes no sense is rejected like any other.
+            drafted.tokens = rows.chunks_exact(rows.len() / n).map(|row| argmax(row).unwrap_or(0)).collect();
+            drafted.hidden.resize(n * self.hidden_size, 0.0);
+            backend.download(hidden, &mut drafted.hidden);
+        }
+        drafted
+    }
+}
+
 /// A model, its backend and its cache.
 pub struct ModelRunner<B: Backend> {
     backend: B,
@@ -105,6 +175,9 @@ pub struct ModelRunner<B: Backend> {
     usage: Option<ReadUsage>,
     n_steps: u64,
     n_under_way: usize,
+    mtp: Option<MtpState<B>>,
+    /// Rows of the step enqueued last.
+    n_rows: usize,
     /// When the oldest step under way began.
     busy_since: Instant,
 }
@@ -118,8 +191,8 @@ impl<B: Backend> ModelRunner<B> {
             cache_bytes: (model.cache_bytes_per_token(&backend) * n_slots) as u64,
             ..RankStatus::default()
         };
+        let mtp = MtpState::new(&backend, &*model, n_slots, vocab_size);
         let busy_since = Instant::now();
-        let (times, usage, n_steps, n_under_way) = (None, None, 0, 0);
         ModelRunner {
             backend,
             model,
@@ -127,10 +200,12 @@ impl<B: Backend> ModelRunner<B> {
             limits,
             vocab_size,
             status,
-            times,
-            usage,
-            n_steps,
-            n_under_way,
+            times: None,
+            usage: None,
+            n_steps: 0,
+            n_under_way: 0,
+            mtp,
+            n_rows: 0,
             busy_since,
         }
     }
@@ -170,6 +245,7 @@ impl<B: Backend> ModelRunner<B> {
         }
         self.n_under_way += 1;
         self.status.rows += shape.n_rows as u64;
+        self.n_rows = shape.n_rows;
         let batch = self.backend.upload(batch);
         let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
         backend.record_or_replay(&batch, shape.max_context, &mut |max_context| {
@@ -182,6 +258,10 @@ impl<B: Backend> ModelRunner<B> {
 
     /// Notes that the oldest step has ended.
     fn note_end(&mut self) {
+        if let Some(mtp) = &mut self.mtp {
+            mtp.hidden.clear();
+            mtp.keep(&self.backend, &*self.model, self.n_rows);
+        }
         self.n_under_way = self.n_under_way.saturating_sub(1);
         self.n_steps += 1;
         let now = Instant::now();
@@ -235,6 +315,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
         if self.backend.samples() { Some(self) } else { None }
     }
 
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        if self.mtp.is_some() { Some(self) } else { None }
+    }
+
     fn limits(&self) -> Limits {
         self.limits
     }
@@ -263,5 +347,22 @@ impl<B: Backend> DeviceSampler for ModelRunner<B> {
         self.backend.collect(&mut words).map_err(|e| EngineError::Device(Box::new(e)))?;
         self.note_end();
         Ok(words.into_iter().map(|word| sampled(word, self.vocab_size)).collect())
+    }
+}
+
+impl<B: Backend> Drafter for ModelRunner<B> {
+    fn hidden_size(&self) -> usize {
+        self.model.hidden_size()
+    }
+
+    fn hidden(&self) -> &[f32] {
+        self.mtp.as_ref().map_or(&[], |mtp| &mtp.hidden)
+    }
+
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError> {
+        let Some(mtp) = &mut self.mtp else { return Ok(Drafted::default()) };
+        let drafted = mtp.draft(&self.backend, &mut *self.model, batch, hidden);
+        self.sync()?;
+        Ok(drafted)
     }
 }

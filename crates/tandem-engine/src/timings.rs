@@ -149,7 +149,7 @@ impl Spent {
 /// One step of the engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepTimes {
-    /// Sequences that got a token each.
+    /// Tokens made; beside tokens of prompts, rows of sequences that decode.
     pub n_decoding: usize,
     /// Prompt tokens run.
     pub n_prefilled: usize,

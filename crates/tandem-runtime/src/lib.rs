@@ -14,6 +14,7 @@ pub mod judge;
 mod load;
 pub mod measured;
 mod model_dir;
+mod mtp;
 mod news;
 pub mod options;
 pub mod presets;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_engine::{Event, FinishReason, Request};
+use tandem_engine::{DraftCounts, Event, FinishReason, Request};
 use tandem_text::{AnswerStream, Delta, FinishedBy, template_call};
 
 use crate::conversation::{Conversation, openai_call};
@@ -51,6 +51,8 @@ pub struct Answer {
     pub prompt_tokens: usize,
     /// Prompt tokens that an earlier turn had left in the cache.
     pub cached_tokens: usize,
+    /// Tokens that were drafted for it.
+    pub drafts: DraftCounts,
     reasoning_tokens: usize,
     reasoning_time: Duration,
     prefill: Duration,
@@ -147,7 +149,7 @@ impl Session {
         let mut answer = Answer { prompt_tokens: request.prompt.len(), ..Answer::default() };
         let (mut first_token, mut end_of_reasoning) = (None, None);
         let mut arguments = String::new();
-        let before = engine.counters().prompt_tokens;
+        let before = engine.counters();
         let id = engine.submit(request)?;
         let mut outputs = vec![];
         // None: the caller ended it, by a stop string or Ctrl-C.
@@ -186,11 +188,12 @@ impl Session {
                 }
             }
             if first_token.is_none() {
-                let done = answer.cached_tokens + (engine.counters().prompt_tokens - before) as usize;
+                let done = answer.cached_tokens + (engine.counters().prompt_tokens - before.prompt_tokens) as usize;
                 on(Step::Prompt { done, total: answer.prompt_tokens });
             }
         };
         engine.cancel(id);
+        answer.drafts = engine.counters().drafts() - before.drafts();
         let decode_time = first_token.map(|first: Instant| first.elapsed());
         // The answer is there whether or not its timings can be kept.
         let kept = engine.ranks().map_err(anyhow::Error::from);
@@ -227,6 +230,10 @@ impl Session {
             0 => String::new(),
             n => format!(" ({n} of them thinking, {:.1} s)", a.reasoning_time.as_secs_f64()),
         };
+        let drafts = match a.drafts.tokens {
+            0 => String::new(),
+            n => format!(" | {} of {n} drafted tokens kept", a.drafts.accepted_tokens()),
+        };
         let end = match a.finish_reason {
             "length" if a.prompt_tokens + a.tokens.len() >= self.context() => {
                 " | the context is full: /clear or /drop makes room, --context more".to_owned()
@@ -237,7 +244,7 @@ impl Session {
         };
         let warning = self.warning().map_or(String::new(), |warning| format!(" | {warning}"));
         format!(
-            "[prompt {} tokens{cached}, {:.1} tok/s | generated {} tokens{thought}, {:.1} tok/s | peak memory {} | {:.2} GB/s moved | numerics {}{end}{warning}]",
+            "[prompt {} tokens{cached}, {:.1} tok/s | generated {} tokens{thought}, {:.1} tok/s | peak memory {} | {:.2} GB/s moved | numerics {}{drafts}{end}{warning}]",
             a.prompt_tokens,
             rate(a.prompt_tokens - a.cached_tokens, a.prefill),
             a.tokens.len(),
@@ -285,6 +292,9 @@ impl Session {
             "cached_tokens": a.cached_tokens,
             "generated_tokens": a.tokens.len(),
             "reasoning_tokens": a.reasoning_tokens,
+            "drafted_tokens": a.drafts.tokens,
+            "accepted_drafted_tokens": a.drafts.accepted_tokens(),
+            "accepted_by_draft_position": a.drafts.accepted,
             "load_ms": self.loaded.load_time.as_secs_f64() * 1e3,
             "prefill_ms": a.prefill.as_secs_f64() * 1e3,
             "prefill_tokens_per_second": rate(a.prompt_tokens - a.cached_tokens, a.prefill),

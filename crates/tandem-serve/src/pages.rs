@@ -260,6 +260,11 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
         "prompt_tokens": counters.prompt_tokens, "cached_tokens": counters.cached_tokens,
         "disk_tokens": counters.disk_tokens,
     });
+    let drafts = counters.drafts();
+    info["drafts"] = json!({
+        "drafts": drafts.drafts, "tokens": drafts.tokens, "accepted": drafts.accepted_tokens(),
+        "accepted_by_position": drafts.accepted,
+    });
     info["speed"] = json!({
         "tokens_per_second": status.tokens_per_second, "bytes_per_second": status.bytes_per_second,
         "bandwidth": app.metrics.bandwidth,

@@ -34,6 +34,7 @@ const SHORT: Duration = Duration::from_secs(2);
 /// Runs `tandem launch`.
 pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
     let parallel = args.parallel();
+    parallel.check_encryption()?;
     if args.backend.is_some() {
         eprintln!("launch: --backend is mlx.launch's name for --transport, which is the one to use here");
     }

@@ -187,7 +187,7 @@ fn start(
 ) -> anyhow::Result<(Worker, Facts)> {
     let inter_token = inter_token(args)?;
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
-    let load_options = ModelOptions::from(&args.model);
+    let load_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
     let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
     let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));

@@ -40,7 +40,7 @@ fn place_experts(
 ) -> anyhow::Result<CudaBackend> {
     let (shape, weights) = (load.shape, load.weights);
     let cache = (shape.n_slots * cache_bytes_per_token(&backend, shape)) as u64;
-    let free = backend.free_memory();
+    let free = backend.free_memory().saturating_sub(load.mtp);
     let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), options.n_cpu_moe);
     let wanted = offload.device_bytes + cache + RESERVE;
     if wanted > free {

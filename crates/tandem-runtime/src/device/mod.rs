@@ -21,6 +21,7 @@ use tandem_engine::{Check, Profiled};
 use tandem_model::Stacks;
 
 use crate::load::Shape;
+use crate::mtp::Sidecar;
 use crate::news::OnNews;
 use crate::options::{Activations, BackendChoice, DeviceOptions, TransportKind};
 
@@ -316,6 +317,10 @@ pub struct ToHold<'a> {
     pub weights: &'a [Weight],
     /// Bytes of the weights that stay in memory.
     pub resident: u64,
+    /// Bytes of the multi-token-prediction layer among them; 0 if it is not loaded.
+    pub mtp: u64,
+    /// Where that layer is, if not with the model.
+    pub(crate) sidecar: Option<&'a Sidecar>,
 }
 
 /// Refuses `--n-cpu-moe` where it means nothing.

@@ -150,7 +150,7 @@ impl WithDevice for InOneProcess<'_, '_> {
         };
         let backend = D::alone(&options.device, &to_hold, on_news)?;
         let numerics = backend.numerics_name();
-        let runner = load_runner(backend.profiled(), &*source, to_hold.shape, to_hold.resident, on_news)?;
+        let runner = load_runner(backend.profiled(), &*source, &to_hold, on_news)?;
         if options.lock {
             lock_memory(on_news);
         }
@@ -187,7 +187,7 @@ fn dummy(options: &MeasuredOptions, text: String) -> anyhow::Result<Model> {
 
 fn model_of(options: &MeasuredOptions, config: ModelConfig, weights: Vec<Weight>, source: Source) -> Model {
     let (config, weights, device) = (Arc::new(config), Arc::new(weights), options.device.clone());
-    Model { config, weights, source, device, lock: options.lock }
+    Model { config, weights, source, device, lock: options.lock, drafts: false, sidecar: None }
 }
 
 impl MeasuredModel {
@@ -257,7 +257,7 @@ impl MeasuredModel {
                 kind.with(Lead { options, model: &model, shape, joined, on_news })?
             }
             None => {
-                let to_hold = ToHold { shape, weights, resident: resident_bytes };
+                let to_hold = ToHold { shape, weights, resident: resident_bytes, mtp: 0, sidecar: None };
                 DeviceKind::choose(&options.device)?.with(InOneProcess { options, model: &model, to_hold, on_news })?
             }
         };

@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tandem_comm::{Doing, Group, Transport, Wire, local};
 use tandem_core::backend::TensorGroup;
-use tandem_core::weights::Weight;
+use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Backend, Checkpoint, ModelConfig};
 use tandem_engine::{Answer, DistributedRunner, HostReduce, OperationTimes, Pipeline, Profiled, RankRunner};
 use tandem_model::{
-    CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe, Request,
-    Share, WeightSource, load_share,
+    Accounting, CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe,
+    Request, Share, WeightSource, load_drafting,
 };
 
 use super::Joined;
@@ -23,6 +23,7 @@ use crate::device::{Device, DeviceKind, Place, WithDevice, lock_memory};
 use crate::diagnosis::Residency;
 use crate::load::mapped_files;
 use crate::model_dir::model_dir;
+use crate::mtp::{self, Sidecar};
 use crate::news::{News, OnNews, Progress, Unit, ignore_news};
 use crate::options::{DeviceOptions, ModelOptions, ParallelOptions};
 use crate::units::bytes;
@@ -38,6 +39,10 @@ pub(crate) struct Model {
     pub(crate) source: Source,
     pub(crate) device: DeviceOptions,
     pub(crate) lock: bool,
+    /// Rank 0 holds the multi-token-prediction layer, if there is one.
+    pub(crate) drafts: bool,
+    /// Where that layer is, if not with the model.
+    pub(crate) sidecar: Option<Arc<Sidecar>>,
 }
 
 /// Where its weights come from.
@@ -65,7 +70,14 @@ impl Model {
             source: Source::Checkpoint(Arc::new(checkpoint)),
             device: options.device.clone(),
             lock: options.lock,
+            drafts: false,
+            sidecar: None,
         }
+    }
+
+    /// The same, drafting if `drafts`, by a layer of another directory if there is one.
+    pub(crate) fn with_drafts(self, drafts: bool, sidecar: Option<Sidecar>) -> Model {
+        Model { drafts, sidecar: sidecar.map(Arc::new), ..self }
     }
 
     /// A hash of the configuration, and of the tensors by name, type and shape.
@@ -115,6 +127,8 @@ struct Setup {
     wire_bf16: bool,
     /// 1, but for measurements.
     sync_every: usize,
+    /// Bytes of the layer by which rank 0 drafts, if it does.
+    drafts: Option<u64>,
 }
 
 /// What every rank tells every other.
@@ -154,6 +168,7 @@ pub(crate) fn lead<B: RankBackend>(
         ep: parallel.ep,
         wire_bf16: parallel.wire_bf16,
         sync_every,
+        drafts: model.drafts.then(|| mtp::bytes_of(model.sidecar.as_deref(), &model.config, &model.weights)),
     };
     let deadline = parallel.deadline()?;
     if let Joined::Threads(n) = joined {
@@ -302,11 +317,18 @@ fn load_in<B: RankBackend>(
     let everyone: Vec<Introduction> =
         texts.iter().map(|t| serde_json::from_slice(t)).collect::<Result<_, _>>().context("a rank's introduction")?;
     let setup = everyone[0].setup.clone().context("rank 0 did not say what to load")?;
-    let resources: Vec<RankResources> = everyone
+    let mut resources: Vec<RankResources> = everyone
         .into_iter()
         .map(|i| RankResources { host: i.host, memory: i.memory, bandwidth: i.bandwidth, round_trip: i.round_trip })
         .collect();
     let device = B::Device::finish(opened, &setup.numerics)?;
+    let drafts = setup.drafts.is_some() && world.rank() == 0;
+    if let Some(mtp) = setup.drafts {
+        // The layer, and the embedding that it looks up, come on top of what the plan gives rank 0.
+        let accounting = Accounting::new(weights, config);
+        let embedding = accounting.total(|k| if k.kind == ModuleKind::Embed { k.resident_bytes } else { 0 });
+        resources[0].memory = resources[0].memory.saturating_sub(mtp + embedding);
+    }
     let planner = Planner {
         config,
         weights,
@@ -342,12 +364,17 @@ fn load_in<B: RankBackend>(
     let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<B>>).or_else(|| sums.map(B::through));
     let limits = Limits { max_rows: setup.max_rows, max_logits_rows: setup.max_logits_rows };
     let local_config = division.config(config);
-    let loaded_model = load_share(&backend, &local_config, &source, Share { division, group }, limits, &mut |n| {
+    let share = Share { division, group };
+    let mut progress = |n: usize| {
         loaded += n as u64;
         if last.elapsed() > Duration::from_millis(200) {
             last = Instant::now();
             on_news(News::Progress(Progress { doing: "loading", unit: Unit::Bytes, done: loaded, total }));
         }
+    };
+    let loaded_model = mtp::with_source(model.sidecar.as_deref(), config, &*whole, weights, |layer| {
+        let layer = layer.filter(|_| drafts);
+        load_drafting(&backend, &local_config, &source, share, limits, layer, &mut progress)
     })?;
     on_news(News::Progress(Progress { doing: "loading", unit: Unit::Bytes, done: total, total }));
     if model.lock {

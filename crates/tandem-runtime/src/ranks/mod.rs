@@ -48,6 +48,9 @@ impl Role {
     pub fn find(launch_fd: Option<u32>, parallel: Option<&ParallelOptions>, quit: Quit) -> anyhow::Result<Role> {
         if let Some(fd) = launch_fd {
             let started = started::start(fd, quit)?;
+            if parallel.is_some_and(|parallel| parallel.encrypt) && !started.order.parallel.encrypt {
+                bail!("--encrypt is set for this rank, but not for all: give it to tandem launch, in front of --");
+            }
             let joined = |started| Joined::Tcp(Box::new(started));
             return Ok(if started.order.rank > 0 {
                 Role::Follow(joined(started))
@@ -57,6 +60,7 @@ impl Role {
         }
         let Some(parallel) = parallel else { return Ok(Role::Alone) };
         let asked = parallel.n_ranks()?;
+        parallel.check_encryption()?;
         match parallel.transport {
             TransportKind::Mpi if mpi::launched() => {
                 let transport = mpi::init()?;

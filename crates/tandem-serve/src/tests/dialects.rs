@@ -1,4 +1,4 @@
-//! Dialects behind the server: tokens of calls in, calls of each interface out, and back into the next prompt.
+//! Every dialect behind the server: tokens of calls in, calls of each interface out, and back into the next prompt.
 
 use serde_json::{Value, json};
 use tandem_text::{ChatFormat, Dialect, Tokenizer};
@@ -29,7 +29,7 @@ struct Family {
     result: [&'static str; 2],
 }
 
-const FAMILIES: [Family; 3] = [
+const FAMILIES: [Family; 5] = [
     Family {
         name: "DeepSeek-V3.2",
         dialect: Dialect::DeepSeekV32,
@@ -89,6 +89,42 @@ const FAMILIES: [Family; 3] = [
         reasons: true,
         keeps_reasoning: true,
         result: ["<tool_response>", "</tool_response>"],
+    },
+    Family {
+        name: "Llama 3.1",
+        dialect: Dialect::Llama3,
+        template: Some(
+            "<|begin_of_text|>{% if tools %}<|start_header_id|>system<|end_header_id|>\n\n{% for t in tools %}\
+             {{ t.function.name }} {% endfor %}<|eot_id|>{% endif %}{% for m in messages %}<|start_header_id|>\
+             {{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n{% if m.tool_calls %}\
+             {\"name\": \"{{ m.tool_calls[0].function.name }}\", \"parameters\": {{ m.tool_calls[0].function.arguments | tojson }}}\
+             {% else %}{{ m.content }}{% endif %}<|eot_id|>{% endfor %}{% if add_generation_prompt %}\
+             <|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        ),
+        tokens: &["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
+        call: "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\"}}",
+        end: "<|eot_id|>",
+        reasons: false,
+        keeps_reasoning: false,
+        result: ["ipython<|end_header_id|>\n\n", "<|eot_id|>"],
+    },
+    Family {
+        name: "Hermes",
+        dialect: Dialect::Hermes,
+        template: Some(
+            "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t.function.name }} {% endfor %}</tools><|im_end|>\n\
+             {% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n\
+             {% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n</tool_response>{% else %}{{ m.content or '' }}\
+             {% for c in m.tool_calls or [] %}<tool_call>\n{\"name\": \"{{ c.function.name }}\", \"arguments\": \
+             {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}{% endif %}<|im_end|>\n{% endfor %}\
+             {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ),
+        tokens: &["<|im_start|>", "<|im_end|>"],
+        call: "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\"}}\n</tool_call>",
+        end: "<|im_end|>\n",
+        reasons: false,
+        keeps_reasoning: false,
+        result: ["<tool_response>\n", "\n</tool_response>"],
     },
 ];
 
@@ -226,10 +262,12 @@ async fn calls_of_every_dialect_come_out_and_go_back() {
                     );
                 }
                 // Whatever the model would say, the grammar makes it a call of this dialect.
-                let choice = if path == "/v1/messages" { json!({"type": "any"}) } else { json!("required") };
+                let choice = match path {
+                    "/v1/messages" => json!({"tool_choice": {"type": "any", "disable_parallel_tool_use": true}}),
+                    _ => json!({"tool_choice": "required", "parallel_tool_calls": false}),
+                };
                 server.says(if opens { "so</think>" } else { "" });
-                let forced =
-                    said(path, &server.ok(path, &merge(request.clone(), &json!({"tool_choice": choice}))).await);
+                let forced = said(path, &server.ok(path, &merge(request.clone(), &choice)).await);
                 assert_eq!((forced.2.len(), &*forced.3), (1, "calls"), "{name} {path} forced: {forced:?}");
                 assert_eq!(forced.2[0].0, "get_weather");
                 assert_eq!(serde_json::from_str::<Value>(&forced.2[0].1).unwrap(), arguments);

@@ -53,6 +53,13 @@ pub(crate) struct BenchDecodeArgs {
     /// Steps before that.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) warmup: usize,
+    /// Measure steps that verify up to this many drafted tokens of each sequence too.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 8))]
+    pub(crate) draft_depth: usize,
+    /// Shares of drafts that are right up to each position, e.g. 0.83,0.65,0.49, to say what tokens per second these steps
+    /// would give.
+    #[arg(long, value_name = "A,A,..", value_delimiter = ',', value_parser = real::<f64>(0.0, 1.0))]
+    pub(crate) force_acceptance: Vec<f64>,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@ mod bench;
 mod config;
 mod convert;
 mod diagnosis;
+mod drafts;
 mod eval;
 mod inspect;
 mod launch;

@@ -1,6 +1,7 @@
 //! Which model, and how it runs.
 
 use clap::{Args, ValueEnum};
+use tandem_engine::DraftDepth;
 use tandem_runtime::options::{Activations, BackendChoice};
 use tandem_runtime::{DeviceOptions, ModelOptions};
 
@@ -66,6 +67,8 @@ impl From<&ModelArgs> for ModelOptions {
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
+            draft_depth: Some(DraftDepth::OFF),
+            mtp: None,
         }
     }
 }
