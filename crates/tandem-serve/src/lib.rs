@@ -45,7 +45,7 @@ pub use app::{App, Model, Options, ServeError};
 pub use connections::{Limits, serve};
 pub use loading::Loading;
 pub use span::TARGET as SPAN_TARGET;
-pub use worker::{BoxError, StepBytes, Worker};
+pub use worker::{BoxError, StepBytes, TimingsSource, Worker};
 
 use crate::error::ApiError;
 
@@ -73,6 +73,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/detokenize", post(pages::detokenize))
         .route("/metrics", get(pages::metrics))
         .route("/info", get(pages::info))
+        .route("/timings", get(pages::timings))
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .route_layer(from_fn_with_state(Arc::clone(&app), check_key));
     let mut router = protected

@@ -8,7 +8,7 @@ use clap::{Command, CommandFactory};
 use super::Cli;
 
 /// Of each command, by its names.
-const EXAMPLES: [(&[&str], &[&str]); 13] = [
+const EXAMPLES: [(&[&str], &[&str]); 15] = [
     (
         &["run"],
         &[
@@ -66,6 +66,8 @@ const EXAMPLES: [(&[&str], &[&str]); 13] = [
             "tandem convert DIR --out DIR-mxfp4 --quant mxfp4 --search",
         ],
     ),
+    (&["doctor"], &["tandem doctor --model DIR", "tandem doctor --hostfile hosts.json"]),
+    (&["explain"], &["tandem explain", "tandem explain http://127.0.0.1:8000 --report explain.html"]),
     (&["pull"], &["tandem pull OWNER/NAME", "tandem pull OWNER/NAME --revision v1 --metadata"]),
 ];
 
