@@ -11,7 +11,7 @@ use tandem_core::quant::{PackedView, QuantError, has_nan_scale, quantize};
 struct Golden<'a> {
     name: &'a str,
     tensors: SafeTensors<'a>,
-    /// What all modes were given.
+    /// What all modes were given, and values that depend on the bits of a code only (`NAME.bBITS`).
     shared: SafeTensors<'a>,
 }
 
@@ -21,7 +21,9 @@ impl Golden<'_> {
     }
 
     fn tensor(&self, name: &str) -> TensorView<'_> {
+        let of_bits = || format!("{name}.{}", self.name.split('_').nth(1).unwrap());
         let found = self.tensors.tensor(name).or_else(|_| self.shared.tensor(name));
+        let found = found.or_else(|_| self.shared.tensor(&of_bits()));
         found.unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name))
     }
 
