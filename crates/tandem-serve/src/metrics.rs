@@ -76,6 +76,8 @@ pub(crate) struct Metrics {
     rank_cache_used: Family<Rank, Gauge>,
     rank_rows: Family<Rank, Counter>,
     rank_busy: Family<Rank, FloatCounter>,
+    rank_resident: Family<Rank, FloatGauge>,
+    rank_faults: Family<Rank, Counter>,
     /// Bytes per second that the memory was measured to deliver.
     pub(crate) bandwidth: f64,
 }
@@ -114,6 +116,8 @@ impl Metrics {
             rank_cache_used: Family::default(),
             rank_rows: Family::default(),
             rank_busy: Family::default(),
+            rank_resident: Family::default(),
+            rank_faults: Family::default(),
             bandwidth,
             vllm_prompt_tokens: Counter::default(),
             cache_usage: Gauge::default(),
@@ -186,6 +190,10 @@ impl Metrics {
         registry.register("rank_rows", "Tokens that each rank has run", metrics.rank_rows.clone());
         let help = "Time that each rank has spent on them, waiting for others left out";
         registry.register_with_unit("rank_busy", help, Unit::Seconds, metrics.rank_busy.clone());
+        let help = "Share of each rank's weights that is in memory, where the system tells";
+        registry.register("rank_weights_resident_ratio", help, metrics.rank_resident.clone());
+        let help = "Pages that each rank had to wait for, from a disk";
+        registry.register("rank_major_page_faults", help, metrics.rank_faults.clone());
         Metrics { registry, ..metrics }.with_vllm_names()
     }
 
@@ -271,6 +279,11 @@ impl Metrics {
             set(&self.rank_rows.get_or_create(&label), rank.rows);
             let busy = self.rank_busy.get_or_create(&label);
             busy.inner().store(rank.busy.as_secs_f64().to_bits(), Ordering::Relaxed);
+            let usage = rank.spent.usage;
+            set(&self.rank_faults.get_or_create(&label), usage.major_faults);
+            if let Some(ppm) = usage.resident_ppm {
+                self.rank_resident.get_or_create(&label).set(ppm as f64 / 1e6);
+            }
         }
         let mut text = String::new();
         // Writing to a string cannot fail.

@@ -53,6 +53,8 @@ fn every_flag_in_help_has_a_variable() {
         &["pull"],
         &["launch"],
         &["devices"],
+        &["doctor"],
+        &["explain"],
         &["eval", "logits"],
         &["eval", "perplexity"],
         &["eval", "compare"],

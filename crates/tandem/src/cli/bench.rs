@@ -112,6 +112,9 @@ pub(crate) struct BenchMatrixArgs {
     /// Steps measured for each row.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
+    /// Write a page with a chart, which needs nothing else.
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) report: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -224,6 +227,9 @@ pub(crate) struct BenchCommArgs {
     /// Largest payload in bytes.
     #[arg(long, value_name = "BYTES", default_value = "16m", value_parser = token_count)]
     pub(crate) max_bytes: usize,
+    /// Measure only the way between every two ranks, each direction by itself.
+    #[arg(long)]
+    pub(crate) pairs: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -249,6 +255,9 @@ pub(crate) struct BenchModelArgs {
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long)]
     pub(crate) lock: bool,
+    /// Measure weights that cannot all stay in memory: most of a token's time goes into reading them from the disk.
+    #[arg(long)]
+    pub(crate) allow_paging: bool,
     /// Numerics of the activations that meet quantised weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
     pub(crate) activations: ActivationsArg,
@@ -293,6 +302,7 @@ impl From<&BenchModelArgs> for MeasuredOptions {
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: args.isa,
+                allow_paging: args.allow_paging,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
