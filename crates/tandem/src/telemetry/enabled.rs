@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::anyhow;
 use async_trait::async_trait;
 use axum::Router;
 use axum::extract::Request;
@@ -37,13 +37,14 @@ impl Telemetry {
     /// # Errors
     /// The endpoint is not a URL.
     pub(crate) fn start() -> anyhow::Result<(Telemetry, Option<Box<dyn Layer<Registry> + Send + Sync>>)> {
-        let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-        let Some(variable) = ENDPOINTS.iter().find(is_set) else { return Ok((Telemetry(None), None)) };
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let Some(variable) = ENDPOINTS.iter().find(|name| is_set(name)) else { return Ok((Telemetry(None), None)) };
         let agent: ureq::Agent =
             ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(TIMEOUT)).build().into();
         let exporter = opentelemetry_otlp::SpanExporter::builder().with_http().with_http_client(Client(agent)).build();
-        let exporter = exporter
-            .with_context(|| format!("{variable} cannot be used; expected a URL such as http://localhost:4318"))?;
+        let exporter = exporter.map_err(|error| {
+            anyhow!("{variable} cannot be used, expected a URL such as http://localhost:4318: {error}")
+        })?;
         let mut resource = Resource::builder();
         if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
             resource = resource.with_service_name("tandem");
