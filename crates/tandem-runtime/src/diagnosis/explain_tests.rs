@@ -258,6 +258,15 @@ fn more_threads_than_cores_are_told_from_other_programs() {
     assert_eq!(explain(&record).principal, CauseKind::TooManyThreads);
 }
 
+/// On a machine whose cores others have, the time between steps grows too.
+#[test]
+fn steps_that_wait_for_a_core_to_begin_are_not_the_hosts() {
+    let mut record = run(Faults { host: 60.0, ..Faults::default() }, 1, 3);
+    assert_eq!(explain(&record).principal, CauseKind::Host);
+    record.ranks[0].run_delay_ms = 180.0;
+    assert_eq!(explain(&record).principal, CauseKind::CpuContention);
+}
+
 #[test]
 fn a_record_survives_its_file_and_a_page_needs_nothing_else() {
     let record = run(Faults { link: 30.0, ..Faults::default() }, 2, 1);
