@@ -17,6 +17,7 @@ use tandem_model::{KvCache, Limits, Model, Plan, RankPlan, StepShape};
 
 use crate::EngineError;
 use crate::runner::{Drafted, Drafter, MtpState, RankStatus, Runner};
+use crate::timings::{OperationTimes, ReadUsage, Spent};
 
 /// Tensor-parallel ranks compare their residual streams once in this many steps.
 pub const CHECK_STEPS: u64 = 16;
@@ -26,7 +27,7 @@ const ROWS_PER_PATIENCE: usize = 8;
 const STEP: u32 = 0;
 /// First word of a command: bytes for the rank's [`Answer`].
 const QUESTION: u32 = 1;
-/// First word of a command: asks for the rows run so far, and the nanoseconds spent on them.
+/// First word of a command: asks for what the rank has spent, a [`Spent`] in words.
 const REPORT: u32 = 2;
 /// First word of a command: a page's number; asks for a 1 and its vectors, or nothing if they cannot be had.
 const SAVE_PAGE: u32 = 3;
@@ -233,6 +234,10 @@ pub struct RankRunner<B: Backend> {
     /// Hidden states on the host, `[n, hidden_size]`.
     hidden: Vec<f32>,
     times: RankTimes,
+    /// Sums of `times` since the model was loaded, which questions do not reset.
+    total: RankTimes,
+    operations: Option<Arc<OperationTimes>>,
+    usage: Option<ReadUsage>,
     answer: Option<Answer<B>>,
     check: Option<Check>,
     mtp: Option<MtpState<B>>,
@@ -269,11 +274,27 @@ impl<B: Backend> RankRunner<B> {
             hidden_size,
             hidden: vec![],
             times: RankTimes::default(),
+            total: RankTimes::default(),
+            operations: None,
+            usage: None,
             answer: None,
             check: None,
             mtp,
             n_steps: 0,
         }
+    }
+
+    /// The same, which says where time goes: `operations` are the backend's, `usage` reads the process's.
+    #[must_use]
+    pub fn with_times(self, operations: Option<Arc<OperationTimes>>, usage: ReadUsage) -> Self {
+        RankRunner { operations, usage: Some(usage), ..self }
+    }
+
+    /// What this rank has done so far, without its usage of the system.
+    fn spent(&self) -> Spent {
+        let RankTimes { working, summing, receiving, sending, n_steps, n_rows } = self.total;
+        let operations = self.operations.as_ref().map_or_else(Default::default, |times| times.read());
+        Spent { n_steps, n_rows, working, summing, receiving, sending, operations, ..Spent::default() }
     }
 
     /// Answers questions with `answer`; without, all answers are empty.
@@ -291,10 +312,13 @@ impl<B: Backend> RankRunner<B> {
     /// Answers a command between two steps; `None` when it cannot be read.
     fn answer(&mut self, command: &[u8]) -> Option<Vec<u8>> {
         let (word, rest) = split_word(command)?;
+        if word == REPORT {
+            let usage = self.usage.as_ref().map_or_else(Default::default, |read| read());
+            return Some(Spent { usage, ..self.spent() }.to_bytes());
+        }
         let (backend, cache, times) = (&self.backend, &mut self.cache, &mut self.times);
         Some(match word {
             QUESTION => self.answer.as_mut().map_or_else(Vec::new, |answer| answer(backend, cache, times, rest)),
-            REPORT => [times.n_rows, times.working.as_nanos() as u64].map(u64::to_le_bytes).concat(),
             SAVE_PAGE => {
                 let saved = cache.save_page(backend, split_word(rest)?.0);
                 saved.map_or_else(Vec::new, |vectors| [&[1], &vectors[..]].concat())
@@ -352,12 +376,16 @@ impl<B: Backend> RankRunner<B> {
         }
         world.set_slack(1);
         let summing = self.reduce.as_ref().map_or(Duration::ZERO, |reduce| reduce.take_time());
-        self.times.receiving += received - start;
-        self.times.summing += summing;
-        self.times.working += (computed - received).saturating_sub(summing);
-        self.times.sending += computed.elapsed();
-        self.times.n_steps += 1;
-        self.times.n_rows += shape.n_rows as u64;
+        let working = (computed - received).saturating_sub(summing);
+        let sending = computed.elapsed();
+        for times in [&mut self.times, &mut self.total] {
+            times.receiving += received - start;
+            times.summing += summing;
+            times.working += working;
+            times.sending += sending;
+            times.n_steps += 1;
+            times.n_rows += shape.n_rows as u64;
+        }
         Ok(())
     }
 
@@ -518,6 +546,14 @@ impl<B: Backend> DistributedRunner<B> {
 }
 
 impl<B: Backend> Runner for DistributedRunner<B> {
+    fn spent(&self) -> Spent {
+        self.rank.spent()
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.rank.backend.warning()
+    }
+
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         let parts = cut_decode_batch(batch, self.rank.pipeline.plan.n_stages);
         self.steps(parts, logits)
@@ -545,15 +581,15 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
         let answers = self.exchange_all(|_| REPORT.to_le_bytes().to_vec())?;
         let status = |(rank, (planned, answer)): (usize, (&RankPlan, &Vec<u8>))| {
-            let word =
-                |i: usize| answer.get(8 * i..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_le_bytes(*b));
+            let spent = Spent::from_bytes(answer);
             RankStatus {
                 host: self.host(rank),
                 layers: planned.part.layers.clone(),
                 weight_bytes: planned.weight_bytes,
                 cache_bytes: planned.cache_bytes,
-                rows: word(0),
-                busy: Duration::from_nanos(word(1)),
+                rows: spent.n_rows,
+                busy: spent.working,
+                spent,
             }
         };
         Ok(self.plan().ranks.iter().zip(&answers).enumerate().map(status).collect())

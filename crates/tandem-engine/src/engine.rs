@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tandem_core::backend::{PAGE_SIZE, SAMPLED, Sampling};
@@ -15,6 +16,7 @@ use crate::request::{Event, FinishReason, Logprobs, Output, Request, RequestId};
 use crate::runner::{RankStatus, Runner};
 use crate::sampler::{InvalidParam, SampleError, Sampler, logprob, top_logprobs};
 use crate::scheduler::{Scheduling, StepCosts, share_rows};
+use crate::timings::{StepClock, StepTimes, Timings};
 
 /// Why generation stopped with an error.
 #[derive(Debug, thiserror::Error)]
@@ -237,6 +239,7 @@ pub struct Engine {
     counters: Counters,
     last_step_rows: usize,
     last_step_end: Instant,
+    clock: StepClock,
     next_id: u64,
     logits: Vec<f32>,
 }
@@ -267,6 +270,7 @@ impl Engine {
             counters: Counters::default(),
             last_step_rows: 0,
             last_step_end: Instant::now(),
+            clock: StepClock::new(),
             next_id: 0,
             logits: vec![],
         }
@@ -303,6 +307,23 @@ impl Engine {
     pub fn with_page_store(mut self, store: PageStore) -> Engine {
         self.store = Some(store);
         self
+    }
+
+    /// The same, which counts the page faults of each step with `major_faults`.
+    #[must_use]
+    pub fn with_major_faults(mut self, major_faults: fn() -> u64) -> Engine {
+        self.clock = self.clock.with_major_faults(major_faults);
+        self
+    }
+
+    /// The last steps and where their time went; they stay up to date.
+    pub fn timings(&self) -> &Arc<Timings> {
+        self.clock.timings()
+    }
+
+    /// What a user should know of the device now: it has lost memory.
+    pub fn warning(&self) -> Option<String> {
+        self.runner.warning()
     }
 
     /// Tokens per sequence.
@@ -387,6 +408,7 @@ impl Engine {
     /// # Errors
     /// The device failed. The engine is of no more use.
     pub fn step(&mut self, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
+        self.clock.enter();
         if let Some(step) = &self.under_way
             && !step.members.iter().any(|m| self.running.iter().any(|a| a.id == m.id))
         {
@@ -600,6 +622,8 @@ impl Engine {
         let UnderWay { members, batch, start, drafting, mtp_depth } = step;
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
+        let is_ahead = batch.is_none();
+        let waited = Instant::now();
         let sampled = match batch {
             Some(batch) => {
                 self.runner.step(batch, &mut logits)?;
@@ -607,6 +631,8 @@ impl Engine {
             }
             None => self.runner.device_sampler().map_or(Ok(vec![]), |sampler| sampler.collect())?,
         };
+        // A device that has the next step already works while the host does its part.
+        let device = if is_ahead { Duration::MAX } else { waited.elapsed() };
         let (decoding, prefilling): (Vec<_>, Vec<_>) = members.iter().partition::<Vec<&Member>, _>(|m| m.decodes);
         let n_prefill = prefilling.iter().map(|m| m.n_rows).sum();
         let n_decode = decoding.iter().map(|m| m.n_rows + m.drafts.len()).sum();
@@ -629,6 +655,11 @@ impl Engine {
             let ran = Ran { n_sequences, n_rows: n_decode, context, n_tokens, drafting, mtp_depth, time };
             self.control.note_step(&ran);
         }
+        // What a draft brought counts, not what it asked for.
+        let n_generated = (self.counters.generated_tokens - n_before) as usize;
+        let (n_decoding, n_prefilled) = (if all_decode { n_generated } else { n_decode }, n_prefill);
+        let step = StepTimes { n_decoding, n_prefilled, context, ..StepTimes::default() };
+        self.clock.end(step, device, self.runner.spent(), !self.running.is_empty());
         Ok(())
     }
 

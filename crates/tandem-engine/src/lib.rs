@@ -12,6 +12,7 @@ mod request;
 mod runner;
 mod sampler;
 mod scheduler;
+mod timings;
 
 pub use block_manager::{BlockManager, PageHash};
 pub use distributed::{Answer, CHECK_STEPS, Check, DistributedRunner, HostReduce, Pipeline, RankRunner, RankTimes};
@@ -25,3 +26,4 @@ pub use runner::{DeviceSampler, Drafted, Drafter, ModelRunner, RankStatus, Runne
 pub use sampler::*;
 pub use scheduler::Scheduling;
 pub use tandem_core::EXACT_ROWS;
+pub use timings::{ByOperation, OperationTimes, ReadUsage, Spent, StepTimes, Timings, Usage};

@@ -1,6 +1,7 @@
 //! Runs one batch through a model on a backend.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tandem_core::{Backend, Batch, ModelConfig};
@@ -8,6 +9,7 @@ use tandem_model::{KvCache, Limits, Model, StepShape};
 
 use crate::EngineError;
 use crate::sampler::{SampleError, argmax, sampled};
+use crate::timings::{OperationTimes, ReadUsage, Spent};
 
 /// What one rank holds, and what it has done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,6 +26,8 @@ pub struct RankStatus {
     pub rows: u64,
     /// Time spent on them, waiting for other ranks left out.
     pub busy: Duration,
+    /// Where the time went.
+    pub spent: Spent,
 }
 
 /// Something that runs batches; the engine and its tests do not know what.
@@ -42,6 +46,14 @@ pub trait Runner {
     }
     /// The device's sampling of tokens, if it samples.
     fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        None
+    }
+    /// What the rank of this process has done so far, without its usage of the system.
+    fn spent(&self) -> Spent {
+        Spent::default()
+    }
+    /// What a user should know of the device now: it has lost memory.
+    fn warning(&self) -> Option<String> {
         None
     }
     /// The multi-token-prediction layer, if one is loaded.
@@ -159,6 +171,9 @@ pub struct ModelRunner<B: Backend> {
     limits: Limits,
     vocab_size: usize,
     status: RankStatus,
+    times: Option<Arc<OperationTimes>>,
+    usage: Option<ReadUsage>,
+    n_steps: u64,
     n_under_way: usize,
     mtp: Option<MtpState<B>>,
     /// Rows of the step enqueued last.
@@ -178,7 +193,27 @@ impl<B: Backend> ModelRunner<B> {
         };
         let mtp = MtpState::new(&backend, &*model, n_slots, vocab_size);
         let busy_since = Instant::now();
-        ModelRunner { backend, model, cache, limits, vocab_size, status, n_under_way: 0, mtp, n_rows: 0, busy_since }
+        ModelRunner {
+            backend,
+            model,
+            cache,
+            limits,
+            vocab_size,
+            status,
+            times: None,
+            usage: None,
+            n_steps: 0,
+            n_under_way: 0,
+            mtp,
+            n_rows: 0,
+            busy_since,
+        }
+    }
+
+    /// The same, which says where time goes: `times` are the backend's, `usage` reads the process's.
+    #[must_use]
+    pub fn with_times(self, times: Option<Arc<OperationTimes>>, usage: ReadUsage) -> Self {
+        ModelRunner { times, usage: Some(usage), ..self }
     }
 
     /// The same with this number of weight bytes in its status.
@@ -228,6 +263,7 @@ impl<B: Backend> ModelRunner<B> {
             mtp.keep(&self.backend, &*self.model, self.n_rows);
         }
         self.n_under_way = self.n_under_way.saturating_sub(1);
+        self.n_steps += 1;
         let now = Instant::now();
         self.status.busy += now - self.busy_since;
         self.busy_since = now;
@@ -256,7 +292,23 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 
     fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
-        Ok(vec![self.status.clone()])
+        let mut spent = self.spent();
+        spent.usage = self.usage.as_ref().map_or_else(Default::default, |read| read());
+        Ok(vec![RankStatus { spent, ..self.status.clone() }])
+    }
+
+    fn spent(&self) -> Spent {
+        Spent {
+            n_steps: self.n_steps,
+            n_rows: self.status.rows,
+            working: self.status.busy,
+            operations: self.times.as_ref().map_or_else(Default::default, |times| times.read()),
+            ..Spent::default()
+        }
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.backend.warning()
     }
 
     fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {

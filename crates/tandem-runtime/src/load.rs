@@ -2,16 +2,18 @@
 
 use std::any::TypeId;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use tandem_core::weights::ModuleKind;
-use tandem_core::{Backend, Checkpoint, ModelConfig};
-use tandem_cpu::CpuBackend;
+use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::{Backend, Checkpoint, DType, Float, ModelConfig};
+use tandem_cpu::{CpuBackend, Isa, system};
 use tandem_engine::{BlockManager, DraftDepth, EXACT_ROWS, Engine, ModelRunner, Profiled, Runner};
-use tandem_model::{Accounting, CheckpointWeights, Limits, Share, WeightSource};
+use tandem_model::{Accounting, CheckpointWeights, Limits, Plan, Share, WeightSource};
 
-use crate::device::{Device, DeviceKind, ToHold, WithDevice, fits_in_memory, lock_memory, no_host_experts};
+use crate::device::{Device, DeviceKind, ToHold, WithDevice, fits_in_memory, lock_memory, n_threads, no_host_experts};
+use crate::diagnosis::{Facts, Recorder, Residency};
 use crate::model_dir::model_dir;
 use crate::mtp::{self, Sidecar};
 use crate::news::{Meter, OnNews, Unit};
@@ -39,6 +41,8 @@ pub struct Loaded {
     pub device: String,
     /// Bytes per second at which GPUs or several ranks read the model; the processor's is measured by those who want it.
     pub bandwidth: Option<f64>,
+    /// Records what a run does.
+    pub recorder: Recorder,
 }
 
 /// Rows whose logits one step may return.
@@ -112,10 +116,14 @@ pub fn load(
     // One sequence always fits.
     let blocks = BlockManager::for_tokens(what.cache_tokens.unwrap_or(what.n_contexts * context).max(context));
     let n_slots = blocks.n_slots();
+    let mut facts = Facts::of_model(name_of(&dir), &config, &accounting);
+    facts.weight_bytes = resident_bytes(&accounting);
+    let files: Vec<PathBuf> = checkpoint.files().map(PathBuf::from).collect();
     let running = match joined {
         Some(joined) => {
             no_host_experts(&options.device)?;
             let kind = DeviceKind::choose_for_ranks(&options.device, joined.transport(&options.parallel))?;
+            facts.backend = kind.name().to_string();
             let model = Model::new(config.clone(), checkpoint, weights, options).with_drafts(drafts, sidecar);
             kind.with(Lead { model, options, limits, n_slots, joined, on_news })?
         }
@@ -128,14 +136,51 @@ pub fn load(
             if options.draft_depth.is_none() && !fits_in_memory(resident) {
                 (mtp, resident) = (0, resident - mtp);
             }
+            let kind = DeviceKind::choose(&options.device)?;
+            facts.backend = kind.name().to_string();
+            facts.weight_bytes = resident;
+            let mapped = if kind == DeviceKind::Cpu { mapped_files(&weights, resident, &files) } else { vec![] };
+            facts.weights_are_mapped = !mapped.is_empty();
             let to_hold = ToHold { shape, weights: &weights, resident, mtp, sidecar: sidecar.as_ref() };
-            DeviceKind::choose(&options.device)?.with(Alone { options, source: &source, to_hold, on_news })?
+            kind.with(Alone { options, source: &source, to_hold, mapped: &mapped, on_news })?
         }
     };
-    let Running { runner, numerics, device, bandwidth } = running;
-    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings).with_drafts(depth);
+    let Running { runner, numerics, device, bandwidth, residency, plan, host_expert_bytes } = running;
+    facts.host_expert_bytes = host_expert_bytes;
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings)
+        .with_drafts(depth)
+        .with_major_faults(system::major_page_faults);
     let load_time = start.elapsed();
-    Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth })
+    facts.numerics = numerics.to_string();
+    facts.device = device.clone();
+    facts.bandwidth = bandwidth;
+    if facts.backend == DeviceKind::Cpu.name() {
+        facts.threads = n_threads(&options.device);
+        facts.isa = Some(options.device.isa.unwrap_or_else(Isa::detect).to_string());
+        facts.best_isa = Some(Isa::detect().to_string());
+    }
+    if let Some(plan) = &plan {
+        facts.take_plan(plan);
+        // Ranks of one host share its cores, unless flags say otherwise.
+        facts.threads = options.device.threads.unwrap_or((facts.threads / plan.ranks.len()).max(1));
+    }
+    let recorder = Recorder::new(facts, engine.timings(), residency);
+    Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth, recorder })
+}
+
+/// A model directory's own name.
+fn name_of(dir: &std::path::Path) -> String {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The files whose mappings are the weights, where the processor copies hardly any: repacked weights are copies, and their
+/// files need not stay in memory.
+pub(crate) fn mapped_files(weights: &[Weight], resident: u64, files: &[PathBuf]) -> Vec<PathBuf> {
+    let is_mapped = |weight: &&Weight| matches!(weight.dtype, DType::Float(Float::F32 | Float::F16));
+    let mapped: u64 = weights.iter().filter(is_mapped).map(|weight| weight.bytes() as u64).sum();
+    let all_are_mapped = !fits_in_memory(resident) || mapped as f64 > 0.95 * resident as f64;
+    if all_are_mapped { files.to_vec() } else { vec![] }
 }
 
 /// [`ModelConfig::settle_tie`], with a line that says so.
@@ -164,6 +209,10 @@ struct Running {
     numerics: &'static str,
     device: String,
     bandwidth: Option<f64>,
+    residency: Arc<Residency>,
+    /// Of several ranks.
+    plan: Option<Plan>,
+    host_expert_bytes: u64,
 }
 
 /// Rank 0 of several.
@@ -181,11 +230,13 @@ impl WithDevice for Lead<'_, '_> {
 
     fn run<D: Device>(self) -> anyhow::Result<Running> {
         let Lead { model, options, limits, n_slots, joined, on_news } = self;
-        let (runner, numerics) = ranks::lead::<D>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
-        let (plan, device) = (runner.plan(), Device::name(runner.backend()));
+        let (runner, numerics, residency) =
+            ranks::lead::<Profiled<D>>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
+        let (plan, device) = (runner.plan().clone(), Device::name(runner.backend().inner()));
         let device = format!("{} ranks, {device} each", plan.ranks.len());
         let bandwidth = Some(plan.bandwidth());
-        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth })
+        let (plan, host_expert_bytes) = (Some(plan), 0);
+        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth, residency, plan, host_expert_bytes })
     }
 }
 
@@ -194,6 +245,8 @@ struct Alone<'a, 'n> {
     options: &'a ModelOptions,
     source: &'a dyn WeightSource,
     to_hold: ToHold<'a>,
+    /// Files whose mappings are the weights.
+    mapped: &'a [PathBuf],
     on_news: OnNews<'n>,
 }
 
@@ -201,14 +254,19 @@ impl WithDevice for Alone<'_, '_> {
     type Output = Running;
 
     fn run<D: Device>(self) -> anyhow::Result<Running> {
-        let Alone { options, source, to_hold, on_news } = self;
+        let Alone { options, source, to_hold, mapped, on_news } = self;
         let backend = D::alone(&options.device, &to_hold, on_news)?;
         let (numerics, device, bandwidth) = (backend.numerics_name(), backend.name(), backend.known_bandwidth());
+        let host_expert_bytes = backend.host_read_bytes();
+        let backend = backend.profiled();
+        let times = backend.operation_times();
         let runner = runner(backend, source, &to_hold, on_news)?;
         if options.lock {
             lock_memory(on_news);
         }
-        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth })
+        let residency = Residency::watch(mapped, to_hold.resident);
+        let runner = Box::new(runner.with_times(times, residency.usage()));
+        Ok(Running { runner, numerics, device, bandwidth, residency, plan: None, host_expert_bytes })
     }
 }
 

@@ -102,6 +102,8 @@ pub struct DeviceOptions {
     pub threads: Option<usize>,
     /// Kernels of the processor; the best that it has if `None`.
     pub isa: Option<Isa>,
+    /// Load weights that cannot all stay in memory, and read the rest from the disk for every token.
+    pub allow_paging: bool,
     /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if `None`.
     pub n_cpu_moe: Option<usize>,
 }

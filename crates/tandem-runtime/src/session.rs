@@ -145,7 +145,7 @@ impl Session {
         on: &mut dyn FnMut(Step<'_>),
     ) -> anyhow::Result<Answer> {
         let start = Instant::now();
-        let engine = &mut self.loaded.engine;
+        let Loaded { engine, recorder, .. } = &mut self.loaded;
         let mut answer = Answer { prompt_tokens: request.prompt.len(), ..Answer::default() };
         let (mut first_token, mut end_of_reasoning) = (None, None);
         let mut arguments = String::new();
@@ -163,7 +163,11 @@ impl Session {
                 match output.event {
                     Event::Started { cached_tokens } => answer.cached_tokens = cached_tokens,
                     Event::Token { id: token, .. } => {
-                        first_token.get_or_insert_with(Instant::now);
+                        if first_token.is_none() {
+                            // From here on the ranks' times are those of decoding.
+                            recorder.mark(&engine.ranks()?);
+                            first_token = Some(Instant::now());
+                        }
                         answer.tokens.push(token);
                         let was_reasoning = stream.in_reasoning();
                         let piece = stream.push(token)?;
@@ -190,6 +194,12 @@ impl Session {
         };
         engine.cancel(id);
         answer.drafts = engine.counters().drafts() - before.drafts();
+        let decode_time = first_token.map(|first: Instant| first.elapsed());
+        // The answer is there whether or not its timings can be kept.
+        let kept = engine.ranks().map_err(anyhow::Error::from);
+        if let Err(error) = kept.and_then(|ranks| recorder.record(&ranks, engine.warning()).keep()) {
+            tracing::debug!("{error:#}");
+        }
         let is_cut = answer.is_interrupted() || reason == Some(FinishReason::Length);
         let (rest, by) = stream.finish(is_cut)?;
         for delta in &rest {
@@ -204,7 +214,7 @@ impl Session {
             };
         }
         let decode_start = first_token.unwrap_or_else(Instant::now);
-        (answer.prefill, answer.decode) = (decode_start - start, decode_start.elapsed());
+        (answer.prefill, answer.decode) = (decode_start - start, decode_time.unwrap_or_default());
         if answer.reasoning_tokens > 0 {
             answer.reasoning_time = end_of_reasoning.unwrap_or_else(Instant::now) - decode_start;
         }
@@ -232,16 +242,22 @@ impl Session {
             "stop" => String::new(),
             reason => format!(" | {}", reason.replace('_', " ")),
         };
+        let warning = self.warning().map_or(String::new(), |warning| format!(" | {warning}"));
         format!(
-            "[prompt {} tokens{cached}, {:.1} tok/s | generated {} tokens{thought}, {:.1} tok/s | peak memory {} | {:.2} GB/s moved | numerics {}{drafts}{end}]",
+            "[prompt {} tokens{cached}, {:.1} tok/s | generated {} tokens{thought}, {:.1} tok/s | peak memory {} | {:.2} GB/s moved | numerics {}{drafts}{end}{warning}]",
             a.prompt_tokens,
             rate(a.prompt_tokens - a.cached_tokens, a.prefill),
             a.tokens.len(),
             rate(a.tokens.len(), a.decode),
             bytes(peak_memory_bytes()),
-            gigabytes_per_second(a),
+            gb_per_s(a),
             self.loaded.numerics,
         )
+    }
+
+    /// What a user should know now: weights have left memory.
+    pub fn warning(&self) -> Option<String> {
+        self.loaded.engine.warning().or_else(|| self.loaded.recorder.residency().warning())
     }
 
     /// Facts about the model and the conversation, a line each.
@@ -279,14 +295,14 @@ impl Session {
             "drafted_tokens": a.drafts.tokens,
             "accepted_drafted_tokens": a.drafts.accepted_tokens(),
             "accepted_by_draft_position": a.drafts.accepted,
-            "load_ms": self.loaded.load_time.as_secs_f64() * 1e3,
+            "load_seconds": self.loaded.load_time.as_secs_f64(),
             "prefill_ms": a.prefill.as_secs_f64() * 1e3,
             "prefill_tokens_per_second": rate(a.prompt_tokens - a.cached_tokens, a.prefill),
             "decode_ms": a.decode.as_secs_f64() * 1e3,
             "decode_tokens_per_second": rate(a.tokens.len(), a.decode),
             "reasoning_ms": a.reasoning_time.as_secs_f64() * 1e3,
             "read_bytes_per_token": a.read_bytes,
-            "gigabytes_per_second": gigabytes_per_second(a),
+            "gb_per_s": gb_per_s(a),
             "peak_memory_bytes": peak_memory_bytes(),
             "device": self.loaded.device,
             "numerics": self.loaded.numerics,
@@ -298,6 +314,6 @@ fn rate(n: usize, time: Duration) -> f64 {
     n as f64 / time.as_secs_f64().max(1e-9)
 }
 
-fn gigabytes_per_second(a: &Answer) -> f64 {
+fn gb_per_s(a: &Answer) -> f64 {
     rate(a.tokens.len(), a.decode) * a.read_bytes as f64 / 1e9
 }

@@ -81,6 +81,7 @@ fn place_experts(
         bytes(offload.host_read_bytes),
         host / 1e9
     )));
+    let backend = backend.with_host_read_bytes(offload.host_read_bytes);
     let experts = CpuExperts { backend: cpu, stacks: RefCell::default(), mlps: RefCell::default() };
     Ok(backend.with_host_experts(move |module| offload.modules.contains(module), experts))
 }
@@ -231,6 +232,10 @@ impl Device for CudaBackend {
 
     fn known_bandwidth(&self) -> Option<f64> {
         Some(CudaBackend::bandwidth(self))
+    }
+
+    fn host_read_bytes(&self) -> u64 {
+        CudaBackend::host_read_bytes(self)
     }
 
     fn stacks() -> Stacks {

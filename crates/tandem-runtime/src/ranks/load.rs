@@ -1,5 +1,6 @@
 //! Loading one rank's part of a model, and leading or following with it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use tandem_comm::{Doing, Group, Transport, Wire, local};
 use tandem_core::backend::TensorGroup;
 use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Backend, Checkpoint, ModelConfig};
-use tandem_engine::{Answer, DistributedRunner, HostReduce, Pipeline, RankRunner};
+use tandem_engine::{Answer, DistributedRunner, HostReduce, OperationTimes, Pipeline, Profiled, RankRunner};
 use tandem_model::{
     Accounting, CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe,
     Request, Share, WeightSource, load_drafting,
@@ -19,6 +20,8 @@ use tandem_model::{
 use super::Joined;
 use super::started::{Announcement, announce};
 use crate::device::{Device, DeviceKind, Place, WithDevice, lock_memory};
+use crate::diagnosis::Residency;
+use crate::load::mapped_files;
 use crate::model_dir::model_dir;
 use crate::mtp::{self, Sidecar};
 use crate::news::{News, OnNews, Progress, Unit, ignore_news};
@@ -102,32 +105,14 @@ pub(crate) trait RankBackend: Backend + Sized + 'static {
     fn device(&self) -> &Self::Device;
     /// The device's sums as this backend's.
     fn through(group: Arc<dyn TensorGroup<Self::Device>>) -> Arc<dyn TensorGroup<Self>>;
+    /// How long operations take, where that is noted.
+    fn operation_times(&self) -> Option<Arc<OperationTimes>>;
     /// How a rank with this configuration answers rank 0's questions.
     fn answers(config: &ModelConfig) -> Option<Answers<Self>>;
 }
 
 /// Answers rank 0's questions between two steps.
 pub(crate) type Answers<B> = Answer<B>;
-
-impl<D: Device> RankBackend for D {
-    type Device = D;
-
-    fn of(device: D) -> D {
-        device
-    }
-
-    fn device(&self) -> &D {
-        self
-    }
-
-    fn through(group: Arc<dyn TensorGroup<D>>) -> Arc<dyn TensorGroup<D>> {
-        group
-    }
-
-    fn answers(_: &ModelConfig) -> Option<Answers<D>> {
-        None
-    }
-}
 
 /// What rank 0 decides for all.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -167,7 +152,7 @@ pub(crate) fn lead<B: RankBackend>(
     n_slots: usize,
     sync_every: usize,
     on_news: OnNews<'_>,
-) -> anyhow::Result<(DistributedRunner<B>, &'static str)> {
+) -> anyhow::Result<(DistributedRunner<B>, &'static str, Arc<Residency>)> {
     let numerics = B::Device::numerics(&model.device)?;
     let parallel = match &joined {
         Joined::Tcp(started) => started.order.parallel.clone(),
@@ -194,17 +179,17 @@ pub(crate) fn lead<B: RankBackend>(
             let model = model.clone();
             std::thread::spawn(move || {
                 let result = load_rank::<B>(Box::new(transport), deadline, &model, None, place, &mut ignore_news)
-                    .and_then(|runner| runner.follow().map_err(Into::into));
+                    .and_then(|(runner, _)| runner.follow().map_err(Into::into));
                 if let Err(error) = result {
                     tracing::error!("{error:#}");
                 }
             });
         }
-        let runner = load_rank(Box::new(own), deadline, model, Some(setup), place, on_news)?;
-        return Ok((DistributedRunner::new(runner), numerics));
+        let (runner, residency) = load_rank(Box::new(own), deadline, model, Some(setup), place, on_news)?;
+        return Ok((DistributedRunner::new(runner), numerics, residency));
     }
-    let runner = join(joined, deadline, model, Some(setup), on_news)?;
-    Ok((DistributedRunner::new(runner), numerics))
+    let (runner, residency) = join(joined, deadline, model, Some(setup), on_news)?;
+    Ok((DistributedRunner::new(runner), numerics, residency))
 }
 
 /// Another rank than 0: loads its part of a checkpoint and follows until rank 0 stops.
@@ -236,7 +221,7 @@ impl WithDevice for Follow<'_> {
     type Output = ();
 
     fn run<D: Device>(self) -> anyhow::Result<()> {
-        follow_with::<D>(self.joined, &self.model, self.parallel)
+        follow_with::<Profiled<D>>(self.joined, &self.model, self.parallel)
     }
 }
 
@@ -250,7 +235,7 @@ pub(crate) fn follow_with<B: RankBackend>(
         Joined::Tcp(started) => started.order.parallel.deadline()?,
         _ => parallel.deadline()?,
     };
-    join::<B>(joined, deadline, model, None, &mut ignore_news)?.follow()?;
+    join::<B>(joined, deadline, model, None, &mut ignore_news)?.0.follow()?;
     Ok(())
 }
 
@@ -261,7 +246,7 @@ fn join<B: RankBackend>(
     model: &Model,
     setup: Option<Setup>,
     on_news: OnNews<'_>,
-) -> anyhow::Result<RankRunner<B>> {
+) -> anyhow::Result<(RankRunner<B>, Arc<Residency>)> {
     match joined {
         Joined::Tcp(started) => {
             let place = started.place();
@@ -300,7 +285,7 @@ fn load_rank<B: RankBackend>(
     setup: Option<Setup>,
     place: Place,
     on_news: OnNews<'_>,
-) -> anyhow::Result<RankRunner<B>> {
+) -> anyhow::Result<(RankRunner<B>, Arc<Residency>)> {
     let world = Group::world(transport, deadline);
     let result = load_in(&world, model, setup, place, on_news);
     if let Err(error) = &result {
@@ -315,7 +300,7 @@ fn load_in<B: RankBackend>(
     setup: Option<Setup>,
     place: Place,
     on_news: OnNews<'_>,
-) -> anyhow::Result<RankRunner<B>> {
+) -> anyhow::Result<(RankRunner<B>, Arc<Residency>)> {
     let Model { config, weights, source, .. } = model;
     let introducing = Doing::of("agreeing on a plan");
     world.set_slack(6);
@@ -395,6 +380,14 @@ fn load_in<B: RankBackend>(
     if model.lock {
         lock_memory(on_news);
     }
+    let mapped = match &model.source {
+        Source::Checkpoint(checkpoint) if B::Device::stays_mapped() => {
+            let files: Vec<PathBuf> = checkpoint.files().map(PathBuf::from).collect();
+            mapped_files(weights, total, &files)
+        }
+        _ => vec![],
+    };
+    let (times, residency) = (backend.operation_times(), Residency::watch(&mapped, total));
     let runner = RankRunner::new(
         backend,
         loaded_model,
@@ -406,11 +399,12 @@ fn load_in<B: RankBackend>(
         setup.n_slots,
     )
     .with_answer(B::answers(&local_config))
-    .with_check(check);
+    .with_check(check)
+    .with_times(times, residency.usage());
     world.set_slack(LOADING_SLACK);
     world.barrier(Doing::of("waiting for every rank to load"))?;
     world.set_slack(1);
-    Ok(runner)
+    Ok((runner, residency))
 }
 
 /// The plan as lines of text.

@@ -3,6 +3,7 @@
 //! A rank is started by a launcher (processes over TCP), by an MPI launcher, or as a thread of one process. Rank 0 runs
 //! the command; the others only load and follow. What a process is comes as a value ([`Role`]) and is handed down.
 
+mod hostfile;
 mod load;
 mod started;
 
@@ -11,6 +12,7 @@ use tandem_comm::{Group, Transport, mpi};
 
 use crate::options::{ParallelOptions, TransportKind};
 
+pub use hostfile::{Host, hosts, local_hosts};
 pub use load::follow;
 pub(crate) use load::{Answers, Model, RankBackend, Source, follow_with, lead};
 pub use started::{Announcement, NEWS, Order, Quit, Started};
