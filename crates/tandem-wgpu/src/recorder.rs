@@ -20,7 +20,7 @@ use crate::pipelines::Pipeline;
 const MAX_GROUPS: u32 = 65535;
 /// Dispatches of the first submission after the device was idle, so that it has work while the host records more, and of
 /// later ones.
-const FIRST_DISPATCHES: usize = 24;
+const FIRST_DISPATCHES: usize = 12;
 const MORE_DISPATCHES: usize = 256;
 /// Submissions whose times may be awaited at once; later ones go untimed.
 const TIMERS: usize = 16;
