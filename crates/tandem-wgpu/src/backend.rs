@@ -67,7 +67,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { staged_vectors: 1536, enough_groups: 300, most_rows: 4, most_gate_rows: 2 }
+        Tuning { staged_vectors: 1536, enough_groups: 300, most_rows: 2, most_gate_rows: 2 }
     }
 }
 
