@@ -1,4 +1,5 @@
-//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint,gguf,gguf_tokenizer,template,tokenizer,page_store}`: `cargo run --bin seeds`.
+//! Writes seed inputs from the fixtures into `fuzz/corpus/{config,checkpoint,gguf,gguf_tokenizer,grammar,template,tokenizer,page_store}`:
+//! `cargo run --bin seeds`.
 
 use std::path::Path;
 
@@ -26,7 +27,7 @@ const SMALL: [(&str, usize); 16] = [
 
 fn main() -> std::io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    for target in ["config", "checkpoint", "gguf", "gguf_tokenizer", "template", "tokenizer", "page_store"] {
+    for target in ["config", "checkpoint", "gguf", "gguf_tokenizer", "grammar", "template", "tokenizer", "page_store"] {
         std::fs::create_dir_all(root.join("corpus").join(target))?;
     }
     let write =
@@ -65,7 +66,45 @@ fn main() -> std::io::Result<()> {
         write("gguf", format!("type-{number}"), &gguf(number, bytes))?;
         write("gguf_tokenizer", format!("type-{number}"), &gguf(number, bytes))?;
     }
+    for (i, (kind, text)) in grammars().iter().enumerate() {
+        // As the target reads its input: a byte, and the rest as text.
+        write("grammar", format!("{i}"), &[&[*kind][..], text.as_bytes()].concat())?;
+    }
     write("page_store", "page".into(), &[[1; 32], [2; 32]].concat())
+}
+
+/// Grammars, expressions, choices and schemas that compile; the number says which of them a text is.
+fn grammars() -> Vec<(u8, String)> {
+    let lark = [
+        "start: \"yes\" | \"no\"",
+        "start: a b?\na: /[a-z]+/ | \"(\" start \")\"\nb: (\",\" a)*",
+        "start: item~1..3\nitem: %json {\"type\": \"integer\"}",
+        "start: T\nT[max_tokens=3]: /.*/\n%ignore / +/",
+        "start: head tail\nhead[capture, stop=\"x\"]: /[^x]*/\ntail: %regex {\"substring_chars\": \"abc\"}",
+        "start: (A & B) | ~A\nA: /[0-9a-f]{2,4}/\nB: /[0-9]+/",
+    ];
+    let regex = ["[a-c]{2,5}(x|yz)*", r"\d{3}-\d{4}", r"(?i)(foo|bar)+\s?", r"[^\x00-\x1f]+", r"\p{Lu}\p{Ll}*", "a?b+c{0,3}|.{4}"];
+    let choice = ["red\ngreen\nblue", "a\nab\nabc\n", "\u{e9}\n\u{65e5}\u{672c}"];
+    let schemas = [
+        json!({"type": "object", "properties": {"a": {"type": "string", "minLength": 1, "maxLength": 3}}, "required": ["a"]}),
+        json!({"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "maxItems": 2}}}),
+        json!({"anyOf": [{"const": 1}, {"enum": ["x", null, true]}, {"type": "number", "minimum": 0, "maximum": 1}]}),
+        json!({"type": "string", "pattern": "^[a-z]+@[a-z]{2}$"}),
+        json!({"type": "string", "format": "date-time"}),
+        json!({"allOf": [{"type": "integer", "minimum": 3}, {"multipleOf": 5, "exclusiveMaximum": 21}]}),
+        json!({"type": "array", "prefixItems": [{"type": "null"}], "items": {"type": "boolean"}, "minItems": 1, "maxItems": 4}),
+        json!({"type": "object", "additionalProperties": {"type": ["string", "null"]}, "properties": {"b": false}}),
+        json!({"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": false}),
+        json!(true),
+    ];
+    let texts = |kind: u8, texts: &[&str]| texts.iter().map(|text| (kind, (*text).to_owned())).collect::<Vec<_>>();
+    [
+        texts(0, &lark),
+        texts(1, &regex),
+        texts(2, &choice),
+        schemas.iter().map(|schema| (3, schema.to_string())).collect(),
+    ]
+    .concat()
 }
 
 /// A GGUF file with one metadata value and one tensor of 256 elements of ggml's type `number`.

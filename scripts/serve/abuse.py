@@ -134,11 +134,99 @@ def malformed():
         yield path, rng.choice([text[:at], text[:at] + bytes([rng.randrange(256)]) + text[at:], b"[" * 5000, b"\xff" * 50])
 
 
-def grammars():
+def schema(depth=0, names=()):
+    """A schema of any of the keywords that are kept to; at `depth` it ends."""
+    kinds = ["string", "pattern", "enum", "const", "integer", "number", "boolean", "null", "types", "format"]
+    if depth < 3:
+        kinds += ["object", "object", "array", "tuple", "anyOf", "allOf"]
+    if names:
+        kinds += ["$ref", "$ref"]
+    kind = rng.choice(kinds)
+    low = rng.randrange(5)
+    if kind == "string":
+        return {"type": "string", **rng.choice([{}, {"minLength": low}, {"maxLength": low + 1}, {"minLength": low, "maxLength": low + 9}])}
+    if kind == "pattern":
+        return {"type": "string", "pattern": f"^{regex(2)}$"}
+    if kind == "enum":
+        return {"enum": rng.sample(["red", "grün", 5, 1.5, None, True, "a b", {"x": 1}, [1]], rng.randrange(1, 6))}
+    if kind == "const":
+        return {"const": rng.choice(["x", 7, None, [1, 2], {"a": "b"}])}
+    if kind in ("integer", "number"):
+        return {"type": kind, **rng.choice([{}, {"minimum": -low}, {"minimum": low, "maximum": low + 50}, {"exclusiveMaximum": 99}])}
+    if kind in ("boolean", "null"):
+        return {"type": kind}
+    if kind == "types":
+        return {"type": rng.sample(["string", "integer", "null", "boolean"], 2)}
+    if kind == "format":
+        return {"type": "string", "format": rng.choice(["date", "date-time", "uuid", "email", "ipv4"])}
+    if kind == "object":
+        keys = rng.sample(["a", "b", "name", "größe", "x y", "next", "0"], rng.randrange(5))
+        required = [key for key in keys if rng.random() < 0.5]
+        more = rng.choice([{}, {"additionalProperties": False}, {"additionalProperties": {"type": "integer"}}])
+        return {"type": "object", "properties": {key: schema(depth + 1, names) for key in keys}, "required": required, **more}
+    if kind == "array":
+        return {"type": "array", "items": schema(depth + 1, names), **rng.choice([{}, {"minItems": 1}, {"maxItems": low + 1}, {"minItems": 1, "maxItems": low + 1}])}
+    if kind == "tuple":
+        return {"type": "array", "prefixItems": [schema(depth + 1, names), schema(depth + 1, names)], "items": schema(depth + 1, names), "maxItems": 4}
+    if kind == "anyOf":
+        return {"anyOf": [schema(depth + 1, names) for _ in range(rng.randrange(1, 4))]}
+    if kind == "allOf":
+        return {"allOf": [{"type": "integer", "minimum": low}, {"maximum": low + 40}]}
+    return {"$ref": f"#/$defs/{rng.choice(names)}"}
+
+
+def definitions():
+    """A schema with definitions that name each other."""
+    names = [f"d{i}" for i in range(rng.randrange(1, 5))]
+    # What refers to itself may always end.
+    defs = {name: {"anyOf": [{"type": "null"}, schema(1, names)]} for name in names}
+    return {"type": "object", "properties": {"a": schema(1, names), "b": schema(1, names)}, "$defs": defs}
+
+
+def regex(depth=0):
+    atoms = ["a", "[a-z]", "[^x]", "\\d", "\\w", ".", "é", "\\.", "[0-9a-f]"]
+    parts = []
+    for _ in range(rng.randrange(1, 5)):
+        part = rng.choice(atoms) if depth >= 3 or rng.random() < 0.7 else f"({regex(depth + 1)}|{regex(depth + 1)})"
+        parts.append(part + rng.choice(["", "", "?", "*", "+", "{1,3}", "{2}"]))
+    return "".join(parts)
+
+
+def lark():
+    """Rules that refer to those below them only, and to each other behind a character."""
+    n = rng.randrange(1, 8)
+    terminals = [f"T{i}" for i in range(rng.randrange(1, 4))]
+    rules = []
+    for i in range(n):
+        def atom(i=i):
+            lower = [f"r{j}" for j in range(i + 1, n)] + terminals + ['"x"', '"yes no"', "/[a-c]+/"]
+            kind = rng.random()
+            if kind < 0.6:
+                return rng.choice(lower)
+            if kind < 0.7:
+                return f'"(" r{rng.randrange(n)} ")"'
+            if kind < 0.8:
+                return "%json " + json.dumps(schema(2))
+            return f"({rng.choice(lower)} | {rng.choice(lower)})" + rng.choice(["", "?", "*", "+", "~1..3"])
+        body = " | ".join(" ".join(atom() for _ in range(rng.randrange(1, 4))) for _ in range(rng.randrange(1, 3)))
+        rules.append(f"r{i}: {body}")
+    words = ["start: r0"] + rules + [f"{name}: /{regex(2)}/" for name in terminals]
+    return "\n".join(words + rng.choice([[], ["%ignore / +/"]]))
+
+
+def noise():
     words = ["start:", "a:", "b:", "T:", '"x"', "/[a-z]+/", "|", "*", "+", "?", "(", ")", "\n", "a", "b", "T", "%json", "{}", "~", "&"]
-    for _ in range(scaled(2_000)):
-        grammar = "start: " + " ".join(rng.choice(words) for _ in range(rng.randrange(1, 60)))
-        yield "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 2, "structured_outputs": {"grammar": grammar}})
+    return "start: " + " ".join(rng.choice(words) for _ in range(rng.randrange(1, 60)))
+
+
+def grammars():
+    makers = [
+        lambda: {"json": schema()}, lambda: {"json": definitions()}, lambda: {"regex": regex()}, lambda: {"grammar": lark()},
+        lambda: {"choice": [regex() for _ in range(rng.randrange(1, 30))]}, lambda: {"grammar": noise()},
+    ]
+    for i in range(scaled(2_000)):
+        form = makers[i % len(makers)]()
+        yield "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 4, "structured_outputs": form})
 
 
 def nasty_grammars():

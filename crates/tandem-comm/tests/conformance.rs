@@ -1,6 +1,7 @@
 //! Every transport does the same: one suite over threads, TCP, and MPI where a launcher is installed.
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use tandem_comm::tcp::{Hello, Peer, Secret, Tcp, TcpConfig};
@@ -18,6 +19,7 @@ fn config(rank: usize, peers: &[Peer], deadline: Duration) -> TcpConfig {
         rank,
         peers: peers.to_vec(),
         secret: Secret([7; 32]),
+        encrypt: false,
         generation: 0,
         hello: Hello { version: "test".to_string(), model: "none".to_string() },
         deadline,
@@ -30,8 +32,12 @@ fn listeners(n: usize) -> Vec<TcpListener> {
     (0..n).map(|_| tcp::listen("127.0.0.1:0".parse().expect("an address")).expect("loopback")).collect()
 }
 
-/// Runs `rank` in a thread per rank over TCP.
-fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
+/// Runs `rank` in a thread per rank over TCP, plain and then encrypted.
+fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Sync) -> [Vec<R>; 2] {
+    [false, true].map(|encrypt| over_one_tcp(n, deadline, encrypt, &rank))
+}
+
+fn over_one_tcp<R: Send>(n: usize, deadline: Duration, encrypt: bool, rank: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
     let listeners = listeners(n);
     let peers = peers(&listeners);
     std::thread::scope(|scope| {
@@ -40,7 +46,8 @@ fn over_tcp<R: Send>(n: usize, deadline: Duration, rank: impl Fn(Tcp) -> R + Syn
             .enumerate()
             .map(|(i, listener)| {
                 let (peers, rank) = (&peers, &rank);
-                scope.spawn(move || rank(tcp::connect(listener, config(i, peers, deadline)).expect("meets")))
+                let config = TcpConfig { encrypt, ..config(i, peers, deadline) };
+                scope.spawn(move || rank(tcp::connect(listener, config).expect("meets")))
             })
             .collect();
         threads.into_iter().map(|t| t.join().expect("no panic")).collect()
@@ -212,7 +219,7 @@ fn a_rank_that_ends_is_named_by_every_other() {
         group.abort(&error.to_string());
         Some((blamed, error))
     });
-    for (blamed, error) in errors.into_iter().flatten() {
+    for (blamed, error) in errors.into_iter().flatten().flatten() {
         assert!(blamed == Some(2) || error.to_string().contains("rank 2"), "{error}");
         assert_eq!(error.doing, Some(TEST));
     }
@@ -234,8 +241,10 @@ fn a_rank_that_hangs_is_named_within_the_deadline() {
         assert!((deadline..deadline * 2).contains(&start.elapsed()), "{:?}", start.elapsed());
         Some((blamed, error))
     });
-    let (blamed, error) = errors[0].clone().expect("rank 0");
-    assert!(blamed == Some(1) && matches!(error.failure, Failure::Stalled { .. }), "{error}");
+    for of_ranks in errors {
+        let (blamed, error) = of_ranks[0].clone().expect("rank 0");
+        assert!(blamed == Some(1) && matches!(error.failure, Failure::Stalled { .. }), "{error}");
+    }
 }
 
 #[test]
@@ -250,8 +259,10 @@ fn a_reason_reaches_the_others() {
         let mut byte = vec![];
         Some(group.recv_when_ready(1, Channel::Command, &mut byte, TEST).expect_err("aborted"))
     });
-    let error = errors[0].clone().expect("rank 0");
-    assert_eq!(error.failure, Failure::Stopped { message: "the disk is full".to_string() });
+    for of_ranks in errors {
+        let error = of_ranks[0].clone().expect("rank 0");
+        assert_eq!(error.failure, Failure::Stopped { message: "the disk is full".to_string() });
+    }
 }
 
 #[test]
@@ -294,19 +305,18 @@ fn different_versions_and_models_do_not_meet() {
 
 #[test]
 fn strangers_are_dropped_and_nothing_is_lost() {
-    knock(600);
+    knock(600, false);
+    knock(600, true);
 }
 
 #[test]
 #[ignore = "takes half a minute"]
 fn ten_thousand_strangers_are_dropped() {
-    knock(10_000);
+    knock(10_000, false);
 }
 
 /// `n` connections that do not belong to the launch, then the ranks that do.
-fn knock(n: u32) {
-    use std::io::Write;
-    use std::net::TcpStream;
+fn knock(n: u32, encrypt: bool) {
     let listeners = listeners(2);
     let peers = peers(&listeners);
     let target = peers[0].address;
@@ -315,6 +325,7 @@ fn knock(n: u32) {
     let rank = |i: usize, listener: TcpListener| {
         let mut config = config(i, &peers, DEADLINE);
         config.start_timeout = Duration::from_secs(120);
+        config.encrypt = encrypt;
         std::thread::spawn(move || tcp::connect(listener, config).map(|t| suite(&world(t))))
     };
     let zero = rank(0, first);
@@ -342,17 +353,188 @@ fn knock(n: u32) {
 
 #[test]
 fn a_wrong_secret_or_generation_does_not_get_in() {
-    for (secret, generation) in [(Secret([8; 32]), 0), (Secret([7; 32]), 1)] {
+    for (secret, generation, encrypt) in
+        [(8, 0, false), (7, 1, false), (8, 0, true), (7, 1, true)].map(|(key, g, e)| (Secret([key; 32]), g, e))
+    {
         let listeners = listeners(2);
         let peers = peers(&listeners);
         std::thread::scope(|scope| {
             for (i, listener) in listeners.into_iter().enumerate() {
                 let mut config = config(i, &peers, DEADLINE);
                 config.start_timeout = Duration::from_millis(400);
+                config.encrypt = encrypt;
                 if i == 1 {
                     (config.secret, config.generation) = (secret.clone(), generation);
                 }
-                scope.spawn(move || assert!(tcp::connect(listener, config).is_err()));
+                scope.spawn(move || {
+                    let error = tcp::connect(listener, config).err().expect("does not meet").to_string();
+                    assert!(error.contains(&format!("rank {} (loopback)", 1 - i)), "{error}");
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn plain_and_encrypted_ranks_do_not_meet() {
+    for encrypting in [0, 1] {
+        let listeners = listeners(2);
+        let peers = peers(&listeners);
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for (i, listener) in listeners.into_iter().enumerate() {
+                let config = TcpConfig { encrypt: i == encrypting, ..config(i, &peers, DEADLINE) };
+                scope.spawn(move || {
+                    let error = tcp::connect(listener, config).err().expect("differs").to_string();
+                    let how = |rank| if rank == encrypting { "with --encrypt" } else { "without --encrypt" };
+                    let other = format!("rank {} (loopback) was started {}, ", 1 - i, how(1 - i));
+                    assert!(error.starts_with(&other) && error.contains(how(i)), "{error}");
+                });
+            }
+        });
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    }
+}
+
+/// One byte less than the longest frame has.
+const LONG: u16 = u16::MAX - 1;
+
+/// What somebody between two ranks may do to a frame.
+#[derive(Clone, Copy, Debug)]
+enum Tamper {
+    /// Another bit in its middle.
+    Flip,
+    /// Another length.
+    Length(u16),
+    /// The frame twice.
+    Repeat,
+    /// Not at all.
+    LeaveOut,
+    /// Behind the next one.
+    Swap,
+    /// The frame that the other side sent, back to it.
+    Reflect,
+}
+
+/// Passes frames of one connection on, and does something to the third; the first is the introduction.
+fn pass_on(mut from: TcpStream, mut to: TcpStream, handshake: usize, tamper: Option<Tamper>, back: TcpStream) {
+    let mut back = back;
+    let mut pass = || -> std::io::Result<()> {
+        // Each side waits for the other meanwhile.
+        let mut start = vec![0; handshake];
+        while !start.is_empty() {
+            let n = from.read(&mut start)?;
+            to.write_all(&start[..n])?;
+            start.truncate(if n == 0 { 0 } else { start.len() - n });
+        }
+        let mut kept: Option<Vec<u8>> = None;
+        for i in 0.. {
+            let mut length = [0; 2];
+            from.read_exact(&mut length)?;
+            let mut frame = vec![0; usize::from(u16::from_le_bytes(length))];
+            from.read_exact(&mut frame)?;
+            let mut whole = [&length[..], &frame].concat();
+            match tamper.filter(|_| i == 2) {
+                None => {}
+                Some(Tamper::Flip) => whole[2 + frame.len() / 2] ^= 4,
+                Some(Tamper::Length(length)) => whole[..2].copy_from_slice(&length.to_le_bytes()),
+                Some(Tamper::Repeat) => to.write_all(&whole)?,
+                Some(Tamper::LeaveOut) => continue,
+                Some(Tamper::Swap) => {
+                    kept = Some(whole);
+                    continue;
+                }
+                Some(Tamper::Reflect) => back.write_all(&whole)?,
+            }
+            to.write_all(&whole)?;
+            if let Some(kept) = kept.take() {
+                to.write_all(&kept)?;
+            }
+        }
+        Ok(())
+    };
+    let _ = pass();
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+/// Two encrypted ranks with somebody between them, who does something to one connection (messages, signs of life, second
+/// parts), in one direction; the error of each.
+fn between(connection: usize, to_rank_0: bool, tamper: Tamper) -> Vec<CommError> {
+    let listeners = listeners(2);
+    let true_peers = peers(&listeners);
+    let middle = TcpListener::bind("127.0.0.1:0").expect("loopback");
+    let mut seen_by_1 = true_peers.clone();
+    seen_by_1[0].address = middle.local_addr().expect("bound");
+    let target = true_peers[0].address;
+    std::thread::spawn(move || {
+        for (i, stream) in middle.incoming().take(3).enumerate() {
+            let (Ok(one), Ok(zero)) = (stream, TcpStream::connect(target)) else { return };
+            let clone = |stream: &TcpStream| stream.try_clone().expect("clones");
+            let of = |direction: bool| Some(tamper).filter(|_| i == connection && direction == to_rank_0);
+            let (up, down) = (of(true), of(false));
+            // Behind the proofs and the two messages that agree on keys.
+            let (a, b, c) = (clone(&one), clone(&zero), clone(&one));
+            std::thread::spawn(move || pass_on(a, b, 40 + 35 + 48, up, c));
+            let (a, b, c) = (clone(&zero), clone(&one), clone(&zero));
+            std::thread::spawn(move || pass_on(a, b, 32 + 32 + 48, down, c));
+        }
+    });
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(i, listener)| {
+                let peers = if i == 1 { &seen_by_1 } else { &true_peers };
+                let config = TcpConfig { encrypt: true, ..config(i, peers, Duration::from_secs(1)) };
+                scope.spawn(move || {
+                    let group = world(tcp::connect(listener, config).expect("meets"));
+                    // Long enough to go over both connections.
+                    let (mine, mut all) = (vec![1; 1 << 20], vec![0; 2 << 20]);
+                    let start = Instant::now();
+                    while start.elapsed() < Duration::from_secs(20) {
+                        if let Err(error) = group.all_gather(&mine, &mut all, TEST) {
+                            group.abort(&error.to_string());
+                            return error;
+                        }
+                    }
+                    panic!("{tamper:?} of connection {connection} was not noticed");
+                })
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().expect("no panic")).collect()
+    })
+}
+
+#[test]
+fn frames_that_were_tampered_with_are_refused() {
+    let kinds = [
+        Tamper::Flip,
+        Tamper::Length(0),
+        Tamper::Length(16),
+        Tamper::Length(LONG),
+        Tamper::Repeat,
+        Tamper::LeaveOut,
+        Tamper::Swap,
+        Tamper::Reflect,
+    ];
+    for tamper in kinds {
+        std::thread::scope(|scope| {
+            for (connection, to_rank_0) in [(0, true), (0, false), (1, true), (1, false), (2, true), (2, false)] {
+                scope.spawn(move || {
+                    let errors = between(connection, to_rank_0, tamper);
+                    // A reflected frame reaches the rank that sent it.
+                    let noticing = if to_rank_0 != matches!(tamper, Tamper::Reflect) { 0 } else { 1 };
+                    let what = format!("{tamper:?} of connection {connection}: {errors:?}");
+                    let error = &errors[noticing];
+                    assert_eq!(error.rank, Some(1 - noticing), "{what}");
+                    // Signs of life are too few to fill a frame that is said to be longer.
+                    let starves = connection == 1 && matches!(tamper, Tamper::Length(LONG));
+                    let word = if starves { "did not answer" } else { "altered, repeated or left out" };
+                    assert!(error.to_string().contains(word), "{what}");
+                    // The other one learns it, or misses the signs of life.
+                    let learnt = errors[1 - noticing].to_string();
+                    assert!(learnt.contains(word) || learnt.contains(&format!("rank {noticing}")), "{what}");
+                });
             }
         });
     }

@@ -71,6 +71,8 @@ impl ConvertOptions {
             backend: BackendChoice::Cpu,
             activations: Activations::F32,
             threads: self.threads,
+            // Slow, and done once.
+            allow_paging: true,
             ..DeviceOptions::default()
         }
     }

@@ -227,6 +227,10 @@ pub trait Backend {
     /// # Errors
     /// The first device error since the last call.
     fn sync(&self) -> Result<(), Self::Error>;
+    /// What a user should know of the device now, such as that the system has taken its memory back.
+    fn warning(&self) -> Option<String> {
+        None
+    }
     /// Enqueues one step: calls `operations` with a context that is at least the batch's longest.
     ///
     /// A device may record the operations of one batch and replay them for later ones of the same shape, so they must

@@ -506,6 +506,34 @@ pub fn resolve(
     specs: &[WeightSpec],
     mtp: &[WeightSpec],
 ) -> Result<Vec<Weight>, CheckpointError> {
+    let mtp_present = checkpoint.names().any(|name| is_of_mtp(name, config));
+    let specs = specs.iter().chain(if mtp_present { mtp } else { &[] });
+    find_all(checkpoint, config, specs, |name| !ignored(name, config))
+}
+
+/// Finds every weight of the multi-token-prediction layers in a checkpoint that may hold more than them.
+///
+/// # Errors
+/// As [`resolve`], of these layers alone.
+pub fn resolve_mtp(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    mtp: &[WeightSpec],
+) -> Result<Vec<Weight>, CheckpointError> {
+    find_all(checkpoint, config, mtp.iter(), |name| is_of_mtp(name, config))
+}
+
+fn is_of_mtp(name: &str, config: &ModelConfig) -> bool {
+    config.mtp_layers().any(|layer| name.starts_with(&format!("model.layers.{layer}.")))
+}
+
+/// Finds the weights of `specs`; of the other tensors there must be none that are `unexpected`.
+fn find_all<'a>(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    specs: impl Iterator<Item = &'a WeightSpec>,
+    unexpected: impl Fn(&str) -> bool,
+) -> Result<Vec<Weight>, CheckpointError> {
     let mut resolver = Resolver {
         checkpoint,
         quantization: &config.quantization,
@@ -514,18 +542,15 @@ pub fn resolve(
         claimed: HashSet::new(),
         problems: checkpoint.duplicates().iter().map(|n| format!("{n} is in more than one file")).collect(),
     };
-    let mtp_present = config
-        .mtp_layers()
-        .any(|layer| checkpoint.names().any(|name| name.starts_with(&format!("model.layers.{layer}."))));
-    let mut weights = Vec::with_capacity(specs.len());
-    for spec in specs.iter().chain(if mtp_present { mtp } else { &[] }) {
+    let mut weights = vec![];
+    for spec in specs {
         if let Some((dtype, place)) = resolver.find(spec) {
             weights.push(Weight { spec: spec.clone(), dtype, place });
         }
     }
     let Resolver { claimed, mut problems, .. } = resolver;
     for name in checkpoint.names() {
-        if !claimed.contains(name) && !ignored(name, config) {
+        if !claimed.contains(name) && unexpected(name) {
             problems.push(format!(
                 "{name} is in the checkpoint but this {} model has no use for it",
                 config.model_type.name()

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tandem_core::dtype::{DType, Float};
 use tandem_core::quant::minifloat::{E4M3, e8m0};
 use tandem_core::quant::{PackedView, QuantError, has_nan_scale, quantize};
@@ -11,6 +11,8 @@ use tandem_core::quant::{PackedView, QuantError, has_nan_scale, quantize};
 struct Golden<'a> {
     name: &'a str,
     tensors: SafeTensors<'a>,
+    /// What all modes were given.
+    shared: SafeTensors<'a>,
 }
 
 impl Golden<'_> {
@@ -18,13 +20,18 @@ impl Golden<'_> {
         self.tensors.tensor(name).is_ok()
     }
 
+    fn tensor(&self, name: &str) -> TensorView<'_> {
+        let found = self.tensors.tensor(name).or_else(|_| self.shared.tensor(name));
+        found.unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name))
+    }
+
     fn shape<const N: usize>(&self, name: &str) -> [usize; N] {
-        let view = self.tensors.tensor(name).unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name));
+        let view = self.tensor(name);
         view.shape().try_into().unwrap_or_else(|_| panic!("{}: {name} has shape {:?}", self.name, view.shape()))
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {
-        self.tensors.tensor(name).unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name)).data().to_vec()
+        self.tensor(name).data().to_vec()
     }
 
     /// Bytes of a tensor that only some modes have.
@@ -33,7 +40,7 @@ impl Golden<'_> {
     }
 
     fn float_type(&self, name: &str) -> Float {
-        match self.tensors.tensor(name).unwrap().dtype() {
+        match self.tensor(name).dtype() {
             Dtype::F32 => Float::F32,
             Dtype::F16 => Float::F16,
             Dtype::BF16 => Float::BF16,
@@ -67,13 +74,15 @@ impl Golden<'_> {
 /// Runs `test` on every golden file whose name starts with `prefix`.
 fn for_each_golden(prefix: &str, test: impl Fn(&Golden<'_>)) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/quant");
+    let shared = std::fs::read(dir.join("shared/edge.safetensors")).unwrap();
     let mut n_files = 0;
     for entry in std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_str().unwrap();
         if path.extension().is_some_and(|e| e == "safetensors") && name.starts_with(prefix) {
             let bytes = std::fs::read(&path).unwrap();
-            test(&Golden { name, tensors: SafeTensors::deserialize(&bytes).unwrap() });
+            let [tensors, shared] = [&bytes, &shared].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+            test(&Golden { name, tensors, shared });
             n_files += 1;
         }
     }

@@ -6,6 +6,7 @@ pub mod isa;
 pub mod kernels;
 pub mod peak;
 pub mod pool;
+pub mod process;
 pub mod system;
 
 mod backend;

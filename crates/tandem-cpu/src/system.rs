@@ -24,6 +24,19 @@ pub fn resident_memory_bytes() -> Option<u64> {
     platform::resident_memory_bytes()
 }
 
+/// Processor time of all threads of this process so far; zero where the system does not tell.
+#[cfg(unix)]
+pub fn cpu_time() -> std::time::Duration {
+    let time = |t: libc::timeval| std::time::Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    resource_usage().map_or_else(Default::default, |usage| time(usage.ru_utime) + time(usage.ru_stime))
+}
+
+/// Processor time of all threads of this process so far: not known on this system.
+#[cfg(not(unix))]
+pub fn cpu_time() -> std::time::Duration {
+    std::time::Duration::ZERO
+}
+
 #[cfg(unix)]
 #[allow(unsafe_code)]
 fn resource_usage() -> Option<libc::rusage> {
@@ -43,9 +56,14 @@ struct NoUsage {
     ru_majflt: i64,
 }
 
-/// Memory that new allocations can have without swapping, in bytes; `None` where the system does not tell.
+/// Memory that new allocations can have without swapping, in bytes: what the machine has, or what a control group leaves of
+/// it; `None` where the system does not tell.
 pub fn available_memory_bytes() -> Option<u64> {
-    platform::available_memory_bytes()
+    let machine = platform::available_memory_bytes();
+    match (machine, crate::process::memory_limit().map(|limit| limit.available_bytes)) {
+        (Some(machine), Some(group)) => Some(machine.min(group)),
+        (machine, group) => machine.or(group),
+    }
 }
 
 /// Memory that a GPU may keep of a machine whose processor and GPU share it, in bytes: a limit of its owner's, where there

@@ -65,6 +65,7 @@ pub struct CudaBackend {
     stager: RefCell<Option<Stager>>,
     /// Experts that do not fit the device.
     pub(crate) on_host: Option<OnHost>,
+    host_read_bytes: u64,
     pub(crate) options: Options,
     bandwidth: Cell<Option<f64>>,
     pub(crate) device: Arc<Device>,
@@ -88,6 +89,7 @@ impl CudaBackend {
             sampled: RefCell::default(),
             stager: RefCell::default(),
             on_host: None,
+            host_read_bytes: 0,
             options,
             bandwidth: Cell::new(None),
             device,
@@ -102,6 +104,17 @@ impl CudaBackend {
         experts: impl HostExperts + 'static,
     ) -> CudaBackend {
         CudaBackend { on_host: Some(OnHost::new(Box::new(keeps), Box::new(experts))), ..self }
+    }
+
+    /// The same, noting how many of the host's bytes a token reads.
+    #[must_use]
+    pub fn with_host_read_bytes(self, host_read_bytes: u64) -> CudaBackend {
+        CudaBackend { host_read_bytes, ..self }
+    }
+
+    /// Bytes of experts on the host that a token reads.
+    pub fn host_read_bytes(&self) -> u64 {
+        self.host_read_bytes
     }
 
     /// What the device is.

@@ -114,6 +114,20 @@ impl BlockManager {
         true
     }
 
+    /// [`BlockManager::grow`] by pages that hold nothing that a prompt may find.
+    pub fn grow_by_free(&mut self, pages: &mut Vec<u32>, n_tokens: usize) -> bool {
+        let missing = n_tokens.div_ceil(PAGE_SIZE).saturating_sub(pages.len());
+        missing <= self.free.len() && self.grow(pages, n_tokens)
+    }
+
+    /// Gives back the pages that `n_tokens` do not need, in the order that undoes their taking.
+    pub fn trim(&mut self, pages: &mut Vec<u32>, n_tokens: usize) {
+        let n_pages = n_tokens.div_ceil(PAGE_SIZE);
+        if n_pages < pages.len() {
+            self.release(&mut pages.split_off(n_pages));
+        }
+    }
+
     /// Gives all pages back; those with known contents become idle, the end of the sequence to be reused first.
     pub fn release(&mut self, pages: &mut Vec<u32>) {
         for page_id in pages.drain(..).rev() {

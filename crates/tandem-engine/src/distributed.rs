@@ -16,7 +16,8 @@ use tandem_core::backend::{Backend, Batch, TensorGroup};
 use tandem_model::{KvCache, Limits, Model, Plan, RankPlan, StepShape};
 
 use crate::EngineError;
-use crate::runner::{RankStatus, Runner};
+use crate::runner::{Drafted, Drafter, MtpState, RankStatus, Runner};
+use crate::timings::{OperationTimes, ReadUsage, Spent};
 
 /// Tensor-parallel ranks compare their residual streams once in this many steps.
 pub const CHECK_STEPS: u64 = 16;
@@ -26,7 +27,7 @@ const ROWS_PER_PATIENCE: usize = 8;
 const STEP: u32 = 0;
 /// First word of a command: bytes for the rank's [`Answer`].
 const QUESTION: u32 = 1;
-/// First word of a command: asks for the rows run so far, and the nanoseconds spent on them.
+/// First word of a command: asks for what the rank has spent, a [`Spent`] in words.
 const REPORT: u32 = 2;
 /// First word of a command: a page's number; asks for a 1 and its vectors, or nothing if they cannot be had.
 const SAVE_PAGE: u32 = 3;
@@ -233,8 +234,13 @@ pub struct RankRunner<B: Backend> {
     /// Hidden states on the host, `[n, hidden_size]`.
     hidden: Vec<f32>,
     times: RankTimes,
+    /// Sums of `times` since the model was loaded, which questions do not reset.
+    total: RankTimes,
+    operations: Option<Arc<OperationTimes>>,
+    usage: Option<ReadUsage>,
     answer: Option<Answer<B>>,
     check: Option<Check>,
+    mtp: Option<MtpState<B>>,
     /// Steps run, from which ranks know when to compare.
     n_steps: u64,
 }
@@ -256,6 +262,7 @@ impl<B: Backend> RankRunner<B> {
         n_slots: usize,
     ) -> Self {
         let cache = model.new_cache(&backend, n_slots);
+        let mtp = MtpState::new(&backend, &*model, n_slots, vocab_size);
         RankRunner {
             backend,
             model,
@@ -267,10 +274,27 @@ impl<B: Backend> RankRunner<B> {
             hidden_size,
             hidden: vec![],
             times: RankTimes::default(),
+            total: RankTimes::default(),
+            operations: None,
+            usage: None,
             answer: None,
             check: None,
+            mtp,
             n_steps: 0,
         }
+    }
+
+    /// The same, which says where time goes: `operations` are the backend's, `usage` reads the process's.
+    #[must_use]
+    pub fn with_times(self, operations: Option<Arc<OperationTimes>>, usage: ReadUsage) -> Self {
+        RankRunner { operations, usage: Some(usage), ..self }
+    }
+
+    /// What this rank has done so far, without its usage of the system.
+    fn spent(&self) -> Spent {
+        let RankTimes { working, summing, receiving, sending, n_steps, n_rows } = self.total;
+        let operations = self.operations.as_ref().map_or_else(Default::default, |times| times.read());
+        Spent { n_steps, n_rows, working, summing, receiving, sending, operations, ..Spent::default() }
     }
 
     /// Answers questions with `answer`; without, all answers are empty.
@@ -288,10 +312,13 @@ impl<B: Backend> RankRunner<B> {
     /// Answers a command between two steps; `None` when it cannot be read.
     fn answer(&mut self, command: &[u8]) -> Option<Vec<u8>> {
         let (word, rest) = split_word(command)?;
+        if word == REPORT {
+            let usage = self.usage.as_ref().map_or_else(Default::default, |read| read());
+            return Some(Spent { usage, ..self.spent() }.to_bytes());
+        }
         let (backend, cache, times) = (&self.backend, &mut self.cache, &mut self.times);
         Some(match word {
             QUESTION => self.answer.as_mut().map_or_else(Vec::new, |answer| answer(backend, cache, times, rest)),
-            REPORT => [times.n_rows, times.working.as_nanos() as u64].map(u64::to_le_bytes).concat(),
             SAVE_PAGE => {
                 let saved = cache.save_page(backend, split_word(rest)?.0);
                 saved.map_or_else(Vec::new, |vectors| [&[1], &vectors[..]].concat())
@@ -337,6 +364,9 @@ impl<B: Backend> RankRunner<B> {
             logits.resize(start + shape.n_logits * self.vocab_size, 0.0);
             self.backend.download(self.model.logits(), &mut logits[start..]);
         }
+        if let Some(mtp) = &mut self.mtp {
+            mtp.keep(&self.backend, &*self.model, shape.n_rows);
+        }
         self.sync()?;
         self.compare_streams(shape.n_rows)?;
         let computed = Instant::now();
@@ -346,12 +376,16 @@ impl<B: Backend> RankRunner<B> {
         }
         world.set_slack(1);
         let summing = self.reduce.as_ref().map_or(Duration::ZERO, |reduce| reduce.take_time());
-        self.times.receiving += received - start;
-        self.times.summing += summing;
-        self.times.working += (computed - received).saturating_sub(summing);
-        self.times.sending += computed.elapsed();
-        self.times.n_steps += 1;
-        self.times.n_rows += shape.n_rows as u64;
+        let working = (computed - received).saturating_sub(summing);
+        let sending = computed.elapsed();
+        for times in [&mut self.times, &mut self.total] {
+            times.receiving += received - start;
+            times.summing += summing;
+            times.working += working;
+            times.sending += sending;
+            times.n_steps += 1;
+            times.n_rows += shape.n_rows as u64;
+        }
         Ok(())
     }
 
@@ -512,13 +546,28 @@ impl<B: Backend> DistributedRunner<B> {
 }
 
 impl<B: Backend> Runner for DistributedRunner<B> {
+    fn spent(&self) -> Spent {
+        self.rank.spent()
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.rank.backend.warning()
+    }
+
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         let parts = cut_decode_batch(batch, self.rank.pipeline.plan.n_stages);
         self.steps(parts, logits)
     }
 
     fn steps(&mut self, batches: Vec<Batch>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        if let Some(mtp) = &mut self.rank.mtp {
+            mtp.hidden.clear();
+        }
         self.run_all(batches, logits).map_err(|error| self.fail(error))
+    }
+
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        if self.rank.mtp.is_some() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -532,15 +581,15 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
         let answers = self.exchange_all(|_| REPORT.to_le_bytes().to_vec())?;
         let status = |(rank, (planned, answer)): (usize, (&RankPlan, &Vec<u8>))| {
-            let word =
-                |i: usize| answer.get(8 * i..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_le_bytes(*b));
+            let spent = Spent::from_bytes(answer);
             RankStatus {
                 host: self.host(rank),
                 layers: planned.part.layers.clone(),
                 weight_bytes: planned.weight_bytes,
                 cache_bytes: planned.cache_bytes,
-                rows: word(0),
-                busy: Duration::from_nanos(word(1)),
+                rows: spent.n_rows,
+                busy: spent.working,
+                spent,
             }
         };
         Ok(self.plan().ranks.iter().zip(&answers).enumerate().map(status).collect())
@@ -572,6 +621,25 @@ impl<B: Backend> Runner for DistributedRunner<B> {
     }
 }
 
+/// Rank 0's layer: no other rank takes part.
+impl<B: Backend> Drafter for DistributedRunner<B> {
+    fn hidden_size(&self) -> usize {
+        self.rank.hidden_size
+    }
+
+    fn hidden(&self) -> &[f32] {
+        self.rank.mtp.as_ref().map_or(&[], |mtp| &mtp.hidden)
+    }
+
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError> {
+        let rank = &mut self.rank;
+        let Some(mtp) = &mut rank.mtp else { return Ok(Drafted::default()) };
+        let drafted = mtp.draft(&rank.backend, &mut *rank.model, batch, hidden);
+        let failed = rank.backend.sync().err().map(|e| EngineError::Device(Box::new(e)));
+        failed.map_or(Ok(drafted), |error| Err(self.fail(error)))
+    }
+}
+
 /// The first word, and what comes after it.
 fn split_word(bytes: &[u8]) -> Option<(u32, &[u8])> {
     let (word, rest) = bytes.split_first_chunk()?;
@@ -589,13 +657,12 @@ impl<B: Backend> Drop for DistributedRunner<B> {
     }
 }
 
-/// Cuts a batch of several sequences' next tokens so that every stage has one part; rows do not depend on each other.
+/// Cuts a batch of next tokens and drafts so that every stage has one part. Rows see only rows of their own sequence, and
+/// those come before them.
 fn cut_decode_batch(batch: Batch, n_parts: usize) -> Vec<Batch> {
     let n = batch.n_rows();
-    let mut seen = vec![false; batch.block_tables.len()];
-    let own_sequences = batch.sequences.iter().all(|s| !std::mem::replace(&mut seen[*s as usize], true));
     let every_row_once = batch.logits_rows.iter().copied().eq(0..n as u32);
-    if n_parts == 1 || !(2..=EXACT_ROWS).contains(&n) || !own_sequences || !every_row_once {
+    if n_parts == 1 || !(2..=EXACT_ROWS).contains(&n) || !every_row_once {
         return vec![batch];
     }
     (0..n_parts)
@@ -684,9 +751,14 @@ mod tests {
             let expected: Vec<usize> = (0..n).map(|r| whole.slot(whole.sequences[r] as usize, 70)).collect();
             assert_eq!(slots, expected);
         }
-        // A prompt is one sequence: its rows stay together.
-        let mut prompt = batch(5);
-        prompt.sequences = vec![0; 5];
+        // Rows of a prompt, whose logits nobody wants, stay together; a token and its drafts need not.
+        let mut prompt = Batch { positions: (70..75).collect(), sequences: vec![0; 5], ..batch(5) };
+        let parts = cut_decode_batch(prompt.clone(), 2);
+        assert_eq!(
+            parts.iter().map(|part| part.positions.clone()).collect::<Vec<_>>(),
+            [vec![70, 71], vec![72, 73, 74]]
+        );
+        prompt.logits_rows = vec![4];
         assert_eq!(cut_decode_batch(prompt.clone(), 2), [prompt]);
     }
 

@@ -2,17 +2,21 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tandem_core::backend::{PAGE_SIZE, SAMPLED, Sampling};
 use tandem_core::{Batch, EXACT_ROWS};
 
 use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
+use crate::draft::{DraftCounts, DraftDepth, NgramIndex};
+use crate::draft_control::{Control, DraftSource, History, Offer, Ran};
 use crate::page_store::PageStore;
 use crate::request::{Event, FinishReason, Logprobs, Output, Request, RequestId};
 use crate::runner::{RankStatus, Runner};
 use crate::sampler::{InvalidParam, SampleError, Sampler, logprob, top_logprobs};
 use crate::scheduler::{Scheduling, StepCosts, share_rows};
+use crate::timings::{StepClock, StepTimes, Timings};
 
 /// Why generation stopped with an error.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +112,17 @@ pub struct Counters {
     pub generated_tokens: u64,
     /// Sequences that gave their pages up to others for a while.
     pub preemptions: u64,
+    /// Drafts taken from earlier places of the text.
+    pub ngram_drafts: DraftCounts,
+    /// Drafts by the multi-token-prediction layer.
+    pub mtp_drafts: DraftCounts,
+}
+
+impl Counters {
+    /// Drafts of all sources.
+    pub fn drafts(&self) -> DraftCounts {
+        self.ngram_drafts + self.mtp_drafts
+    }
 }
 
 /// A request that runs or waits.
@@ -119,6 +134,18 @@ struct Active {
     tokens: Vec<u32>,
     sequence: Sequence,
     is_started: bool,
+    ngrams: NgramIndex,
+    history: History,
+    lag: Lag,
+}
+
+/// Positions that the multi-token-prediction layer has not run yet: it runs when drafts are wanted, or they are many.
+#[derive(Default)]
+struct Lag {
+    /// The first of them; the last one is the sequence's.
+    first: usize,
+    /// Their hidden states, `[n, hidden_size]`.
+    hidden: Vec<f32>,
 }
 
 impl Active {
@@ -128,6 +155,11 @@ impl Active {
 
     fn n_pending(&self) -> usize {
         self.tokens.len() - self.sequence.tokens.len()
+    }
+
+    /// Positions that the multi-token-prediction layer has not run, if there is one.
+    fn n_lagging(&self) -> usize {
+        if self.lag.hidden.is_empty() { 0 } else { self.sequence.tokens.len() - self.lag.first }
     }
 
     /// True if the token after `n_generated` follows from its logits and a [`Sampling`] alone.
@@ -144,16 +176,38 @@ struct UnderWay {
     /// What will run when its logits are wanted here; none if the runner has it and samples tokens.
     batch: Option<Batch>,
     start: Instant,
+    /// The part of its time that drafts by the multi-token-prediction layer took, and the most tokens in one of them.
+    drafting: Duration,
+    mtp_depth: usize,
 }
 
+/// Positions that wait for the multi-token-prediction layer, at most.
+const MOST_LAG: usize = 64;
+/// Steps that a runner which samples tokens works ahead before it is asked again whether drafts pay.
+const STEPS_AHEAD: u32 = 16;
+/// Drafts by the multi-token-prediction layer after which their acceptance tells whether it is wired as it should be, and
+/// the number of right ones that says so. A layer that knows nothing is right once in a vocabulary.
+const CHECKED_DRAFTS: u64 = 64;
+const FEWEST_RIGHT: u64 = 4;
+
 /// A sequence's part of a step.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Member {
     id: RequestId,
+    /// Rows of tokens of the text; those of drafts come after them.
     n_rows: usize,
     /// It ends with the next token.
     is_last: bool,
     decodes: bool,
+    /// What may follow, to be verified, and where that comes from.
+    drafts: Vec<u32>,
+    source: DraftSource,
+}
+
+impl Member {
+    fn n_logits(&self) -> usize {
+        if self.is_last { 1 + self.drafts.len() } else { 0 }
+    }
 }
 
 /// What [`Engine::generate`] did.
@@ -173,6 +227,9 @@ pub struct Engine {
     context: usize,
     trained_context: usize,
     scheduling: Scheduling,
+    control: Control,
+    /// Steps in a row that began before the one before them had ended.
+    n_ahead: u32,
     waiting: VecDeque<Active>,
     /// In order of admission.
     running: Vec<Active>,
@@ -182,6 +239,7 @@ pub struct Engine {
     counters: Counters,
     last_step_rows: usize,
     last_step_end: Instant,
+    clock: StepClock,
     next_id: u64,
     logits: Vec<f32>,
 }
@@ -203,6 +261,8 @@ impl Engine {
             context,
             trained_context,
             scheduling,
+            control: Control::new(DraftDepth::OFF),
+            n_ahead: 0,
             waiting: VecDeque::new(),
             running: vec![],
             under_way: None,
@@ -210,6 +270,7 @@ impl Engine {
             counters: Counters::default(),
             last_step_rows: 0,
             last_step_end: Instant::now(),
+            clock: StepClock::new(),
             next_id: 0,
             logits: vec![],
         }
@@ -229,6 +290,13 @@ impl Engine {
         self
     }
 
+    /// The same with drafted tokens.
+    #[must_use]
+    pub fn with_drafts(mut self, depth: DraftDepth) -> Engine {
+        self.control = Control::new(depth);
+        self
+    }
+
     /// Whether cache pages can be kept on disk.
     pub fn saves_pages(&mut self) -> bool {
         self.runner.save_page(0).is_some()
@@ -239,6 +307,23 @@ impl Engine {
     pub fn with_page_store(mut self, store: PageStore) -> Engine {
         self.store = Some(store);
         self
+    }
+
+    /// The same, which counts the page faults of each step with `major_faults`.
+    #[must_use]
+    pub fn with_major_faults(mut self, major_faults: fn() -> u64) -> Engine {
+        self.clock = self.clock.with_major_faults(major_faults);
+        self
+    }
+
+    /// The last steps and where their time went; they stay up to date.
+    pub fn timings(&self) -> &Arc<Timings> {
+        self.clock.timings()
+    }
+
+    /// What a user should know of the device now: it has lost memory.
+    pub fn warning(&self) -> Option<String> {
+        self.runner.warning()
     }
 
     /// Tokens per sequence.
@@ -301,6 +386,9 @@ impl Engine {
             tokens,
             sequence: Sequence::default(),
             is_started: false,
+            ngrams: NgramIndex::default(),
+            history: History::default(),
+            lag: Lag::default(),
         });
         Ok(id)
     }
@@ -320,6 +408,7 @@ impl Engine {
     /// # Errors
     /// The device failed. The engine is of no more use.
     pub fn step(&mut self, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
+        self.clock.enter();
         if let Some(step) = &self.under_way
             && !step.members.iter().any(|m| self.running.iter().any(|a| a.id == m.id))
         {
@@ -343,7 +432,7 @@ impl Engine {
     fn begin(&mut self) -> Result<Option<UnderWay>, EngineError> {
         let start = Instant::now();
         let rows = self.plan();
-        let members: Vec<Member> = self
+        let mut members: Vec<Member> = self
             .running
             .iter()
             .zip(rows)
@@ -353,29 +442,142 @@ impl Engine {
                 n_rows,
                 is_last: n_rows == active.n_pending(),
                 decodes: active.n_pending() == 1 && active.n_generated() > 0,
+                drafts: vec![],
+                source: DraftSource::Mtp,
             })
             .collect();
         if members.is_empty() {
             return Ok(None);
         }
+        let drafting_start = Instant::now();
+        let mtp_depth = self.draft(&mut members)?;
+        let drafting = if mtp_depth > 0 { drafting_start.elapsed() } else { Duration::ZERO };
         let mut batch = Batch::default();
         for (member, active) in each_member(&members, &mut self.running) {
             let first = active.sequence.tokens.len();
-            add_rows(&mut batch, member, active, &active.tokens[first..first + member.n_rows], first);
+            let tokens = [&active.tokens[first..first + member.n_rows], &member.drafts[..]].concat();
+            add_rows(&mut batch, member, active, &tokens, first);
         }
         let can_sample = each_member(&members, &mut self.running)
             .all(|(member, active)| !member.is_last || active.device_can_sample(active.n_generated()));
         let Some(sampler) = self.runner.device_sampler().filter(|_| can_sample && !batch.logits_rows.is_empty()) else {
-            return Ok(Some(UnderWay { members, batch: Some(batch), start }));
+            return Ok(Some(UnderWay { members, batch: Some(batch), start, drafting, mtp_depth }));
         };
         batch.sampling = sampling(&members, &mut self.running);
         sampler.submit(batch)?;
-        Ok(Some(UnderWay { members, batch: None, start }))
+        self.n_ahead = 0;
+        Ok(Some(UnderWay { members, batch: None, start, drafting, mtp_depth }))
+    }
+
+    /// Gives the members of a step in which all decode tokens that may follow, and the pages for them; the most that the
+    /// multi-token-prediction layer has drafted for one of them.
+    fn draft(&mut self, members: &mut [Member]) -> Result<usize, EngineError> {
+        let most = self.control.depth().most();
+        if most == 0 || !members.iter().all(|m| m.decodes) {
+            return Ok(0);
+        }
+        let limits = self.runner.limits();
+        let most_rows = EXACT_ROWS.min(limits.max_rows).min(limits.max_logits_rows).saturating_sub(members.len());
+        let has_mtp = self.runner.drafter().is_some();
+        let (mut offers, mut found) = (vec![], vec![]);
+        let mut context = 0;
+        for (_, active) in each_member(members, &mut self.running) {
+            let n_tokens = active.tokens.len();
+            context = context.max(n_tokens);
+            // A step may end the text with one token more than it has drafts.
+            let n_left =
+                active.request.max_tokens.saturating_sub(active.n_generated()).min(self.context + 1 - n_tokens);
+            let depth = most.min(n_left.saturating_sub(1));
+            let ngram = active.ngrams.propose(&active.tokens, depth);
+            let mut sources = vec![];
+            sources.extend(ngram.as_ref().map(|(drafts, length)| (DraftSource::Ngram(*length), drafts.len())));
+            // After a preemption there may be no hidden state yet.
+            sources.extend((has_mtp && depth > 0 && active.n_lagging() > 0).then_some((DraftSource::Mtp, depth)));
+            found.push(ngram.map(|(drafts, _)| drafts).unwrap_or_default());
+            offers.push(Offer { history: &mut active.history, sources });
+        }
+        let chosen = self.control.choose(&mut offers, context, most_rows);
+        drop(offers);
+        let (mut by_mtp, mut mtp_depth) = (vec![], 0);
+        for (i, (member, (chosen, mut drafts))) in members.iter_mut().zip(chosen.into_iter().zip(found)).enumerate() {
+            let Some((source, depth)) = chosen else { continue };
+            let Some(active) = self.running.iter_mut().find(|a| a.id == member.id) else { continue };
+            let (n_tokens, pages) = (active.tokens.len(), &mut active.sequence.pages);
+            let has_room = self.blocks.grow_by_free(pages, n_tokens + depth);
+            let depth = if has_room { depth } else { depth.min(pages.len() * PAGE_SIZE - n_tokens) };
+            member.source = source;
+            if source == DraftSource::Mtp && depth > 0 {
+                by_mtp.push((i, depth));
+                mtp_depth = mtp_depth.max(depth);
+            } else {
+                drafts.truncate(depth);
+                member.drafts = drafts;
+            }
+        }
+        self.draft_by_mtp(members, by_mtp)?;
+        Ok(mtp_depth)
+    }
+
+    /// Drafts by the multi-token-prediction layer for members `wanted`, each to its depth.
+    fn draft_by_mtp(&mut self, members: &mut [Member], mut wanted: Vec<(usize, usize)>) -> Result<(), EngineError> {
+        let place = |running: &[Active], member: &Member| running.iter().position(|a| a.id == member.id);
+        let places: Vec<usize> = members.iter().filter_map(|member| place(&self.running, member)).collect();
+        let n_rows: usize = wanted.iter().map(|(i, _)| self.running[places[*i]].n_lagging()).sum();
+        if n_rows > self.runner.limits().max_rows {
+            wanted.iter().try_for_each(|(i, _)| self.catch_up(places[*i], 1))?;
+        }
+        // First all rows that wait, the last of which drafts; then a row for each further draft.
+        let (mut batch, mut hidden) = (Batch::default(), vec![]);
+        for (i, _) in &wanted {
+            let active = &mut self.running[places[*i]];
+            hidden.append(&mut active.lag.hidden);
+            let rows = active.lag.first..active.sequence.tokens.len();
+            add_mtp_rows(&mut batch, active, &active.tokens[rows.start + 1..rows.end + 1], rows.start, true);
+            active.lag.first = rows.end;
+        }
+        while !wanted.is_empty() {
+            let Some(drafter) = self.runner.drafter() else { return Ok(()) };
+            let n = drafter.hidden_size();
+            let drafted = drafter.draft(std::mem::take(&mut batch), &hidden)?;
+            hidden.clear();
+            let mut rest = vec![];
+            for (row, ((i, depth), token)) in wanted.iter().zip(drafted.tokens).enumerate() {
+                let drafts = &mut members[*i].drafts;
+                drafts.push(token);
+                if drafts.len() < *depth {
+                    let active = &self.running[places[*i]];
+                    add_mtp_rows(&mut batch, active, &[token], active.tokens.len() + drafts.len() - 2, true);
+                    hidden.extend_from_slice(&drafted.hidden[row * n..(row + 1) * n]);
+                    rest.push((*i, *depth));
+                }
+            }
+            wanted = rest;
+        }
+        Ok(())
+    }
+
+    /// Runs the multi-token-prediction layer over positions of running sequence `i` that wait for it, but for the last `n`.
+    fn catch_up(&mut self, i: usize, n: usize) -> Result<(), EngineError> {
+        let max_rows = self.runner.limits().max_rows;
+        let (Some(drafter), active) = (self.runner.drafter(), &mut self.running[i]) else { return Ok(()) };
+        let end = active.sequence.tokens.len().saturating_sub(n);
+        while active.lag.first < end {
+            let rows = active.lag.first..end.min(active.lag.first + max_rows);
+            let hidden: Vec<f32> = active.lag.hidden.drain(..rows.len() * drafter.hidden_size()).collect();
+            let mut batch = Batch::default();
+            add_mtp_rows(&mut batch, active, &active.tokens[rows.start + 1..rows.end + 1], rows.start, false);
+            drafter.draft(batch, &hidden)?;
+            active.lag.first = rows.end;
+        }
+        Ok(())
     }
 
     /// Puts the step that follows `step` behind it, while its tokens are not known here yet; none if it is not certain
     /// that exactly the same sequences go on, each with one token that the runner can sample.
     fn begin_next(&mut self, step: &UnderWay) -> Result<Option<UnderWay>, EngineError> {
+        if !self.may_run_ahead(step) {
+            return Ok(None);
+        }
         let is_full = self.running.len() >= self.costs.max_running(&self.scheduling);
         let same = step.members.len() == self.running.len() && (self.waiting.is_empty() || is_full);
         let goes_on = |(member, active): (&Member, &Active)| {
@@ -392,21 +594,36 @@ impl Engine {
             }
         }
         let Some(sampler) = self.runner.device_sampler() else { return Ok(None) };
-        let members: Vec<Member> = step.members.iter().map(|m| Member { n_rows: 1, decodes: true, ..*m }).collect();
+        let members: Vec<Member> =
+            step.members.iter().map(|m| Member { n_rows: 1, decodes: true, ..m.clone() }).collect();
         let mut batch = Batch::default();
         for (i, (member, active)) in members.iter().zip(&self.running).enumerate() {
             add_rows(&mut batch, member, active, &[SAMPLED | i as u32], active.tokens.len());
         }
         batch.sampling = sampling(&members, &mut self.running);
         sampler.submit(batch)?;
-        Ok(Some(UnderWay { members, batch: None, start: Instant::now() }))
+        self.n_ahead += 1;
+        let (start, drafting) = (Instant::now(), Duration::ZERO);
+        Ok(Some(UnderWay { members, batch: None, start, drafting, mtp_depth: 0 }))
+    }
+
+    /// False where drafts depend on the tokens of `step`.
+    fn may_run_ahead(&mut self, step: &UnderWay) -> bool {
+        let drafts = step.members.iter().any(|m| !m.drafts.is_empty());
+        match self.control.depth() {
+            DraftDepth::OFF => true,
+            DraftDepth::Fixed(_) => false,
+            DraftDepth::Auto => !drafts && self.n_ahead < STEPS_AHEAD && self.runner.drafter().is_none(),
+        }
     }
 
     /// Waits for a step and does what follows from its tokens.
     fn finish(&mut self, step: UnderWay, outputs: &mut Vec<Output>) -> Result<(), EngineError> {
-        let UnderWay { members, batch, start } = step;
+        let UnderWay { members, batch, start, drafting, mtp_depth } = step;
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
+        let is_ahead = batch.is_none();
+        let waited = Instant::now();
         let sampled = match batch {
             Some(batch) => {
                 self.runner.step(batch, &mut logits)?;
@@ -414,17 +631,35 @@ impl Engine {
             }
             None => self.runner.device_sampler().map_or(Ok(vec![]), |sampler| sampler.collect())?,
         };
+        // A device that has the next step already works while the host does its part.
+        let device = if is_ahead { Duration::MAX } else { waited.elapsed() };
         let (decoding, prefilling): (Vec<_>, Vec<_>) = members.iter().partition::<Vec<&Member>, _>(|m| m.decodes);
         let n_prefill = prefilling.iter().map(|m| m.n_rows).sum();
+        let n_decode = decoding.iter().map(|m| m.n_rows + m.drafts.len()).sum();
         self.counters.steps += 1;
         self.counters.prompt_tokens += n_prefill as u64;
-        self.last_step_rows = decoding.len() + n_prefill;
-        self.commit(&members, &sampled, &mut logits, outputs);
+        self.last_step_rows = n_decode + n_prefill;
+        let context = members.iter().filter_map(|m| self.running.iter().find(|a| a.id == m.id));
+        let context = context.map(|active| active.tokens.len()).max().unwrap_or(0);
+        let n_before = self.counters.generated_tokens;
+        let (n_sequences, all_decode) = (members.len(), n_prefill == 0);
+        self.commit(&members, &sampled, &mut logits, outputs)?;
         self.logits = logits;
         // A step that was put behind another began when that one ended.
         let start = start.max(self.last_step_end);
         self.last_step_end = Instant::now();
-        self.costs.record(decoding.len(), n_prefill, self.last_step_end - start);
+        let time = self.last_step_end - start;
+        self.costs.record(n_decode, n_prefill, time);
+        if all_decode {
+            let n_tokens = (self.counters.generated_tokens - n_before) as usize;
+            let ran = Ran { n_sequences, n_rows: n_decode, context, n_tokens, drafting, mtp_depth, time };
+            self.control.note_step(&ran);
+        }
+        // What a draft brought counts, not what it asked for.
+        let n_generated = (self.counters.generated_tokens - n_before) as usize;
+        let (n_decoding, n_prefilled) = (if all_decode { n_generated } else { n_decode }, n_prefill);
+        let step = StepTimes { n_decoding, n_prefilled, context, ..StepTimes::default() };
+        self.clock.end(step, device, self.runner.spent(), !self.running.is_empty());
         Ok(())
     }
 
@@ -559,6 +794,7 @@ impl Engine {
                 return;
             }
             let cached_tokens = active.sequence.tokens.len();
+            active.lag = Lag { first: cached_tokens, hidden: vec![] };
             if !active.is_started {
                 active.is_started = true;
                 self.counters.cached_tokens += cached_tokens as u64;
@@ -596,46 +832,117 @@ impl Engine {
         sampled: &[Result<u32, SampleError>],
         logits: &mut [f32],
         outputs: &mut Vec<Output>,
-    ) {
+    ) -> Result<(), EngineError> {
+        let mut first_row = 0;
         let mut logits = logits.chunks_exact_mut(self.runner.vocab_size());
         let mut sampled = sampled.iter();
         let mut ended = vec![];
         for member in members {
             // Those of sequences that have ended since the step began are passed over.
-            let (token, row) = if member.is_last { (sampled.next(), logits.next()) } else { (None, None) };
+            let sampled: Vec<_> = sampled.by_ref().take(member.n_logits()).collect();
+            let rows: Vec<_> = logits.by_ref().take(member.n_logits()).collect();
+            let row = first_row;
+            first_row += member.n_rows + member.drafts.len();
             let Some(i) = self.running.iter().position(|a| a.id == member.id) else { continue };
             let active = &mut self.running[i];
-            let Active { tokens, sequence, .. } = &mut *active;
-            let first = sequence.tokens.len();
-            sequence.tokens.extend_from_slice(&tokens[first..first + member.n_rows]);
-            let n_known = sequence.hashes.len();
-            self.blocks.publish(&sequence.pages, &mut sequence.hashes, &sequence.tokens, false);
+            let first = active.sequence.tokens.len();
+            active.sequence.tokens.extend_from_slice(&active.tokens[first..first + member.n_rows]);
+            let end = if member.is_last { self.take_tokens(i, member, sampled, rows, outputs) } else { None };
+            let active = &mut self.running[i];
+            if self.control.depth() != DraftDepth::OFF
+                && let Some(drafter) = self.runner.drafter()
+            {
+                let (n, n_kept) = (drafter.hidden_size(), active.sequence.tokens.len() - first);
+                active.lag.hidden.extend_from_slice(&drafter.hidden()[row * n..(row + n_kept) * n]);
+            }
+            let n_known = active.sequence.hashes.len();
+            let Sequence { tokens, pages, hashes } = &mut active.sequence;
+            self.blocks.publish(pages, hashes, tokens, false);
+            if !member.drafts.is_empty() {
+                self.blocks.trim(pages, tokens.len());
+            }
             // As soon as they are full: all at once, the disk would not keep up.
-            save_pages(self.store.as_mut(), &mut *self.runner, sequence, n_known);
-            let result = match (token, row) {
-                _ if !member.is_last => continue,
-                // Nothing was to be generated.
-                _ if active.n_generated() >= active.request.max_tokens => Ok((None, Some(FinishReason::Length))),
-                (Some(token), _) => {
-                    token.clone().map(|token| accept(active, token, None, self.context)).map_err(EngineError::from)
-                }
-                (None, Some(row)) => sample(active, row, self.context),
-                (None, None) => break,
-            };
-            let end = match result {
-                Ok((token, end)) => {
-                    self.counters.generated_tokens += u64::from(token.is_some());
-                    outputs.extend(token.map(|event| Output { request: active.id, event }));
-                    end.map(Event::Finished)
-                }
-                Err(error) => Some(Event::Failed(error)),
-            };
+            save_pages(self.store.as_mut(), &mut *self.runner, &active.sequence, n_known);
             if let Some(event) = end {
                 outputs.push(Output { request: active.id, event });
                 ended.push(member.id);
             }
+            // A text that ends here may go on in another request.
+            let is_due = ended.last() == Some(&member.id) || active.n_lagging() > MOST_LAG;
+            if active.n_lagging() > 1 && (is_due || !member.decodes) {
+                self.catch_up(i, 1)?;
+            }
         }
         ended.into_iter().for_each(|id| self.cancel(id));
+        Ok(())
+    }
+
+    /// Takes the tokens of running sequence `i` that follow a step's last row of text and its drafts, up to the first that
+    /// was not drafted; says how the text ends, if it does.
+    fn take_tokens(
+        &mut self,
+        i: usize,
+        member: &Member,
+        sampled: Vec<&Result<u32, SampleError>>,
+        rows: Vec<&mut [f32]>,
+        outputs: &mut Vec<Output>,
+    ) -> Option<Event> {
+        let (active, context, n_drafts) = (&mut self.running[i], self.context, member.drafts.len());
+        // Nothing was to be generated.
+        if active.n_generated() >= active.request.max_tokens {
+            return Some(Event::Finished(FinishReason::Length));
+        }
+        let (mut sampled, mut rows) = (sampled.into_iter(), rows.into_iter());
+        let (mut n_accepted, mut end) = (0, None);
+        loop {
+            let result = match (sampled.next(), rows.next()) {
+                (Some(token), _) => {
+                    if n_drafts > 0 {
+                        active.sampler.skip(1);
+                    }
+                    token.clone().map(|token| accept(active, token, None, context)).map_err(EngineError::from)
+                }
+                (None, Some(row)) => sample(active, row, context),
+                (None, None) => break,
+            };
+            let (event, finished) = match result {
+                Ok(taken) => taken,
+                Err(error) => {
+                    end = Some(Event::Failed(error));
+                    break;
+                }
+            };
+            self.counters.generated_tokens += u64::from(event.is_some());
+            let token = match &event {
+                Some(Event::Token { id, .. }) => Some(*id),
+                _ => None,
+            };
+            outputs.extend(event.map(|event| Output { request: active.id, event }));
+            let is_drafted = token.is_some() && token.as_ref() == member.drafts.get(n_accepted);
+            n_accepted += usize::from(is_drafted);
+            end = finished.map(Event::Finished);
+            if end.is_some() || !is_drafted {
+                break;
+            }
+            // The row that comes next has run it.
+            active.sequence.tokens.extend(token);
+        }
+        if n_drafts > 0 {
+            self.control.note_draft(&mut active.history, member.source, n_drafts, n_accepted);
+            match member.source {
+                DraftSource::Mtp => self.counters.mtp_drafts.add(n_drafts, n_accepted),
+                DraftSource::Ngram(_) => self.counters.ngram_drafts.add(n_drafts, n_accepted),
+            }
+            let DraftCounts { drafts, accepted, .. } = self.counters.mtp_drafts;
+            if member.source == DraftSource::Mtp && drafts == CHECKED_DRAFTS && accepted[0] < FEWEST_RIGHT {
+                tracing::warn!(
+                    "the first token that the multi-token-prediction layer drafts was right {} times in {drafts}: its \
+                     weights do not belong to this model, or it is wired wrongly; --draft-depth 0 does without it",
+                    accepted[0]
+                );
+            }
+        }
+        end
     }
 
     /// Gives a sequence's pages back, to be found again.
@@ -727,14 +1034,28 @@ fn add_rows(batch: &mut Batch, member: &Member, active: &Active, tokens: &[u32],
     batch.positions.extend(first as u32..(first + tokens.len()) as u32);
     batch.sequences.extend(std::iter::repeat_n(batch.block_tables.len() as u32, tokens.len()));
     batch.block_tables.push(active.sequence.pages.clone());
-    if member.is_last {
-        batch.logits_rows.push(batch.tokens.len() as u32 - 1);
-    }
+    let n_rows = batch.tokens.len();
+    batch.logits_rows.extend((n_rows - member.n_logits()..n_rows).map(|row| row as u32));
+}
+
+/// Adds rows for the multi-token-prediction layer: `tokens` come after the positions from `first` on.
+fn add_mtp_rows(batch: &mut Batch, active: &Active, tokens: &[u32], first: usize, wants_draft: bool) {
+    batch.tokens.extend_from_slice(tokens);
+    batch.positions.extend(first as u32..(first + tokens.len()) as u32);
+    batch.sequences.extend(std::iter::repeat_n(batch.block_tables.len() as u32, tokens.len()));
+    batch.block_tables.push(active.sequence.pages.clone());
+    batch.logits_rows.extend(wants_draft.then(|| batch.tokens.len() as u32 - 1));
 }
 
 /// How the runner samples the next tokens of a step, in the order of their logits.
 fn sampling(members: &[Member], running: &mut [Active]) -> Vec<Sampling> {
-    each_member(members, running).filter(|(m, _)| m.is_last).map(|(_, active)| active.sampler.sampling()).collect()
+    each_member(members, running)
+        .filter(|(member, _)| member.is_last)
+        .flat_map(|(member, active)| match member.drafts.len() {
+            0 => vec![active.sampler.sampling()],
+            n_drafts => active.sampler.sampling_ahead(1 + n_drafts),
+        })
+        .collect()
 }
 
 /// Samples the next token of a sequence from its logits; says what to report, and whether the text ends.

@@ -1,10 +1,12 @@
 //! A backend that times every operation of another.
 //!
-//! While it is on, every operation is waited for, and nothing is recorded or replayed. Labels come with the operations, not
+//! It may always note how long calls take ([`Profiled::with_times`]), which says where time goes on a device that does an
+//! operation when it is called. While the stopwatch is on, every operation is waited for, and nothing is recorded or replayed. Labels come with the operations, not
 //! with the weights, so that matrices pass through as they are and a profiled model is the very model that the unprofiled
 //! figures come from.
 
 use std::cell::{Cell, RefCell};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tandem_core::Backend;
@@ -14,6 +16,8 @@ use tandem_core::backend::{
     WriteLatent, composed,
 };
 use tandem_core::weights::{MatrixData, ModuleKind};
+
+use crate::timings::OperationTimes;
 
 /// What time is spent on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +126,7 @@ pub struct Profiled<B: Backend> {
     inner: B,
     count_distinct: CountDistinct<B>,
     on: Cell<bool>,
+    times: Option<Arc<OperationTimes>>,
     profile: RefCell<Profile>,
     /// The first error while waiting, until `sync` returns it.
     error: RefCell<Option<B::Error>>,
@@ -130,7 +135,26 @@ pub struct Profiled<B: Backend> {
 impl<B: Backend> Profiled<B> {
     /// Wraps a backend; `count_distinct` counts the experts that a step touches.
     pub fn new(inner: B, count_distinct: CountDistinct<B>) -> Profiled<B> {
-        Profiled { inner, count_distinct, on: Cell::new(false), profile: RefCell::default(), error: RefCell::default() }
+        Profiled {
+            inner,
+            count_distinct,
+            on: Cell::new(false),
+            times: None,
+            profile: RefCell::default(),
+            error: RefCell::default(),
+        }
+    }
+
+    /// The same, which always notes how long calls take: for a device that does an operation when it is called, and whose
+    /// fused blocks are their primitives.
+    #[must_use]
+    pub fn with_times(self) -> Profiled<B> {
+        Profiled { times: Some(Arc::default()), ..self }
+    }
+
+    /// How long calls took, where that is noted.
+    pub fn operation_times(&self) -> Option<Arc<OperationTimes>> {
+        self.times.clone()
     }
 
     /// The backend inside.
@@ -152,7 +176,11 @@ impl<B: Backend> Profiled<B> {
 
     fn timed<R>(&self, operation: Operation, call: impl FnOnce(&B) -> R) -> R {
         if !self.on.get() {
-            return call(&self.inner);
+            let Some(times) = &self.times else { return call(&self.inner) };
+            let start = Instant::now();
+            let result = call(&self.inner);
+            times.add(operation, start.elapsed());
+            return result;
         }
         let start = Instant::now();
         let result = call(&self.inner);
@@ -162,6 +190,11 @@ impl<B: Backend> Profiled<B> {
         let time = start.elapsed();
         self.profile.borrow_mut().calls.push((operation, time));
         result
+    }
+
+    /// Fused blocks are run as the primitives that they stand for.
+    fn takes_apart(&self) -> bool {
+        self.on.get() || self.times.is_some()
     }
 
     fn note(&self, change: impl FnOnce(&mut Profile)) {
@@ -226,6 +259,10 @@ impl<B: Backend> Backend for Profiled<B> {
     fn sync(&self) -> Result<(), B::Error> {
         let result = self.timed(Operation::Other, B::sync);
         self.error.borrow_mut().take().map_or(result, Err)
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.inner.warning()
     }
 
     fn record_or_replay(&self, batch: &B::Batch, max_context: usize, operations: &mut dyn FnMut(usize)) {
@@ -325,21 +362,19 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Operation::SparseAttention, |b| b.gqa_attention(op));
     }
 
-    // While it is on, fused blocks are run as the primitives that they stand for.
-
     fn prepare_attention(&self, op: PrepareAttention<'_, B::Buffer, B::Batch, B::Cache>) {
-        if self.on.get() { composed::prepare_attention(self, op) } else { self.inner.prepare_attention(op) }
+        if self.takes_apart() { composed::prepare_attention(self, op) } else { self.inner.prepare_attention(op) }
     }
 
     fn rope_index_select(&self, op: RopeIndexSelect<'_, B::Buffer, B::Indices, B::Batch, B::Cache>) {
-        if self.on.get() { composed::rope_index_select(self, op) } else { self.inner.rope_index_select(op) }
+        if self.takes_apart() { composed::rope_index_select(self, op) } else { self.inner.rope_index_select(op) }
     }
 
     fn rope_mla_attention(&self, op: RopeMlaAttention<'_, B::Buffer, B::Indices, B::Batch, B::Cache>) {
-        if self.on.get() { composed::rope_mla_attention(self, op) } else { self.inner.rope_mla_attention(op) }
+        if self.takes_apart() { composed::rope_mla_attention(self, op) } else { self.inner.rope_mla_attention(op) }
     }
 
     fn route(&self, op: Route<'_, B::Buffer, B::Indices, B::Matrix>) {
-        if self.on.get() { composed::route(self, op) } else { self.inner.route(op) }
+        if self.takes_apart() { composed::route(self, op) } else { self.inner.route(op) }
     }
 }

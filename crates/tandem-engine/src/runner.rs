@@ -1,13 +1,15 @@
 //! Runs one batch through a model on a backend.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_model::{KvCache, Limits, Model, StepShape};
 
 use crate::EngineError;
-use crate::sampler::{SampleError, sampled};
+use crate::sampler::{SampleError, argmax, sampled};
+use crate::timings::{OperationTimes, ReadUsage, Spent};
 
 /// What one rank holds, and what it has done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,6 +26,8 @@ pub struct RankStatus {
     pub rows: u64,
     /// Time spent on them, waiting for other ranks left out.
     pub busy: Duration,
+    /// Where the time went.
+    pub spent: Spent,
 }
 
 /// Something that runs batches; the engine and its tests do not know what.
@@ -42,6 +46,18 @@ pub trait Runner {
     }
     /// The device's sampling of tokens, if it samples.
     fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        None
+    }
+    /// What the rank of this process has done so far, without its usage of the system.
+    fn spent(&self) -> Spent {
+        Spent::default()
+    }
+    /// What a user should know of the device now: it has lost memory.
+    fn warning(&self) -> Option<String> {
+        None
+    }
+    /// The multi-token-prediction layer, if one is loaded.
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
         None
     }
     /// Rows of the largest batch.
@@ -81,6 +97,72 @@ pub trait DeviceSampler {
     fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError>;
 }
 
+/// A multi-token-prediction layer: it drafts the token after next.
+pub trait Drafter {
+    /// Elements of a hidden state.
+    fn hidden_size(&self) -> usize;
+    /// The hidden states of the rows of the last step, which has ended, `[n_rows, hidden_size]`.
+    fn hidden(&self) -> &[f32];
+    /// Runs rows whose `hidden [n_rows, hidden_size]` is that of a position and whose token is the one after it. The wanted
+    /// rows' drafts are returned, each with the hidden state to go on from.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError>;
+}
+
+/// What a [`Drafter`] makes of a batch.
+#[derive(Clone, Debug, Default)]
+pub struct Drafted {
+    /// `[n_logits]`
+    pub tokens: Vec<u32>,
+    /// `[n_logits, hidden_size]`
+    pub hidden: Vec<f32>,
+}
+
+/// A rank's multi-token-prediction layer beside its model.
+pub(crate) struct MtpState<B: Backend> {
+    cache: KvCache<B>,
+    /// Of the last step's rows, `[n_rows, hidden_size]`.
+    pub(crate) hidden: Vec<f32>,
+    pub(crate) hidden_size: usize,
+    vocab_size: usize,
+}
+
+impl<B: Backend> MtpState<B> {
+    /// With an empty cache, if the model has such a layer.
+    pub(crate) fn new(backend: &B, model: &dyn Model<B>, n_slots: usize, vocab_size: usize) -> Option<MtpState<B>> {
+        let specs = model.mtp_cache_specs();
+        let hidden_size = model.hidden_size();
+        let new = || MtpState { cache: KvCache::new(backend, specs, n_slots), hidden: vec![], hidden_size, vocab_size };
+        (!specs.is_empty()).then(new)
+    }
+
+    /// Appends the hidden states of a step that has run.
+    pub(crate) fn keep(&mut self, backend: &B, model: &dyn Model<B>, n_rows: usize) {
+        let start = self.hidden.len();
+        self.hidden.resize(start + n_rows * self.hidden_size, 0.0);
+        backend.download(model.normed(), &mut self.hidden[start..]);
+    }
+
+    /// As [`Drafter::draft`].
+    pub(crate) fn draft(&mut self, backend: &B, model: &mut dyn Model<B>, batch: Batch, hidden: &[f32]) -> Drafted {
+        let shape = StepShape::of(&batch);
+        let batch = backend.upload(batch);
+        model.draft(backend, &batch, shape, hidden, &mut self.cache);
+        let (n, mut drafted) = (shape.n_logits, Drafted::default());
+        if let (1.., Some((logits, hidden))) = (n, model.drafted()) {
+            let mut rows = vec![0.0; n * self.vocab_size];
+            backend.download(logits, &mut rows);
+            // A draft that makes no sense is rejected like any other.
+            drafted.tokens = rows.chunks_exact(rows.len() / n).map(|row| argmax(row).unwrap_or(0)).collect();
+            drafted.hidden.resize(n * self.hidden_size, 0.0);
+            backend.download(hidden, &mut drafted.hidden);
+        }
+        drafted
+    }
+}
+
 /// A model, its backend and its cache.
 pub struct ModelRunner<B: Backend> {
     backend: B,
@@ -89,7 +171,13 @@ pub struct ModelRunner<B: Backend> {
     limits: Limits,
     vocab_size: usize,
     status: RankStatus,
+    times: Option<Arc<OperationTimes>>,
+    usage: Option<ReadUsage>,
+    n_steps: u64,
     n_under_way: usize,
+    mtp: Option<MtpState<B>>,
+    /// Rows of the step enqueued last.
+    n_rows: usize,
     /// When the oldest step under way began.
     busy_since: Instant,
 }
@@ -103,7 +191,29 @@ impl<B: Backend> ModelRunner<B> {
             cache_bytes: (model.cache_bytes_per_token(&backend) * n_slots) as u64,
             ..RankStatus::default()
         };
-        ModelRunner { backend, model, cache, limits, vocab_size, status, n_under_way: 0, busy_since: Instant::now() }
+        let mtp = MtpState::new(&backend, &*model, n_slots, vocab_size);
+        let busy_since = Instant::now();
+        ModelRunner {
+            backend,
+            model,
+            cache,
+            limits,
+            vocab_size,
+            status,
+            times: None,
+            usage: None,
+            n_steps: 0,
+            n_under_way: 0,
+            mtp,
+            n_rows: 0,
+            busy_since,
+        }
+    }
+
+    /// The same, which says where time goes: `times` are the backend's, `usage` reads the process's.
+    #[must_use]
+    pub fn with_times(self, times: Option<Arc<OperationTimes>>, usage: ReadUsage) -> Self {
+        ModelRunner { times, usage: Some(usage), ..self }
     }
 
     /// The same with this number of weight bytes in its status.
@@ -135,6 +245,7 @@ impl<B: Backend> ModelRunner<B> {
         }
         self.n_under_way += 1;
         self.status.rows += shape.n_rows as u64;
+        self.n_rows = shape.n_rows;
         let batch = self.backend.upload(batch);
         let (backend, model, cache) = (&self.backend, &mut self.model, &mut self.cache);
         backend.record_or_replay(&batch, shape.max_context, &mut |max_context| {
@@ -147,7 +258,12 @@ impl<B: Backend> ModelRunner<B> {
 
     /// Notes that the oldest step has ended.
     fn note_end(&mut self) {
+        if let Some(mtp) = &mut self.mtp {
+            mtp.hidden.clear();
+            mtp.keep(&self.backend, &*self.model, self.n_rows);
+        }
         self.n_under_way = self.n_under_way.saturating_sub(1);
+        self.n_steps += 1;
         let now = Instant::now();
         self.status.busy += now - self.busy_since;
         self.busy_since = now;
@@ -176,11 +292,31 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 
     fn ranks(&mut self) -> Result<Vec<RankStatus>, EngineError> {
-        Ok(vec![self.status.clone()])
+        let mut spent = self.spent();
+        spent.usage = self.usage.as_ref().map_or_else(Default::default, |read| read());
+        Ok(vec![RankStatus { spent, ..self.status.clone() }])
+    }
+
+    fn spent(&self) -> Spent {
+        Spent {
+            n_steps: self.n_steps,
+            n_rows: self.status.rows,
+            working: self.status.busy,
+            operations: self.times.as_ref().map_or_else(Default::default, |times| times.read()),
+            ..Spent::default()
+        }
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.backend.warning()
     }
 
     fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
         if self.backend.samples() { Some(self) } else { None }
+    }
+
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        if self.mtp.is_some() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -211,5 +347,22 @@ impl<B: Backend> DeviceSampler for ModelRunner<B> {
         self.backend.collect(&mut words).map_err(|e| EngineError::Device(Box::new(e)))?;
         self.note_end();
         Ok(words.into_iter().map(|word| sampled(word, self.vocab_size)).collect())
+    }
+}
+
+impl<B: Backend> Drafter for ModelRunner<B> {
+    fn hidden_size(&self) -> usize {
+        self.model.hidden_size()
+    }
+
+    fn hidden(&self) -> &[f32] {
+        self.mtp.as_ref().map_or(&[], |mtp| &mtp.hidden)
+    }
+
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError> {
+        let Some(mtp) = &mut self.mtp else { return Ok(Drafted::default()) };
+        let drafted = mtp.draft(&self.backend, &mut *self.model, batch, hidden);
+        self.sync()?;
+        Ok(drafted)
     }
 }

@@ -215,12 +215,35 @@ impl Sampler {
     /// How a device samples the next token in place of [`Self::sample`]; takes its random number. For parameters that
     /// are [plain](SamplingParams::is_plain).
     pub fn sampling(&mut self) -> Sampling {
+        let unit = self.draw();
+        self.sampling_with(unit)
+    }
+
+    fn sampling_with(&self, unit: f64) -> Sampling {
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
-        Sampling { temperature, top_k, top_p, min_p, unit: self.draw() }
+        Sampling { temperature, top_k, top_p, min_p, unit }
+    }
+
+    /// How a device samples the next `n` tokens, some of which may never be: [`Sampler::skip`] says how many were.
+    pub(crate) fn sampling_ahead(&self, n: usize) -> Vec<Sampling> {
+        let mut rng = self.rng.clone();
+        (0..n).map(|_| self.sampling_with(self.draw_from(&mut rng))).collect()
+    }
+
+    /// Takes the random numbers of `n` tokens that a device has sampled.
+    pub(crate) fn skip(&mut self, n: usize) {
+        (0..n).for_each(|_| _ = self.draw());
     }
 
     fn draw(&mut self) -> f64 {
-        if self.params.is_greedy() { 0.0 } else { self.rng.next_unit() }
+        let mut rng = self.rng.clone();
+        let unit = self.draw_from(&mut rng);
+        self.rng = rng;
+        unit
+    }
+
+    fn draw_from(&self, rng: &mut Xoshiro256PlusPlus) -> f64 {
+        if self.params.is_greedy() { 0.0 } else { rng.next_unit() }
     }
 
     fn adjust(&mut self, logits: &mut [f32], history: &[u32]) {

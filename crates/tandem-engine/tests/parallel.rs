@@ -13,10 +13,11 @@ use tandem_core::backend::{Backend, Batch};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics};
 use tandem_engine::{
-    BlockManager, DistributedRunner, Engine, HostReduce, Logits, ModelRunner, Pipeline, RankRunner, Runner, Sequence,
+    BlockManager, DistributedRunner, DraftDepth, Engine, HostReduce, Logits, ModelRunner, Pipeline, RankRunner, Runner,
+    Sequence,
 };
 use tandem_model::{
-    CheckpointWeights, Division, Limits, PartWeights, Planner, RankResources, Request, Share, load_share,
+    CheckpointWeights, Division, Limits, MtpSource, PartWeights, Planner, RankResources, Request, Share, load_drafting,
 };
 
 const LIMITS: Limits = Limits { max_rows: 64, max_logits_rows: 64 };
@@ -57,6 +58,18 @@ fn share(
     request: Request,
     patience: Duration,
 ) -> (RankRunner<CpuBackend>, ModelConfig) {
+    share_with(dir, numerics, transport, request, patience, false)
+}
+
+/// [`share`], on rank 0 with the multi-token-prediction layer if `drafts`.
+fn share_with(
+    dir: &Path,
+    numerics: Numerics,
+    transport: Box<dyn Transport>,
+    request: Request,
+    patience: Duration,
+    drafts: bool,
+) -> (RankRunner<CpuBackend>, ModelConfig) {
     let config = ModelConfig::load(dir).expect("config.json");
     let checkpoint = Checkpoint::open(dir).expect("weights");
     let weights = tandem_model::resolve(&checkpoint, &config).expect("resolves");
@@ -81,12 +94,18 @@ fn share(
     let whole = CheckpointWeights::new(&checkpoint, weights.clone());
     let source = PartWeights::new(&whole, &weights, division.clone());
     let group = reduce.clone().map(|r| r as Arc<dyn tandem_core::backend::TensorGroup<CpuBackend>>);
-    let mut loaded = 0;
-    let model =
-        load_share(&backend, &local, &source, Share { division: division.clone(), group }, LIMITS, &mut |bytes| {
-            loaded += bytes as u64;
-        })
-        .expect("loads");
+    let mtp = if drafts && rank.part.head { MtpSource::new(&config, &whole, &weights) } else { None };
+    let (share, mut loaded) = (Share { division: division.clone(), group }, 0);
+    let progress = &mut |bytes: usize| loaded += bytes as u64;
+    // The layer is not a part of the plan.
+    let embeds = if mtp.is_some() && !rank.part.embeds {
+        let embedding = weights.iter().find(|w| w.spec.module == "model.embed_tokens").expect("an embedding");
+        embedding.bytes() as u64
+    } else {
+        0
+    };
+    let model = load_drafting(&backend, &local, &source, share, LIMITS, mtp, progress).expect("loads");
+    loaded -= embeds;
     let vectors: u64 = weights.iter().filter(|w| w.spec.shape.len() == 1).map(|w| division.bytes(w, &config)).sum();
     assert_eq!(loaded + vectors, rank.weight_bytes, "{}: bytes planned and loaded", dir.display());
     let runner =
@@ -102,6 +121,18 @@ fn on_ranks<R: Send>(
     request: Request,
     lead: impl FnOnce(&mut Engine) -> R + Send,
 ) -> R {
+    on_ranks_with(dir, numerics, transports, request, DraftDepth::OFF, lead)
+}
+
+/// [`on_ranks`], with drafts, the multi-token-prediction layer's too.
+fn on_ranks_with<R: Send>(
+    dir: &Path,
+    numerics: Numerics,
+    transports: Vec<Box<dyn Transport>>,
+    request: Request,
+    depth: DraftDepth,
+    lead: impl FnOnce(&mut Engine) -> R + Send,
+) -> R {
     std::thread::scope(|scope| {
         let mut transports = transports.into_iter();
         let first = transports.next().expect("at least one");
@@ -109,8 +140,9 @@ fn on_ranks<R: Send>(
             .map(|t| scope.spawn(move || share(dir, numerics, t, request, PATIENCE).0.follow().expect("follows")))
             .collect();
         let result = {
-            let (runner, config) = share(dir, numerics, first, request, PATIENCE);
-            lead(&mut engine(DistributedRunner::new(runner), &config))
+            let drafts = depth != DraftDepth::OFF;
+            let (runner, config) = share_with(dir, numerics, first, request, PATIENCE, drafts);
+            lead(&mut engine(DistributedRunner::new(runner), &config).with_drafts(depth))
         };
         followers.into_iter().for_each(|f| f.join().expect("no panic"));
         result
@@ -133,6 +165,7 @@ fn over_tcp(n: usize) -> Vec<Box<dyn Transport>> {
         .enumerate()
         .map(|(rank, listener)| {
             let config = TcpConfig {
+                encrypt: false,
                 rank,
                 peers: peers.clone(),
                 secret: Secret([3; 32]),
@@ -451,5 +484,41 @@ fn diverging_ranks_are_named() {
     for result in results {
         let error = result.expect_err("rank 2 differs");
         assert!(error.rank == Some(2) && error.to_string().contains("layer 5"), "{error}");
+    }
+}
+
+/// Rank 0 drafts, all ranks verify: the text of one rank without drafts, whatever the division.
+#[test]
+fn ranks_say_the_same_with_drafts() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/fable-30m-MXFP4-Q8");
+    let prompt = |i: u32| -> Vec<u32> { (0..40 + i).map(|k| 20 + (k % 17 * 37 + i * 11) % 2800).collect() };
+    let texts = |engine: &mut Engine| {
+        let mut ids = vec![];
+        for i in 0..3 {
+            let request = tandem_engine::Request { prompt: prompt(i), max_tokens: 40, ..Default::default() };
+            ids.push(engine.submit(request).expect("takes it"));
+        }
+        let (mut texts, mut outputs) = (vec![vec![]; ids.len()], vec![]);
+        while engine.n_running() + engine.n_waiting() > 0 {
+            engine.step(&mut outputs).expect("runs");
+            for output in outputs.drain(..) {
+                let i = ids.iter().position(|id| *id == output.request).expect("a request of ours");
+                if let tandem_engine::Event::Token { id, .. } = output.event {
+                    texts[i].push(id);
+                }
+            }
+        }
+        (texts, engine.counters())
+    };
+    // The sums of slices are in another order than those of one rank: each division has its own text to compare with.
+    for (n, pp, tp) in [(2, Some(2), None), (2, None, Some(2)), (4, Some(2), Some(2))] {
+        let request = Request { pp, tp, ep: None };
+        let (plain, _) = on_ranks(&dir, Numerics::Bf16, over_local(n), request, texts);
+        for depth in [1, 4] {
+            let depth = DraftDepth::Fixed(depth);
+            let (drafted, counters) = on_ranks_with(&dir, Numerics::Bf16, over_local(n), request, depth, texts);
+            assert_eq!(drafted, plain, "{request:?}, depth {depth}");
+            assert!(counters.mtp_drafts.drafts > 0 && counters.ngram_drafts.drafts > 0, "{counters:?}");
+        }
     }
 }

@@ -9,8 +9,9 @@ use tandem_core::backend::{PAGE_SIZE, SAMPLED};
 use tandem_core::{Batch, Checkpoint, ModelConfig};
 use tandem_cpu::CpuBackend;
 use tandem_engine::{
-    BlockManager, Constraint, DeviceSampler, Engine, EngineError, Event, FinishReason, Logits, ModelRunner, Output,
-    PageStore, Request, RequestId, Runner, SampleError, SamplingParams, Scheduling, Sequence,
+    BlockManager, Constraint, DeviceSampler, DraftDepth, Drafted, Drafter, Engine, EngineError, Event, FinishReason,
+    Logits, ModelRunner, Output, PageStore, Request, RequestId, Runner, SampleError, SamplingParams, Scheduling,
+    Sequence,
 };
 use tandem_model::Limits;
 
@@ -26,18 +27,40 @@ struct SlotRunner {
     /// It samples tokens itself; those of the steps under way.
     samples: bool,
     sampled: VecDeque<Vec<u32>>,
+    /// Its texts repeat themselves.
+    repeats: bool,
+    /// It drafts, rightly so in this many of eight cases.
+    drafts: Option<u64>,
+    /// Of each row of the last step, its position.
+    hidden: Vec<f32>,
+    /// By slot, the token after the one there, as far as the drafter has seen them.
+    drafter_slots: Vec<u32>,
 }
 
-/// The token after `tokens`.
-fn next(tokens: impl Iterator<Item = u32>) -> u32 {
-    let hash = tokens.fold(17u64, |h, t| (h ^ u64::from(t)).wrapping_mul(0x100_0000_01b3).rotate_left(23));
-    (hash % VOCAB as u64) as u32
+/// The token after `tokens`; one that was there before, as a rule, if texts are to repeat themselves.
+fn next(tokens: impl Iterator<Item = u32>, repeats: bool) -> u32 {
+    let tokens: Vec<u32> = tokens.collect();
+    let hash = tokens.iter().fold(17u64, |h, t| (h ^ u64::from(*t)).wrapping_mul(0x100_0000_01b3).rotate_left(23));
+    match tokens.len().checked_sub(5) {
+        Some(before) if repeats && hash % 8 > 0 => tokens[before],
+        _ => (hash % VOCAB as u64) as u32,
+    }
 }
 
 impl SlotRunner {
     fn new(blocks: &BlockManager, limits: Limits, samples: bool) -> SlotRunner {
         let (slots, largest_decode) = (vec![0; blocks.n_slots()], Default::default());
-        SlotRunner { slots, limits, largest_decode, samples, sampled: VecDeque::new() }
+        SlotRunner {
+            drafter_slots: slots.clone(),
+            slots,
+            limits,
+            largest_decode,
+            samples,
+            sampled: VecDeque::new(),
+            repeats: false,
+            drafts: None,
+            hidden: vec![],
+        }
     }
 
     /// Runs a batch; the tokens that follow.
@@ -49,10 +72,11 @@ impl SlotRunner {
             self.slots[slot] = if token & SAMPLED == 0 { token } else { before() };
         }
         self.largest_decode.lock().unwrap().push(batch.n_rows());
+        self.hidden = batch.positions.iter().map(|position| *position as f32).collect();
         let last = batch.logits_rows.iter().map(|row| *row as usize);
         last.map(|row| {
             let (sequence, last) = (batch.sequences[row] as usize, batch.positions[row] as usize);
-            next((0..=last).map(|p| self.slots[batch.slot(sequence, p)]))
+            next((0..=last).map(|p| self.slots[batch.slot(sequence, p)]), self.repeats)
         })
         .collect()
     }
@@ -72,6 +96,35 @@ impl DeviceSampler for SlotRunner {
     }
 }
 
+impl Drafter for SlotRunner {
+    fn hidden_size(&self) -> usize {
+        1
+    }
+
+    fn hidden(&self) -> &[f32] {
+        &self.hidden
+    }
+
+    fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError> {
+        assert!(batch.n_rows() <= self.limits.max_rows && batch.logits_rows.len() <= self.limits.max_logits_rows);
+        assert!(batch.positions.iter().map(|position| *position as f32).eq(hidden.iter().copied()));
+        let slot_of = |row: usize, position: usize| batch.slot(batch.sequences[row] as usize, position);
+        for row in 0..batch.n_rows() {
+            self.drafter_slots[slot_of(row, batch.positions[row] as usize)] = batch.tokens[row];
+        }
+        let mut drafted = Drafted::default();
+        for row in batch.logits_rows.iter().map(|row| *row as usize) {
+            let last = batch.positions[row] as usize;
+            let seen = (0..=last).map(|position| self.drafter_slots[slot_of(row, position)]);
+            let token = next(std::iter::once(self.slots[slot_of(row, 0)]).chain(seen), self.repeats);
+            let is_right = u64::from(token) % 8 < self.drafts.unwrap_or(0);
+            drafted.tokens.push(if is_right { token } else { (token + 1) % VOCAB as u32 });
+            drafted.hidden.push(last as f32 + 1.0);
+        }
+        Ok(drafted)
+    }
+}
+
 impl Runner for SlotRunner {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         assert!(self.sampled.is_empty() && batch.sampling.is_empty());
@@ -83,6 +136,10 @@ impl Runner for SlotRunner {
 
     fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
         if self.samples { Some(self) } else { None }
+    }
+
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        if self.drafts.is_some() { Some(self) } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -108,9 +165,13 @@ impl Runner for SlotRunner {
 
 /// What the runner would say to `prompt` alone.
 fn expected(prompt: &[u32], max_tokens: usize) -> Vec<u32> {
+    expected_of(prompt, max_tokens, false)
+}
+
+fn expected_of(prompt: &[u32], max_tokens: usize, repeats: bool) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     while tokens.len() < prompt.len() + max_tokens {
-        match next(tokens.iter().copied()) {
+        match next(tokens.iter().copied(), repeats) {
             END => break,
             token => tokens.push(token),
         }
@@ -123,11 +184,19 @@ fn engine(n_pages: usize, max_batch: usize) -> Engine {
 }
 
 fn engine_of(n_pages: usize, max_batch: usize, samples: bool) -> Engine {
+    engine_that(n_pages, samples, false).with_scheduling(scheduling(max_batch))
+}
+
+fn engine_that(n_pages: usize, samples: bool, repeats: bool) -> Engine {
+    engine_with(n_pages, samples, repeats, None)
+}
+
+fn engine_with(n_pages: usize, samples: bool, repeats: bool, drafts: Option<u64>) -> Engine {
     let blocks = BlockManager::for_tokens(n_pages * PAGE_SIZE);
     let limits = Limits { max_rows: 128, max_logits_rows: 64 };
-    let runner = SlotRunner::new(&blocks, limits, samples);
+    let runner = SlotRunner { repeats, drafts, ..SlotRunner::new(&blocks, limits, samples) };
     let context = n_pages * PAGE_SIZE;
-    Engine::new(Box::new(runner), blocks, context, context).with_scheduling(scheduling(max_batch))
+    Engine::new(Box::new(runner), blocks, context, context)
 }
 
 fn scheduling(max_batch: usize) -> Scheduling {
@@ -173,10 +242,14 @@ proptest! {
         max_batch in 1usize..8,
         inter_token_us in prop::option::of(0u64..50),
         samples: bool,
+        depth in prop::option::of(0usize..9),
+        repeats: bool,
+        drafts in prop::option::of(0u64..9),
     ) {
         let inter_token = inter_token_us.map(Duration::from_micros);
-        let mut engine =
-            engine_of(n_pages, max_batch, samples).with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) });
+        let mut engine = engine_with(n_pages, samples, repeats, drafts)
+            .with_scheduling(Scheduling { inter_token, ..scheduling(max_batch) })
+            .with_drafts(depth.map_or(DraftDepth::Auto, DraftDepth::Fixed));
         let mut wanted = HashMap::new();
         let mut cancelled = vec![];
         let mut outputs = vec![];
@@ -191,7 +264,7 @@ proptest! {
                 engine.cancel(id);
                 cancelled.push(id);
             }
-            wanted.insert(id, expected(&prompt, max_tokens));
+            wanted.insert(id, expected_of(&prompt, max_tokens, repeats));
         }
         for Output { request, event } in outputs.drain(..) {
             if let Event::Token { id, .. } = event {
@@ -265,8 +338,8 @@ fn lengths_ends_and_grammars_are_kept() {
             !self.0.is_empty()
         }
     }
-    for samples in [false, true] {
-        let mut engine = engine_of(8, 4, samples);
+    for (samples, depth) in [(false, 0), (true, 0), (false, 3), (true, 8)] {
+        let mut engine = engine_of(8, 4, samples).with_drafts(DraftDepth::Fixed(depth));
         let constraint = Some(Box::new(Only(vec![7, 8, 9])) as Box<dyn Constraint>);
         let grammar = engine.submit(Request { constraint, ..greedy(text(5, 1), 40) }).unwrap();
         let constraint = Some(Box::new(Only(vec![END, 8, 9])) as Box<dyn Constraint>);
@@ -422,4 +495,130 @@ fn the_bundled_models_pages_survive_on_disk() {
         assert_eq!(engine.counters().disk_tokens, [0, 192][restart]);
     }
     assert_eq!(texts[0], texts[1]);
+}
+
+/// Runs one request; its tokens, what the prefix cache knows after it, and the number of steps.
+fn trace(engine: &mut Engine, request: Request) -> (Vec<u32>, (usize, usize), u64) {
+    let before = engine.counters();
+    let id = engine.submit(request).unwrap();
+    let tokens = run_all(engine).remove(&id).unwrap().0;
+    let blocks = engine.blocks();
+    (tokens, (blocks.n_used(), blocks.n_idle()), engine.counters().steps - before.steps)
+}
+
+#[test]
+fn drafts_save_steps_and_leave_the_same_cache() {
+    // Texts that repeat themselves are looked up; others are drafted by a layer.
+    for (samples, drafts) in [(false, None), (true, None), (false, Some(7)), (true, Some(7))] {
+        let repeats = drafts.is_none();
+        let mut plain = engine_with(24, samples, repeats, drafts);
+        let mut drafting = engine_with(24, samples, repeats, drafts).with_drafts(DraftDepth::Fixed(4));
+        for seed in 0..6 {
+            for max_tokens in [0, 1, 2, 3, 60, 200] {
+                let request = || Request { eos: vec![], ..greedy(text(90, seed), max_tokens) };
+                let (tokens, pages, steps) = trace(&mut plain, request());
+                let (drafted, drafted_pages, drafted_steps) = trace(&mut drafting, request());
+                assert_eq!(tokens, drafted);
+                // A runner that works ahead takes pages for steps that nobody wants, without drafts too.
+                assert!(samples || pages == drafted_pages);
+                let saves = max_tokens < 200 || 3 * drafted_steps < 2 * steps;
+                assert!(drafted_steps <= steps && saves, "{drafted_steps} of {steps}");
+            }
+        }
+        let (plain, drafting) = (plain.counters(), drafting.counters());
+        let prompts = [plain, drafting].map(|counters| (counters.prompt_tokens, counters.cached_tokens));
+        assert!(samples || prompts[0] == prompts[1]);
+        assert_eq!(plain.generated_tokens, drafting.generated_tokens);
+        assert_eq!(plain.drafts().drafts, 0);
+        let drafts = drafting.drafts();
+        assert!(drafts.accepted_tokens() > 500 && drafts.accepted_tokens() <= drafts.tokens);
+        assert!(drafts.accepted.is_sorted_by(|a, b| a >= b) && drafts.accepted[4..] == [0; 4]);
+        assert_eq!(drafting.mtp_drafts.drafts > 0, !repeats);
+        // A layer that has seen every token before is right as often as it is made to be.
+        let share = drafting.mtp_drafts.accepted[0] as f64 / drafting.mtp_drafts.drafts.max(1) as f64;
+        assert!(repeats || (share - 7.0 / 8.0).abs() < 0.05, "{share}");
+    }
+}
+
+/// With drafts a batch of the bundled model says the same, with greedy and with seeded sampling, penalties included.
+#[test]
+fn the_bundled_model_says_the_same_with_drafts() {
+    let words: Vec<u32> = (0..40).map(|k| 20 + (k * 37) % 2800).collect();
+    let request = |i: u32| {
+        let sampling = match i % 4 {
+            0 => SamplingParams::default(),
+            1 => SamplingParams { temperature: 0.3, seed: Some(u64::from(i)), ..SamplingParams::default() },
+            2 => SamplingParams { repetition_penalty: 1.1, frequency_penalty: 0.1, ..SamplingParams::default() },
+            _ => SamplingParams { temperature: 1.0, top_p: 0.9, seed: Some(3), ..SamplingParams::default() },
+        };
+        // A prompt that repeats itself, so that there is something to look up; the first ones pass index_topk.
+        let prompt = [&words[..], &words[..], &words[..10 + i as usize]].concat();
+        Request { prompt, sampling, max_tokens: 60, top_logprobs: Some(1), ..Request::default() }
+    };
+    let mut texts = vec![];
+    for depth in [0, 1, 5, 8] {
+        let mut engine = fable(64, 64, 64).with_drafts(DraftDepth::Fixed(depth));
+        let ids: Vec<RequestId> = (0..8).map(|i| engine.submit(request(i)).unwrap()).collect();
+        let mut results = run_all(&mut engine);
+        texts.push(ids.iter().map(|id| results.remove(id).unwrap()).collect::<Vec<_>>());
+        assert_eq!(engine.counters().drafts().drafts > 0, depth > 0);
+    }
+    assert!(texts.iter().all(|text| *text == texts[0]));
+}
+
+/// Allows tokens by what it has accepted, and notes that.
+struct Noting {
+    accepted: std::sync::Arc<std::sync::Mutex<Vec<u32>>>,
+    hash: u32,
+}
+
+impl Constraint for Noting {
+    fn mask(&mut self, logits: &mut [f32]) {
+        let shift = self.hash;
+        for (id, logit) in logits.iter_mut().enumerate().filter(|(id, _)| (*id as u32 ^ shift) % 5 == 1) {
+            *logit = if id == END as usize { *logit } else { f32::NEG_INFINITY };
+        }
+    }
+
+    fn accept(&mut self, token: u32) -> bool {
+        self.accepted.lock().unwrap().push(token);
+        self.hash = self.hash.wrapping_mul(31).wrapping_add(token);
+        true
+    }
+}
+
+/// Two engines with few pages run the same requests, one of them with drafts that are right or wrong at random: texts, what
+/// grammars saw, and what prompts find in the cache are the same all along.
+#[test]
+fn ten_thousand_schedules_of_drafts_leave_no_trace() {
+    let mut n_drafts = 0;
+    for (chance, samples, repeats) in [(0, false, true), (3, false, false), (6, true, false), (8, false, true)] {
+        for depth in [1, 2, 4, 8] {
+            let mut plain = engine_with(9, samples, repeats, Some(chance));
+            let mut drafting = engine_with(9, samples, repeats, Some(chance)).with_drafts(DraftDepth::Fixed(depth));
+            for schedule in 0..10_000u32.div_ceil(16) {
+                let random = (schedule * 4 + chance as u32).wrapping_mul(2_654_435_761).rotate_left(9);
+                let prompt = text(1 + (random % 150) as usize, random % 3);
+                let mut seen = vec![];
+                let mut run = |engine: &mut Engine| {
+                    let accepted: std::sync::Arc<std::sync::Mutex<Vec<u32>>> = Default::default();
+                    let noting = Noting { accepted: accepted.clone(), hash: random };
+                    let constraint = random.is_multiple_of(3).then(|| Box::new(noting) as Box<dyn Constraint>);
+                    let max_tokens = (random >> 8) as usize % 30;
+                    let request = Request { constraint, ..greedy(prompt.clone(), max_tokens) };
+                    let (tokens, pages, _) = trace(engine, request);
+                    // A runner that works ahead takes pages for steps that nobody wants, without drafts too.
+                    let pages = if samples { (0, 0) } else { pages };
+                    seen.push((tokens, pages, accepted.lock().unwrap().clone()));
+                };
+                run(&mut plain);
+                run(&mut drafting);
+                assert_eq!(seen[0], seen[1], "depth {depth}, schedule {schedule}");
+                let (a, b) = (plain.counters(), drafting.counters());
+                assert!(samples || (a.prompt_tokens, a.cached_tokens) == (b.prompt_tokens, b.cached_tokens));
+            }
+            n_drafts += drafting.counters().drafts().drafts;
+        }
+    }
+    assert!(n_drafts > 10_000, "{n_drafts}");
 }

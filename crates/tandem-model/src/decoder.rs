@@ -6,6 +6,7 @@ use tandem_core::backend::{AddRmsNorm, Backend, CacheSpec, Linear, RmsNorm};
 use tandem_core::weights::{Axis, Form, ModuleKind, Read, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
+use crate::mtp::Mtp;
 use crate::registry::cache_specs;
 use crate::{KvCache, LayerCache, Limits, Loader, Model, Share, StepShape};
 
@@ -40,6 +41,7 @@ pub(crate) trait Layer<B: Backend>: Sized {
 /// A loaded model: a rank's layers of a family, and the ends that it holds.
 pub(crate) struct Decoder<B: Backend, L: Layer<B>> {
     share: Share<B>,
+    hidden_size: usize,
     rms_norm_eps: f32,
     /// On the first stage, and on the last if the head is the embedding.
     embed_tokens: Option<B::Matrix>,
@@ -51,13 +53,33 @@ pub(crate) struct Decoder<B: Backend, L: Layer<B>> {
     lm_head: Option<B::Matrix>,
     shared: L::Shared,
     scratch: Scratch<B>,
+    mtp: Option<Mtp<B, L>>,
 }
 
 /// A layer and the norms before its halves.
-struct Normed<B: Backend, L> {
-    input_layernorm: B::Buffer,
-    layer: L,
-    post_attention_layernorm: B::Buffer,
+pub(crate) struct Normed<B: Backend, L> {
+    pub(crate) input_layernorm: B::Buffer,
+    pub(crate) layer: L,
+    pub(crate) post_attention_layernorm: B::Buffer,
+}
+
+impl<B: Backend, L: Layer<B>> Normed<B, L> {
+    /// Loads decoder layer `idx`.
+    ///
+    /// # Errors
+    /// The checkpoint is damaged.
+    pub(crate) fn load(
+        loader: &mut Loader<'_, B>,
+        idx: usize,
+        layer: &impl Fn(&mut Loader<'_, B>, usize) -> Result<L, CheckpointError>,
+    ) -> Result<Self, CheckpointError> {
+        let p = format!("model.layers.{idx}");
+        Ok(Normed {
+            layer: layer(loader, idx)?,
+            input_layernorm: loader.vector(&format!("{p}.input_layernorm"), "weight")?,
+            post_attention_layernorm: loader.vector(&format!("{p}.post_attention_layernorm"), "weight")?,
+        })
+    }
 }
 
 /// Activations, allocated once; a step allocates nothing. `n` is the rows of the batch.
@@ -86,24 +108,22 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
         share: Share<B>,
         limits: Limits,
         shared: L::Shared,
+        mtp: Option<Mtp<B, L>>,
         layer: impl Fn(&mut Loader<'_, B>, usize) -> Result<L, CheckpointError>,
     ) -> Result<Self, CheckpointError> {
         let (part, tied) = (share.part().clone(), config.tie_word_embeddings);
         let mut layers = vec![];
         for l in part.layers.clone() {
-            let p = format!("model.layers.{l}");
-            layers.push(Normed {
-                layer: layer(loader, l)?,
-                input_layernorm: loader.vector(&format!("{p}.input_layernorm"), "weight")?,
-                post_attention_layernorm: loader.vector(&format!("{p}.post_attention_layernorm"), "weight")?,
-            });
+            layers.push(Normed::load(loader, l, &layer)?);
         }
         let b = loader.backend;
         let (n, hidden) = (limits.max_rows, config.hidden_size);
         let n_logits = if part.head { limits.max_logits_rows } else { 0 };
         Ok(Decoder {
+            hidden_size: hidden,
             rms_norm_eps: config.rms_norm_eps,
-            embed_tokens: loader.matrix_if(part.embeds || (part.head && tied), "model.embed_tokens")?,
+            embed_tokens: loader
+                .matrix_if(part.embeds || (part.head && tied) || mtp.is_some(), "model.embed_tokens")?,
             layers,
             caches: part.layers.map(|l| cache_specs(config, l)).collect(),
             norm: if part.head { Some(loader.vector("model.norm", "weight")?) } else { None },
@@ -118,6 +138,7 @@ impl<B: Backend, L: Layer<B>> Decoder<B, L> {
                 logits: b.alloc(n_logits, config.vocab_size),
             },
             share,
+            mtp,
         })
     }
 }
@@ -150,6 +171,9 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
         if !self.layers.is_empty() {
             b.add(&mut s.hidden, &s.block, n_rows);
         }
+        if let (true, Some(weight)) = (self.mtp.is_some(), &self.norm) {
+            b.rms_norm(RmsNorm { x: &s.hidden, weight, eps, n_rows, out: &mut s.normed });
+        }
         if let (true, Some(weight)) = (shape.n_logits > 0, &self.norm) {
             let n_rows = shape.n_logits;
             b.gather_logits_rows(&s.hidden, batch, &mut s.last);
@@ -175,6 +199,30 @@ impl<B: Backend, L: Layer<B>> Model<B> for Decoder<B, L> {
 
     fn cache_specs(&self) -> &[Vec<CacheSpec>] {
         &self.caches
+    }
+
+    fn mtp_cache_specs(&self) -> &[Vec<CacheSpec>] {
+        self.mtp.as_ref().map_or(&[], Mtp::cache_specs)
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
+    fn normed(&self) -> &B::Buffer {
+        &self.scratch.normed
+    }
+
+    fn draft(&mut self, b: &B, batch: &B::Batch, shape: StepShape, given: &[f32], cache: &mut KvCache<B>) {
+        let embed_tokens = self.embed_tokens.as_ref();
+        let head = self.lm_head.as_ref().or(embed_tokens);
+        if let Some(mtp) = &mut self.mtp {
+            mtp.forward(b, &Step { batch, shape }, given, [embed_tokens, head], cache);
+        }
+    }
+
+    fn drafted(&self) -> Option<(&B::Buffer, &B::Buffer)> {
+        self.mtp.as_ref().map(Mtp::outputs)
     }
 }
 

@@ -9,6 +9,7 @@ mod decoder;
 mod dummy;
 mod families;
 mod loader;
+mod mtp;
 mod offload;
 mod plan;
 mod recipe;
@@ -23,6 +24,7 @@ pub use accounting::{Accounting, KindShare};
 pub use cache::{KvCache, LayerCache};
 pub use dummy::{DummyWeights, RandomRows, Stacks};
 pub use loader::{CheckpointWeights, Loader, WeightSource};
+pub use mtp::MtpSource;
 pub use offload::Offload;
 pub use plan::{Plan, PlanError, Planner, RankPlan, RankResources, Request};
 pub use recipe::{Recipe, Target, glob_matches};
@@ -69,13 +71,36 @@ pub trait Model<B: Backend> {
     fn hidden_mut(&mut self) -> &mut B::Buffer;
     /// What each of its layers caches for each token.
     fn cache_specs(&self) -> &[Vec<CacheSpec>];
+    /// What the multi-token-prediction layer caches for each token; empty if none is loaded.
+    fn mtp_cache_specs(&self) -> &[Vec<CacheSpec>] {
+        &[]
+    }
+    /// Elements of a hidden state.
+    fn hidden_size(&self) -> usize;
+    /// With a multi-token-prediction layer: the hidden states of the last step's rows after the final norm,
+    /// `[max_rows, hidden_size]`.
+    fn normed(&self) -> &B::Buffer;
+    /// Enqueues rows of the multi-token-prediction layer, if there is one: tokens after the `given` hidden states
+    /// `[n_rows, hidden_size]` of those before them, whose positions the batch has. Afterwards [`Model::drafted`] has the
+    /// logits of the wanted rows.
+    fn draft(&mut self, _backend: &B, _batch: &B::Batch, _shape: StepShape, _given: &[f32], _cache: &mut KvCache<B>) {}
+    /// Logits `[max_logits_rows, vocab_size]` of the rows drafted last, and the hidden states `[max_logits_rows,
+    /// hidden_size]` to give for the token after.
+    fn drafted(&self) -> Option<(&B::Buffer, &B::Buffer)> {
+        None
+    }
     /// An empty cache for `n_slots` tokens.
     fn new_cache(&self, backend: &B, n_slots: usize) -> KvCache<B> {
         KvCache::new(backend, self.cache_specs(), n_slots)
     }
     /// Bytes that one token takes in the cache.
     fn cache_bytes_per_token(&self, backend: &B) -> usize {
-        self.cache_specs().iter().flatten().map(|spec| backend.cache_bytes(spec.kind, spec.width)).sum()
+        self.cache_specs()
+            .iter()
+            .chain(self.mtp_cache_specs())
+            .flatten()
+            .map(|spec| backend.cache_bytes(spec.kind, spec.width))
+            .sum()
     }
 }
 
@@ -85,6 +110,14 @@ pub trait Model<B: Backend> {
 /// Every missing, duplicate, misshapen, wrongly typed or unexplained tensor.
 pub fn resolve(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Weight>, CheckpointError> {
     weights::resolve(checkpoint, config, &weight_specs(config), &mtp_specs(config))
+}
+
+/// Finds the weights of the multi-token-prediction layers alone, in a checkpoint that may hold a whole model.
+///
+/// # Errors
+/// As [`resolve`], of these layers.
+pub fn resolve_mtp(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Weight>, CheckpointError> {
+    weights::resolve_mtp(checkpoint, config, &mtp_specs(config))
 }
 
 /// Loads a model of any family.
@@ -131,5 +164,21 @@ pub fn load_share<B: Backend + 'static>(
     limits: Limits,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
-    registry::load(&mut Loader::new(backend, source, progress), config, share, limits)
+    load_drafting(backend, config, source, share, limits, None, progress)
+}
+
+/// [`load_share`] with the multi-token-prediction layer, which is whole on the rank that has it.
+///
+/// # Errors
+/// The source fails.
+pub fn load_drafting<B: Backend + 'static>(
+    backend: &B,
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    share: Share<B>,
+    limits: Limits,
+    mtp: Option<MtpSource<'_>>,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Box<dyn Model<B>>, CheckpointError> {
+    registry::load(&mut Loader::new(backend, source, progress), config, share, limits, mtp)
 }

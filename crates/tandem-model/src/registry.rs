@@ -5,6 +5,7 @@ use tandem_core::weights::WeightSpec;
 use tandem_core::{CheckpointError, ModelConfig, ModelType};
 
 use crate::families::{deepseek_v32, llama};
+use crate::mtp::MtpSource;
 use crate::{Limits, Loader, Model, Share};
 
 /// Calls a function of the family's file. Every model type is named, so that none is taken for another family's.
@@ -40,6 +41,7 @@ pub(crate) fn load<B: Backend + 'static>(
     config: &ModelConfig,
     share: Share<B>,
     limits: Limits,
+    mtp: Option<MtpSource<'_>>,
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
-    of_family!(config, load(loader, config, share, limits))
+    of_family!(config, load(loader, config, share, limits, mtp))
 }

@@ -2,17 +2,20 @@
 
 use std::any::TypeId;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use tandem_core::weights::ModuleKind;
-use tandem_core::{Backend, Checkpoint, ModelConfig};
-use tandem_cpu::CpuBackend;
-use tandem_engine::{BlockManager, EXACT_ROWS, Engine, ModelRunner, Profiled, Runner};
-use tandem_model::{Accounting, CheckpointWeights, Limits, WeightSource};
+use tandem_core::weights::{ModuleKind, Weight};
+use tandem_core::{Backend, Checkpoint, DType, Float, ModelConfig};
+use tandem_cpu::{CpuBackend, Isa, system};
+use tandem_engine::{BlockManager, DraftDepth, EXACT_ROWS, Engine, ModelRunner, Profiled, Runner};
+use tandem_model::{Accounting, CheckpointWeights, Limits, Plan, Share, WeightSource};
 
-use crate::device::{Device, DeviceKind, ToHold, WithDevice, fits_in_memory, lock_memory, no_host_experts};
+use crate::device::{Device, DeviceKind, ToHold, WithDevice, fits_in_memory, lock_memory, n_threads, no_host_experts};
+use crate::diagnosis::{Facts, Recorder, Residency};
 use crate::model_dir::model_dir;
+use crate::mtp::{self, Sidecar};
 use crate::news::{Meter, OnNews, Unit};
 use crate::options::{LoadOptions, ModelOptions};
 use crate::ranks::{self, Joined, Model};
@@ -38,6 +41,8 @@ pub struct Loaded {
     pub device: String,
     /// Bytes per second at which GPUs or several ranks read the model; the processor's is measured by those who want it.
     pub bandwidth: Option<f64>,
+    /// Records what a run does.
+    pub recorder: Recorder,
 }
 
 /// Rows whose logits one step may return.
@@ -80,35 +85,96 @@ pub fn load(
     settle_tie(&mut config, &checkpoint);
     let weights = tandem_model::resolve(&checkpoint, &config)?;
     let accounting = Accounting::new(&weights, &config);
+    let depth = match options.draft_depth {
+        Some(depth) => depth,
+        None if joined.is_none() && DeviceKind::choose(&options.device)? == DeviceKind::Cpu => DraftDepth::Auto,
+        None => DraftDepth::OFF,
+    };
+    let drafts = depth != DraftDepth::OFF;
+    ensure!(
+        drafts || options.mtp.is_none(),
+        "--mtp is the layer that drafts, and nothing is to be drafted; give --draft-depth auto, or a number from 1 to 8"
+    );
+    let sidecar = options.mtp.as_deref().filter(|_| drafts).map(|place| Sidecar::open(place, &config)).transpose()?;
     let prefill_chunk = options.prefill_chunk.clamp(1, context);
+    // A sequence's next token and its drafts.
+    let n_rows = 1 + depth.most();
     let limits = match what.logits {
-        LogitsRows::One => Limits { max_rows: prefill_chunk, max_logits_rows: 1 },
+        LogitsRows::One => Limits { max_rows: prefill_chunk, max_logits_rows: n_rows },
         LogitsRows::Chunk => Limits { max_rows: prefill_chunk, max_logits_rows: prefill_chunk },
         // A step of decoding may hold prompt tokens too.
-        LogitsRows::Several(n) => Limits { max_rows: prefill_chunk.max(EXACT_ROWS), max_logits_rows: n },
+        LogitsRows::Several(n) => {
+            Limits { max_rows: prefill_chunk.max(EXACT_ROWS), max_logits_rows: (n * n_rows).min(EXACT_ROWS).max(n) }
+        }
     };
     // One sequence always fits.
     let blocks = BlockManager::for_tokens(what.cache_tokens.unwrap_or(what.n_contexts * context).max(context));
     let n_slots = blocks.n_slots();
+    let mut facts = Facts::of_model(name_of(&dir), &config, &accounting);
+    facts.weight_bytes = resident_bytes(&accounting);
+    let files: Vec<PathBuf> = checkpoint.files().map(PathBuf::from).collect();
     let running = match joined {
         Some(joined) => {
             no_host_experts(&options.device)?;
             let kind = DeviceKind::choose_for_ranks(&options.device, joined.transport(&options.parallel))?;
-            let model = Model::new(config.clone(), checkpoint, weights, options);
+            facts.backend = kind.name().to_string();
+            let model = Model::new(config.clone(), checkpoint, weights, options).with_drafts(drafts, sidecar);
             kind.with(Lead { model, options, limits, n_slots, joined, on_news })?
         }
         None => {
             let shape = Shape { config: &config, limits, n_slots };
             let source = CheckpointWeights::new(&checkpoint, weights.clone());
-            let resident = resident_bytes(&accounting);
-            let to_hold = ToHold { shape, weights: &weights, resident };
-            DeviceKind::choose(&options.device)?.with(Alone { options, source: &source, to_hold, on_news })?
+            let mut mtp = if drafts { mtp::bytes_of(sidecar.as_ref(), &config, &weights) } else { 0 };
+            let mut resident = resident_bytes(&accounting) + mtp;
+            // Unless it was asked for, the layer must not be what the memory is too small for.
+            if options.draft_depth.is_none() && !fits_in_memory(resident) {
+                (mtp, resident) = (0, resident - mtp);
+            }
+            let kind = DeviceKind::choose(&options.device)?;
+            facts.backend = kind.name().to_string();
+            facts.weight_bytes = resident;
+            let mapped = if kind == DeviceKind::Cpu { mapped_files(&weights, resident, &files) } else { vec![] };
+            facts.weights_are_mapped = !mapped.is_empty();
+            let to_hold = ToHold { shape, weights: &weights, resident, mtp, sidecar: sidecar.as_ref() };
+            kind.with(Alone { options, source: &source, to_hold, mapped: &mapped, on_news })?
         }
     };
-    let Running { runner, numerics, device, bandwidth } = running;
-    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings);
+    let Running { runner, numerics, device, bandwidth, residency, plan, host_expert_bytes } = running;
+    facts.host_expert_bytes = host_expert_bytes;
+    let engine = Engine::new(runner, blocks, context, config.max_position_embeddings)
+        .with_drafts(depth)
+        .with_major_faults(system::major_page_faults);
     let load_time = start.elapsed();
-    Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth })
+    facts.numerics = numerics.to_string();
+    facts.device = device.clone();
+    facts.bandwidth = bandwidth;
+    if facts.backend == DeviceKind::Cpu.name() {
+        facts.threads = n_threads(&options.device);
+        facts.isa = Some(options.device.isa.unwrap_or_else(Isa::detect).to_string());
+        facts.best_isa = Some(Isa::detect().to_string());
+    }
+    if let Some(plan) = &plan {
+        facts.take_plan(plan);
+        // Ranks of one host share its cores, unless flags say otherwise.
+        facts.threads = options.device.threads.unwrap_or((facts.threads / plan.ranks.len()).max(1));
+    }
+    let recorder = Recorder::new(facts, engine.timings(), residency);
+    Ok(Loaded { dir, config, engine, accounting, load_time, prefill_chunk, numerics, device, bandwidth, recorder })
+}
+
+/// A model directory's own name.
+fn name_of(dir: &std::path::Path) -> String {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The files whose mappings are the weights, where the processor copies hardly any: repacked weights are copies, and their
+/// files need not stay in memory.
+pub(crate) fn mapped_files(weights: &[Weight], resident: u64, files: &[PathBuf]) -> Vec<PathBuf> {
+    let is_mapped = |weight: &&Weight| matches!(weight.dtype, DType::Float(Float::F32 | Float::F16));
+    let mapped: u64 = weights.iter().filter(is_mapped).map(|weight| weight.bytes() as u64).sum();
+    let all_are_mapped = !fits_in_memory(resident) || mapped as f64 > 0.95 * resident as f64;
+    if all_are_mapped { files.to_vec() } else { vec![] }
 }
 
 /// [`ModelConfig::settle_tie`], with a line that says so.
@@ -122,7 +188,12 @@ pub fn settle_tie(config: &mut ModelConfig, checkpoint: &Checkpoint) -> bool {
     differs
 }
 
-/// Bytes of the weights that are loaded: a multi-token-prediction head stays in its file.
+/// Bytes of the multi-token-prediction layer.
+pub(crate) fn mtp_bytes(accounting: &Accounting) -> u64 {
+    accounting.total(|k| if k.kind == ModuleKind::Mtp { k.resident_bytes } else { 0 })
+}
+
+/// Bytes of the weights that are always loaded: a multi-token-prediction layer stays in its file unless it is to draft.
 pub(crate) fn resident_bytes(accounting: &Accounting) -> u64 {
     accounting.total(|k| if k.kind == ModuleKind::Mtp { 0 } else { k.resident_bytes })
 }
@@ -132,6 +203,10 @@ struct Running {
     numerics: &'static str,
     device: String,
     bandwidth: Option<f64>,
+    residency: Arc<Residency>,
+    /// Of several ranks.
+    plan: Option<Plan>,
+    host_expert_bytes: u64,
 }
 
 /// Rank 0 of several.
@@ -149,11 +224,13 @@ impl WithDevice for Lead<'_, '_> {
 
     fn run<D: Device>(self) -> anyhow::Result<Running> {
         let Lead { model, options, limits, n_slots, joined, on_news } = self;
-        let (runner, numerics) = ranks::lead::<D>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
-        let (plan, device) = (runner.plan(), Device::name(runner.backend()));
+        let (runner, numerics, residency) =
+            ranks::lead::<Profiled<D>>(joined, &model, &options.parallel, limits, n_slots, 1, on_news)?;
+        let (plan, device) = (runner.plan().clone(), Device::name(runner.backend().inner()));
         let device = format!("{} ranks, {device} each", plan.ranks.len());
         let bandwidth = Some(plan.bandwidth());
-        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth })
+        let (plan, host_expert_bytes) = (Some(plan), 0);
+        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth, residency, plan, host_expert_bytes })
     }
 }
 
@@ -162,6 +239,8 @@ struct Alone<'a, 'n> {
     options: &'a ModelOptions,
     source: &'a dyn WeightSource,
     to_hold: ToHold<'a>,
+    /// Files whose mappings are the weights.
+    mapped: &'a [PathBuf],
     on_news: OnNews<'n>,
 }
 
@@ -169,28 +248,36 @@ impl WithDevice for Alone<'_, '_> {
     type Output = Running;
 
     fn run<D: Device>(self) -> anyhow::Result<Running> {
-        let Alone { options, source, to_hold, on_news } = self;
+        let Alone { options, source, to_hold, mapped, on_news } = self;
         let backend = D::alone(&options.device, &to_hold, on_news)?;
         let (numerics, device, bandwidth) = (backend.numerics_name(), backend.name(), backend.known_bandwidth());
-        let runner = runner(backend, source, to_hold.shape, to_hold.resident, on_news)?;
+        let host_expert_bytes = backend.host_read_bytes();
+        let backend = backend.profiled();
+        let times = backend.operation_times();
+        let runner = runner(backend, source, &to_hold, on_news)?;
         if options.lock {
             lock_memory(on_news);
         }
-        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth })
+        let residency = Residency::watch(mapped, to_hold.resident);
+        let runner = Box::new(runner.with_times(times, residency.usage()));
+        Ok(Running { runner, numerics, device, bandwidth, residency, plan: None, host_expert_bytes })
     }
 }
 
-/// Loads a model of `resident` bytes onto a backend.
+/// Loads a model onto a backend.
 pub(crate) fn runner<B: Backend + 'static>(
     backend: B,
     source: &dyn WeightSource,
-    shape: Shape<'_>,
-    resident: u64,
+    to_hold: &ToHold<'_>,
     on_news: OnNews<'_>,
 ) -> anyhow::Result<ModelRunner<B>> {
-    let Shape { config, limits, n_slots } = shape;
+    let ToHold { shape: Shape { config, limits, n_slots }, weights, resident, mtp, sidecar } = *to_hold;
     let meter = Meter::new("loading", Unit::Bytes, resident, on_news);
-    let model = tandem_model::load_from(&backend, config, source, limits, &mut |bytes| meter.add(bytes as u64))?;
+    let model = mtp::with_source(sidecar, config, source, weights, |layer| {
+        let (share, layer) = (Share::whole(config), layer.filter(|_| mtp > 0));
+        let progress = &mut |bytes: usize| meter.add(bytes as u64);
+        tandem_model::load_drafting(&backend, config, source, share, limits, layer, progress)
+    })?;
     meter.finish();
     // A GPU says so itself.
     let cache = model.cache_bytes_per_token(&backend) as u64 * n_slots as u64;

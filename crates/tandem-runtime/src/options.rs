@@ -6,6 +6,7 @@ use anyhow::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use tandem_core::ModelConfig;
 use tandem_cpu::Isa;
+use tandem_engine::DraftDepth;
 
 /// Context when nobody asks for more: the cache of a model made for 200,000 tokens would take tens of gigabytes.
 const DEFAULT_CONTEXT: usize = 32768;
@@ -25,6 +26,11 @@ pub struct ModelOptions {
     pub device: DeviceOptions,
     /// How it is divided among ranks.
     pub parallel: ParallelOptions,
+    /// Tokens drafted for a sequence in one step. If `None`, as many as pay where the processor computes alone, and none
+    /// elsewhere.
+    pub draft_depth: Option<DraftDepth>,
+    /// Directory or Hugging Face id of the multi-token-prediction layer that drafts; the model's own if `None`.
+    pub mtp: Option<String>,
 }
 
 impl Default for ModelOptions {
@@ -36,6 +42,8 @@ impl Default for ModelOptions {
             lock: false,
             device: DeviceOptions::default(),
             parallel: ParallelOptions::default(),
+            draft_depth: None,
+            mtp: None,
         }
     }
 }
@@ -94,6 +102,8 @@ pub struct DeviceOptions {
     pub threads: Option<usize>,
     /// Kernels of the processor; the best that it has if `None`.
     pub isa: Option<Isa>,
+    /// Load weights that cannot all stay in memory, and read the rest from the disk for every token.
+    pub allow_paging: bool,
     /// Layers whose experts stay in the host's memory; as few as let the model fit the GPU if `None`.
     pub n_cpu_moe: Option<usize>,
 }
@@ -173,6 +183,9 @@ pub struct ParallelOptions {
     pub deadline: Option<f64>,
     /// Send sums of tensor-parallel ranks as bf16: half the traffic, less exact.
     pub wire_bf16: bool,
+    /// Encrypt what ranks send to each other over TCP.
+    #[serde(default)]
+    pub encrypt: bool,
 }
 
 impl ParallelOptions {
@@ -201,6 +214,21 @@ impl ParallelOptions {
         Ok(Duration::from_secs_f64(seconds))
     }
 
+    /// Checks that what ranks send can be encrypted, if it is to be.
+    ///
+    /// # Errors
+    /// It does not go over TCP.
+    pub fn check_encryption(&self) -> anyhow::Result<()> {
+        let name = self.transport.name();
+        match self.transport {
+            TransportKind::Mpi | TransportKind::Nccl if self.encrypt => anyhow::bail!(
+                "--encrypt reaches what goes over TCP, and --transport {name} sends by other ways; use --transport tcp, or leave \
+                 --encrypt out"
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// The same as flags of a command.
     pub fn flags(&self, n_ranks: usize) -> Vec<String> {
         let transport = self.transport.name().to_string();
@@ -210,6 +238,7 @@ impl ParallelOptions {
         }
         flags.extend(self.deadline.into_iter().flat_map(|s| ["--deadline".to_string(), s.to_string()]));
         flags.extend(self.wire_bf16.then(|| "--wire-bf16".to_string()));
+        flags.extend(self.encrypt.then(|| "--encrypt".to_string()));
         flags
     }
 }

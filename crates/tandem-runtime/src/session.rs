@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_engine::{Event, FinishReason, Request};
+use tandem_engine::{DraftCounts, Event, FinishReason, Request};
 use tandem_text::{AnswerStream, Delta, FinishedBy, template_call};
 
 use crate::conversation::{Conversation, openai_call};
@@ -51,6 +51,8 @@ pub struct Answer {
     pub prompt_tokens: usize,
     /// Prompt tokens that an earlier turn had left in the cache.
     pub cached_tokens: usize,
+    /// Tokens that were drafted for it.
+    pub drafts: DraftCounts,
     reasoning_tokens: usize,
     reasoning_time: Duration,
     prefill: Duration,
@@ -143,11 +145,11 @@ impl Session {
         on: &mut dyn FnMut(Step<'_>),
     ) -> anyhow::Result<Answer> {
         let start = Instant::now();
-        let engine = &mut self.loaded.engine;
+        let Loaded { engine, recorder, .. } = &mut self.loaded;
         let mut answer = Answer { prompt_tokens: request.prompt.len(), ..Answer::default() };
         let (mut first_token, mut end_of_reasoning) = (None, None);
         let mut arguments = String::new();
-        let before = engine.counters().prompt_tokens;
+        let before = engine.counters();
         let id = engine.submit(request)?;
         let mut outputs = vec![];
         // None: the caller ended it, by a stop string or Ctrl-C.
@@ -161,7 +163,11 @@ impl Session {
                 match output.event {
                     Event::Started { cached_tokens } => answer.cached_tokens = cached_tokens,
                     Event::Token { id: token, .. } => {
-                        first_token.get_or_insert_with(Instant::now);
+                        if first_token.is_none() {
+                            // From here on the ranks' times are those of decoding.
+                            recorder.mark(&engine.ranks()?);
+                            first_token = Some(Instant::now());
+                        }
                         answer.tokens.push(token);
                         let was_reasoning = stream.in_reasoning();
                         let piece = stream.push(token)?;
@@ -182,11 +188,18 @@ impl Session {
                 }
             }
             if first_token.is_none() {
-                let done = answer.cached_tokens + (engine.counters().prompt_tokens - before) as usize;
+                let done = answer.cached_tokens + (engine.counters().prompt_tokens - before.prompt_tokens) as usize;
                 on(Step::Prompt { done, total: answer.prompt_tokens });
             }
         };
         engine.cancel(id);
+        answer.drafts = engine.counters().drafts() - before.drafts();
+        let decode_time = first_token.map(|first: Instant| first.elapsed());
+        // The answer is there whether or not its timings can be kept.
+        let kept = engine.ranks().map_err(anyhow::Error::from);
+        if let Err(error) = kept.and_then(|ranks| recorder.record(&ranks, engine.warning()).keep()) {
+            tracing::debug!("{error:#}");
+        }
         let is_cut = answer.is_interrupted() || reason == Some(FinishReason::Length);
         let (rest, by) = stream.finish(is_cut)?;
         for delta in &rest {
@@ -201,7 +214,7 @@ impl Session {
             };
         }
         let decode_start = first_token.unwrap_or_else(Instant::now);
-        (answer.prefill, answer.decode) = (decode_start - start, decode_start.elapsed());
+        (answer.prefill, answer.decode) = (decode_start - start, decode_time.unwrap_or_default());
         if answer.reasoning_tokens > 0 {
             answer.reasoning_time = end_of_reasoning.unwrap_or_else(Instant::now) - decode_start;
         }
@@ -217,6 +230,10 @@ impl Session {
             0 => String::new(),
             n => format!(" ({n} of them thinking, {:.1} s)", a.reasoning_time.as_secs_f64()),
         };
+        let drafts = match a.drafts.tokens {
+            0 => String::new(),
+            n => format!(" | {} of {n} drafted tokens kept", a.drafts.accepted_tokens()),
+        };
         let end = match a.finish_reason {
             "length" if a.prompt_tokens + a.tokens.len() >= self.context() => {
                 " | the context is full: /clear or /drop makes room, --context more".to_owned()
@@ -225,8 +242,9 @@ impl Session {
             "stop" => String::new(),
             reason => format!(" | {}", reason.replace('_', " ")),
         };
+        let warning = self.warning().map_or(String::new(), |warning| format!(" | {warning}"));
         format!(
-            "[prompt {} tokens{cached}, {:.1} tok/s | generated {} tokens{thought}, {:.1} tok/s | peak memory {} | {:.2} GB/s moved | numerics {}{end}]",
+            "[prompt {} tokens{cached}, {:.1} tok/s | generated {} tokens{thought}, {:.1} tok/s | peak memory {} | {:.2} GB/s moved | numerics {}{drafts}{end}{warning}]",
             a.prompt_tokens,
             rate(a.prompt_tokens - a.cached_tokens, a.prefill),
             a.tokens.len(),
@@ -235,6 +253,11 @@ impl Session {
             gigabytes_per_second(a),
             self.loaded.numerics,
         )
+    }
+
+    /// What a user should know now: weights have left memory.
+    pub fn warning(&self) -> Option<String> {
+        self.loaded.engine.warning().or_else(|| self.loaded.recorder.residency().warning())
     }
 
     /// Facts about the model and the conversation, a line each.
@@ -269,6 +292,9 @@ impl Session {
             "cached_tokens": a.cached_tokens,
             "generated_tokens": a.tokens.len(),
             "reasoning_tokens": a.reasoning_tokens,
+            "drafted_tokens": a.drafts.tokens,
+            "accepted_drafted_tokens": a.drafts.accepted_tokens(),
+            "accepted_by_draft_position": a.drafts.accepted,
             "load_ms": self.loaded.load_time.as_secs_f64() * 1e3,
             "prefill_ms": a.prefill.as_secs_f64() * 1e3,
             "prefill_tokens_per_second": rate(a.prompt_tokens - a.cached_tokens, a.prefill),

@@ -143,9 +143,10 @@ impl<T: Fields> FromRequest<Arc<App>> for Body<T> {
     }
 }
 
-/// Arguments of calls in messages keep every digit; elsewhere a number has its 64 bits.
+/// Arguments of calls in messages and items keep every digit; elsewhere a number has its 64 bits.
 fn is_argument(keys: &[&[u8]]) -> bool {
-    keys.first() == Some(&b"messages".as_slice()) && keys.iter().any(|key| matches!(*key, b"input" | b"arguments"))
+    let Some((first, rest)) = keys.split_first() else { return false };
+    matches!(*first, b"messages" | b"input") && rest.iter().any(|key| matches!(*key, b"input" | b"arguments"))
 }
 
 async fn read(

@@ -17,8 +17,8 @@ use crate::api::*;
 use crate::app::App;
 use crate::body::Body;
 use crate::conversation::{
-    Choice, Conversation, Notes, Tool, ToolKind, content_text, count, read_effort, read_format, read_thinking,
-    split_reasoning,
+    Choice, Conversation, Notes, Tool, ToolKind, content_text, count, custom_call, function_call, read_effort,
+    read_format, read_thinking, split_reasoning,
 };
 use crate::error::{ApiError, ErrorResponse};
 use crate::generation::{Answer, Ask, Chunk, Finish, Generation, new_id, now, total};
@@ -26,7 +26,6 @@ use crate::grammar::Form;
 use crate::read::{kind, list, missing, object, optional, optional_text, required_text};
 use tandem_text::Reasoning;
 use tandem_text::dialect::Delta;
-use tandem_text::template_call;
 
 /// Events that may wait for a slow reader before its stream pauses.
 const BUFFER: usize = 64;
@@ -501,16 +500,6 @@ pub(crate) fn read_message(message: &Value, path: &str, notes: &mut Notes) -> Re
 
 /// Calls of an earlier answer.
 fn read_calls(message: &Map<String, Value>, path: &str) -> Result<Vec<Value>, ApiError> {
-    let function = |map: &Map<String, Value>, id: &str, path: &str| {
-        let name = required_text(map, "name", path)?;
-        // Some clients send the arguments as an object.
-        let arguments = match map.get("arguments") {
-            None | Some(Value::Null) => String::new(),
-            Some(Value::String(arguments)) => arguments.clone(),
-            Some(other) => other.to_string(),
-        };
-        Ok(template_call(id, name, &arguments))
-    };
     let mut calls = vec![];
     if let Some(listed) = optional(message, "tool_calls") {
         let path = format!("{path}.tool_calls");
@@ -522,16 +511,12 @@ fn read_calls(message: &Map<String, Value>, path: &str) -> Result<Vec<Value>, Ap
                 "custom" => {
                     let path = format!("{path}.custom");
                     let custom = object(map.get("custom").ok_or_else(|| missing(&path))?, &path)?;
-                    let input = json!({"input": optional_text(custom, "input", &path)?.unwrap_or_default()});
-                    calls.push(template_call(id, required_text(custom, "name", &path)?, &input.to_string()));
+                    calls.push(custom_call(custom, id, &path)?);
                 }
                 "function" => {
                     let path = format!("{path}.function");
-                    calls.push(function(
-                        object(map.get("function").ok_or_else(|| missing(&path))?, &path)?,
-                        id,
-                        &path,
-                    )?);
+                    let function = object(map.get("function").ok_or_else(|| missing(&path))?, &path)?;
+                    calls.push(function_call(function, id, &path)?);
                 }
                 other => {
                     let message = format!("type is {other:?}, expected \"function\" or \"custom\"");
@@ -541,7 +526,7 @@ fn read_calls(message: &Map<String, Value>, path: &str) -> Result<Vec<Value>, Ap
         }
     } else if let Some(call) = optional(message, "function_call") {
         let path = format!("{path}.function_call");
-        calls.push(function(object(call, &path)?, "", &path)?);
+        calls.push(function_call(object(call, &path)?, "", &path)?);
     }
     Ok(calls)
 }

@@ -3,8 +3,10 @@
 //! Owns the messages as chat templates read them, the tools, and the choice among them. What a model of text cannot take
 //! (images, sound, tools that only a vendor runs) is left out with a note, so that a client's turn goes on.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value, json};
-use tandem_text::{Effort, Function, Reasoning, ReasoningControls};
+use tandem_text::{Effort, Function, Reasoning, ReasoningControls, template_call};
 
 use crate::app::App;
 use crate::error::ApiError;
@@ -46,6 +48,18 @@ pub(crate) enum ToolKind {
     Custom,
 }
 
+/// Whether the prompt shows a tool, so that the model may call it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Shown {
+    /// Among the tools at the prompt's front.
+    #[default]
+    First,
+    /// In the result that refers to it, so that what stands before it is still found in the cache.
+    InResult,
+    /// Not yet.
+    No,
+}
+
 /// A tool that the client runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Tool {
@@ -58,11 +72,12 @@ pub(crate) struct Tool {
     pub(crate) kind: ToolKind,
     pub(crate) description: Option<String>,
     pub(crate) parameters: Map<String, Value>,
+    pub(crate) shown: Shown,
 }
 
 impl Tool {
     /// As chat templates expect it.
-    fn declaration(&self) -> Value {
+    pub(crate) fn declaration(&self) -> Value {
         let mut function = json!({"name": self.name});
         if let Some(description) = &self.description {
             function["description"] = json!(description);
@@ -87,6 +102,7 @@ impl Tool {
             kind: ToolKind::Function,
             description: optional_text(map, "description", path)?.map(str::to_owned),
             parameters,
+            shown: Shown::First,
         })
     }
 
@@ -113,6 +129,7 @@ impl Tool {
             kind: ToolKind::Custom,
             description: (!description.is_empty()).then_some(description),
             parameters: parameters.as_object().cloned().unwrap_or_default(),
+            shown: Shown::First,
         })
     }
 }
@@ -274,17 +291,18 @@ impl Conversation {
                 format!("there are {} tools, expected at most {MAX_TOOLS}", tools.len()),
             ));
         }
+        let mut names: HashSet<String> = self.tools.iter().map(|tool| tool.name.clone()).collect();
         for (i, mut tool) in tools.into_iter().enumerate() {
             if tool.name.is_empty() {
                 return Err(ApiError::invalid(&format!("tools[{i}].name"), "a tool has an empty name"));
             }
             if let Some(namespace) = &tool.namespace
-                && self.tools.iter().any(|other| other.name == tool.name)
+                && names.contains(&tool.name)
             {
                 tool.name = format!("{namespace}__{}", tool.name);
             }
             // The same tool twice is one; of two that differ the first counts.
-            if self.tools.iter().any(|other| other.name == tool.name) {
+            if !names.insert(tool.name.clone()) {
                 self.notes.add(format!("the tool {:?} is declared twice: the first counts", tool.name));
                 continue;
             }
@@ -296,11 +314,11 @@ impl Conversation {
     /// The tools that may be called, and whether one must be.
     fn callable(&self) -> Result<(Vec<&Tool>, bool), ApiError> {
         let invalid = |message: String| Err(ApiError::invalid("tool_choice", message));
-        let all = || self.tools.iter();
+        let all = || self.tools.iter().filter(|tool| tool.shown != Shown::No);
         match &self.choice {
             Choice::Auto => Ok((all().collect(), false)),
             Choice::None => Ok((vec![], false)),
-            Choice::Required if self.tools.is_empty() => invalid(
+            Choice::Required if all().next().is_none() => invalid(
                 "tool_choice is \"required\", but there are no tools that this server could let be called".into(),
             ),
             Choice::Required => Ok((all().collect(), true)),
@@ -312,9 +330,12 @@ impl Conversation {
                 }
             }
             Choice::Allowed { names, is_required } => {
-                if let Some(name) = names.iter().find(|name| !all().any(|tool| tool.client_name == **name)) {
+                // A body may repeat names by the million, each for thousands of tools.
+                let known: HashSet<&String> = all().map(|tool| &tool.client_name).collect();
+                if let Some(name) = names.iter().find(|name| !known.contains(name)) {
                     return invalid(format!("tool_choice allows {name:?}, which is not among the tools"));
                 }
+                let names: HashSet<&String> = names.iter().collect();
                 let allowed: Vec<&Tool> = all().filter(|tool| names.contains(&tool.client_name)).collect();
                 if *is_required && allowed.is_empty() {
                     return invalid("tool_choice requires one of no tools".into());
@@ -342,10 +363,11 @@ impl Conversation {
             .map(|tool| Function { name: tool.name.clone(), parameters: Value::Object(tool.parameters.clone()) })
             .collect();
         // All are shown, so that the prompt stays the same while the choice changes.
-        let shown: Option<Vec<Value>> =
-            (!functions.is_empty()).then(|| self.tools.iter().map(Tool::declaration).collect());
+        let first = self.tools.iter().filter(|tool| tool.shown == Shown::First);
+        let first: Option<Vec<Value>> = (!functions.is_empty()).then(|| first.map(Tool::declaration).collect());
+        let first = first.filter(|tools| !tools.is_empty());
         let (prompt, in_reasoning) =
-            app.prompt(self.param, &self.messages, shown.as_deref(), &variables, self.continues)?;
+            app.prompt(self.param, &self.messages, first.as_deref(), &variables, self.continues)?;
         let form = match (is_required, &self.form) {
             (true, _) => Some(Form::Calls { functions: functions.clone(), parallel: !self.one_call, or_text: None }),
             (false, Some(Form::JsonSchema(schema))) if !functions.is_empty() => Some(Form::Calls {
@@ -380,6 +402,25 @@ pub(crate) fn content_text(value: &Value, path: &str, notes: &mut Notes) -> Resu
         }
         other => Err(expected(path, other, "a text or a list of parts")),
     }
+}
+
+/// A function's call of an earlier answer, with its name and `arguments` in `map`.
+pub(crate) fn function_call(map: &Map<String, Value>, id: &str, path: &str) -> Result<Value, ApiError> {
+    let name = required_text(map, "name", path)?;
+    // Some clients send the arguments as an object.
+    let arguments = match map.get("arguments") {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(arguments)) => arguments.clone(),
+        Some(other) => other.to_string(),
+    };
+    Ok(template_call(id, name, &arguments))
+}
+
+/// A custom tool's call of an earlier answer, with its name and `input` in `map`; see [`Tool::custom`].
+pub(crate) fn custom_call(map: &Map<String, Value>, id: &str, path: &str) -> Result<Value, ApiError> {
+    let name = required_text(map, "name", path)?;
+    let input = json!({"input": optional_text(map, "input", path)?.unwrap_or_default()});
+    Ok(template_call(id, name, &input.to_string()))
 }
 
 /// What stands in the place of something that is no text.

@@ -1,6 +1,6 @@
 //! What becomes of every field that a client may send: honoured, ignored on purpose, or refused.
 //!
-//! The tables are the only place that says so. Requests are checked against them, docs/serving.md is written from them, and a
+//! The tables are the only place that says so. Requests are checked against them, docs/serving-fields.md is written from them, and a
 //! test sends each field's sample.
 
 use serde_json::{Map, Value};
@@ -222,6 +222,23 @@ fields! { MESSAGES_ONLY:
     "speed" "\"fast\"" VENDOR;
 }
 
+fields! { TOOL_FIELDS:
+    "type" "\"custom\"" Honoured;
+    "name" "\"f\"" Honoured;
+    "description" "\"d\"" Honoured;
+    "input_schema" "{\"type\": \"object\"}" Honoured;
+    "defer_loading" "false" Honoured;
+    "cache_control" "{\"type\": \"ephemeral\"}" CACHE;
+    "strict" "true" Ignored("calls are held to their schema where tool_choice asks for one");
+    "input_examples" "[{}]" Ignored("chat templates have no place for them");
+    "allowed_callers" "[\"direct\"]" Ignored("only the model calls tools");
+    "eager_input_streaming" "true" ALWAYS;
+}
+
+/// A tool of /v1/messages.
+#[cfg_attr(not(test), allow(dead_code))]
+pub(crate) static TOOL: &[Field] = TOOL_FIELDS;
+
 pub(crate) static CHAT: Table = Table {
     path: "/v1/chat/completions",
     least: "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}], \"max_tokens\": 3}",
@@ -288,7 +305,7 @@ impl Table {
                 Some(_) => {}
                 None => {
                     let shown: String = name.chars().filter(|c| c.is_ascii_graphic()).take(40).collect();
-                    if let Some(meant) = misspelt(name) {
+                    if let Some(meant) = misspelt(name, &NAMES) {
                         notes.add(format!("the field {shown:?} is not known and was ignored: did you mean {meant:?}?"));
                     } else {
                         tracing::debug!("the field {shown:?} of {} is not known and was ignored", self.path);
@@ -312,8 +329,8 @@ fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// The sampling field that a name is a slip of: other case or separators, or up to two letters.
-fn misspelt(name: &str) -> Option<&'static str> {
+/// The field among `names` that a name is a slip of: other case or separators, or up to two letters.
+pub(crate) fn misspelt(name: &str, names: &[&'static str]) -> Option<&'static str> {
     if name.len() > 40 {
         return None;
     }
@@ -325,7 +342,7 @@ fn misspelt(name: &str) -> Option<&'static str> {
         let distance = strsim::osa_distance(&name, &known);
         (distance == 0 || (known.len() > 3 && distance <= most)).then_some(distance)
     };
-    NAMES.iter().filter_map(|known| Some((distance(known)?, *known))).min().map(|(_, known)| known)
+    names.iter().filter_map(|known| Some((distance(known)?, *known))).min().map(|(_, known)| known)
 }
 
 /// The page of the docs that the tables make.
@@ -338,17 +355,21 @@ fn page() -> String {
          that looks like a misspelt sampling field is named in the header `x-tandem-warning` and in the log. A refused field may\n\
          say nothing (null, false, 0, empty).\n",
     );
-    for table in [&CHAT, &COMPLETIONS, &RESPONSES, &MESSAGES] {
-        page.push_str(&format!("\n## {}\n\n", table.path));
-        let of = |wanted: fn(&Use) -> bool| {
-            let mut fields: Vec<&Field> =
-                table.fields.iter().flat_map(|fields| fields.iter()).filter(|field| wanted(&field.r#use)).collect();
-            fields.sort_by_key(|field| field.name);
-            fields
-        };
-        let names: Vec<String> = of(|u| *u == Honoured).iter().map(|field| format!("`{}`", field.name)).collect();
-        page.push_str(&format!("Honoured: {}.\n\n| field | | why |\n|---|---|---|\n", names.join(", ")));
-        for field in of(|u| *u != Honoured) {
+    let tables = [&CHAT, &COMPLETIONS, &RESPONSES, &MESSAGES];
+    let mut sections: Vec<(String, Vec<&Field>)> = vec![];
+    for table in tables {
+        sections.push((table.path.to_owned(), table.fields.iter().flat_map(|fields| fields.iter()).collect()));
+    }
+    sections.push(("Tools of /v1/messages".to_owned(), TOOL.iter().collect()));
+    for (title, mut fields) in sections {
+        fields.sort_by_key(|field| field.name);
+        let honoured = fields.iter().filter(|field| field.r#use == Honoured);
+        let names: Vec<String> = honoured.map(|field| format!("`{}`", field.name)).collect();
+        page.push_str(&format!(
+            "\n## {title}\n\nHonoured: {}.\n\n| field | | why |\n|---|---|---|\n",
+            names.join(", ")
+        ));
+        for field in fields {
             let (what, why) = match field.r#use {
                 Use::Ignored(why) => ("ignored", why),
                 Use::Refused(why) => ("refused", why),
@@ -357,6 +378,12 @@ fn page() -> String {
             page.push_str(&format!("| `{}` | {what} | {why} |\n", field.name));
         }
     }
+    page.push_str(
+        "\nA tool with `defer_loading` is not in the prompt until a `tool_reference` in a message or in the result of a tool\n\
+         names it. Its definition then stands in that place, so that what was cached before stays of use, and the model may call\n\
+         it from there on. Searches that the vendor runs (tools of type `tool_search_tool_..`) are not run here: beside one, all\n\
+         tools are in the prompt from the beginning.\n",
+    );
     page
 }
 
@@ -380,7 +407,7 @@ mod tests {
             ("messages2", None),
             ("x", None),
         ] {
-            assert_eq!(misspelt(name), meant, "{name}");
+            assert_eq!(misspelt(name, &NAMES), meant, "{name}");
         }
     }
 

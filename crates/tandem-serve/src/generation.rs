@@ -186,8 +186,8 @@ impl App {
         sampling.validate().map_err(|error| ApiError::invalid(error.name, error.to_string()))?;
         let reasoning = ask.chat.as_ref().filter(|chat| chat.in_reasoning).map(|_| END_THINK);
         let mut eos = if ask.ignore_eos { vec![] } else { self.defaults.eos_token_ids.clone() };
-        eos.extend(&ask.stop_token_ids);
-        eos.extend(stop_tokens(&ask.stop, &self.tokenizer));
+        let named = [stop_tokens(&ask.stop, &self.tokenizer), ask.stop_token_ids.clone()].concat();
+        eos.extend(&named);
         // Schemas and grammars take milliseconds.
         let compile = |form| work(LARGE, || self.grammars.compile(form, reasoning));
         let compiled = ask.form.as_ref().map(compile).transpose().map_err(|error| match error {
@@ -233,7 +233,7 @@ impl App {
             index,
             replies,
             one_call: ask.chat.as_ref().is_some_and(|chat| chat.one_call),
-            has_stop_tokens: !ask.stop_token_ids.is_empty() || !stop_tokens(&ask.stop, &self.tokenizer).is_empty(),
+            has_stop_tokens: !named.is_empty(),
             stream: match ask.chat.clone() {
                 Some(Chat { functions, in_reasoning, .. }) => {
                     AnswerStream::chat(&self.tokenizer, self.dialect, functions, in_reasoning, ask.stop.clone())

@@ -43,7 +43,7 @@ use subtle::ConstantTimeEq;
 pub use app::{App, Model, Options, ServeError};
 pub use connections::{Limits, serve};
 pub use loading::Loading;
-pub use worker::{BoxError, StepBytes, Worker};
+pub use worker::{BoxError, StepBytes, TimingsSource, Worker};
 
 use crate::error::ApiError;
 
@@ -71,6 +71,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/detokenize", post(pages::detokenize))
         .route("/metrics", get(pages::metrics))
         .route("/info", get(pages::info))
+        .route("/timings", get(pages::timings))
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .route_layer(from_fn_with_state(Arc::clone(&app), check_key));
     let mut router = protected

@@ -1,5 +1,6 @@
 //! Anthropic's interface: /v1/messages and /v1/messages/count_tokens.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,8 @@ use crate::app::App;
 use crate::body::{Body, Fields};
 use crate::chat::{Events, Gone, send, stream};
 use crate::conversation::{
-    Choice, Conversation, Notes, Tool, content_text, read_effort, read_format, read_thinking, split_reasoning,
+    Choice, Conversation, Notes, Shown, Tool, content_text, part_text, read_effort, read_format, read_thinking,
+    split_reasoning,
 };
 use crate::error::ApiError;
 use crate::fields::{self, Table};
@@ -32,6 +34,8 @@ objects!(MessagesRequest, CountRequest);
 
 /// While nothing is to be said a ping comes this often.
 const PING: Duration = Duration::from_secs(10);
+/// Kinds of tools with which the vendor finds others.
+const SEARCH: &str = "tool_search_tool";
 /// What Claude Code writes before its system text for its own vendor's accounts; it differs each time.
 const BILLING: &str = "x-anthropic-billing-header";
 
@@ -322,8 +326,9 @@ impl CountRequest {
             let system = system_text(system, "system", &mut conversation.notes)?;
             conversation.messages.extend((!system.is_empty()).then(|| json!({"role": "system", "content": system})));
         }
+        let places = self.read_tools(&mut conversation)?;
         for (i, message) in self.messages.iter().enumerate() {
-            add_message(message, &format!("messages[{i}]"), &mut conversation)?;
+            add_message(message, &format!("messages[{i}]"), &mut conversation, &places)?;
         }
         // The answer goes on where the assistant's last message ends.
         if let Some(last) = conversation.messages.last()
@@ -336,11 +341,6 @@ impl CountRequest {
                 conversation.continues = true;
             }
         }
-        let mut tools = vec![];
-        for (i, tool) in self.tools.iter().flatten().enumerate() {
-            tools.extend(read_tool(tool, &format!("tools[{i}]"), &mut conversation.notes)?);
-        }
-        conversation.set_tools(tools)?;
         if let Some(choice) = &self.tool_choice {
             let map = object(choice, "tool_choice")?;
             conversation.one_call = map.get("disable_parallel_tool_use") == Some(&Value::Bool(true));
@@ -348,7 +348,15 @@ impl CountRequest {
                 "auto" => Choice::Auto,
                 "any" => Choice::Required,
                 "none" => Choice::None,
-                "tool" => Choice::Named(required_text(map, "name", "tool_choice")?.to_owned()),
+                "tool" => {
+                    let name = required_text(map, "name", "tool_choice")?;
+                    if let Some(tool) = places.get(name).map(|place| &mut conversation.tools[*place])
+                        && tool.shown == Shown::No
+                    {
+                        tool.shown = Shown::First;
+                    }
+                    Choice::Named(name.to_owned())
+                }
                 other => {
                     let message = format!("type is {other:?}, expected \"auto\", \"any\", \"tool\" or \"none\"");
                     return Err(ApiError::invalid("tool_choice.type", message));
@@ -369,6 +377,61 @@ impl CountRequest {
     }
 }
 
+impl CountRequest {
+    /// Takes the tools; the place of each by its name.
+    fn read_tools(&self, conversation: &mut Conversation) -> Result<HashMap<String, usize>, ApiError> {
+        let (mut tools, mut n_deferred, mut is_searched_here) = (vec![], 0, false);
+        let listed = self.tools.as_deref().unwrap_or_default();
+        for (i, tool) in listed.iter().enumerate() {
+            let path = format!("tools[{i}]");
+            let map = object(tool, &path)?;
+            is_searched_here |= kind(map, "custom", &path)?.starts_with(SEARCH);
+            let is_deferred = match optional(map, "defer_loading") {
+                None => false,
+                Some(Value::Bool(is_deferred)) => *is_deferred,
+                Some(other) => return Err(expected(&format!("{path}.defer_loading"), other, "true or false")),
+            };
+            n_deferred += usize::from(is_deferred);
+            let shown = if is_deferred { Shown::No } else { Shown::First };
+            tools.extend(read_tool(tool, &path, &mut conversation.notes)?.map(|tool| Tool { shown, ..tool }));
+        }
+        if n_deferred > 0 && n_deferred == listed.len() {
+            let message = "all tools have defer_loading set; at least one must be there from the beginning, for example one \
+                           that searches the others";
+            return Err(ApiError::invalid("tools", message));
+        }
+        if is_searched_here && n_deferred > 0 {
+            let note =
+                "this server does not search tools: those with defer_loading are in the prompt from the beginning";
+            conversation.notes.add(note);
+            tools.iter_mut().for_each(|tool| tool.shown = Shown::First);
+        }
+        conversation.set_tools(tools)?;
+        Ok(conversation.tools.iter().enumerate().map(|(i, tool)| (tool.client_name.clone(), i)).collect())
+    }
+}
+
+/// The text that stands for a reference to a tool: its definition, where it is named first.
+fn referred(
+    map: &Map<String, Value>,
+    path: &str,
+    conversation: &mut Conversation,
+    places: &HashMap<String, usize>,
+) -> Result<String, ApiError> {
+    let name = required_text(map, "tool_name", path)?;
+    Ok(match places.get(name).map(|place| &mut conversation.tools[*place]) {
+        Some(tool) if tool.shown == Shown::No => {
+            tool.shown = Shown::InResult;
+            format!("The tool {name} can be called from now on: {}", tool.declaration()["function"])
+        }
+        Some(_) => format!("The tool {name} is available."),
+        None => {
+            conversation.notes.add(format!("a reference to the tool {name:?}, which is not among the tools"));
+            format!("The tool {name} is not available.")
+        }
+    })
+}
+
 /// The system text, without what changes from request to request and means nothing to a model; a date at its front goes to
 /// its end, so that what follows it is found in the cache.
 fn system_text(system: &Value, path: &str, notes: &mut Notes) -> Result<String, ApiError> {
@@ -385,7 +448,12 @@ fn system_text(system: &Value, path: &str, notes: &mut Notes) -> Result<String, 
         }
         other => vec![content_text(other, path, notes)?],
     };
-    let text = blocks.join("\n");
+    // It has a block of its own, mostly the first.
+    let blocks = blocks.iter().filter_map(|block| {
+        let rest = without_billing(block);
+        (rest.len() == block.len() || !rest.is_empty()).then_some(rest)
+    });
+    let text = blocks.collect::<Vec<_>>().join("\n");
     let mut lines = text.split_inclusive('\n').peekable();
     let mut dates = vec![];
     let mut n_front = 0;
@@ -404,6 +472,15 @@ fn system_text(system: &Value, path: &str, notes: &mut Notes) -> Result<String, 
         (true, false) => dates.join("\n"),
         (false, false) => format!("{rest}\n{}", dates.join("\n")),
     })
+}
+
+/// A block of the system text without its first lines, if they are for the vendor's accounts.
+fn without_billing(block: &str) -> &str {
+    let mut rest = block;
+    while rest.trim_start().starts_with(BILLING) {
+        rest = rest.trim_start().split_once('\n').map_or("", |(_, rest)| rest);
+    }
+    rest
 }
 
 /// A line such as `Today's date: 2026-11-26`.
@@ -451,7 +528,12 @@ fn read_tool(tool: &Value, path: &str, notes: &mut Notes) -> Result<Option<Tool>
 }
 
 /// A message as chat templates expect it; results of tools become messages of their own, before the user's text.
-fn add_message(message: &Value, path: &str, conversation: &mut Conversation) -> Result<(), ApiError> {
+fn add_message(
+    message: &Value,
+    path: &str,
+    conversation: &mut Conversation,
+    places: &HashMap<String, usize>,
+) -> Result<(), ApiError> {
     let map = object(message, path)?;
     let role = match required_text(map, "role", path)? {
         role @ ("user" | "assistant" | "system") => role,
@@ -462,7 +544,6 @@ fn add_message(message: &Value, path: &str, conversation: &mut Conversation) -> 
     };
     let path = format!("{path}.content");
     let content = map.get("content").ok_or_else(|| missing(&path))?;
-    let Conversation { messages, notes, .. } = conversation;
     let blocks = match content {
         Value::Array(blocks) => blocks.as_slice(),
         Value::String(_) => &[],
@@ -489,17 +570,15 @@ fn add_message(message: &Value, path: &str, conversation: &mut Conversation) -> 
             "tool_result" => {
                 let id = required_text(map, "tool_use_id", &path)?;
                 let inner = map.get("content").unwrap_or(&Value::Null);
-                let mut text = content_text(inner, &format!("{path}.content"), notes)?;
+                let mut text = result_text(inner, &format!("{path}.content"), conversation, places)?;
                 if map.get("is_error") == Some(&Value::Bool(true)) {
                     text = format!("Error: {text}");
                 }
-                messages.push(json!({"role": "tool", "content": text, "tool_call_id": id}));
+                conversation.messages.push(json!({"role": "tool", "content": text, "tool_call_id": id}));
                 has_results = true;
             }
-            _ => {
-                let part = crate::conversation::part_text(block, &path, notes)?;
-                texts.extend(part);
-            }
+            "tool_reference" => texts.push(referred(map, &path, conversation, places)?),
+            _ => texts.extend(part_text(block, &path, &mut conversation.notes)?),
         }
     }
     let text = texts.join("\n");
@@ -513,11 +592,30 @@ fn add_message(message: &Value, path: &str, conversation: &mut Conversation) -> 
         if !calls.is_empty() {
             value["tool_calls"] = json!(calls);
         }
-        messages.push(value);
+        conversation.messages.push(value);
     } else if !has_results || !text.is_empty() {
-        messages.push(json!({"role": role, "content": text}));
+        conversation.messages.push(json!({"role": role, "content": text}));
     }
     Ok(())
+}
+
+/// The text of a tool's result, with the definitions of the tools that it refers to.
+fn result_text(
+    content: &Value,
+    path: &str,
+    conversation: &mut Conversation,
+    places: &HashMap<String, usize>,
+) -> Result<String, ApiError> {
+    let Value::Array(parts) = content else { return content_text(content, path, &mut conversation.notes) };
+    let mut texts = vec![];
+    for (i, part) in parts.iter().enumerate() {
+        let path = format!("{path}[{i}]");
+        match part.as_object().filter(|map| map.get("type").is_some_and(|kind| kind == "tool_reference")) {
+            Some(map) => texts.push(referred(map, &path, conversation, places)?),
+            None => texts.extend(part_text(part, &path, &mut conversation.notes)?),
+        }
+    }
+    Ok(texts.join("\n"))
 }
 
 /// The block being written.

@@ -25,6 +25,16 @@ struct Rank {
     rank: u32,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Source {
+    source: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Position {
+    position: u32,
+}
+
 /// Counters, gauges and histograms of one server.
 pub(crate) struct Metrics {
     registry: Registry,
@@ -51,6 +61,11 @@ pub(crate) struct Metrics {
     disk_tokens: Counter,
     generated_tokens: Counter,
     preemptions: Counter,
+    /// By source: drafts, tokens in them, and tokens that were right.
+    drafts: [Family<Source, Counter>; 3],
+    /// The same of all sources, and the last by place in the draft.
+    all_drafts: [Counter; 3],
+    accepted_by_position: Family<Position, Counter>,
     restarts: Counter,
     tokens_per_second: FloatGauge,
     bytes_per_second: FloatGauge,
@@ -61,6 +76,8 @@ pub(crate) struct Metrics {
     rank_cache_used: Family<Rank, Gauge>,
     rank_rows: Family<Rank, Counter>,
     rank_busy: Family<Rank, FloatCounter>,
+    rank_resident: Family<Rank, FloatGauge>,
+    rank_faults: Family<Rank, Counter>,
     /// Bytes per second that the memory was measured to deliver.
     pub(crate) bandwidth: f64,
 }
@@ -86,6 +103,9 @@ impl Metrics {
             disk_tokens: Counter::default(),
             generated_tokens: Counter::default(),
             preemptions: Counter::default(),
+            drafts: Default::default(),
+            all_drafts: Default::default(),
+            accepted_by_position: Family::default(),
             restarts: Counter::default(),
             tokens_per_second: Gauge::default(),
             bytes_per_second: Gauge::default(),
@@ -96,6 +116,8 @@ impl Metrics {
             rank_cache_used: Family::default(),
             rank_rows: Family::default(),
             rank_busy: Family::default(),
+            rank_resident: Family::default(),
+            rank_faults: Family::default(),
             bandwidth,
             vllm_prompt_tokens: Counter::default(),
             cache_usage: Gauge::default(),
@@ -133,6 +155,14 @@ impl Metrics {
         for (name, help, counter) in counters {
             registry.register(name, help, counter.clone());
         }
+        let drafts = [
+            ("drafts", "Steps of a request that verified drafted tokens"),
+            ("drafted_tokens", "Tokens drafted"),
+            ("accepted_drafted_tokens", "Tokens drafted that the model then said"),
+        ];
+        for ((name, help), counter) in drafts.into_iter().zip(&metrics.drafts) {
+            registry.register(name, help, counter.clone());
+        }
         let rates = [
             ("tokens_per_second", "Tokens generated, over about a second", &metrics.tokens_per_second),
             (
@@ -160,6 +190,10 @@ impl Metrics {
         registry.register("rank_rows", "Tokens that each rank has run", metrics.rank_rows.clone());
         let help = "Time that each rank has spent on them, waiting for others left out";
         registry.register_with_unit("rank_busy", help, Unit::Seconds, metrics.rank_busy.clone());
+        let help = "Share of each rank's weights that is in memory, where the system tells";
+        registry.register("rank_weights_resident_ratio", help, metrics.rank_resident.clone());
+        let help = "Pages that each rank had to wait for, from a disk";
+        registry.register("rank_major_page_faults", help, metrics.rank_faults.clone());
         Metrics { registry, ..metrics }.with_vllm_names()
     }
 
@@ -178,6 +212,16 @@ impl Metrics {
         for (name, help, counter) in counters {
             vllm.register(format!("vllm:{name}"), help, counter.clone());
         }
+        let drafts = [
+            ("num_drafts", "Steps of a request that verified drafted tokens"),
+            ("num_draft_tokens", "Tokens drafted"),
+            ("num_accepted_tokens", "Tokens drafted that the model then said"),
+        ];
+        for ((name, help), counter) in drafts.into_iter().zip(&self.all_drafts) {
+            vllm.register(format!("vllm:spec_decode_{name}"), help, counter.clone());
+        }
+        let (name, help) = ("vllm:spec_decode_num_accepted_tokens_per_pos", "The same by place in the draft, from 0");
+        vllm.register(name, help, self.accepted_by_position.clone());
         let histograms = [
             ("time_to_first_token", "From arrival to the first token", &self.time_to_first_token),
             ("inter_token_latency", "Between the tokens of a stream", &self.inter_token),
@@ -211,6 +255,18 @@ impl Metrics {
         set(&self.generated_tokens, counters.generated_tokens);
         set(&self.preemptions, counters.preemptions);
         set(&self.restarts, status.restarts);
+        for (source, counts) in [("ngram", counters.ngram_drafts), ("mtp", counters.mtp_drafts)] {
+            for (family, value) in self.drafts.iter().zip([counts.drafts, counts.tokens, counts.accepted_tokens()]) {
+                set(&family.get_or_create(&Source { source }), value);
+            }
+        }
+        let counts = counters.drafts();
+        for (counter, value) in self.all_drafts.iter().zip([counts.drafts, counts.tokens, counts.accepted_tokens()]) {
+            set(counter, value);
+        }
+        for (position, value) in (0..).zip(counts.accepted) {
+            set(&self.accepted_by_position.get_or_create(&Position { position }), value);
+        }
         self.tokens_per_second.set(status.tokens_per_second);
         self.bytes_per_second.set(status.bytes_per_second);
         self.bandwidth_fraction.set(status.bytes_per_second / self.bandwidth.max(1.0));
@@ -223,6 +279,11 @@ impl Metrics {
             set(&self.rank_rows.get_or_create(&label), rank.rows);
             let busy = self.rank_busy.get_or_create(&label);
             busy.inner().store(rank.busy.as_secs_f64().to_bits(), Ordering::Relaxed);
+            let usage = rank.spent.usage;
+            set(&self.rank_faults.get_or_create(&label), usage.major_faults);
+            if let Some(ppm) = usage.resident_ppm {
+                self.rank_resident.get_or_create(&label).set(ppm as f64 / 1e6);
+            }
         }
         let mut text = String::new();
         // Writing to a string cannot fail.

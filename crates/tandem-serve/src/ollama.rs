@@ -14,19 +14,19 @@ use serde_json::{Map, Value, json};
 use tandem_engine::SamplingOverrides;
 use tandem_text::Reasoning;
 use tandem_text::dialect::Delta;
-use tandem_text::{exact, template_call};
+use tandem_text::exact;
 use tokio::sync::mpsc::channel;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::api::{Integer, check_stops, sampling};
+use crate::api::{Integer, Seed, check_stops, sampling};
 use crate::app::App;
 use crate::body::{Body, Fields};
-use crate::conversation::{Choice, Conversation, Notes, Tool, content_text, read_effort};
+use crate::conversation::{Choice, Conversation, Notes, Tool, content_text, function_call, read_effort};
 use crate::error::ApiError;
-use crate::fields::Table;
+use crate::fields::{Table, misspelt};
 use crate::generation::{Ask, Finish, Generation, new_id, now};
 use crate::grammar::Form;
-use crate::read::{exact_json, expected, list, object, optional, optional_text, required_text};
+use crate::read::{exact_json, expected, list, object, optional, optional_text, required_text, text};
 
 /// A conversation.
 #[derive(Clone, Debug, Deserialize)]
@@ -53,6 +53,10 @@ pub(crate) struct GenerateRequest {
     think: Option<Value>,
     stream: Option<bool>,
     suffix: Option<String>,
+    template: Option<String>,
+    images: Option<Vec<Value>>,
+    /// Tokens of the turns before, as versions before there was a chat gave them out.
+    context: Option<Vec<Value>>,
     options: Option<Map<String, Value>>,
 }
 
@@ -109,8 +113,7 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, body: Body<ChatRequest>) -
             for (i, call) in list(calls, &path)?.iter().enumerate() {
                 let path = format!("{path}[{i}].function");
                 let function = object(call.get("function").unwrap_or(call), &path)?;
-                let arguments = function.get("arguments").map_or("{}".to_owned(), Value::to_string);
-                read.push(template_call("", required_text(function, "name", &path)?, &arguments));
+                read.push(function_call(function, optional_text(map, "id", &path)?.unwrap_or_default(), &path)?);
             }
             value["tool_calls"] = json!(read);
         }
@@ -123,9 +126,13 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, body: Body<ChatRequest>) -
     }
     conversation.set_tools(tools)?;
     conversation.choice = Choice::Auto;
+    if conversation.messages.is_empty() {
+        return Ok(loaded(&app, true));
+    }
     conversation.form = form(request.format.as_ref())?;
     conversation.thinking = thinking(request.think.as_ref())?;
-    let ask = with_options(conversation.ask(&app)?, request.options.as_ref())?;
+    let ask = conversation.ask(&app)?;
+    let ask = with_options(ask, request.options.as_ref(), &mut conversation.notes)?;
     drop(admitted);
     let generation = app.start(ask)?.remove(0);
     Ok(answer(&app, generation, request.stream, true, conversation.notes).await)
@@ -133,9 +140,20 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, body: Body<ChatRequest>) -
 
 /// Continues a text.
 pub(crate) async fn generate(State(app): State<Arc<App>>, body: Body<GenerateRequest>) -> Result<Response, ApiError> {
-    let Body { value: request, notes, admitted } = body;
+    let Body { value: request, mut notes, admitted } = body;
     check_model(&app, &request.model)?;
     app.worker.check_open()?;
+    if request.template.as_ref().is_some_and(|template| !template.is_empty()) {
+        let message = "template cannot be honoured: templates do not come with a request; start the server with --chat-template, \
+                       or send a raw prompt";
+        return Err(ApiError::invalid("template", message));
+    }
+    if request.images.as_ref().is_some_and(|images| !images.is_empty()) {
+        notes.add("images were left out: this model reads text only");
+    }
+    if request.context.as_ref().is_some_and(|context| !context.is_empty()) {
+        notes.add("context was left out: send the conversation to /api/chat");
+    }
     if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::invalid("suffix", "suffix cannot be honoured: the model was not trained to fill gaps"));
     }
@@ -145,22 +163,30 @@ pub(crate) async fn generate(State(app): State<Arc<App>>, body: Body<GenerateReq
         let prompt = app.encode("prompt", &request.prompt, true)?;
         Some(Ask { param: "prompt", prompt, form: form(request.format.as_ref())?, n: 1, ..Ask::default() })
     } else {
-        let mut conversation = Conversation { notes: Notes::default(), param: "prompt", ..Conversation::default() };
+        let mut conversation = Conversation { notes, param: "prompt", ..Conversation::default() };
         let system = request.system.iter().filter(|system| !system.is_empty());
         conversation.messages.extend(system.map(|system| json!({"role": "system", "content": system})));
         conversation.messages.push(json!({"role": "user", "content": request.prompt}));
         conversation.form = form(request.format.as_ref())?;
         conversation.thinking = thinking(request.think.as_ref())?;
-        Some(conversation.ask(&app)?)
+        let ask = conversation.ask(&app)?;
+        notes = conversation.notes;
+        Some(ask)
     };
     drop(admitted);
-    let Some(ask) = ask else {
-        // To load the model is all that is asked for.
-        let done = json!({"model": app.model_name(), "created_at": time(), "response": "", "done": true, "done_reason": "load"});
-        return Ok(axum::Json(done).into_response());
-    };
-    let generation = app.start(with_options(ask, request.options.as_ref())?)?.remove(0);
+    let Some(ask) = ask else { return Ok(loaded(&app, false)) };
+    let generation = app.start(with_options(ask, request.options.as_ref(), &mut notes)?)?.remove(0);
     Ok(answer(&app, generation, request.stream, false, notes).await)
+}
+
+/// The answer where nothing is asked for but to load the model.
+fn loaded(app: &App, is_chat: bool) -> Response {
+    let mut done = json!({"model": app.model_name(), "created_at": time(), "done": true, "done_reason": "load"});
+    match is_chat {
+        true => done["message"] = json!({"role": "assistant", "content": ""}),
+        false => done["response"] = json!(""),
+    }
+    axum::Json(done).into_response()
 }
 
 /// Lists the model.
@@ -226,9 +252,34 @@ fn thinking(think: Option<&Value>) -> Result<Reasoning, ApiError> {
     }
 }
 
-fn with_options(ask: Ask, options: Option<&Map<String, Value>>) -> Result<Ask, ApiError> {
+/// Options that take effect.
+const OPTIONS: [&str; 10] = [
+    "num_predict",
+    "stop",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+];
+
+fn with_options(ask: Ask, options: Option<&Map<String, Value>>, notes: &mut Notes) -> Result<Ask, ApiError> {
     let none = Map::new();
     let options = options.unwrap_or(&none);
+    for name in options.keys().filter(|name| !OPTIONS.contains(&name.as_str())) {
+        let meant = match name.as_str() {
+            "max_tokens" => Some("num_predict"),
+            "repetition_penalty" => Some("repeat_penalty"),
+            name => misspelt(name, &OPTIONS),
+        };
+        if let Some(meant) = meant {
+            let shown: String = name.chars().filter(|c| c.is_ascii_graphic()).take(40).collect();
+            notes.add(format!("the option {shown:?} is not known and was ignored: did you mean {meant:?}?"));
+        }
+    }
     let number = |key: &str| -> Result<Option<f64>, ApiError> {
         let read = |value: &Value| value.as_f64().ok_or_else(|| expected(&format!("options.{key}"), value, "a number"));
         optional(options, key).map(read).transpose()
@@ -236,10 +287,17 @@ fn with_options(ask: Ask, options: Option<&Map<String, Value>>) -> Result<Ask, A
     let stop = match optional(options, "stop") {
         None => vec![],
         Some(Value::String(stop)) => vec![stop.clone()],
-        Some(Value::Array(stops)) => stops.iter().filter_map(|stop| stop.as_str().map(str::to_owned)).collect(),
+        Some(Value::Array(stops)) => {
+            let stop = |(i, stop): (usize, &Value)| text(stop, &format!("options.stop[{i}]")).map(str::to_owned);
+            stops.iter().enumerate().map(stop).collect::<Result<_, _>>()?
+        }
         Some(other) => return Err(expected("options.stop", other, "a text or a list of texts")),
     };
     let float = |key: &str| number(key).map(|n| n.map(|n| n as f32));
+    let seed = optional(options, "seed").map(|value| {
+        Seed::deserialize(value).map_err(|_| expected("options.seed", value, "a whole number of 64 bits"))
+    });
+    let seed = seed.transpose()?;
     Ok(Ask {
         // -1 and -2 are without end.
         max_tokens: number("num_predict")?.filter(|n| *n >= 0.0).map(|n| n as u32),
@@ -249,7 +307,7 @@ fn with_options(ask: Ask, options: Option<&Map<String, Value>>) -> Result<Ask, A
             min_p: float("min_p")?,
             presence_penalty: float("presence_penalty")?,
             frequency_penalty: float("frequency_penalty")?,
-            seed: number("seed")?.map(|n| n as i64 as u64),
+            seed: seed.map(|Seed(seed)| seed),
             ..sampling(float("temperature")?, number("top_k")?.map(|n| Integer(n as i64)), float("repeat_penalty")?)?
         },
         ..ask

@@ -44,6 +44,7 @@ const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script
         ready,
         metrics,
         info,
+        timings,
     )
 )]
 pub(crate) struct Document;
@@ -259,12 +260,28 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
         "prompt_tokens": counters.prompt_tokens, "cached_tokens": counters.cached_tokens,
         "disk_tokens": counters.disk_tokens,
     });
+    let drafts = counters.drafts();
+    info["drafts"] = json!({
+        "drafts": drafts.drafts, "tokens": drafts.tokens, "accepted": drafts.accepted_tokens(),
+        "accepted_by_position": drafts.accepted,
+    });
     info["speed"] = json!({
         "tokens_per_second": status.tokens_per_second, "bytes_per_second": status.bytes_per_second,
         "bandwidth": app.metrics.bandwidth,
         "bandwidth_fraction": status.bytes_per_second / app.metrics.bandwidth.max(1.0),
     });
     axum::Json(info)
+}
+
+/// Where the time of the last steps went, for `tandem explain`; no text is in it.
+#[utoipa::path(get, path = "/timings", tag = "Server", responses(
+    (status = 200, description = "The timings", body = Object),
+    (status = "4XX", description = "No key, or a wrong one", body = ErrorResponse),
+    (status = 503, description = "This server keeps none", body = ErrorResponse),
+))]
+pub(crate) async fn timings(State(app): State<Arc<App>>) -> Result<axum::Json<Value>, ApiError> {
+    let timings = app.worker.timings();
+    timings.map(axum::Json).ok_or_else(|| ApiError::unavailable("this server keeps no timings"))
 }
 
 /// The OpenAPI document, with the names and the vocabulary of this model.

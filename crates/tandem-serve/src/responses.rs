@@ -1,5 +1,6 @@
 //! OpenAI's /v1/responses: conversations that can be continued by the id of an answer.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,8 @@ use crate::app::App;
 use crate::body::{Body, Fields};
 use crate::chat::{Events, Gone, custom_input, read_reasoning, send, stream};
 use crate::conversation::{
-    Choice, Conversation, Notes, Tool, ToolKind, content_text, read_format, reference, split_reasoning,
+    Choice, Conversation, Notes, Tool, ToolKind, content_text, custom_call, function_call, read_format, reference,
+    split_reasoning,
 };
 use crate::error::{ApiError, ErrorResponse};
 use crate::fields::{self, Table};
@@ -267,7 +269,7 @@ pub(crate) async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) 
 
 /// The whole input as items with ids: of the answers before, then this request's, with its references looked up.
 fn input_items(app: &App, request: &ResponsesRequest) -> Result<Vec<Value>, ApiError> {
-    let mut items = vec![];
+    let mut items: Vec<Value> = vec![];
     if let Some(id) = request.previous_response_id.as_deref().filter(|id| !id.is_empty()) {
         let stored = app.store.get(id).ok_or_else(|| {
             let message = format!("Previous response with id '{id}' not found.");
@@ -277,6 +279,16 @@ fn input_items(app: &App, request: &ResponsesRequest) -> Result<Vec<Value>, ApiE
         items.extend(stored.response["output"].as_array().cloned().unwrap_or_default());
     }
     let n_earlier = items.len();
+    // A body may refer to the same large item again and again, and to many of one answer.
+    let mut known: HashMap<String, Value> = HashMap::new();
+    let remember = |item: &Value, known: &mut HashMap<String, Value>| {
+        if let Some(id) = item["id"].as_str().filter(|id| !known.contains_key(*id)) {
+            known.insert(id.to_owned(), item.clone());
+        }
+    };
+    let has_references = matches!(&request.input, Some(Value::Array(given)) if given.iter().any(is_reference));
+    items.iter().filter(|_| has_references).for_each(|item| remember(item, &mut known));
+    let mut n_bytes = 0;
     match &request.input {
         None if n_earlier == 0 => return Err(missing("input")),
         None => {}
@@ -287,19 +299,29 @@ fn input_items(app: &App, request: &ResponsesRequest) -> Result<Vec<Value>, ApiE
             for (i, item) in given.iter().enumerate() {
                 let path = format!("input[{i}]");
                 let map = object(item, &path)?;
-                let is_reference = match map.get("type") {
-                    Some(kind) => kind == "item_reference",
-                    None => map.contains_key("id") && !map.contains_key("role"),
-                };
-                if !is_reference {
+                if !is_reference(item) {
+                    if has_references {
+                        remember(item, &mut known);
+                    }
                     items.push(item.clone());
                     continue;
                 }
-                let id =
-                    reference(map.get("id").ok_or_else(|| missing(&format!("{path}.id")))?, &format!("{path}.id"))?;
-                let earlier = items.iter().find(|item| item["id"] == id).cloned();
-                let found = earlier.or_else(|| app.store.item(id));
-                items.push(found.ok_or_else(|| ApiError::unknown_id(&format!("{path}.id"), "Item", id))?);
+                let path = format!("{path}.id");
+                let id = reference(map.get("id").ok_or_else(|| missing(&path))?, &path)?;
+                if !known.contains_key(id) {
+                    let beside = app.store.items_beside(id).unwrap_or_default();
+                    beside.iter().for_each(|item| remember(item, &mut known));
+                }
+                let found = known.get(id).ok_or_else(|| ApiError::unknown_id(&path, "Item", id))?;
+                n_bytes += found.to_string().len();
+                if n_bytes > app.max_body_bytes {
+                    let message = format!(
+                        "the items that input refers to have more than {} MB together; refer to fewer",
+                        app.max_body_bytes >> 20
+                    );
+                    return Err(ApiError::invalid("input", message));
+                }
+                items.push(found.clone());
             }
         }
         Some(other) => return Err(expected("input", other, "a text or a list of items")),
@@ -312,6 +334,14 @@ fn input_items(app: &App, request: &ResponsesRequest) -> Result<Vec<Value>, ApiE
         }
     }
     Ok(items)
+}
+
+/// Whether an item only names another one.
+fn is_reference(item: &Value) -> bool {
+    match item.get("type") {
+        Some(kind) => kind == "item_reference",
+        None => item.get("id").is_some() && item.get("role").is_none(),
+    }
 }
 
 /// What every form of the response repeats of its request.
@@ -440,15 +470,16 @@ fn read_tool(
 
 /// Earlier calls of namespaced tools go by the name that the model knows.
 fn rename_calls(conversation: &mut Conversation) {
+    let tools = conversation.tools.iter().rev();
+    let names: HashMap<(&str, &str), &str> =
+        tools.filter_map(|tool| Some(((tool.namespace.as_deref()?, &*tool.client_name), &*tool.name))).collect();
     for call in conversation.messages.iter_mut().filter_map(|m| m["tool_calls"].as_array_mut()).flatten() {
         let Value::Object(map) = call else { continue };
         let Some(Value::String(namespace)) = map.remove("namespace") else { continue };
-        let tool = conversation
-            .tools
-            .iter()
-            .find(|tool| tool.namespace.as_deref() == Some(&namespace) && map["function"]["name"] == tool.client_name);
-        if let (Some(tool), Some(function)) = (tool, map.get_mut("function")) {
-            function["name"] = json!(tool.name);
+        if let Some(function) = map.get_mut("function")
+            && let Some(name) = function["name"].as_str().and_then(|name| names.get(&(&*namespace, name)))
+        {
+            function["name"] = json!(name);
         }
     }
 }
@@ -470,25 +501,13 @@ fn ask(
         seed: request.seed.map(|seed| seed.0),
         ..sampling(request.temperature, request.top_k, request.repetition_penalty)?
     };
-    let made = loop {
-        let made = conversation.ask(app).and_then(|ask| app.check_prompt(&ask, &ask.prompt).map(|()| ask));
-        match made {
-            Err(error)
-                if error.code() == Some("context_length_exceeded") && request.truncation.as_deref() == Some("auto") =>
-            {
-                // The oldest turn goes, from one message of the user to the next.
-                let is_user = |m: &Value| m["role"] == "user";
-                let messages = &mut conversation.messages;
-                let Some(first) = messages.iter().position(|m| m["role"] != "system") else { return Err(error) };
-                let next = messages.iter().skip(first + 1).position(is_user).map(|n| n + first + 1);
-                let Some(next) = next else { return Err(error) };
-                messages.drain(first..next);
-                conversation
-                    .notes
-                    .add("the oldest messages were left out, since the context does not hold them (truncation)");
-            }
-            made => break made?,
+    let made = match checked(app, conversation) {
+        Err(error)
+            if error.code() == Some("context_length_exceeded") && request.truncation.as_deref() == Some("auto") =>
+        {
+            shortened(app, conversation).ok_or(error)?
         }
+        made => made?,
     };
     Ok(Ask {
         max_tokens: request.max_output_tokens.map(|n| n.0),
@@ -496,6 +515,35 @@ fn ask(
         top_logprobs: shows_logprobs.then(|| request.top_logprobs.map_or(0, |n| n.0 as usize)),
         ..made
     })
+}
+
+/// The prompt of a conversation, if the context holds it.
+fn checked(app: &App, conversation: &mut Conversation) -> Result<Ask, ApiError> {
+    conversation.ask(app).and_then(|ask| app.check_prompt(&ask, &ask.prompt).map(|()| ask))
+}
+
+/// The prompt without the oldest turns, from one message of the user to the next; no more than needed go. The number is
+/// found by halving: a long conversation is not read again for each turn.
+fn shortened(app: &App, conversation: &mut Conversation) -> Option<Ask> {
+    let all = std::mem::take(&mut conversation.messages);
+    let first = all.iter().position(|m| m["role"] != "system").unwrap_or(all.len());
+    let starts: Vec<usize> = (first + 1..all.len()).filter(|i| all[*i]["role"] == "user").collect();
+    let (mut low, mut high, mut made) = (0, starts.len(), None);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        conversation.messages = [&all[..first], &all[starts[middle]..]].concat();
+        match checked(app, conversation) {
+            Ok(ask) => {
+                made = Some(ask);
+                high = middle;
+            }
+            Err(_) => low = middle + 1,
+        }
+    }
+    if made.is_some() {
+        conversation.notes.add("the oldest messages were left out, since the context does not hold them (truncation)");
+    }
+    made
 }
 
 /// Adds items as chat templates expect them: reasoning and calls belong to the assistant's message beside them.
@@ -544,23 +592,12 @@ fn add_item(item: &Value, path: &str, conversation: &mut Conversation) -> Result
             }
             assistant(messages)["reasoning_content"] = json!(texts);
         }
-        "function_call" => {
-            let name = required_text(map, "name", path)?;
-            let arguments = match map.get("arguments") {
-                Some(Value::String(arguments)) => arguments.clone(),
-                None | Some(Value::Null) => String::new(),
-                Some(other) => other.to_string(),
+        kind @ ("function_call" | "custom_tool_call") => {
+            let id = optional_text(map, "call_id", path)?.unwrap_or_default();
+            let mut call = match kind {
+                "function_call" => function_call(map, id, path)?,
+                _ => custom_call(map, id, path)?,
             };
-            let mut call = template_call(optional_text(map, "call_id", path)?.unwrap_or_default(), name, &arguments);
-            if let Some(namespace) = optional_text(map, "namespace", path)? {
-                call["namespace"] = json!(namespace);
-            }
-            add_call(call, messages);
-        }
-        "custom_tool_call" => {
-            let name = required_text(map, "name", path)?;
-            let input = json!({"input": optional_text(map, "input", path)?.unwrap_or_default()}).to_string();
-            let mut call = template_call(optional_text(map, "call_id", path)?.unwrap_or_default(), name, &input);
             if let Some(namespace) = optional_text(map, "namespace", path)? {
                 call["namespace"] = json!(namespace);
             }
@@ -849,13 +886,15 @@ impl Output {
                 self.add(item).await
             }
             Delta::Arguments(json) => {
-                self.arguments.push_str(&json);
                 if self.open_kind() != Some("function_call") {
+                    self.arguments.push_str(&json);
                     return Ok(());
                 }
                 let output_index = self.items.len() - 1;
                 let item = &mut self.items[output_index];
-                item["arguments"] = json!(self.arguments);
+                if let Value::String(whole) = &mut item["arguments"] {
+                    whole.push_str(&json);
+                }
                 let place = json!({"item_id": item["id"], "output_index": output_index, "delta": json});
                 self.event("response.function_call_arguments.delta", place).await
             }

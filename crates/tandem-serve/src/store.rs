@@ -112,8 +112,8 @@ impl Store {
         is_there
     }
 
-    /// An item that an answer holds, or that one was given for.
-    pub(crate) fn item(&self, id: &str) -> Option<Value> {
+    /// All items of the newest answer that holds this one, or was given for it.
+    pub(crate) fn items_beside(&self, id: &str) -> Option<Vec<Value>> {
         let json = {
             let inner = self.lock();
             let mut newest_first = inner.order.iter().rev().filter_map(|id| inner.responses.get(id));
@@ -121,7 +121,7 @@ impl Store {
         };
         let Stored { input, mut response } = parse(&json)?;
         let output = response["output"].as_array_mut().map(std::mem::take).unwrap_or_default();
-        output.into_iter().chain(input).find(|item| item["id"] == id)
+        Some(output.into_iter().chain(input).collect())
     }
 }
 
@@ -210,8 +210,9 @@ mod tests {
         let again = Store::new(Some(dir.clone()));
         assert!(again.get("resp_4").is_none() && again.get("resp_6").is_none());
         assert_eq!(again.get("resp_7").unwrap().input, stored("7").input);
-        assert_eq!(again.item("msg_7").unwrap()["content"], "7");
-        assert!(again.item("item_7").is_some() && again.item("msg_4").is_none());
+        let item = |id: &str| again.items_beside(id).and_then(|items| items.into_iter().find(|item| item["id"] == id));
+        assert_eq!(item("msg_7").unwrap()["content"], "7");
+        assert!(item("item_7").is_some() && item("msg_4").is_none());
         assert!(!is_id("resp_../x") && !is_id("x"));
         std::fs::remove_dir_all(dir).unwrap();
     }

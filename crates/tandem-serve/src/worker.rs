@@ -126,6 +126,8 @@ struct Shared {
     status: Mutex<Status>,
     /// As of about a second ago.
     ranks: Mutex<Vec<RankStatus>>,
+    /// What the device said of itself then.
+    warning: Mutex<Option<String>>,
     /// When the engine last had nothing to do or got something done, through all ranks.
     progress: Mutex<Instant>,
 }
@@ -139,6 +141,9 @@ impl Shared {
 /// Weight bytes that a step of a given number of rows reads.
 pub type StepBytes = Box<dyn Fn(usize) -> u64 + Send>;
 
+/// Makes a record of the timings so far from what the ranks have done, and from what the device says of itself.
+pub type TimingsSource = Arc<dyn Fn(&[RankStatus], Option<String>) -> serde_json::Value + Send + Sync>;
+
 /// Why an engine cannot be made.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -149,6 +154,7 @@ pub struct Worker {
     shared: Arc<Shared>,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
     max_open: usize,
+    timings: Option<TimingsSource>,
 }
 
 /// Replies to one request. Dropping it cancels the request.
@@ -173,6 +179,7 @@ impl Worker {
             n_open: AtomicUsize::new(0),
             status: Mutex::default(),
             ranks: Mutex::default(),
+            warning: Mutex::default(),
             progress: Mutex::new(Instant::now()),
         });
         let (jobs, receiver) = channel();
@@ -184,7 +191,19 @@ impl Worker {
             .stack_size(STACK_BYTES)
             .spawn(move || run(make, &receiver, &thread_shared, first))?;
         first_result.recv()??;
-        Ok(Worker { jobs, shared, thread: Arc::new(Mutex::new(Some(thread))), max_open })
+        Ok(Worker { jobs, shared, thread: Arc::new(Mutex::new(Some(thread))), max_open, timings: None })
+    }
+
+    /// The same, whose timings can be asked for.
+    #[must_use]
+    pub fn with_timings(self, timings: TimingsSource) -> Worker {
+        Worker { timings: Some(timings), ..self }
+    }
+
+    /// A record of the timings so far.
+    pub fn timings(&self) -> Option<serde_json::Value> {
+        let warning = self.shared.warning.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        self.timings.as_ref().map(|timings| timings(&self.ranks(), warning))
     }
 
     /// Whether requests are served.
@@ -447,6 +466,7 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
 fn ask_ranks(engine: &mut Engine, shared: &Shared) -> Result<(), EngineError> {
     let ranks = engine.ranks()?;
     *shared.ranks.lock().unwrap_or_else(|e| e.into_inner()) = ranks;
+    *shared.warning.lock().unwrap_or_else(|e| e.into_inner()) = engine.warning();
     Ok(())
 }
 

@@ -446,6 +446,10 @@ impl Backend for WgpuBackend {
         true
     }
 
+    fn warning(&self) -> Option<String> {
+        self.residency().warning()
+    }
+
     fn sync(&self) -> Result<(), WgpuError> {
         self.recorder.wait();
         self.residency.borrow_mut().end(self.recorder.bytes());

@@ -4,7 +4,7 @@
 //! part in the model: it passes on addresses, prints what ranks say, and ends every rank when one fails.
 
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
@@ -15,12 +15,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use serde_json::Value;
 use tandem_comm::tcp::Secret;
 
 use tandem_runtime::ParallelOptions;
 use tandem_runtime::options::TransportKind;
-use tandem_runtime::ranks::{Announcement, NEWS, Order};
+use tandem_runtime::ranks::{Announcement, Host, NEWS, Order, hosts, local_hosts};
 
 use crate::cli::LaunchArgs;
 
@@ -32,23 +31,10 @@ const LAST_WORDS: Duration = Duration::from_millis(50);
 /// Ranks that fail so soon will probably fail again.
 const SHORT: Duration = Duration::from_secs(2);
 
-/// One rank's host.
-#[derive(Clone, Debug, PartialEq)]
-struct Host {
-    /// For ssh, and for messages.
-    name: String,
-    ip: IpAddr,
-}
-
-impl Host {
-    fn is_local(&self) -> bool {
-        matches!(self.name.as_str(), "localhost" | "127.0.0.1" | "::1")
-    }
-}
-
 /// Runs `tandem launch`.
 pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
     let parallel = args.parallel();
+    parallel.check_encryption()?;
     if args.backend.is_some() {
         eprintln!("launch: --backend is mlx.launch's name for --transport, which is the one to use here");
     }
@@ -160,31 +146,6 @@ fn run_to_end(mut command: Command, cannot: impl Fn() -> String) -> anyhow::Resu
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-fn local_hosts(n: usize) -> Vec<Host> {
-    vec![Host { name: "localhost".to_string(), ip: IpAddr::from([127, 0, 0, 1]) }; n]
-}
-
-/// mlx.launch's hostfiles: `[{"ssh": "name", "ips": ["10.0.0.1"]}]`, or the same list under "hosts".
-fn hosts(text: &str, path: &str) -> anyhow::Result<Vec<Host>> {
-    let wrong = |what: &str| format!("{path}: {what}; expected [{{\"ssh\": \"name\", \"ips\": [\"10.0.0.1\"]}}, ...]");
-    let value: Value = serde_json::from_str(text).with_context(|| wrong("this is not JSON"))?;
-    let list = value.get("hosts").unwrap_or(&value).as_array().with_context(|| wrong("there is no list of hosts"))?;
-    ensure!(!list.is_empty(), wrong("the list is empty"));
-    let host = |entry: &Value| -> anyhow::Result<Host> {
-        let name = entry.get("ssh").and_then(Value::as_str).with_context(|| wrong("a host has no \"ssh\""))?;
-        let first = entry.get("ips").and_then(|ips| ips.get(0)).and_then(Value::as_str);
-        let local = name == "localhost" || name == "127.0.0.1";
-        let ip = match first {
-            Some(ip) => ip.parse().with_context(|| wrong(&format!("{ip:?} is not an address")))?,
-            None if local => IpAddr::from([127, 0, 0, 1]),
-            None => bail!(wrong(&format!("{name} has no \"ips\""))),
-        };
-        ensure!(!name.starts_with('-'), wrong("a host's name starts with -"));
-        Ok(Host { name: name.to_string(), ip })
-    };
-    list.iter().map(host).collect()
 }
 
 /// MPI's launcher, which starts the ranks itself.
@@ -542,27 +503,6 @@ mod tests {
     fn ranks_that_fail_at_once_are_started_later_and_later() {
         let seconds = |n| pause_after(n).as_secs();
         assert_eq!([0, 1, 2, 3, 7, 8, 100].map(seconds), [0, 0, 1, 2, 32, 32, 32]);
-    }
-
-    #[test]
-    fn hostfiles_of_mlx_launch() {
-        let host = |name: &str, ip: [u8; 4]| Host { name: name.to_string(), ip: IpAddr::from(ip) };
-        let list = r#"[{"ssh": "a.local", "ips": ["10.0.0.1", "10.0.1.1"]}, {"ssh": "localhost"}]"#;
-        let expected = [host("a.local", [10, 0, 0, 1]), host("localhost", [127, 0, 0, 1])];
-        assert_eq!(hosts(list, "f").expect("valid"), expected);
-        let jaccl = r#"{"hosts": [{"ssh": "b", "ips": ["10.0.0.2"], "rdma": [null, "rdma_en5"]}]}"#;
-        assert_eq!(hosts(jaccl, "f").expect("valid"), [host("b", [10, 0, 0, 2])]);
-        for bad in [
-            "",
-            "[]",
-            "{}",
-            "[1]",
-            r#"[{"ssh": "a"}]"#,
-            r#"[{"ssh": "a", "ips": ["x"]}]"#,
-            r#"[{"ssh": "-oProxyCommand=x", "ips": ["10.0.0.1"]}]"#,
-        ] {
-            assert!(hosts(bad, "f").is_err(), "{bad}");
-        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod compare;
 mod config;
 mod convert;
 mod devices;
+mod diagnosis;
 mod eval;
 mod inspect;
 mod launch;
@@ -99,6 +100,8 @@ fn run(cli: cli::Cli, arguments: Vec<String>) -> anyhow::Result<ExitCode> {
             write().with_context(|| format!("cannot write to {}", args.dir.display()))?;
         }
         cli::Command::Config(args) => config::config(&args, cli.config_file.as_deref())?,
+        cli::Command::Doctor(args) => return diagnosis::doctor(&args),
+        cli::Command::Explain(args) => diagnosis::explain(&args)?,
         cli::Command::Devices(args) => devices::devices(&args)?,
         cli::Command::Serve(args) => serve::serve(&args, joined, quit)?,
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use tandem_core::ModelConfig;
 use tandem_core::weights::ModuleKind;
@@ -14,6 +15,7 @@ use tandem_cpu::system;
 use tandem_engine::{Engine, GenerationConfig, PageStore, RankStatus, Scheduling};
 use tandem_model::Accounting;
 use tandem_runtime::device::{DeviceKind, cpu_backend};
+use tandem_runtime::diagnosis::{Recorder, RunRecord};
 use tandem_runtime::ranks::{Joined, Quit};
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load, model_dir};
 use tandem_serve::{App, Limits, Loading, Model, Options, StepBytes, Worker, router};
@@ -88,6 +90,10 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
             () = async { tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} } } => {
                 eprintln!("stopped with answers in flight");
             }
+        }
+        let record = app.worker().timings().map(|record| RunRecord::parse(&record.to_string()));
+        if let Some(Err(error)) = record.map(|record| record.and_then(|record| record.keep())) {
+            tracing::debug!("{error:#}");
         }
         tokio::task::block_in_place(|| app.worker().end());
         Ok(())
@@ -181,12 +187,13 @@ fn start(
 ) -> anyhow::Result<(Worker, Facts)> {
     let inter_token = inter_token(args)?;
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
-    let load_options = ModelOptions::from(&args.model);
+    let load_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
     let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
     let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
-    let (made_facts, made_args) = (Arc::clone(&slot), args.clone());
+    let recorder: Arc<Mutex<Option<Recorder>>> = Arc::default();
+    let (made_facts, made_recorder, made_args) = (Arc::clone(&slot), Arc::clone(&recorder), args.clone());
     let mut joined = joined;
     let mut make = move || -> anyhow::Result<(Engine, StepBytes)> {
         let args = &made_args;
@@ -211,6 +218,7 @@ fn start(
         let loaded = load(&load_options, what, joined, &mut on_news)?;
         let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, load_time, device, .. } =
             loaded;
+        let mut recorder = loaded.recorder;
         let mut engine = engine.with_scheduling(Scheduling {
             max_batch: args.max_batch,
             prefill_chunk,
@@ -231,6 +239,8 @@ fn start(
         }
         let step_bytes = step_bytes(&accounting, &config);
         let bandwidth = bandwidth.or(measured).unwrap_or_default();
+        recorder.facts.bandwidth = Some(bandwidth).filter(|bandwidth| *bandwidth > 0.0);
+        *made_recorder.lock().unwrap_or_else(|e| e.into_inner()) = Some(recorder);
         let facts = Facts { context: engine.context(), numerics, bandwidth };
         let resident = accounting.total(|k| k.resident_bytes);
         let seconds = load_time.as_secs_f64();
@@ -243,6 +253,11 @@ fn start(
     };
     let max_open = args.max_batch + args.max_queue;
     let worker = Worker::start(move || make().map_err(Into::into), max_open).map_err(anyhow::Error::from_boxed)?;
+    // Of the engine as it is now: it may have been made again.
+    let worker = worker.with_timings(Arc::new(move |ranks, warning| {
+        let recorder = recorder.lock().unwrap_or_else(|e| e.into_inner());
+        recorder.as_ref().map_or_else(Default::default, |recorder| json!(recorder.record(ranks, warning)))
+    }));
     let Some(facts) = slot.lock().unwrap_or_else(|e| e.into_inner()).take() else {
         anyhow::bail!("the engine did not say what it loaded");
     };
@@ -351,7 +366,7 @@ fn fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> anyhow::Resu
 }
 
 /// Keys of a file, one a line; empty lines and lines that begin with # do not count.
-fn read_keys(path: &Path) -> anyhow::Result<Vec<String>> {
+pub(crate) fn read_keys(path: &Path) -> anyhow::Result<Vec<String>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read --api-key-file {}", path.display()))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));

@@ -211,3 +211,40 @@ fn ids_are_found_in_the_hugging_face_cache() {
     std::fs::write(repo.join("refs/main"), "fff").expect("writable");
     assert_eq!(inspect("HF_HOME", home.path()).json()["model_type"], "llama");
 }
+
+#[test]
+fn drafts_change_the_steps_and_not_the_answer() {
+    let flags =
+        ["run", "Tell me a story about a brave fox named Lily.", "--model", FABLE, "--json", "--max-tokens", "48"];
+    let with = |more: &[&str]| tandem(&[&flags[..], more].concat()).json();
+    for sampling in [&["--temperature", "0"][..], &["--temperature", "0.7", "--seed", "5"]] {
+        let with = |more: &[&str]| with(&[sampling, more].concat());
+        let plain = with(&["--draft-depth", "0"]);
+        assert_eq!(plain["drafted_tokens"], 0);
+        // Its own layer, and that of a checkpoint that could be another one.
+        for drafts in [&["--draft-depth", "3"][..], &["--draft-depth", "3", "--mtp", FABLE], &["--draft-depth", "auto"]]
+        {
+            let drafted = with(drafts);
+            assert_eq!(drafted["tokens"], plain["tokens"], "{sampling:?} {drafts:?}");
+            let [tokens, accepted] = ["drafted_tokens", "accepted_drafted_tokens"].map(|name| drafted[name].as_u64());
+            assert!(tokens >= accepted && (drafts.contains(&"auto") || accepted > Some(20)), "{drafted}");
+        }
+    }
+}
+
+#[test]
+fn drafts_that_cannot_be() {
+    for (flags, code, expected) in [
+        (&["--draft-depth", "9"][..], 2, "expected auto, or a whole number from 0 (off) to 8"),
+        (&["--draft-depth", "many"], 2, "expected auto"),
+        (&["--draft-depth", "2", "--mtp", &golden("models/glm51_tiny")], 1, "expected 8 as in the model"),
+        (&["--draft-depth", "0", "--mtp", FABLE], 1, "give --draft-depth auto"),
+        (&["--draft-depth", "2", "--mtp", "/nonexistent/layer"], 1, "/nonexistent/layer"),
+    ] {
+        let done = tandem(&[&["run", "Hello", "--model", FABLE], flags].concat());
+        assert!(done.code == Some(code) && done.stderr.contains(expected), "{flags:?}: {}", done.stderr);
+    }
+    let llama = golden("models/llama_tiny");
+    let done = tandem(&["run", "Hello", "--model", &llama, "--draft-depth", "2", "--mtp", &llama]);
+    assert!(done.code == Some(1) && done.stderr.contains("num_nextn_predict_layers"), "{}", done.stderr);
+}

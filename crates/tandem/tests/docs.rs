@@ -110,3 +110,68 @@ fn commands_do_what_stands_there() {
     }
     assert!(n_run >= 6 && n_checked >= 6, "{n_run} commands ran, {n_checked} were checked");
 }
+
+/// Targets of a page's links, but for those to other sites and within the page.
+fn links(text: &str) -> Vec<String> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split([')', ' ']).next());
+    let targets = targets.map(|target| target.split('#').next().unwrap_or_default().to_owned());
+    targets.filter(|target| !target.is_empty() && !target.contains(':')).collect()
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let mut n = 0;
+    let others = ["ARCHITECTURE.md", "CHANGELOG.md"].map(|name| root().join(name));
+    for page in pages().into_iter().chain(others) {
+        let text = std::fs::read_to_string(&page).expect("a page");
+        for link in links(&text) {
+            assert!(page.parent().expect("a folder").join(&link).exists(), "{}: {link} is not there", page.display());
+            n += 1;
+        }
+    }
+    assert!(n > 40, "{n} links");
+}
+
+#[test]
+fn every_page_is_in_the_book_once() {
+    let summary = std::fs::read_to_string(root().join("docs/SUMMARY.md")).expect("a summary");
+    let mut listed = links(&summary);
+    listed.sort();
+    let docs = std::fs::read_dir(root().join("docs")).expect("docs").map(|entry| entry.expect("readable").file_name());
+    let names = docs.map(|name| name.to_string_lossy().into_owned());
+    let mut pages: Vec<String> = names.filter(|name| name.ends_with(".md") && name != "SUMMARY.md").collect();
+    pages.sort();
+    assert_eq!(listed, pages);
+}
+
+/// The program's text, with strings that go on in the next line put together.
+fn sources(folder: &Path, text: &mut String) {
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("readable").path();
+        if path.is_dir() {
+            sources(&path, text);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let source = std::fs::read_to_string(&path).expect("UTF-8");
+            text.extend(source.split("\\\n").map(str::trim_start));
+        }
+    }
+}
+
+#[test]
+fn messages_in_troubleshooting_are_the_programs() {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(root().join("crates")).expect("crates") {
+        sources(&entry.expect("readable").path().join("src"), &mut text);
+    }
+    let page = std::fs::read_to_string(root().join("docs/troubleshooting.md")).expect("a page");
+    let mut n = 0;
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let messages = line.split('|').nth(1).expect("a column").split('`').skip(1).step_by(2);
+        for part in messages.flat_map(|message| message.split("..")).flat_map(|part| part.split(" N ")) {
+            let part = part.trim().trim_end_matches(" N");
+            assert!(text.contains(part), "no message has {part:?}");
+            n += 1;
+        }
+    }
+    assert!(n > 15, "{n} messages");
+}

@@ -53,6 +53,8 @@ fn every_flag_in_help_has_a_variable() {
         &["pull"],
         &["launch"],
         &["devices"],
+        &["doctor"],
+        &["explain"],
         &["eval", "logits"],
         &["eval", "perplexity"],
         &["eval", "compare"],
@@ -277,8 +279,8 @@ fn json_keys() {
     let schemas: &[(&[&str], &str)] = &[
         (
             &["run", "hi", "--model", FABLE, "--max-tokens", "2"],
-            "cached_tokens decode_ms decode_tokens_per_second device finish_reason generated_tokens gigabytes_per_second \
-             load_ms numerics peak_memory_bytes prefill_ms prefill_tokens_per_second prompt_tokens read_bytes_per_token \
+            "accepted_by_draft_position accepted_drafted_tokens cached_tokens decode_ms decode_tokens_per_second device \
+             drafted_tokens finish_reason generated_tokens gigabytes_per_second load_ms numerics peak_memory_bytes prefill_ms prefill_tokens_per_second prompt_tokens read_bytes_per_token \
              reasoning reasoning_ms reasoning_tokens text tokens tool_calls",
         ),
         (

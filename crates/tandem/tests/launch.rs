@@ -33,6 +33,8 @@ fn every_way_to_start_ranks_gives_the_tokens_of_one() {
             &["--tp", "2"],
             &["--ep", "2"],
             &["--pp", "2", "--tp", "2"],
+            &["--pp", "2", "--encrypt"],
+            &["--tp", "2", "--transport", "tcp", "--encrypt"],
             &["--ranks", "2", "--pp", "2", "--transport", "local"],
             &["--tp", "2", "--transport", "local"],
         ] {
@@ -88,8 +90,19 @@ fn other_hosts_are_reached_through_ssh_without_the_secret_on_the_command_line() 
         r#"{"hosts": [{"ssh": "a", "ips": ["127.0.0.1"]}, {"ssh": "b", "ips": ["127.0.0.1"]}]}"#,
     ] {
         let hostfile = file(&dir, "hosts.json", hosts);
-        let launch =
-            ["launch", "--hostfile", &hostfile, "--backend", "ring", "--pp", "2", "--remote-model", &model, "--"];
+        let launch = [
+            "launch",
+            "--hostfile",
+            &hostfile,
+            "--backend",
+            "ring",
+            "--encrypt",
+            "--pp",
+            "2",
+            "--remote-model",
+            &model,
+            "--",
+        ];
         let run = ["run", "--raw", "--json", "--temperature", "0", "--max-tokens", "12", "--ignore-eos"];
         let rest = ["--activations", "f32", "--threads", "1", "--context", "256", "--model", &model, PROMPT];
         let found = finish(command(&[&launch[..], &run, &rest].concat()).env("PATH", &path)).json();
@@ -107,6 +120,8 @@ fn what_cannot_be_is_refused_with_the_reason() {
     for (flags, expected) in [
         (&["--ranks", "2", "--pp", "3"][..], "needs 3 ranks, but there are 2"),
         (&["--ranks", "2", "--tp", "2", "--ep", "3"], "must be equal"),
+        (&["--ranks", "2", "--transport", "mpi", "--encrypt"], "--encrypt reaches what goes over TCP"),
+        (&["--ranks", "2", "--transport", "nccl", "--encrypt"], "--encrypt reaches what goes over TCP"),
         (&["--pp", "0"], "from 1 to 4096"),
         (&["--pp", "2", "--deadline", "0"], "--deadline must be between"),
         (&["--ranks", "2", "--transport", "mpi"], "needs an MPI launcher"),

@@ -8,11 +8,12 @@
 //! acceptor  -> connector  nonce a [32]
 //! connector -> acceptor   from u16, connection u8, HMAC-SHA256(secret, "c" + what is proved) [32]
 //! acceptor  -> connector  HMAC-SHA256(secret, "a" + what is proved) [32]
+//! both, if encrypted      Noise_NNpsk0 [48], with HMAC-SHA256(secret, "k" + what is proved) as its key
 //! both                    length u32, hello as JSON
 //! ```
 //!
-//! What is proved: generation, both ranks, the connection's kind and both nonces, so that an answer fits one
-//! connection only. Nothing of variable length is read before the proof; proofs are compared in constant time. A
+//! What is proved: generation, both ranks, the connection's kind, whether it is encrypted and both nonces, so that an answer
+//! fits one connection only. Nothing of variable length is read before the proof; proofs are compared in constant time. A
 //! connection without proof is dropped and the meeting goes on.
 
 use std::io::{ErrorKind, Read, Write};
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 
 use super::TcpConfig;
+use super::wire::Wire;
 use crate::error::CommError;
 
 /// Bytes of a launch's secret.
@@ -36,6 +38,8 @@ const FIRST: usize = MAGIC.len() + NONCE;
 const SECOND: usize = 3 + PROOF;
 /// Connections of one pair of ranks: messages, signs of life, second parts of long messages.
 const N_CONNECTIONS: usize = 3;
+/// In the byte of a connection's kind: it is encrypted.
+const ENCRYPTED: u8 = 0x80;
 /// A stranger may keep a connection open for this long.
 const STRANGER: Duration = Duration::from_secs(5);
 /// Strangers at once; the oldest goes first.
@@ -82,6 +86,7 @@ struct Proved<'a> {
     config: &'a TcpConfig,
     from: u16,
     to: u16,
+    /// With [`ENCRYPTED`], if it is.
     connection: u8,
     nonce_c: [u8; NONCE],
     nonce_a: [u8; NONCE],
@@ -109,15 +114,38 @@ impl Proved<'_> {
     fn verify(&self, role: &[u8; 1], proof: &[u8]) -> bool {
         self.mac(role).verify_slice(proof).is_ok()
     }
+
+    /// The same connection, seen by a side that encrypts if this one does not.
+    fn other_mode(&self) -> Proved<'_> {
+        Proved { connection: self.connection ^ ENCRYPTED, ..*self }
+    }
+
+    /// What the connection is from now on.
+    fn wire(&self, stream: TcpStream, is_connector: bool) -> std::io::Result<Wire> {
+        if self.config.encrypt {
+            Wire::sealed(stream, &self.proof(b"k"), is_connector)
+        } else {
+            Ok(Wire::plain(stream))
+        }
+    }
+}
+
+/// Two ranks that belong together, of which only one encrypts.
+fn mixed(config: &TcpConfig, peer: usize) -> CommError {
+    let how = |is_encrypted| if is_encrypted { "with --encrypt" } else { "without --encrypt" };
+    CommError::setup(format!(
+        "rank {peer} ({}) was started {}, this rank ({}) {}; start all ranks with it or all without it",
+        config.peers[peer].host,
+        how(!config.encrypt),
+        config.peers[config.rank].host,
+        how(config.encrypt),
+    ))
 }
 
 /// The connections to every rank; this rank's own place is empty.
-pub(super) fn meet(
-    listener: TcpListener,
-    config: &TcpConfig,
-) -> Result<Vec<Option<[TcpStream; N_CONNECTIONS]>>, CommError> {
+pub(super) fn meet(listener: TcpListener, config: &TcpConfig) -> Result<Vec<Option<[Wire; N_CONNECTIONS]>>, CommError> {
     let deadline = Instant::now() + config.start_timeout;
-    let mut found: Vec<[Option<TcpStream>; N_CONNECTIONS]> = config.peers.iter().map(|_| Default::default()).collect();
+    let mut found: Vec<[Option<Wire>; N_CONNECTIONS]> = config.peers.iter().map(|_| Default::default()).collect();
     for (peer, places) in found.iter_mut().enumerate().take(config.rank) {
         for (connection, place) in places.iter_mut().enumerate() {
             *place = Some(connect_to(config, peer, connection as u8, deadline)?);
@@ -135,15 +163,16 @@ pub(super) fn meet(
 }
 
 /// Proves this rank to a lower one.
-fn connect_to(config: &TcpConfig, peer: usize, connection: u8, deadline: Instant) -> Result<TcpStream, CommError> {
+fn connect_to(config: &TcpConfig, peer: usize, connection: u8, deadline: Instant) -> Result<Wire, CommError> {
     let place = &config.peers[peer];
     let mut last = "no answer".to_string();
     while Instant::now() < deadline {
         match try_connect(config, place.address, peer, connection, deadline) {
-            Ok(mut stream) => {
-                exchange_hellos(&mut stream, config, peer)?;
-                return Ok(stream);
+            Ok(Some(mut wire)) => {
+                exchange_hellos(&mut wire, config, peer)?;
+                return Ok(wire);
             }
+            Ok(None) => return Err(mixed(config, peer)),
             Err(e) => last = e.to_string(),
         }
         std::thread::sleep(Duration::from_millis(50));
@@ -157,13 +186,14 @@ fn connect_to(config: &TcpConfig, peer: usize, connection: u8, deadline: Instant
     )))
 }
 
+/// None: the other side belongs to the launch, and only one of the two encrypts.
 fn try_connect(
     config: &TcpConfig,
     address: SocketAddr,
     peer: usize,
     connection: u8,
     deadline: Instant,
-) -> std::io::Result<TcpStream> {
+) -> std::io::Result<Option<Wire>> {
     let refused = |message: &str| std::io::Error::new(ErrorKind::PermissionDenied, message.to_string());
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     let mut stream = TcpStream::connect_timeout(&address, left.min(Duration::from_secs(5)))?;
@@ -175,6 +205,7 @@ fn try_connect(
     stream.write_all(&[MAGIC.as_slice(), &nonce_c].concat())?;
     let mut nonce_a = [0; NONCE];
     stream.read_exact(&mut nonce_a)?;
+    let connection = if config.encrypt { connection | ENCRYPTED } else { connection };
     let proved = Proved { config, from: config.rank as u16, to: peer as u16, connection, nonce_c, nonce_a };
     let mut second = proved.from.to_le_bytes().to_vec();
     second.push(connection);
@@ -182,16 +213,19 @@ fn try_connect(
     stream.write_all(&second)?;
     let mut proof = [0; PROOF];
     stream.read_exact(&mut proof)?;
+    if proved.other_mode().verify(b"a", &proof) {
+        return Ok(None);
+    }
     if !proved.verify(b"a", &proof) {
         return Err(refused("what listens there does not belong to this launch"));
     }
-    Ok(stream)
+    proved.wire(stream, true).map(Some)
 }
 
 /// Accepts from higher ranks, and gets rid of everyone else.
 struct Acceptor<'a> {
     config: &'a TcpConfig,
-    found: &'a mut [[Option<TcpStream>; N_CONNECTIONS]],
+    found: &'a mut [[Option<Wire>; N_CONNECTIONS]],
     pending: Vec<Pending>,
     n_strangers: usize,
 }
@@ -323,30 +357,40 @@ impl Acceptor<'_> {
             return Ok(());
         }
         let rank = usize::from(from);
-        let expected = rank > self.config.rank && rank < self.found.len() && usize::from(connection) < N_CONNECTIONS;
-        if !expected || self.found[rank][usize::from(connection)].is_some() {
+        let place = usize::from(connection & !ENCRYPTED);
+        let expected = rank > self.config.rank && rank < self.found.len() && place < N_CONNECTIONS;
+        if !expected || self.found[rank][place].is_some() {
             self.drop_stranger(address, "it claims a rank that is not awaited");
             return Ok(());
         }
         let ready = stream
             .set_nonblocking(false)
             .and_then(|()| stream.set_read_timeout(Some(STRANGER)))
-            .and_then(|()| stream.set_write_timeout(Some(STRANGER)))
-            .and_then(|()| stream.write_all(&proved.proof(b"a")));
-        if let Err(e) = ready {
-            self.drop_stranger(address, &e.to_string());
-            return Ok(());
+            .and_then(|()| stream.set_write_timeout(Some(STRANGER)));
+        let is_encrypted = connection & ENCRYPTED != 0;
+        if is_encrypted != self.config.encrypt {
+            // The other side reads from this proof what this one does.
+            let _ = ready.and_then(|()| stream.write_all(&proved.other_mode().proof(b"a")));
+            return Err(mixed(self.config, rank));
         }
-        exchange_hellos(&mut stream, self.config, rank)?;
-        self.found[rank][usize::from(connection)] = Some(stream);
+        let wire = ready.and_then(|()| stream.write_all(&proved.proof(b"a"))).and_then(|()| proved.wire(stream, false));
+        let mut wire = match wire {
+            Ok(wire) => wire,
+            Err(e) => {
+                self.drop_stranger(address, &e.to_string());
+                return Ok(());
+            }
+        };
+        exchange_hellos(&mut wire, self.config, rank)?;
+        self.found[rank][place] = Some(wire);
         Ok(())
     }
 }
 
 /// Compares versions and models with a rank that has proved itself.
-fn exchange_hellos(stream: &mut TcpStream, config: &TcpConfig, peer: usize) -> Result<(), CommError> {
+fn exchange_hellos(wire: &mut Wire, config: &TcpConfig, peer: usize) -> Result<(), CommError> {
     let host = &config.peers[peer].host;
-    let theirs = send_and_receive_hello(stream, &config.hello)
+    let theirs = send_and_receive_hello(wire, &config.hello)
         .map_err(|e| CommError::setup(format!("rank {peer} ({host}) connected but did not introduce itself: {e}")))?;
     let mine = &config.hello;
     if theirs.version != mine.version {
@@ -365,16 +409,16 @@ fn exchange_hellos(stream: &mut TcpStream, config: &TcpConfig, peer: usize) -> R
     Ok(())
 }
 
-fn send_and_receive_hello(stream: &mut TcpStream, hello: &Hello) -> std::io::Result<Hello> {
+fn send_and_receive_hello(wire: &mut Wire, hello: &Hello) -> std::io::Result<Hello> {
     let text = serde_json::to_vec(hello)?;
-    stream.write_all(&[&(text.len() as u32).to_le_bytes()[..], &text].concat())?;
+    wire.write_all(&[&(text.len() as u32).to_le_bytes()[..], &text].concat())?;
     let mut length = [0; 4];
-    stream.read_exact(&mut length)?;
+    wire.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length) as usize;
     if length > MAX_HELLO {
         return Err(std::io::Error::new(ErrorKind::InvalidData, "its introduction is too long"));
     }
     let mut text = vec![0; length];
-    stream.read_exact(&mut text)?;
+    wire.read_exact(&mut text)?;
     Ok(serde_json::from_slice(&text)?)
 }

@@ -1,7 +1,6 @@
 //! Signs of life: one thread per rank that sends and expects them, and passes on why a rank stops.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -9,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::failure_of;
+use super::wire::Wire;
 use crate::error::{CommError, Failure};
 
 /// Kinds of control messages: kind u8, length u16, text.
@@ -27,12 +28,12 @@ pub(super) struct Health {
     wake: OwnedFd,
     wake_sender: OwnedFd,
     /// For writing; the thread reads from clones.
-    controls: Vec<Option<Mutex<TcpStream>>>,
+    controls: Vec<Option<Mutex<Wire>>>,
 }
 
 struct Watched {
     rank: usize,
-    stream: TcpStream,
+    stream: Wire,
     seen: Instant,
     buffer: Vec<u8>,
     open: bool,
@@ -41,7 +42,7 @@ struct Watched {
 
 impl Health {
     pub(super) fn start(
-        controls: Vec<Option<TcpStream>>,
+        controls: Vec<Option<Wire>>,
         hosts: Vec<String>,
         deadline: Duration,
         on_failure: Box<dyn Fn(&CommError) + Send>,
@@ -103,7 +104,7 @@ impl Health {
         self.stopped.store(true, Ordering::Relaxed);
         for control in self.controls.iter().flatten() {
             let control = control.lock().unwrap_or_else(|e| e.into_inner());
-            let _ = control.shutdown(std::net::Shutdown::Both);
+            let _ = control.stream().shutdown(std::net::Shutdown::Both);
         }
     }
 
@@ -205,7 +206,7 @@ impl Watched {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => {
                     self.open = false;
-                    return self.messages().or(Some(Failure::Lost { why: e.to_string() }));
+                    return self.messages().or(Some(failure_of(&e)));
                 }
             }
         }

@@ -1,15 +1,16 @@
 //! Ranks as processes over TCP, with nothing to install.
 //!
-//! Two connections per pair of ranks: one for messages, read and written by the rank's own thread, and one for signs of
+//! Three connections per pair of ranks: two for messages, read and written by the rank's own thread, and one for signs of
 //! life, kept by a thread of its own (`health`) so that a rank that computes for long still answers. Figures:
 //! bench/runs/2026-11-23-comm.
 
 mod handshake;
 mod health;
+mod wire;
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub use handshake::{Hello, SECRET_BYTES, Secret};
 use health::Health;
+use wire::Wire;
 
 use crate::error::{CommError, Failure};
 use crate::frame::{Counters, HEADER, Header};
@@ -49,6 +51,8 @@ pub struct TcpConfig {
     pub peers: Vec<Peer>,
     /// Known to the ranks of this launch only.
     pub secret: Secret,
+    /// What ranks send to each other is encrypted; all must agree on it.
+    pub encrypt: bool,
     /// Counts restarts; ranks of different generations do not meet.
     pub generation: u32,
     /// Compared between all ranks.
@@ -72,9 +76,9 @@ pub struct Tcp {
 }
 
 struct Link {
-    stream: TcpStream,
+    stream: Wire,
     /// Takes the second parts of long messages.
-    second: TcpStream,
+    second: Wire,
     sent: Counters,
     received: Counters,
     /// Messages that arrived while one of another channel was awaited.
@@ -90,16 +94,24 @@ struct Link {
 impl Link {
     /// Writes what the connection takes of the commands; true when progress was made.
     fn post(&mut self) -> Result<bool, Failure> {
-        let before = self.posted.len();
+        let before = self.n_waiting();
         while !self.posted.is_empty() {
             match self.stream.write(self.posted.as_slices().0) {
                 Ok(n) => drop(self.posted.drain(..n)),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Failure::Lost { why: e.to_string() }),
+                Err(e) => return Err(failure_of(&e)),
             }
         }
-        Ok(self.posted.len() < before)
+        for wire in [&mut self.stream, &mut self.second] {
+            moved(wire.flush().map(|()| 0))?;
+        }
+        Ok(self.n_waiting() < before)
+    }
+
+    /// Bytes that the connections have not taken of what they were given.
+    fn n_waiting(&self) -> usize {
+        self.posted.len() + self.stream.n_waiting() + self.second.n_waiting()
     }
 
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
@@ -137,7 +149,7 @@ pub fn connect(listener: TcpListener, config: TcpConfig) -> Result<Tcp, CommErro
                 controls.push(None);
             }
             Some(streams) => {
-                let nonblocking = streams.iter().try_for_each(|stream| stream.set_nonblocking(true));
+                let nonblocking = streams.iter().try_for_each(|wire| wire.stream().set_nonblocking(true));
                 nonblocking.map_err(|e| CommError::setup(format!("cannot prepare a connection: {e}")))?;
                 let [stream, control, second] = streams;
                 links.push(Some(Link {
@@ -168,7 +180,15 @@ fn moved(result: std::io::Result<usize>) -> Result<Option<usize>, Failure> {
     match result {
         Ok(n) => Ok(Some(n)),
         Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
-        Err(e) => Err(Failure::Lost { why: e.to_string() }),
+        Err(e) => Err(failure_of(&e)),
+    }
+}
+
+/// A rank whose connection broke is gone; one whose messages do not open has not sent them so.
+fn failure_of(error: &std::io::Error) -> Failure {
+    match error.kind() {
+        ErrorKind::InvalidData => Failure::Protocol { message: error.to_string() },
+        _ => Failure::Lost { why: error.to_string() },
     }
 }
 
@@ -356,7 +376,7 @@ impl Tcp {
     fn post(&mut self, wait: Wait) -> Result<bool, CommError> {
         let mut progress = false;
         for rank in 0..self.links.len() {
-            if let Some(link) = self.links[rank].as_mut().filter(|link| !link.posted.is_empty()) {
+            if let Some(link) = self.links[rank].as_mut().filter(|link| link.n_waiting() > 0) {
                 progress |= link.post().map_err(|failure| self.explain(rank, failure, wait))?;
             }
         }
@@ -371,10 +391,13 @@ impl Tcp {
         for (rank, first, second, flags) in sending.into_iter().chain(receiving) {
             let Some(link) = &self.links[rank] else { continue };
             let waiting = [first.then_some(&link.stream), second.then_some(&link.second)];
-            fds.extend(waiting.into_iter().flatten().map(|stream| PollFd::new(stream, flags)));
+            fds.extend(waiting.into_iter().flatten().map(|wire| PollFd::new(wire, flags)));
         }
-        let posting = self.links.iter().flatten().filter(|link| !link.posted.is_empty());
-        fds.extend(posting.map(|link| PollFd::new(&link.stream, PollFlags::OUT)));
+        for link in self.links.iter().flatten() {
+            let waiting = [!link.posted.is_empty() || link.stream.n_waiting() > 0, link.second.n_waiting() > 0];
+            let wires = [&link.stream, &link.second].into_iter().zip(waiting).filter(|(_, waits)| *waits);
+            fds.extend(wires.map(|(wire, _)| PollFd::new(wire, PollFlags::OUT)));
+        }
         fds.push(PollFd::new(self.health.wake(), PollFlags::IN));
         let turn = Duration::from_millis(100);
         let asleep = due.saturating_duration_since(Instant::now() + AWAKE).min(turn);
@@ -456,7 +479,8 @@ impl Transport for Tcp {
                 let result = s.advance(self.link(s.to));
                 progress |= result.map_err(|f| self.explain(s.to, f, wait))?;
             }
-            sending = sending.filter(|s| !s.finished());
+            // Nobody else would send what is sealed but not gone.
+            sending = sending.filter(|s| !s.finished() || self.link(s.to).n_waiting() > 0);
             if let Some(r) = &mut receiving {
                 let from = r.from;
                 let result = r.advance(self.link(from));

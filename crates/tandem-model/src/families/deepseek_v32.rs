@@ -14,6 +14,7 @@ use tandem_core::weights::{Axis, Form, ModuleKind, Read, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
 use crate::decoder::{self, Decoder, Layer, Step, mlp_specs};
+use crate::mtp::{Mtp, MtpSource};
 use crate::{LayerCache, Limits, Loader, Model, Share};
 
 /// Epsilon of the norms inside attention: 1e-6 in DeepSeek's code whatever `rms_norm_eps` says.
@@ -236,16 +237,26 @@ impl<B: Backend> Attention<B> {
     }
 }
 
-/// Loads the share's decoder layers (an MTP layer stays in the checkpoint).
+/// Loads the share's decoder layers, and the MTP layer if one is asked for.
 pub(crate) fn load<B: Backend + 'static>(
     loader: &mut Loader<'_, B>,
     config: &ModelConfig,
     share: Share<B>,
     limits: Limits,
+    mtp: Option<MtpSource<'_>>,
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
     let shared = Shared::new(loader.backend, config, Dims::new(config, &share), limits.max_rows);
+    let mtp = match mtp {
+        Some(from) => {
+            let dims = Dims::new(from.config, &Share::<B>::whole(from.config));
+            let shared = Shared::new(loader.backend, from.config, dims, limits.max_rows);
+            let layer = |loader: &mut Loader<'_, B>, layer: usize| load_layer(loader, from.config, layer);
+            Some(Mtp::load(loader.backend, &from, limits, shared, layer)?)
+        }
+        None => None,
+    };
     let layer = |loader: &mut Loader<'_, B>, layer: usize| load_layer(loader, config, layer);
-    Ok(Box::new(Decoder::load(loader, config, share, limits, shared, layer)?))
+    Ok(Box::new(Decoder::load(loader, config, share, limits, shared, mtp, layer)?))
 }
 
 impl Dims {

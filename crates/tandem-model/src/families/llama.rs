@@ -7,6 +7,7 @@ use tandem_core::weights::{Axis, Form, ModuleKind, Split, WeightSpec};
 use tandem_core::{CheckpointError, ModelConfig};
 
 use crate::decoder::{self, Decoder, Layer, Step, mlp_specs};
+use crate::mtp::MtpSource;
 use crate::{LayerCache, Limits, Loader, Model, Share};
 
 /// A decoder layer between its norms.
@@ -109,6 +110,7 @@ pub(crate) fn load<B: Backend + 'static>(
     config: &ModelConfig,
     share: Share<B>,
     limits: Limits,
+    _: Option<MtpSource<'_>>,
 ) -> Result<Box<dyn Model<B>>, CheckpointError> {
     let shared = Shared::new(loader.backend, config, limits.max_rows);
     let layer = |loader: &mut Loader<'_, B>, layer: usize| {
@@ -121,7 +123,7 @@ pub(crate) fn load<B: Backend + 'static>(
             mlp: loader.mlp(&format!("{p}.mlp"))?,
         })
     };
-    Ok(Box::new(Decoder::load(loader, config, share, limits, shared, layer)?))
+    Ok(Box::new(Decoder::load(loader, config, share, limits, shared, None, layer)?))
 }
 
 impl<B: Backend> Shared<B> {

@@ -4,13 +4,13 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::kernels::index_select::agreement;
 use tandem_cpu::peak::measure_peak;
 use tandem_cpu::system::peak_memory_bytes;
-use tandem_cpu::{CpuBackend, CpuIndices, Isa, Numerics, Pool, system};
+use tandem_cpu::{CpuBackend, CpuIndices, Isa, Numerics, Pool, process, system};
 use tandem_engine::Profiled;
 use tandem_model::Stacks;
 
@@ -63,6 +63,15 @@ impl Device for CpuBackend {
     fn alone(options: &DeviceOptions, load: &ToHold<'_>, on_news: OnNews<'_>) -> anyhow::Result<CpuBackend> {
         no_host_experts(options)?;
         if !fits_in_memory(load.resident) {
+            ensure!(
+                options.allow_paging,
+                "the weights take {} and {} of memory are available{}: most of every token's time would go into reading them \
+                 from the disk. Free memory, use fewer bits, a smaller model or more machines; or add --allow-paging",
+                bytes(load.resident),
+                bytes(system::available_memory_bytes().unwrap_or(0)),
+                process::memory_limit()
+                    .map_or(String::new(), |limit| format!(" (a control group allows {})", bytes(limit.limit_bytes)))
+            );
             on_news(News::Note(format!(
                 "the weights take {} and {} of memory are available: they stay mapped from their files, which is slower",
                 bytes(load.resident),
@@ -80,12 +89,16 @@ impl Device for CpuBackend {
         None
     }
 
+    fn stays_mapped() -> bool {
+        true
+    }
+
     fn stacks() -> Stacks {
         Stacks::Distinct
     }
 
     fn profiled(self) -> Profiled<CpuBackend> {
-        Profiled::new(self, count_distinct)
+        Profiled::new(self, count_distinct).with_times()
     }
 
     fn bandwidth(&self) -> f64 {

@@ -40,7 +40,7 @@ fn place_experts(
 ) -> anyhow::Result<CudaBackend> {
     let (shape, weights) = (load.shape, load.weights);
     let cache = (shape.n_slots * cache_bytes_per_token(&backend, shape)) as u64;
-    let free = backend.free_memory();
+    let free = backend.free_memory().saturating_sub(load.mtp);
     let offload = Offload::new(weights, shape.config, free.saturating_sub(cache + RESERVE), options.n_cpu_moe);
     let wanted = offload.device_bytes + cache + RESERVE;
     if wanted > free {
@@ -81,6 +81,7 @@ fn place_experts(
         bytes(offload.host_read_bytes),
         host / 1e9
     )));
+    let backend = backend.with_host_read_bytes(offload.host_read_bytes);
     let experts = CpuExperts { backend: cpu, stacks: RefCell::default(), mlps: RefCell::default() };
     Ok(backend.with_host_experts(move |module| offload.modules.contains(module), experts))
 }
@@ -231,6 +232,10 @@ impl Device for CudaBackend {
 
     fn known_bandwidth(&self) -> Option<f64> {
         Some(CudaBackend::bandwidth(self))
+    }
+
+    fn host_read_bytes(&self) -> u64 {
+        CudaBackend::host_read_bytes(self)
     }
 
     fn stacks() -> Stacks {

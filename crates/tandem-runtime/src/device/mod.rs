@@ -21,6 +21,7 @@ use tandem_engine::{Check, Profiled};
 use tandem_model::Stacks;
 
 use crate::load::Shape;
+use crate::mtp::Sidecar;
 use crate::news::OnNews;
 use crate::options::{Activations, BackendChoice, DeviceOptions, TransportKind};
 
@@ -38,6 +39,15 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// As `--backend` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+            DeviceKind::Wgpu => "wgpu",
+        }
+    }
+
     /// The device of a model that runs in one process.
     ///
     /// # Errors
@@ -252,6 +262,14 @@ pub trait Device: Backend + Sized + 'static {
     fn numerics_name(&self) -> &'static str;
     /// Bytes per second, where that is known without a measurement.
     fn known_bandwidth(&self) -> Option<f64>;
+    /// Bytes of experts that a token reads on the host, because the device does not hold them.
+    fn host_read_bytes(&self) -> u64 {
+        0
+    }
+    /// Whether weights that are not repacked stay mapped from their files.
+    fn stays_mapped() -> bool {
+        false
+    }
     /// Whether made-up experts may share their bytes.
     fn stacks() -> Stacks;
     /// Sums over `group` that the device makes itself.
@@ -262,7 +280,8 @@ pub trait Device: Backend + Sized + 'static {
         Ok(None)
     }
 
-    /// With a stopwatch that counts the experts of a step.
+    /// With a stopwatch that counts the experts of a step; a device that does operations when they are called always notes
+    /// how long they take.
     fn profiled(self) -> Profiled<Self>;
     /// Bytes per second that the memory delivers, measured with care.
     fn bandwidth(&self) -> f64;
@@ -298,6 +317,10 @@ pub struct ToHold<'a> {
     pub weights: &'a [Weight],
     /// Bytes of the weights that stay in memory.
     pub resident: u64,
+    /// Bytes of the multi-token-prediction layer among them; 0 if it is not loaded.
+    pub mtp: u64,
+    /// Where that layer is, if not with the model.
+    pub(crate) sidecar: Option<&'a Sidecar>,
 }
 
 /// Refuses `--n-cpu-moe` where it means nothing.

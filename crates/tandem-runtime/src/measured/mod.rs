@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
-use tandem_core::weights::Read;
+use tandem_core::weights::{Read, Weight};
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_cpu::Pool;
 use tandem_engine::Profiled;
@@ -150,7 +150,7 @@ impl WithDevice for InOneProcess<'_, '_> {
         };
         let backend = D::alone(&options.device, &to_hold, on_news)?;
         let numerics = backend.numerics_name();
-        let runner = load_runner(backend.profiled(), &*source, to_hold.shape, to_hold.resident, on_news)?;
+        let runner = load_runner(backend.profiled(), &*source, &to_hold, on_news)?;
         if options.lock {
             lock_memory(on_news);
         }
@@ -161,19 +161,12 @@ impl WithDevice for InOneProcess<'_, '_> {
 /// Name, shapes, and where the weights come from (`place`, if the launcher says so); nothing is loaded.
 fn described(options: &MeasuredOptions, place: Option<&str>) -> anyhow::Result<(String, Model)> {
     let dir = || model_dir(place.or(options.model.as_deref()));
-    let model = |config, weights, source| Model {
-        config: Arc::new(config),
-        weights: Arc::new(weights),
-        source,
-        device: options.device.clone(),
-        lock: options.lock,
-    };
     if !options.shapes.is_dummy("--model DIR")? {
         let dir = dir()?;
         let (mut config, checkpoint) = (ModelConfig::load(&dir)?, Checkpoint::open(&dir)?);
         config.settle_tie(&checkpoint);
         let weights = tandem_model::resolve(&checkpoint, &config)?;
-        return Ok((name_of(&dir), model(config, weights, Source::Checkpoint(Arc::new(checkpoint)))));
+        return Ok((name_of(&dir), model_of(options, config, weights, Source::Checkpoint(Arc::new(checkpoint)))));
     }
     let (name, text) = match &options.shapes.config {
         Some(config) => presets::config_text(config)?,
@@ -182,10 +175,19 @@ fn described(options: &MeasuredOptions, place: Option<&str>) -> anyhow::Result<(
             (name_of(&dir), presets::read(&dir.join("config.json"))?)
         }
     };
-    let text = options.shapes.apply(&text)?;
+    Ok((name, dummy(options, options.shapes.apply(&text)?)?))
+}
+
+/// Random weights for the configuration of a text.
+fn dummy(options: &MeasuredOptions, text: String) -> anyhow::Result<Model> {
     let config = ModelConfig::parse(&text)?;
     let weights = DummyWeights::new(&config, &options.quant, Stacks::Distinct).weights().to_vec();
-    Ok((name, model(config, weights, Source::Dummy { recipe: options.quant.clone(), text })))
+    Ok(model_of(options, config, weights, Source::Dummy { recipe: options.quant.clone(), text }))
+}
+
+fn model_of(options: &MeasuredOptions, config: ModelConfig, weights: Vec<Weight>, source: Source) -> Model {
+    let (config, weights, device) = (Arc::new(config), Arc::new(weights), options.device.clone());
+    Model { config, weights, source, device, lock: options.lock, drafts: false, sidecar: None }
 }
 
 impl MeasuredModel {
@@ -202,8 +204,38 @@ impl MeasuredModel {
         joined: Option<Joined>,
         on_news: OnNews<'_>,
     ) -> anyhow::Result<MeasuredModel> {
-        let start = Instant::now();
         let (name, model) = described(options, None)?;
+        MeasuredModel::load_model(options, name, model, limits, length, n_slots, joined, on_news)
+    }
+
+    /// Makes a model of random weights with the configuration of this text, in one process.
+    ///
+    /// # Errors
+    /// As [`MeasuredModel::load`].
+    pub fn of_text(
+        options: &MeasuredOptions,
+        text: String,
+        limits: Limits,
+        length: usize,
+        n_slots: usize,
+        on_news: OnNews<'_>,
+    ) -> anyhow::Result<MeasuredModel> {
+        let model = dummy(options, text)?;
+        MeasuredModel::load_model(options, "a sample".to_string(), model, limits, length, n_slots, None, on_news)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn load_model(
+        options: &MeasuredOptions,
+        name: String,
+        model: Model,
+        limits: Limits,
+        length: usize,
+        n_slots: usize,
+        joined: Option<Joined>,
+        on_news: OnNews<'_>,
+    ) -> anyhow::Result<MeasuredModel> {
+        let start = Instant::now();
         let (config, weights) = (&*model.config, &*model.weights);
         ensure!(
             length <= config.max_position_embeddings,
@@ -225,7 +257,7 @@ impl MeasuredModel {
                 kind.with(Lead { options, model: &model, shape, joined, on_news })?
             }
             None => {
-                let to_hold = ToHold { shape, weights, resident: resident_bytes };
+                let to_hold = ToHold { shape, weights, resident: resident_bytes, mtp: 0, sidecar: None };
                 DeviceKind::choose(&options.device)?.with(InOneProcess { options, model: &model, to_hold, on_news })?
             }
         };

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use tandem_core::backend::{CacheKind, TensorGroup};
 use tandem_core::{Backend, Batch, ModelConfig};
 use tandem_cpu::{Pool, system};
-use tandem_engine::{DistributedRunner, EngineError, Operation, Profile, Profiled, RankTimes, Runner};
+use tandem_engine::{DistributedRunner, EngineError, Operation, OperationTimes, Profile, Profiled, RankTimes, Runner};
 
 use super::runner::MeasuredRunner;
 use crate::device::Device;
@@ -109,6 +109,10 @@ impl<D: Device> RankBackend for Profiled<D> {
         Arc::new(Through(group))
     }
 
+    fn operation_times(&self) -> Option<Arc<OperationTimes>> {
+        Profiled::operation_times(self)
+    }
+
     fn answers(config: &ModelConfig) -> Option<Answers<Self>> {
         let (config, mut faults) = (config.clone(), 0);
         Some(Box::new(move |backend, cache, times, question| {
@@ -150,7 +154,8 @@ pub(super) fn load<D: Device>(
     on_news: OnNews<'_>,
 ) -> anyhow::Result<(Box<dyn MeasuredRunner>, &'static str)> {
     let Shape { limits, n_slots, .. } = shape;
-    let (runner, numerics) = ranks::lead::<Profiled<D>>(joined, model, parallel, limits, n_slots, sync_every, on_news)?;
+    let (runner, numerics, _) =
+        ranks::lead::<Profiled<D>>(joined, model, parallel, limits, n_slots, sync_every, on_news)?;
     let mut ranks = Ranks { runner, bandwidth: 0.0 };
     ranks.bandwidth = ranks.measure_bandwidth(on_news)?;
     Ok((Box::new(ranks), numerics))

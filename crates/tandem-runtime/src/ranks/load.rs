@@ -1,5 +1,6 @@
 //! Loading one rank's part of a model, and leading or following with it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,18 +9,21 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tandem_comm::{Doing, Group, Transport, Wire, local};
 use tandem_core::backend::TensorGroup;
-use tandem_core::weights::Weight;
+use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Backend, Checkpoint, ModelConfig};
-use tandem_engine::{Answer, DistributedRunner, HostReduce, Pipeline, RankRunner};
+use tandem_engine::{Answer, DistributedRunner, HostReduce, OperationTimes, Pipeline, Profiled, RankRunner};
 use tandem_model::{
-    CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe, Request,
-    Share, WeightSource, load_share,
+    Accounting, CheckpointWeights, Division, DummyWeights, Limits, PartWeights, Plan, Planner, RankResources, Recipe,
+    Request, Share, WeightSource, load_drafting,
 };
 
 use super::Joined;
 use super::started::{Announcement, announce};
 use crate::device::{Device, DeviceKind, Place, WithDevice, lock_memory};
+use crate::diagnosis::Residency;
+use crate::load::mapped_files;
 use crate::model_dir::model_dir;
+use crate::mtp::{self, Sidecar};
 use crate::news::{News, OnNews, Progress, Unit, ignore_news};
 use crate::options::{DeviceOptions, ModelOptions, ParallelOptions};
 use crate::units::bytes;
@@ -35,6 +39,10 @@ pub(crate) struct Model {
     pub(crate) source: Source,
     pub(crate) device: DeviceOptions,
     pub(crate) lock: bool,
+    /// Rank 0 holds the multi-token-prediction layer, if there is one.
+    pub(crate) drafts: bool,
+    /// Where that layer is, if not with the model.
+    pub(crate) sidecar: Option<Arc<Sidecar>>,
 }
 
 /// Where its weights come from.
@@ -62,7 +70,14 @@ impl Model {
             source: Source::Checkpoint(Arc::new(checkpoint)),
             device: options.device.clone(),
             lock: options.lock,
+            drafts: false,
+            sidecar: None,
         }
+    }
+
+    /// The same, drafting if `drafts`, by a layer of another directory if there is one.
+    pub(crate) fn with_drafts(self, drafts: bool, sidecar: Option<Sidecar>) -> Model {
+        Model { drafts, sidecar: sidecar.map(Arc::new), ..self }
     }
 
     /// A hash of the configuration, and of the tensors by name, type and shape.
@@ -90,32 +105,14 @@ pub(crate) trait RankBackend: Backend + Sized + 'static {
     fn device(&self) -> &Self::Device;
     /// The device's sums as this backend's.
     fn through(group: Arc<dyn TensorGroup<Self::Device>>) -> Arc<dyn TensorGroup<Self>>;
+    /// How long operations take, where that is noted.
+    fn operation_times(&self) -> Option<Arc<OperationTimes>>;
     /// How a rank with this configuration answers rank 0's questions.
     fn answers(config: &ModelConfig) -> Option<Answers<Self>>;
 }
 
 /// Answers rank 0's questions between two steps.
 pub(crate) type Answers<B> = Answer<B>;
-
-impl<D: Device> RankBackend for D {
-    type Device = D;
-
-    fn of(device: D) -> D {
-        device
-    }
-
-    fn device(&self) -> &D {
-        self
-    }
-
-    fn through(group: Arc<dyn TensorGroup<D>>) -> Arc<dyn TensorGroup<D>> {
-        group
-    }
-
-    fn answers(_: &ModelConfig) -> Option<Answers<D>> {
-        None
-    }
-}
 
 /// What rank 0 decides for all.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -130,6 +127,8 @@ struct Setup {
     wire_bf16: bool,
     /// 1, but for measurements.
     sync_every: usize,
+    /// Bytes of the layer by which rank 0 drafts, if it does.
+    drafts: Option<u64>,
 }
 
 /// What every rank tells every other.
@@ -153,7 +152,7 @@ pub(crate) fn lead<B: RankBackend>(
     n_slots: usize,
     sync_every: usize,
     on_news: OnNews<'_>,
-) -> anyhow::Result<(DistributedRunner<B>, &'static str)> {
+) -> anyhow::Result<(DistributedRunner<B>, &'static str, Arc<Residency>)> {
     let numerics = B::Device::numerics(&model.device)?;
     let parallel = match &joined {
         Joined::Tcp(started) => started.order.parallel.clone(),
@@ -169,6 +168,7 @@ pub(crate) fn lead<B: RankBackend>(
         ep: parallel.ep,
         wire_bf16: parallel.wire_bf16,
         sync_every,
+        drafts: model.drafts.then(|| mtp::bytes_of(model.sidecar.as_deref(), &model.config, &model.weights)),
     };
     let deadline = parallel.deadline()?;
     if let Joined::Threads(n) = joined {
@@ -179,17 +179,17 @@ pub(crate) fn lead<B: RankBackend>(
             let model = model.clone();
             std::thread::spawn(move || {
                 let result = load_rank::<B>(Box::new(transport), deadline, &model, None, place, &mut ignore_news)
-                    .and_then(|runner| runner.follow().map_err(Into::into));
+                    .and_then(|(runner, _)| runner.follow().map_err(Into::into));
                 if let Err(error) = result {
                     tracing::error!("{error:#}");
                 }
             });
         }
-        let runner = load_rank(Box::new(own), deadline, model, Some(setup), place, on_news)?;
-        return Ok((DistributedRunner::new(runner), numerics));
+        let (runner, residency) = load_rank(Box::new(own), deadline, model, Some(setup), place, on_news)?;
+        return Ok((DistributedRunner::new(runner), numerics, residency));
     }
-    let runner = join(joined, deadline, model, Some(setup), on_news)?;
-    Ok((DistributedRunner::new(runner), numerics))
+    let (runner, residency) = join(joined, deadline, model, Some(setup), on_news)?;
+    Ok((DistributedRunner::new(runner), numerics, residency))
 }
 
 /// Another rank than 0: loads its part of a checkpoint and follows until rank 0 stops.
@@ -221,7 +221,7 @@ impl WithDevice for Follow<'_> {
     type Output = ();
 
     fn run<D: Device>(self) -> anyhow::Result<()> {
-        follow_with::<D>(self.joined, &self.model, self.parallel)
+        follow_with::<Profiled<D>>(self.joined, &self.model, self.parallel)
     }
 }
 
@@ -235,7 +235,7 @@ pub(crate) fn follow_with<B: RankBackend>(
         Joined::Tcp(started) => started.order.parallel.deadline()?,
         _ => parallel.deadline()?,
     };
-    join::<B>(joined, deadline, model, None, &mut ignore_news)?.follow()?;
+    join::<B>(joined, deadline, model, None, &mut ignore_news)?.0.follow()?;
     Ok(())
 }
 
@@ -246,7 +246,7 @@ fn join<B: RankBackend>(
     model: &Model,
     setup: Option<Setup>,
     on_news: OnNews<'_>,
-) -> anyhow::Result<RankRunner<B>> {
+) -> anyhow::Result<(RankRunner<B>, Arc<Residency>)> {
     match joined {
         Joined::Tcp(started) => {
             let place = started.place();
@@ -285,7 +285,7 @@ fn load_rank<B: RankBackend>(
     setup: Option<Setup>,
     place: Place,
     on_news: OnNews<'_>,
-) -> anyhow::Result<RankRunner<B>> {
+) -> anyhow::Result<(RankRunner<B>, Arc<Residency>)> {
     let world = Group::world(transport, deadline);
     let result = load_in(&world, model, setup, place, on_news);
     if let Err(error) = &result {
@@ -300,7 +300,7 @@ fn load_in<B: RankBackend>(
     setup: Option<Setup>,
     place: Place,
     on_news: OnNews<'_>,
-) -> anyhow::Result<RankRunner<B>> {
+) -> anyhow::Result<(RankRunner<B>, Arc<Residency>)> {
     let Model { config, weights, source, .. } = model;
     let introducing = Doing::of("agreeing on a plan");
     world.set_slack(6);
@@ -317,11 +317,18 @@ fn load_in<B: RankBackend>(
     let everyone: Vec<Introduction> =
         texts.iter().map(|t| serde_json::from_slice(t)).collect::<Result<_, _>>().context("a rank's introduction")?;
     let setup = everyone[0].setup.clone().context("rank 0 did not say what to load")?;
-    let resources: Vec<RankResources> = everyone
+    let mut resources: Vec<RankResources> = everyone
         .into_iter()
         .map(|i| RankResources { host: i.host, memory: i.memory, bandwidth: i.bandwidth, round_trip: i.round_trip })
         .collect();
     let device = B::Device::finish(opened, &setup.numerics)?;
+    let drafts = setup.drafts.is_some() && world.rank() == 0;
+    if let Some(mtp) = setup.drafts {
+        // The layer, and the embedding that it looks up, come on top of what the plan gives rank 0.
+        let accounting = Accounting::new(weights, config);
+        let embedding = accounting.total(|k| if k.kind == ModuleKind::Embed { k.resident_bytes } else { 0 });
+        resources[0].memory = resources[0].memory.saturating_sub(mtp + embedding);
+    }
     let planner = Planner {
         config,
         weights,
@@ -357,17 +364,30 @@ fn load_in<B: RankBackend>(
     let group = reduce.clone().map(|r| r as Arc<dyn TensorGroup<B>>).or_else(|| sums.map(B::through));
     let limits = Limits { max_rows: setup.max_rows, max_logits_rows: setup.max_logits_rows };
     let local_config = division.config(config);
-    let loaded_model = load_share(&backend, &local_config, &source, Share { division, group }, limits, &mut |n| {
+    let share = Share { division, group };
+    let mut progress = |n: usize| {
         loaded += n as u64;
         if last.elapsed() > Duration::from_millis(200) {
             last = Instant::now();
             on_news(News::Progress(Progress { doing: "loading", unit: Unit::Bytes, done: loaded, total }));
         }
+    };
+    let loaded_model = mtp::with_source(model.sidecar.as_deref(), config, &*whole, weights, |layer| {
+        let layer = layer.filter(|_| drafts);
+        load_drafting(&backend, &local_config, &source, share, limits, layer, &mut progress)
     })?;
     on_news(News::Progress(Progress { doing: "loading", unit: Unit::Bytes, done: total, total }));
     if model.lock {
         lock_memory(on_news);
     }
+    let mapped = match &model.source {
+        Source::Checkpoint(checkpoint) if B::Device::stays_mapped() => {
+            let files: Vec<PathBuf> = checkpoint.files().map(PathBuf::from).collect();
+            mapped_files(weights, total, &files)
+        }
+        _ => vec![],
+    };
+    let (times, residency) = (backend.operation_times(), Residency::watch(&mapped, total));
     let runner = RankRunner::new(
         backend,
         loaded_model,
@@ -379,11 +399,12 @@ fn load_in<B: RankBackend>(
         setup.n_slots,
     )
     .with_answer(B::answers(&local_config))
-    .with_check(check);
+    .with_check(check)
+    .with_times(times, residency.usage());
     world.set_slack(LOADING_SLACK);
     world.barrier(Doing::of("waiting for every rank to load"))?;
     world.set_slack(1);
-    Ok(runner)
+    Ok((runner, residency))
 }
 
 /// The plan as lines of text.

@@ -3,6 +3,7 @@
 //! A rank is started by a launcher (processes over TCP), by an MPI launcher, or as a thread of one process. Rank 0 runs
 //! the command; the others only load and follow. What a process is comes as a value ([`Role`]) and is handed down.
 
+mod hostfile;
 mod load;
 mod started;
 
@@ -11,6 +12,7 @@ use tandem_comm::{Group, Transport, mpi};
 
 use crate::options::{ParallelOptions, TransportKind};
 
+pub use hostfile::{Host, hosts, local_hosts};
 pub use load::follow;
 pub(crate) use load::{Answers, Model, RankBackend, Source, follow_with, lead};
 pub use started::{Announcement, NEWS, Order, Quit, Started};
@@ -46,6 +48,9 @@ impl Role {
     pub fn find(launch_fd: Option<u32>, parallel: Option<&ParallelOptions>, quit: Quit) -> anyhow::Result<Role> {
         if let Some(fd) = launch_fd {
             let started = started::start(fd, quit)?;
+            if parallel.is_some_and(|parallel| parallel.encrypt) && !started.order.parallel.encrypt {
+                bail!("--encrypt is set for this rank, but not for all: give it to tandem launch, in front of --");
+            }
             let joined = |started| Joined::Tcp(Box::new(started));
             return Ok(if started.order.rank > 0 {
                 Role::Follow(joined(started))
@@ -55,6 +60,7 @@ impl Role {
         }
         let Some(parallel) = parallel else { return Ok(Role::Alone) };
         let asked = parallel.n_ranks()?;
+        parallel.check_encryption()?;
         match parallel.transport {
             TransportKind::Mpi if mpi::launched() => {
                 let transport = mpi::init()?;

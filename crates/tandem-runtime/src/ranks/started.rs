@@ -116,6 +116,7 @@ impl Started {
             rank: order.rank,
             peers,
             secret: order.secret()?,
+            encrypt: order.parallel.encrypt,
             generation: order.generation,
             hello: Hello { version: env!("CARGO_PKG_VERSION").to_string(), model },
             deadline,

@@ -2,7 +2,7 @@
 
 use axum::body::Body;
 use axum::http::Request;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Server;
 use crate::Options;
@@ -36,6 +36,74 @@ async fn lengths_and_counts_are_checked_first() {
     let (status, counted) = server.post("/v1/messages/count_tokens", &count).await;
     assert!(status == 200 && counted["input_tokens"].as_u64() > Some(4096), "{counted}");
     assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
+}
+
+/// A body may name the same things again and again: the work grows with the body, not with its square.
+#[tokio::test(flavor = "multi_thread")]
+async fn names_may_be_repeated() {
+    let server = Server::with_context(&Options::default(), 64 << 10);
+    let tools: Vec<Value> =
+        (0..1000).map(|i| json!({"type": "function", "function": {"name": format!("f{i}")}})).collect();
+    let flat: Vec<Value> = (0..1000).map(|i| json!({"type": "function", "name": format!("f{i}")})).collect();
+    let input: Vec<Value> = (0..1000)
+        .map(|i| json!({"name": format!("f{i}"), "input_schema": {"type": "object"}, "defer_loading": i > 0}))
+        .collect();
+    let user = json!([{"role": "user", "content": "hi"}]);
+    let last: Vec<Value> = vec![json!({"type": "function", "function": {"name": "f999"}}); 100_000];
+    let flat_last: Vec<Value> = vec![json!({"type": "function", "name": "f999"}); 100_000];
+    let references: Vec<Value> = vec![json!({"type": "tool_reference", "tool_name": "f999"}); 1000];
+    let start = std::time::Instant::now();
+    for (path, body) in [
+        (
+            "/v1/chat/completions",
+            json!({"messages": user, "max_tokens": 1, "tools": tools,
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": last}}}),
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "hi", "max_output_tokens": 1, "tools": flat,
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": flat_last}}),
+        ),
+        (
+            "/v1/messages",
+            json!({"model": "fable", "max_tokens": 1, "tools": input,
+                "messages": [{"role": "user", "content": references}]}),
+        ),
+    ] {
+        server.says("yes");
+        server.ok(path, &body).await;
+    }
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
+
+/// What a body names of earlier answers counts as if it were in it, and each answer is read once.
+#[tokio::test(flavor = "multi_thread")]
+async fn references_are_bounded() {
+    let server = Server::with(&Options { max_body_bytes: 4 << 20, ..Options::default() });
+    let message = |id: String, text: &str| json!({"type": "message", "role": "user", "id": id, "content": text});
+    let reference = |id: String| json!({"type": "item_reference", "id": id});
+    // Most of a conversation that the context does not hold: it is kept all the same, without the oldest turns.
+    let items: Vec<Value> = (0..20_000).map(|i| message(format!("m{i}"), "fox")).collect();
+    let long = json!([message("large".into(), &"x".repeat(1 << 20)), {"role": "user", "content": "hi"}]);
+    for input in [json!(items), long] {
+        server.says("yes");
+        let body = json!({"input": input, "truncation": "auto", "max_output_tokens": 1});
+        let start = std::time::Instant::now();
+        server.ok("/v1/responses", &body).await;
+        assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    }
+    let start = std::time::Instant::now();
+    let many: Vec<Value> = (0..20_000).map(|i| reference(format!("m{i}"))).collect();
+    server.says("yes");
+    server.ok("/v1/responses", &json!({"input": many, "truncation": "auto", "max_output_tokens": 1})).await;
+    let large: Vec<Value> = (0..20_000).map(|_| reference("large".into())).collect();
+    let (status, error) = server.post("/v1/responses", &json!({"input": large})).await;
+    assert!(status == 400 && error.to_string().contains("refer to fewer"), "{error}");
+    let own: Vec<Value> =
+        [message("own".into(), "fox")].into_iter().chain(vec![reference("own".into()); 20_000]).collect();
+    server.says("yes");
+    server.ok("/v1/responses", &json!({"input": own, "truncation": "auto", "max_output_tokens": 1})).await;
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -124,14 +124,19 @@ async fn from_the_client_to_the_model() {
         "{{\"role\": \"assistant\", \"content\": [{{\"type\": \"tool_use\", \"id\": \"c\", \"name\": \"f\", \"input\": {arguments}}}]}}, \
          {{\"role\": \"user\", \"content\": [{{\"type\": \"tool_result\", \"tool_use_id\": \"c\", \"content\": {result}}}]}}"
     );
-    let responses = format!(
-        "{{\"input\": [{user}, {{\"type\": \"function_call\", \"call_id\": \"c\", \"name\": \"f\", \"arguments\": {escaped}}}, \
-         {{\"type\": \"function_call_output\", \"call_id\": \"c\", \"output\": {result}}}, {{\"role\": \"user\", \"content\": \"?\"}}]}}"
-    );
+    let responses = |arguments: &str| {
+        format!(
+            "{{\"input\": [{user}, {{\"type\": \"function_call\", \"call_id\": \"c\", \"name\": \"f\", \"arguments\": {arguments}}}, \
+             {{\"type\": \"function_call_output\", \"call_id\": \"c\", \"output\": {result}}}, {{\"role\": \"user\", \"content\": \"?\"}}]}}"
+        )
+    };
     for (path, body) in [
         ("/v1/chat/completions", format!("{{{}", ask(&chat_call(&escaped)))),
         ("/v1/chat/completions", format!("{{{}", ask(&chat_call(&arguments)))),
-        ("/v1/responses", responses),
+        ("/v1/responses", responses(&escaped)),
+        // Some clients give arguments as an object, others as text.
+        ("/v1/responses", responses(&arguments)),
+        ("/api/chat", format!("{{\"model\": \"fable\", {}", ask(&chat_call(&escaped)))),
         ("/v1/messages", format!("{{\"model\": \"fable\", \"max_tokens\": 9, {}", ask(&anthropic))),
         ("/api/chat", format!("{{\"model\": \"fable\", {}", ask(&chat_call(&arguments)))),
     ] {

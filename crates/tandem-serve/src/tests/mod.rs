@@ -3,6 +3,7 @@
 mod abuse;
 mod bytes;
 mod clients;
+mod dialects;
 mod others;
 mod protocol;
 
@@ -81,8 +82,13 @@ impl Server {
     pub(crate) fn with_context(options: &Options, context: usize) -> Server {
         let dir = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8"));
         let tokenizer = Tokenizer::from_dir(dir).unwrap();
-        let ChatFormat { dialect, template } =
-            ChatFormat::from_dir(dir, None, None, |token| tokenizer.has_token(token)).unwrap();
+        let format = ChatFormat::from_dir(dir, None, None, |token| tokenizer.has_token(token)).unwrap();
+        Server::of(options, context, tokenizer, format)
+    }
+
+    /// A model with this tokenizer and this way to chat.
+    pub(crate) fn of(options: &Options, context: usize, tokenizer: Tokenizer, format: ChatFormat) -> Server {
+        let ChatFormat { dialect, template } = format;
         let vocab_size = tokenizer.vocab_size();
         let script = Script::default();
         let seen = Script::default();
@@ -118,6 +124,16 @@ impl Server {
     /// The text that the engine has read so far, special tokens too.
     pub(crate) fn seen(&self) -> String {
         self.tokenizer.decode(&self.seen.lock().unwrap(), false).unwrap()
+    }
+
+    /// The prompt that a request makes on this server, which has not seen any yet.
+    pub(crate) async fn prompt_of(&self, path: &str, request: &Value) -> String {
+        assert!(self.seen.lock().unwrap().is_empty());
+        let mut request = request.clone();
+        request[if path == "/v1/responses" { "max_output_tokens" } else { "max_tokens" }] = json!(1);
+        self.says("yes");
+        self.ok(path, &request).await;
+        self.seen()
     }
 
     /// What the next answers say.

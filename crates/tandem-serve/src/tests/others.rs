@@ -768,6 +768,153 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+/// vLLM's conversions: these say the same, so that they make the same prompt.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_history_makes_the_same_prompt() {
+    let user = json!({"role": "user", "content": "hi"});
+    let last = json!({"role": "user", "content": "and?"});
+    let chat = |messages: &[Value]| (CHAT, json!({"messages": messages}));
+    let said = |items: &[Value]| (MESSAGES, json!({"model": "fable", "messages": items}));
+    let input = |items: &[Value]| (RESPONSES, json!({"input": items}));
+    let call = |id: &str| json!({"id": id, "type": "function", "function": {"name": id, "arguments": "{\"a\": 1}"}});
+    let tool = |id: &str| json!({"role": "tool", "tool_call_id": id, "content": format!("result {id}")});
+    let tool_use = |id: &str| json!({"type": "tool_use", "id": id, "name": id, "input": {"a": 1}});
+    let result = |id: &str| json!({"type": "tool_result", "tool_use_id": id, "content": format!("result {id}")});
+    let item = |id: &str| json!({"type": "function_call", "call_id": id, "name": id, "arguments": "{\"a\": 1}"});
+    let output = |id: &str| json!({"type": "function_call_output", "call_id": id, "output": format!("result {id}")});
+    let assistant = |content: Value| json!({"role": "assistant", "content": content});
+    let thinking = |text: &str| json!({"type": "thinking", "thinking": text, "signature": "s"});
+    let text = |text: &str| json!({"type": "text", "text": text});
+    let billing = "x-anthropic-billing-header: cc_version=2.1.37.abc; cc_entrypoint=cli;";
+    let system = |system: Value| (MESSAGES, with(&said(std::slice::from_ref(&user)).1, json!({"system": system})));
+    for same in [
+        // Calls at once, and one after the other.
+        vec![
+            chat(&[
+                user.clone(),
+                json!({"role": "assistant", "content": null, "tool_calls": [call("f"), call("g")]}),
+                tool("f"),
+                tool("g"),
+            ]),
+            said(&[
+                user.clone(),
+                assistant(json!([tool_use("f"), tool_use("g")])),
+                json!({"role": "user", "content": [result("f"), result("g")]}),
+            ]),
+            input(&[user.clone(), item("f"), item("g"), output("f"), output("g")]),
+        ],
+        vec![
+            chat(&[
+                user.clone(),
+                json!({"role": "assistant", "tool_calls": [call("f")]}),
+                tool("f"),
+                json!({"role": "assistant", "content": "", "tool_calls": [call("g")]}),
+                tool("g"),
+            ]),
+            said(&[
+                user.clone(),
+                assistant(json!([tool_use("f")])),
+                json!({"role": "user", "content": [result("f")]}),
+                assistant(json!([tool_use("g")])),
+                json!({"role": "user", "content": [result("g")]}),
+            ]),
+            input(&[user.clone(), item("f"), output("f"), item("g"), output("g")]),
+        ],
+        // A text before its call, and reasoning before both.
+        vec![
+            chat(&[
+                user.clone(),
+                json!({"role": "assistant", "reasoning_content": "hm", "content": "I look.",
+                "tool_calls": [call("f")]}),
+                tool("f"),
+            ]),
+            chat(&[
+                user.clone(),
+                json!({"role": "assistant", "reasoning": "hm", "content": [text("I look.")],
+                "tool_calls": [call("f")]}),
+                tool("f"),
+            ]),
+            said(&[
+                user.clone(),
+                assistant(json!([thinking("hm"), text("I look."), tool_use("f")])),
+                json!({"role": "user", "content": [result("f")]}),
+            ]),
+            input(&[
+                user.clone(),
+                json!({"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}],
+                "encrypted_content": null}),
+                json!({"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]}),
+                item("f"),
+                output("f"),
+            ]),
+        ],
+        // Several pieces of reasoning, and some that nobody can read.
+        vec![
+            chat(&[
+                user.clone(),
+                json!({"role": "assistant", "reasoning_content": "One. Two.", "content": "Done."}),
+                last.clone(),
+            ]),
+            said(&[
+                user.clone(),
+                assistant(json!([thinking("One. "), {"type": "redacted_thinking", "data": "x"},
+                thinking("Two."), text("Done.")])),
+                last.clone(),
+            ]),
+        ],
+        // A system text in the middle stays there.
+        vec![
+            chat(&[user.clone(), json!({"role": "system", "content": "Be brief."})]),
+            said(&[user.clone(), json!({"role": "system", "content": [text("Be brief.")]})]),
+            input(&[user.clone(), json!({"role": "developer", "content": "Be brief."})]),
+        ],
+        // What is only for the vendor's accounts, wherever it stands.
+        vec![
+            system(json!("Be brief.\nBe kind.")),
+            system(json!([text("Be brief."), text("Be kind.")])),
+            system(json!([text(billing), text("Be brief."), text("Be kind.")])),
+            system(json!([text("Be brief."), text(billing), text("Be kind.")])),
+            system(json!([text("Be brief."), text("Be kind."), text(billing)])),
+        ],
+    ] {
+        let mut prompts = vec![];
+        for (path, request) in &same {
+            prompts.push(Server::start().prompt_of(path, request).await);
+        }
+        for (prompt, (path, request)) in prompts.iter().zip(&same) {
+            assert_eq!(*prompt, prompts[0], "{path} {request}");
+        }
+    }
+}
+
+/// Each of n answers has its number and one end, whole and in pieces.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_answers_are_told_apart() {
+    let server = Server::start();
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    for (path, request) in [
+        (CHAT, json!({"messages": messages, "n": 3, "max_tokens": 2, "ignore_eos": true})),
+        (TEXT, json!({"prompt": "hi", "n": 3, "max_tokens": 2, "ignore_eos": true})),
+        (TEXT, json!({"prompt": ["a", "b", "c"], "max_tokens": 2, "ignore_eos": true, "logprobs": 1})),
+    ] {
+        server.says("");
+        let answer = server.ok(path, &request).await;
+        let whole: Vec<&Value> = answer["choices"].as_array().unwrap().iter().map(|choice| &choice["index"]).collect();
+        assert_eq!(json!(whole), json!([0, 1, 2]), "{path}");
+        let (mut ends, mut n_bytes) = ([0; 3], [0; 3]);
+        for chunk in server.stream(path, &request).await {
+            for choice in chunk["choices"].as_array().unwrap() {
+                let index = choice["index"].as_u64().unwrap() as usize;
+                ends[index] += usize::from(!choice["finish_reason"].is_null());
+                let text = choice["text"].as_str().or(choice["delta"]["content"].as_str());
+                n_bytes[index] += text.map_or(0, str::len);
+            }
+        }
+        assert_eq!(ends, [1; 3], "{path}");
+        assert!(n_bytes.iter().all(|n| *n == n_bytes[0]), "{path} {n_bytes:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn cases_of_other_servers() {
     let server = Server::start();

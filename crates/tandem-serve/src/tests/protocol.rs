@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Server;
-use crate::fields::{CHAT, COMPLETIONS, COUNT, Field, MESSAGES, RESPONSES, Use};
+use crate::fields::{CHAT, COMPLETIONS, COUNT, Field, MESSAGES, RESPONSES, TOOL, Use};
 
 const CHAT_PATH: &str = "/v1/chat/completions";
 const CALL: &str = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call>";
@@ -193,6 +193,23 @@ pub(super) fn check_events(events: &[Value]) {
             of_kind.map(|event| event["output_index"].clone()).collect::<Vec<_>>()
         };
         assert_eq!(places(open), places(close), "{open}");
+    }
+    // What was written piece by piece is what each end says.
+    for (kind, key) in [
+        ("response.output_text", "text"),
+        ("response.reasoning_text", "text"),
+        ("response.function_call_arguments", "arguments"),
+        ("response.custom_tool_call_input", "input"),
+    ] {
+        let mut written = String::new();
+        for event in events {
+            match event["type"].as_str().unwrap().strip_prefix(kind) {
+                Some(".delta") => written.push_str(&text(&event["delta"])),
+                Some(".done") => assert_eq!(text(&event[key]), std::mem::take(&mut written), "{event}"),
+                _ => {}
+            }
+        }
+        assert!(written.is_empty() || events.last().unwrap()["type"] != "response.completed", "{kind}: {written}");
     }
 }
 
@@ -535,6 +552,100 @@ async fn tools_of_every_type_and_every_choice() {
     }
 }
 
+/// The prompt that a request to /v1/messages makes.
+async fn prompt_of(request: &Value) -> String {
+    Server::start().prompt_of("/v1/messages", request).await
+}
+
+/// Tools that come later: the prompt's front stays as it was, the definition stands where the first reference is.
+#[tokio::test(flavor = "multi_thread")]
+async fn deferred_tools_come_with_their_reference() {
+    let server = Server::start();
+    let tool = |name: &str, defers: bool| json!({"name": name, "description": format!("About {name}."), "input_schema": schema(), "defer_loading": defers});
+    let tools = json!([tool("find", false), tool("get_weather", true), tool("get_time", true)]);
+    let hosted = json!([{"type": "tool_search_tool_regex_20251119", "name": "s"}, tool("find", true), tool("get_weather", true)]);
+    let searched = |content: Value| {
+        json!([
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "find", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": content}]},
+        ])
+    };
+    let reference = |name: &str| json!({"type": "tool_reference", "tool_name": name});
+    let body = |messages: Value, tools: &Value| json!({"model": "fable", "messages": messages, "tools": tools, "max_tokens": 99});
+    let text = json!({"type": "text", "text": "Found."});
+    // The request; the tools that the prompt shows, and whether the call of get_weather is one.
+    for (request, shown, is_call) in [
+        (body(user("hi"), &tools), vec!["find"], false),
+        (body(searched(json!("nothing")), &tools), vec!["find"], false),
+        (body(searched(json!([reference("get_weather")])), &tools), vec!["find", "get_weather"], true),
+        (body(searched(json!([reference("get_time")])), &tools), vec!["find", "get_time"], false),
+        (
+            body(
+                searched(json!([text, reference("get_time"), reference("get_weather"), reference("get_weather")])),
+                &tools,
+            ),
+            vec!["find", "get_time", "get_weather"],
+            true,
+        ),
+        (
+            body(json!([{"role": "user", "content": [reference("get_weather"), text]}]), &tools),
+            vec!["find", "get_weather"],
+            true,
+        ),
+        (body(searched(json!([reference("find"), reference("other")])), &tools), vec!["find"], false),
+        // The vendor's search does not run here.
+        (body(user("hi"), &hosted), vec!["find", "get_weather"], true),
+        (
+            merge(body(user("hi"), &tools), json!({"tool_choice": {"type": "tool", "name": "get_weather"}})),
+            vec!["find", "get_weather"],
+            true,
+        ),
+    ] {
+        for is_stream in [false, true] {
+            server.says(CALL);
+            let said = match is_stream {
+                false => said_by_message(&server.ok("/v1/messages", &request).await),
+                true => said_by_message_events(&server.stream("/v1/messages", &request).await),
+            };
+            assert_eq!(said.2.len(), usize::from(is_call), "{request}: {said:?}");
+        }
+        let mut count = request.clone();
+        count.as_object_mut().unwrap().remove("max_tokens");
+        let counted = server.ok("/v1/messages/count_tokens", &count).await["input_tokens"].clone();
+        server.says("yes");
+        let usage = server.ok("/v1/messages", &merge(request.clone(), json!({"max_tokens": 1}))).await["usage"].clone();
+        let n = |key: &str| usage[key].as_u64().unwrap();
+        assert_eq!(counted, n("input_tokens") + n("cache_read_input_tokens"), "{request}");
+        let seen = prompt_of(&request).await;
+        for name in ["find", "get_weather", "get_time"] {
+            let n = seen.matches(&format!("About {name}.")).count();
+            assert_eq!(n, usize::from(shown.contains(&name)), "{name} of {request}: {seen}");
+        }
+        if request["tools"] == tools && request.get("tool_choice").is_none() {
+            let front = prompt_of(&body(user("hi"), &tools)).await;
+            let end = front.find("hi").unwrap();
+            assert_eq!(seen[..end], front[..end]);
+        }
+    }
+    for (tools, param) in [
+        (json!([tool("find", true)]), "tools"),
+        (
+            json!([tool("find", false), merge(tool("g", true), json!({"defer_loading": "yes"}))]),
+            "tools[1].defer_loading",
+        ),
+    ] {
+        let (status, error) = server.post("/v1/messages", &body(user("hi"), &tools)).await;
+        assert!(status == 400 && error.to_string().contains("defer_loading"), "{param}: {error}");
+    }
+    for field in TOOL {
+        let mut tool = tool("find", false);
+        tool[field.name] = serde_json::from_str(field.sample).unwrap();
+        server.says("yes");
+        server.ok("/v1/messages", &merge(body(user("hi"), &json!([tool])), json!({"max_tokens": 1}))).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn arguments_follow_the_schema() {
     let server = Server::start();
@@ -857,4 +968,43 @@ async fn ollama() {
     assert_eq!(server.ok("/api/show", &json!({"model": "fable"})).await["capabilities"][1], "tools");
     let (status, error) = server.post("/api/chat", &json!({"model": "other", "messages": user("hi")})).await;
     assert!(status == 404 && error["error"].is_string(), "{error}");
+    // Nothing to answer: the model is to be loaded.
+    let load = server.ok("/api/chat", &json!({"model": "fable", "messages": []})).await;
+    assert_eq!((&load["done_reason"], &load["message"]["content"]), (&json!("load"), &json!("")));
+    assert_eq!(server.ok("/api/generate", &json!({"model": "fable"})).await["done_reason"], "load");
+    let hello = json!({"model": "fable", "prompt": "hi", "stream": false});
+    for (path, more, param) in [
+        ("/api/generate", json!({"template": "{{ .Prompt }}"}), "template"),
+        ("/api/generate", json!({"suffix": "x"}), "suffix"),
+        ("/api/generate", json!({"options": {"stop": ["x", 5]}}), "stop[1]"),
+        ("/api/generate", json!({"options": {"seed": 1.5}}), "seed"),
+        ("/api/generate", json!({"options": {"num_predict": "many"}}), "num_predict"),
+        ("/api/generate", json!({"format": "yaml"}), "format"),
+        ("/api/chat", json!({"messages": [{"role": "user", "content": "x", "tool_calls": {}}]}), "tool_calls"),
+        ("/api/chat", json!({"messages": [{"role": "robot", "content": "x"}]}), "role"),
+    ] {
+        let (status, error) = server.post(path, &merge(hello.clone(), more.clone())).await;
+        assert!(status == 400 && text(&error["error"]).contains(param), "{more}: {error}");
+    }
+    // What is left out is said.
+    for (path, more, note) in [
+        ("/api/generate", json!({"images": ["AAAA"]}), "images"),
+        ("/api/generate", json!({"context": [1, 2]}), "context"),
+        ("/api/generate", json!({"options": {"num_predic": 1}}), "num_predict"),
+        ("/api/generate", json!({"raw": true, "options": {"Temperature": 1}}), "temperature"),
+        ("/api/chat", json!({"messages": user("hi"), "options": {"max_tokens": 1, "num_ctx": 9}}), "num_predict"),
+        ("/api/chat", json!({"messages": [{"role": "user", "content": "x", "images": ["AAAA"]}]}), "images"),
+    ] {
+        for is_stream in [false, true] {
+            let body = merge(merge(hello.clone(), more.clone()), json!({"stream": is_stream}));
+            server.says("yes");
+            let request = axum::http::Request::post(path).header("content-type", "application/json");
+            let (status, headers, _) = server.send(request.body(body.to_string().into()).unwrap()).await;
+            let warning = headers.get("x-tandem-warning").map(|value| value.to_str().unwrap().to_owned());
+            assert!(status == 200 && warning.as_deref().is_some_and(|w| w.contains(note)), "{more} {warning:?}");
+        }
+    }
+    let seeded = merge(hello.clone(), json!({"options": {"seed": u64::MAX, "stop": ["x"], "temperature": 0}}));
+    server.says("yes");
+    assert_eq!(server.ok("/api/generate", &seeded).await["response"], "yes");
 }

@@ -10,6 +10,7 @@ use tandem_comm::{Channel, Doing, Group, Wire};
 
 use tandem_runtime::ParallelOptions;
 use tandem_runtime::device::{SumTimes, time_device_sums};
+use tandem_runtime::diagnosis::{pair_findings, pairs};
 use tandem_runtime::options::TransportKind;
 use tandem_runtime::ranks::{self, Joined};
 
@@ -21,6 +22,8 @@ const DOING: Doing = Doing::of("bench comm");
 const ROW_SECONDS: f64 = 0.4;
 /// Read between two messages, as a stage of a pipeline reads its weights: far more than caches hold.
 const READ_BETWEEN: usize = 128 << 20;
+/// Sent to see the bandwidth of a direction, at least.
+const PAIR_BYTES: usize = 8 << 20;
 /// From here on bandwidth counts.
 const DUPLEX_BYTES: usize = 64 << 10;
 
@@ -31,6 +34,16 @@ pub(crate) fn comm(args: &BenchCommArgs, joined: Option<Joined>) -> anyhow::Resu
     let transport = joined.as_ref().map_or(parallel.transport, |joined| joined.transport(&parallel));
     let local_rank = joined.as_ref().map_or(0, Joined::local_rank);
     let world = ranks::world(joined, &parallel)?;
+    if args.pairs {
+        let pairs = pairs(&world, args.max_bytes.max(PAIR_BYTES))?;
+        world.leave();
+        match (world.rank(), args.json) {
+            (0, true) => print_json(&json!({ "ranks": world.size(), "pairs": pairs }))?,
+            (0, false) => pair_findings(&pairs).iter().for_each(|f| println!("{}: {}", f.level.name(), f.evidence)),
+            _ => {}
+        }
+        return Ok(());
+    }
     let mut rows = vec![];
     if transport == TransportKind::Nccl {
         rows.extend(device_sums(&world, local_rank)?);

@@ -7,11 +7,12 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 use tandem_core::ModelConfig;
 use tandem_model::{Accounting, DummyWeights, Recipe, Stacks};
+use tandem_runtime::diagnosis::{Bar, write_chart};
 use tandem_runtime::options::ShapeOptions;
 use tandem_runtime::{model_dir, presets};
 
 use crate::cli::BenchMatrixArgs;
-use crate::report::print_json;
+use crate::report::{check_writable, print_json};
 
 /// Where a step's time goes, by the names of `bench decode`'s breakdown; "other" and "norms" are the rest.
 const SHARES: [(&str, &[&str]); 5] = [
@@ -25,6 +26,7 @@ const SHARES: [(&str, &[&str]); 5] = [
 /// Runs the command.
 pub(crate) fn matrix(args: &BenchMatrixArgs) -> anyhow::Result<()> {
     ensure!(args.ranks >= 2, "--ranks is {}, expected at least 2: one rank is measured anyhow", args.ranks);
+    args.report.as_deref().map(check_writable).transpose()?;
     let sample = Sample::new(args)?;
     let mut rows = vec![];
     for (name, flags) in comparisons(args, &sample) {
@@ -38,6 +40,14 @@ pub(crate) fn matrix(args: &BenchMatrixArgs) -> anyhow::Result<()> {
         Some(missing) => format!("bottleneck: unknown. {missing}"),
         None => verdict(&rows, args.ranks),
     };
+    if let Some(file) = &args.report {
+        let bar = |row: &Value| {
+            let (name, value) = (row["row"].as_str()?.to_string(), row["tokens_per_second"].as_f64()?);
+            Some(Bar { name, value, mark: None })
+        };
+        let bars: Vec<Bar> = rows.iter().filter_map(bar).collect();
+        write_chart(file, "What limits decoding", &verdict, &bars, "tokens/s")?;
+    }
     if args.json {
         return print_json(&json!({
             "command": "matrix", "ranks": args.ranks, "rows": rows, "verdict": verdict, "missing": sample.missing,

@@ -5,6 +5,7 @@
 //! exactly the context asked for.
 
 pub(crate) mod comm;
+mod drafts;
 mod matrix;
 mod plot;
 mod serve;
@@ -91,10 +92,18 @@ fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> 
     let longest = contexts.iter().copied().max().unwrap_or(0);
     let options = MeasuredOptions::from(&args.model);
     let bandwidth_before = bandwidth_alone(&options, joined.as_ref())?;
-    let sequences = Sequences::new(args.batch, longest + 1);
-    let limits = Limits { max_rows: args.batch, max_logits_rows: args.batch };
-    let mut model =
-        MeasuredModel::load(&options, limits, longest + 1, sequences.n_slots(), joined, &mut on_terminal())?;
+    let n_rows = 1 + args.draft_depth;
+    ensure!(
+        args.draft_depth == 0 || args.batch * n_rows <= EXACT_ROWS,
+        "--batch {} with --draft-depth {} is {} rows; a step that verifies drafts has at most {EXACT_ROWS}",
+        args.batch,
+        args.draft_depth,
+        args.batch * n_rows
+    );
+    let length = longest + n_rows;
+    let sequences = Sequences::new(args.batch, length);
+    let limits = Limits { max_rows: args.batch * n_rows, max_logits_rows: args.batch * n_rows };
+    let mut model = MeasuredModel::load(&options, limits, length, sequences.n_slots(), joined, &mut on_terminal())?;
     fill_cache(&mut model, if longest > 0 { sequences.n_slots() } else { 0 })?;
 
     // A processor's memory is shared with others and changes speed; a device's does not. Of ranks it is
@@ -201,6 +210,8 @@ struct DecodePoint {
     index_agreement: Option<f64>,
     breakdown: Breakdown,
     ranks: RankTotals,
+    /// With `--draft-depth`.
+    verified: Vec<drafts::Verified>,
 }
 
 fn decode_point(
@@ -263,7 +274,9 @@ fn decode_point(
         }
         _ => None,
     };
+    let verified = drafts::verified(model, sequences, context, args)?;
     Ok(DecodePoint {
+        verified,
         context,
         batch: args.batch,
         tokens_per_second: args.batch as f64 * 1e3 / ms.median,
@@ -299,6 +312,9 @@ impl DecodePoint {
         if let Some(share) = self.index_agreement {
             map.insert("index_agreement_with_f32".into(), json!(share));
         }
+        if !self.verified.is_empty() {
+            map.insert("verified".into(), drafts::json(&self.verified));
+        }
         self.ranks.insert_json(&mut map);
         self.breakdown.insert_json(&mut map);
         map
@@ -331,6 +347,7 @@ impl DecodePoint {
         for (name, n) in &self.bytes.kinds {
             println!("    {name:<24}{:>12}{:>8.1} %", bytes(*n as u64), 100.0 * n / self.bytes.total());
         }
+        drafts::print(&self.verified);
         self.ranks.print();
         self.breakdown.print();
     }
@@ -507,6 +524,19 @@ impl Sequences {
             sequences: (0..n as u32).collect(),
             block_tables: self.block_tables.clone(),
             logits_rows: (0..n as u32).collect(),
+            sampling: vec![],
+        }
+    }
+
+    /// `n_rows` new tokens per sequence after `context` cached ones, each with its logits.
+    fn verify_batch(&self, context: usize, n_rows: usize, random: &mut Random, vocab_size: usize) -> Batch {
+        let n = self.block_tables.len();
+        Batch {
+            tokens: (0..n * n_rows).map(|_| random.below(vocab_size)).collect(),
+            positions: (0..n).flat_map(|_| (0..n_rows).map(|i| (context + i) as u32)).collect(),
+            sequences: (0..n as u32).flat_map(|s| std::iter::repeat_n(s, n_rows)).collect(),
+            block_tables: self.block_tables.clone(),
+            logits_rows: (0..(n * n_rows) as u32).collect(),
             sampling: vec![],
         }
     }

@@ -53,6 +53,13 @@ pub(crate) struct BenchDecodeArgs {
     /// Steps before that.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) warmup: usize,
+    /// Measure steps that verify up to this many drafted tokens of each sequence too.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 8))]
+    pub(crate) draft_depth: usize,
+    /// Shares of drafts that are right up to each position, e.g. 0.83,0.65,0.49, to say what tokens per second these steps
+    /// would give.
+    #[arg(long, value_name = "A,A,..", value_delimiter = ',', value_parser = real::<f64>(0.0, 1.0))]
+    pub(crate) force_acceptance: Vec<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -105,6 +112,9 @@ pub(crate) struct BenchMatrixArgs {
     /// Steps measured for each row.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
+    /// Write a page with a chart, which needs nothing else.
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) report: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -217,6 +227,9 @@ pub(crate) struct BenchCommArgs {
     /// Largest payload in bytes.
     #[arg(long, value_name = "BYTES", default_value = "16m", value_parser = token_count)]
     pub(crate) max_bytes: usize,
+    /// Measure only the way between every two ranks, each direction by itself.
+    #[arg(long)]
+    pub(crate) pairs: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -242,6 +255,9 @@ pub(crate) struct BenchModelArgs {
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long)]
     pub(crate) lock: bool,
+    /// Measure weights that cannot all stay in memory: most of a token's time goes into reading them from the disk.
+    #[arg(long)]
+    pub(crate) allow_paging: bool,
     /// Numerics of the activations that meet quantised weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
     pub(crate) activations: ActivationsArg,
@@ -286,6 +302,7 @@ impl From<&BenchModelArgs> for MeasuredOptions {
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: args.isa,
+                allow_paging: args.allow_paging,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),

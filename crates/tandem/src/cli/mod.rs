@@ -3,6 +3,8 @@
 mod bench;
 mod config;
 mod convert;
+mod diagnosis;
+mod drafts;
 mod eval;
 mod inspect;
 mod launch;
@@ -24,6 +26,7 @@ pub(crate) use bench::{
 };
 pub(crate) use config::{ConfigArgs, Parsed, parse, settings};
 pub(crate) use convert::ConvertArgs;
+pub(crate) use diagnosis::{DoctorArgs, ExplainArgs};
 pub(crate) use eval::{CompareArgs, EvalArgs, EvalCommand, LogitsArgs, PerplexityArgs, TasksArgs};
 pub(crate) use inspect::InspectArgs;
 pub(crate) use launch::LaunchArgs;
@@ -99,6 +102,10 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     /// Get a model from Hugging Face into the local cache.
     Pull(PullArgs),
+    /// Say what is wrong with this machine, a model's files or the hosts of ranks, and how fast the model should be.
+    Doctor(DoctorArgs),
+    /// Say where a token's time goes, what limits it and what would help: of the last run, or of a running server.
+    Explain(ExplainArgs),
     /// List the devices that models can run on, with their memory, limits and features.
     Devices(DevicesArgs),
     /// Show what flags are set to by files, variables and the command line: tandem config run --model OWNER/NAME
@@ -127,6 +134,8 @@ impl Command {
             | Command::Launch(_)
             | Command::Convert(_)
             | Command::Pull(_)
+            | Command::Doctor(_)
+            | Command::Explain(_)
             | Command::Devices(_)
             | Command::Config(_)
             | Command::Completions(_)

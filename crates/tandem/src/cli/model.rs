@@ -1,6 +1,7 @@
 //! Which model, and how it runs.
 
 use clap::{Args, ValueEnum};
+use tandem_engine::DraftDepth;
 use tandem_runtime::options::{Activations, BackendChoice};
 use tandem_runtime::{DeviceOptions, ModelOptions};
 
@@ -26,6 +27,9 @@ pub(crate) struct ModelArgs {
     /// Pin the weights in memory, so that the system cannot take it back.
     #[arg(long, help_heading = "Hardware", hide_short_help = true)]
     pub(crate) lock: bool,
+    /// Load weights that cannot all stay in memory: most of a token's time goes into reading them from the disk.
+    #[arg(long, help_heading = "Hardware", hide_short_help = true)]
+    pub(crate) allow_paging: bool,
     /// Tokens of prompt run at once.
     #[arg(long, value_name = "N", default_value = "256", value_parser = tokens(1, 65536), help_heading = "Hardware", hide_short_help = true)]
     pub(crate) prefill_chunk: usize,
@@ -59,9 +63,12 @@ impl From<&ModelArgs> for ModelOptions {
                 activations: args.activations.into(),
                 threads: args.threads,
                 isa: None,
+                allow_paging: args.allow_paging,
                 n_cpu_moe: args.n_cpu_moe,
             },
             parallel: (&args.parallel).into(),
+            draft_depth: Some(DraftDepth::OFF),
+            mtp: None,
         }
     }
 }

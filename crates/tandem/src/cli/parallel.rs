@@ -34,6 +34,9 @@ pub(crate) struct ParallelArgs {
     /// Send sums of tensor-parallel ranks as bf16: half the traffic, less exact.
     #[arg(long, hide_short_help = true)]
     pub(crate) wire_bf16: bool,
+    /// Encrypt what ranks send to each other over TCP, for networks that you do not trust.
+    #[arg(long, hide_short_help = true)]
+    pub(crate) encrypt: bool,
 }
 
 impl From<&ParallelArgs> for ParallelOptions {
@@ -46,6 +49,7 @@ impl From<&ParallelArgs> for ParallelOptions {
             transport: args.transport.into(),
             deadline: args.deadline,
             wire_bf16: args.wire_bf16,
+            encrypt: args.encrypt,
         }
     }
 }

@@ -7,6 +7,7 @@ use tandem_engine::SamplingOverrides;
 use tandem_runtime::conversation::ConversationOptions;
 use tandem_text::{Dialect, Reasoning};
 
+use super::drafts::DraftArgs;
 use super::model::ModelArgs;
 use super::values::{chat_format, reasoning, tokens};
 
@@ -22,6 +23,8 @@ pub(crate) struct RunArgs {
     pub(crate) prompt: Option<String>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) drafts: DraftArgs,
     /// System message.
     #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     pub(crate) system: Option<String>,

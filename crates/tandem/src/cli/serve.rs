@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use tandem_text::Dialect;
 
+use super::drafts::DraftArgs;
 use super::model::ModelArgs;
 use super::values::{chat_format, real, tokens, whole};
 
@@ -19,6 +20,8 @@ Examples:
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) drafts: DraftArgs,
     /// Address to listen on; only this machine reaches the default.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub(crate) host: String,

@@ -36,7 +36,7 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
     };
     ensure!(prompt.is_some() || !args.json, "--json needs a prompt, as an argument or on standard input");
     // Whatever can be wrong with flags and small files is found before the weights are read.
-    let options = ModelOptions::from(&args.model);
+    let options = args.drafts.apply(ModelOptions::from(&args.model));
     let dir = model_dir(options.model.as_deref())?;
     let config = ModelConfig::load(&dir)?;
     let context = options.context(&config)?;

@@ -1,0 +1,447 @@
+//! How many tokens to draft for each sequence of a step, from what steps cost and how often drafts were right.
+//!
+//! A step of more rows takes longer: on a mixture of experts each row reads experts of its own. So the time of steps is
+//! measured by rows and context, the acceptance of drafts by source and position, and the rows are taken that give the
+//! most tokens per second. What is not known is tried, within a budget: [`Control::balance`] is the time that drafts have
+//! saved so far, against steps without, and nothing is tried that it could not pay for.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::draft::{DraftDepth, MAX_DRAFT_DEPTH};
+
+/// Kinds of drafts whose acceptance is learnt apart: the multi-token-prediction layer's, and those of earlier places by how
+/// much these share with the end of the text.
+const N_CLASSES: usize = 5;
+/// Share of drafts expected to be right before anything is known, by class.
+const EXPECTED: [f64; N_CLASSES] = [0.7, 0.35, 0.5, 0.7, 0.85];
+/// Drafts that this expectation weighs as much as; for later positions the one before them is the expectation.
+const EXPECTED_WEIGHT: f64 = 2.0;
+const LATER_WEIGHT: f64 = 4.0;
+/// Drafts of all sequences that a sequence's own weigh against.
+const COMMON_WEIGHT: f64 = 8.0;
+/// What an older draft counts for when another one is added, among all sequences' and among a sequence's own.
+const COMMON_DECAY: f64 = 0.995;
+const OWN_DECAY: f64 = 0.98;
+/// Standard deviations by which a share that few drafts tell is taken for better than they say.
+const OPTIMISM: f64 = 0.75;
+
+/// Share of the time of steps that may be spent on finding out.
+const ALLOWANCE: f64 = 0.008;
+/// Steps' time that may be spent on it at the start.
+const FIRST_ALLOWANCE: f64 = 1.5;
+/// Steps' time saved that is remembered, at most.
+const MOST_SAVED: f64 = 16.0;
+/// Drafting goes on for this many steps before one without tells what it would cost.
+const PLAIN_EVERY: u32 = 48;
+/// Steps after which a sequence without drafts tries one again; twice as many after each that fails, up to the last.
+const FIRST_RETRY: u32 = 16;
+const LAST_RETRY: u32 = 64;
+/// Weight of a new time in a mean, and how far it may be from it: a step that something else held up says little.
+const NEWEST: f64 = 0.1;
+const MOST_CHANGE: f64 = 2.0;
+
+/// Where a sequence's drafts would come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DraftSource {
+    /// The multi-token-prediction layer.
+    Mtp,
+    /// An earlier place with this number of tokens in common.
+    Ngram(usize),
+}
+
+impl DraftSource {
+    fn class(self) -> usize {
+        match self {
+            DraftSource::Mtp => 0,
+            DraftSource::Ngram(..=3) => 1,
+            DraftSource::Ngram(4..=5) => 2,
+            DraftSource::Ngram(6..=11) => 3,
+            DraftSource::Ngram(_) => 4,
+        }
+    }
+}
+
+/// How often drafts were right, by class and position, where those before them were.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Acceptance {
+    /// Drafts, and those that were right.
+    counts: [[(f64, f64); MAX_DRAFT_DEPTH]; N_CLASSES],
+}
+
+impl Acceptance {
+    fn add(&mut self, class: usize, n: usize, n_accepted: usize, decay: f64) {
+        for (i, (tried, right)) in self.counts[class].iter_mut().enumerate().take(n.min(n_accepted + 1)) {
+            *tried = *tried * decay + 1.0;
+            *right = *right * decay + f64::from(u8::from(i < n_accepted));
+        }
+    }
+
+    /// Share of right drafts, if `weight` drafts with the share `expected` had been made before.
+    fn share(&self, class: usize, i: usize, expected: f64, weight: f64) -> f64 {
+        let (tried, right) = self.counts[class][i];
+        (right + expected * weight) / (tried + weight)
+    }
+}
+
+/// What a sequence has been through.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct History {
+    own: Acceptance,
+    /// Steps since it last had drafts, and those after which it tries again.
+    since_drafts: u32,
+    retry: u32,
+}
+
+/// What a sequence of the next step could draft.
+pub(crate) struct Offer<'a> {
+    /// Its past.
+    pub(crate) history: &'a mut History,
+    /// Its sources, and how many tokens each would draft.
+    pub(crate) sources: Vec<(DraftSource, usize)>,
+}
+
+/// A step that has run, in which every sequence decoded.
+pub(crate) struct Ran {
+    /// Sequences.
+    pub(crate) n_sequences: usize,
+    /// Their tokens and drafts.
+    pub(crate) n_rows: usize,
+    /// Longest context.
+    pub(crate) context: usize,
+    /// Tokens that it gave.
+    pub(crate) n_tokens: usize,
+    /// The time that making drafts took, and the most that were made for a sequence by the multi-token-prediction layer.
+    pub(crate) drafting: Duration,
+    pub(crate) mtp_depth: usize,
+    /// All of its time.
+    pub(crate) time: Duration,
+}
+
+/// Seconds of steps by rows, in contexts of about the same length.
+type Times = BTreeMap<usize, Mean>;
+
+#[derive(Clone, Copy, Debug)]
+struct Mean(f64, u32);
+
+impl Mean {
+    fn add(mean: Option<Mean>, value: f64) -> Mean {
+        let Some(Mean(old, n)) = mean else { return Mean(value, 1) };
+        let value = if n > 2 { value.clamp(old / MOST_CHANGE, old * MOST_CHANGE) } else { value };
+        Mean(old + (value - old) * NEWEST.max(1.0 / f64::from(n + 1)), n.saturating_add(1))
+    }
+}
+
+/// Decides.
+#[derive(Debug)]
+pub(crate) struct Control {
+    depth: DraftDepth,
+    common: Acceptance,
+    /// By class of context.
+    times: BTreeMap<u32, Times>,
+    /// Seconds of drafting by the multi-token-prediction layer, by depth.
+    mtp: BTreeMap<usize, Mean>,
+    /// Seconds saved, within bounds; none before a first time is known.
+    balance: Option<f64>,
+    since_plain: u32,
+}
+
+impl Control {
+    pub(crate) fn new(depth: DraftDepth) -> Control {
+        Control {
+            depth,
+            common: Acceptance::default(),
+            times: BTreeMap::new(),
+            mtp: BTreeMap::new(),
+            balance: None,
+            since_plain: 0,
+        }
+    }
+
+    pub(crate) fn depth(&self) -> DraftDepth {
+        self.depth
+    }
+
+    /// The source and the number of drafts of each sequence, with at most `most_rows` drafts in all.
+    pub(crate) fn choose(
+        &mut self,
+        offers: &mut [Offer<'_>],
+        context: usize,
+        most_rows: usize,
+    ) -> Vec<Option<(DraftSource, usize)>> {
+        let n = offers.len();
+        // Expected tokens of each offer's better source, draft by draft.
+        let best: Vec<(DraftSource, Vec<f64>)> = offers.iter().map(|offer| self.better_source(offer)).collect();
+        let mut rows: Vec<(f64, usize)> = vec![];
+        for (i, (_, gains)) in best.iter().enumerate() {
+            rows.extend(gains.iter().map(|gain| (*gain, i)));
+        }
+        // A later draft of a sequence is never likelier than an earlier one, so that a front part of this has no gaps.
+        rows.sort_by(|a, b| b.0.total_cmp(&a.0));
+        rows.truncate(most_rows);
+        let n_drafts = match self.depth {
+            DraftDepth::Fixed(_) => rows.len(),
+            DraftDepth::Auto => self.pay(n, context, &rows, &best),
+        };
+        let mut depths = vec![0; n];
+        rows[..n_drafts].iter().for_each(|(_, i)| depths[*i] += 1);
+        if self.depth == DraftDepth::Auto && n_drafts == 0 {
+            self.retry(offers, context, &rows, &mut depths);
+        }
+        for (offer, depth) in offers.iter_mut().zip(&depths) {
+            offer.history.since_drafts = if *depth > 0 { 0 } else { offer.history.since_drafts + 1 };
+        }
+        let chosen = best.iter().zip(depths).map(|((source, _), depth)| (depth > 0).then_some((*source, depth)));
+        chosen.collect()
+    }
+
+    /// The source of an offer that gives more, and the probability of each of its drafts to be taken.
+    fn better_source(&self, offer: &Offer<'_>) -> (DraftSource, Vec<f64>) {
+        let gains = |(source, n): &(DraftSource, usize)| {
+            let class = source.class();
+            let (mut all, mut expected) = (1.0, EXPECTED[class]);
+            let gain = |i: usize| {
+                expected = self.common.share(class, i, expected, if i == 0 { EXPECTED_WEIGHT } else { LATER_WEIGHT });
+                let share = offer.history.own.share(class, i, expected, COMMON_WEIGHT);
+                let n = offer.history.own.counts[class][i].0 + COMMON_WEIGHT;
+                all *= (share + OPTIMISM * (share * (1.0 - share) / n).sqrt()).min(1.0);
+                all
+            };
+            (*source, (0..*n).map(gain).collect::<Vec<f64>>())
+        };
+        let total = |(source, gains): &(DraftSource, Vec<f64>)| {
+            // A draft by the layer costs time.
+            gains.iter().sum::<f64>() - if *source == DraftSource::Mtp { 0.1 } else { 0.0 }
+        };
+        let sources = offer.sources.iter().map(gains).max_by(|a, b| total(a).total_cmp(&total(b)));
+        sources.unwrap_or((DraftSource::Mtp, vec![]))
+    }
+
+    /// The number of `rows` that gives the most tokens per second, or one more to find out.
+    fn pay(&mut self, n: usize, context: usize, rows: &[(f64, usize)], best: &[(DraftSource, Vec<f64>)]) -> usize {
+        let Some(plain) = self.time(n, n, context) else { return 0 };
+        let balance = *self.balance.get_or_insert(FIRST_ALLOWANCE * plain);
+        if self.since_plain >= PLAIN_EVERY || balance <= 0.0 {
+            return 0;
+        }
+        let (mut n_best, mut best_rate) = (0, n as f64 / plain);
+        let (mut depths, mut tokens, mut last_known) = (vec![0; n], n as f64, plain);
+        for (m, (gain, i)) in rows.iter().enumerate() {
+            tokens += gain;
+            depths[*i] += 1;
+            let mtp = (0..n).filter(|i| best[*i].0 == DraftSource::Mtp).map(|i| depths[i]).max().unwrap_or(0);
+            let drafting = self.mtp_time(mtp);
+            match self.time(n, n + m + 1, context) {
+                Some(time) => {
+                    last_known = time;
+                    let rate = tokens / (time + drafting);
+                    if rate > best_rate {
+                        (n_best, best_rate) = (m + 1, rate);
+                    }
+                }
+                None => {
+                    // At best it costs no more than what is known; at worst a whole step for each row.
+                    let promises = tokens / (last_known + drafting) > best_rate;
+                    let loss = plain * (m + 1) as f64 / n as f64 + drafting - plain * (tokens / n as f64 - 1.0);
+                    return if promises && loss <= balance { m + 1 } else { n_best };
+                }
+            }
+        }
+        n_best
+    }
+
+    /// Lets a sequence that has not drafted for long try once more, if that can be paid.
+    fn retry(&self, offers: &[Offer<'_>], context: usize, rows: &[(f64, usize)], depths: &mut [usize]) {
+        let n = offers.len();
+        let (Some(plain), Some(balance)) = (self.time(n, n, context), self.balance) else { return };
+        let loss = self.time(n, n + 1, context).unwrap_or(2.0 * plain) + self.mtp_time(1) - plain;
+        let is_due = |i: &usize| offers[*i].history.since_drafts >= offers[*i].history.retry.max(FIRST_RETRY);
+        if let Some(i) = rows.iter().map(|(_, i)| *i).find(is_due).filter(|_| loss <= balance) {
+            depths[i] = 1;
+        }
+    }
+
+    /// Learns from a draft of `n` tokens, the first `n_accepted` of which were right.
+    pub(crate) fn note_draft(&mut self, history: &mut History, source: DraftSource, n: usize, n_accepted: usize) {
+        self.common.add(source.class(), n, n_accepted, COMMON_DECAY);
+        history.own.add(source.class(), n, n_accepted, OWN_DECAY);
+        let retry = if n_accepted > 0 { FIRST_RETRY } else { (2 * history.retry).clamp(2 * FIRST_RETRY, LAST_RETRY) };
+        history.retry = retry;
+    }
+
+    /// Learns from the time of a step.
+    pub(crate) fn note_step(&mut self, ran: &Ran) {
+        let (time, drafting) = (ran.time.as_secs_f64(), ran.drafting.as_secs_f64());
+        let is_plain = ran.n_rows == ran.n_sequences;
+        self.since_plain = if is_plain { 0 } else { self.since_plain + 1 };
+        if let (Some(plain), Some(balance)) = (self.time(ran.n_sequences, ran.n_sequences, ran.context), self.balance) {
+            let saved = plain * ran.n_tokens as f64 / ran.n_sequences as f64 - time;
+            let saved = if is_plain { ALLOWANCE * time } else { saved };
+            self.balance = Some((balance + saved).min(MOST_SAVED * plain));
+        }
+        let times = self.times.entry(class_of(ran.context)).or_default();
+        let mean = Mean::add(times.get(&ran.n_rows).copied(), (time - drafting).max(1e-9));
+        times.insert(ran.n_rows, mean);
+        if ran.mtp_depth > 0 {
+            let mean = Mean::add(self.mtp.get(&ran.mtp_depth).copied(), drafting);
+            self.mtp.insert(ran.mtp_depth, mean);
+        }
+    }
+
+    /// Seconds of a step of `n_rows` rows, `n` of them without drafts: measured, between two that were, or as in the nearest
+    /// other context.
+    fn time(&self, n: usize, n_rows: usize, context: usize) -> Option<f64> {
+        let class = class_of(context);
+        let within = |times: &Times| {
+            let (low, high) = (times.range(..=n_rows).next_back()?, times.range(n_rows..).next()?);
+            let part = if low.0 == high.0 { 0.0 } else { (n_rows - low.0) as f64 / (high.0 - low.0) as f64 };
+            Some(low.1.0 + part * (high.1.0 - low.1.0))
+        };
+        if let Some(time) = self.times.get(&class).and_then(within) {
+            return Some(time);
+        }
+        let plain = self.times.get(&class)?.get(&n)?.0;
+        let mut others: Vec<(&u32, &Times)> = self.times.iter().filter(|(other, _)| **other != class).collect();
+        others.sort_by_key(|(other, _)| other.abs_diff(class));
+        others.into_iter().find_map(|(_, times)| Some(plain * within(times)? / times.get(&n)?.0))
+    }
+
+    /// Seconds that the multi-token-prediction layer takes for `depth` drafts; none as long as it was never measured.
+    fn mtp_time(&self, depth: usize) -> f64 {
+        if depth == 0 {
+            return 0.0;
+        }
+        let nearest = self.mtp.iter().min_by_key(|(known, _)| known.abs_diff(depth));
+        nearest.map_or(0.0, |(known, mean)| mean.0 * depth as f64 / *known as f64)
+    }
+}
+
+/// Contexts of one class are within a factor of two, up to 512 alike.
+fn class_of(context: usize) -> u32 {
+    (context / 512 + 1).ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tokens that a simulated text has.
+    const TEXT: usize = 3000;
+
+    /// The time of a step of one sequence, against one row at a context of 1k: GLM-5.1's shape, where half of a token's
+    /// bytes are experts, 8 of 256 for each row, and a layer that drafts takes a twenty-fifth of a step.
+    struct Shape {
+        /// Share of a row's experts that an earlier row chose too, beyond chance.
+        overlap: f64,
+        context: usize,
+    }
+
+    const DRAFT: f64 = 0.04;
+
+    impl Shape {
+        fn step(&self, n_rows: usize) -> f64 {
+            let experts = (1..n_rows).fold(8.0, |n: f64, _| n + 8.0 * (1.0 - self.overlap) * (1.0 - n / 256.0));
+            // Scoring and attending to what is cached, which every row does for itself.
+            let context = 0.004 * self.context as f64 / 1024.0;
+            0.5 + 0.5 * experts / 8.0 + context * n_rows as f64
+        }
+
+        /// Tokens per second with always `depth` drafts.
+        fn rate(&self, acceptance: f64, depth: usize) -> f64 {
+            let tokens: f64 = (0..=depth).map(|i| acceptance.powi(i as i32)).sum();
+            tokens / (self.step(depth + 1) + DRAFT * depth as f64)
+        }
+    }
+
+    /// Numbers from 0 to 1 (Marsaglia's xorshift64).
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> f64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 11) as f64 / (1u64 << 53) as f64
+        }
+    }
+
+    /// Tokens per second of texts whose drafts are right with the probability that `acceptance` gives for each token; times
+    /// vary by a tenth.
+    fn simulate(shape: &Shape, seed: u64, acceptance: impl Fn(usize) -> f64) -> f64 {
+        let mut control = Control::new(DraftDepth::Auto);
+        let mut random = Random(seed | 1);
+        let (mut history, mut n_tokens, mut total) = (History::default(), 0, 0.0);
+        while n_tokens < TEXT {
+            let sources = vec![(DraftSource::Mtp, MAX_DRAFT_DEPTH)];
+            let chosen = control.choose(&mut [Offer { history: &mut history, sources }], shape.context, 63)[0];
+            let depth = chosen.map_or(0, |(_, depth)| depth);
+            let n_accepted = (0..depth).take_while(|_| random.next() < acceptance(n_tokens)).count();
+            if let Some((source, depth)) = chosen {
+                control.note_draft(&mut history, source, depth, n_accepted);
+            }
+            let noise = 0.95 + 0.1 * random.next();
+            let (step, drafting) = (shape.step(depth + 1) * noise, DRAFT * depth as f64);
+            total += step + drafting;
+            n_tokens += 1 + n_accepted;
+            control.note_step(&Ran {
+                n_sequences: 1,
+                n_rows: 1 + depth,
+                context: shape.context,
+                n_tokens: 1 + n_accepted,
+                drafting: Duration::from_secs_f64(drafting),
+                mtp_depth: depth,
+                time: Duration::from_secs_f64(step + drafting),
+            });
+        }
+        n_tokens as f64 / total
+    }
+
+    #[test]
+    fn no_text_is_slower_and_most_are_as_fast_as_the_best_fixed_depth() {
+        let mut gains = vec![];
+        for acceptance in [0.0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.75, 0.83, 0.9, 0.98] {
+            for context in [1 << 10, 8 << 10, 32 << 10, 128 << 10] {
+                for overlap in [0.0, 0.3, 0.7] {
+                    let shape = Shape { overlap, context };
+                    let plain = 1.0 / shape.step(1);
+                    let best = (0..=MAX_DRAFT_DEPTH).map(|k| shape.rate(acceptance, k)).fold(0.0, f64::max);
+                    // Chance moves a text's own rate, so several are averaged.
+                    let rate = (1..=3).map(|seed| simulate(&shape, 77 * seed, |_| acceptance)).sum::<f64>() / 3.0;
+                    let case = format!("acceptance {acceptance}, context {context}, overlap {overlap}");
+                    assert!(rate >= 0.98 * plain, "{case}: {:.3} of no drafts", rate / plain);
+                    assert!(rate >= 0.95 * best, "{case}: {:.3} of the best depth", rate / best);
+                    gains.push(rate / plain);
+                }
+            }
+        }
+        assert!(gains.iter().any(|gain| *gain > 2.0));
+    }
+
+    #[test]
+    fn a_text_that_changes_is_followed() {
+        let shape = Shape { overlap: 0.3, context: 1 << 10 };
+        let plain = 1.0 / shape.step(1);
+        // Good drafts, then useless ones, in turns of a third of the text.
+        let rate = simulate(&shape, 5, |token| if (token / (TEXT / 6)).is_multiple_of(2) { 0.95 } else { 0.05 });
+        assert!(rate > 1.1 * plain, "{:.3}", rate / plain);
+        let rate = simulate(&shape, 5, |token| if token < TEXT / 10 { 0.95 } else { 0.0 });
+        assert!(rate > 0.98 * plain, "{:.3}", rate / plain);
+    }
+
+    /// Rows are shared among sequences by what their drafts promise.
+    #[test]
+    fn sequences_with_better_drafts_get_the_rows() {
+        let mut control = Control::new(DraftDepth::Fixed(4));
+        let mut histories = [History::default(), History::default()];
+        for _ in 0..50 {
+            let [good, bad] = &mut histories;
+            control.note_draft(good, DraftSource::Mtp, 4, 4);
+            control.note_draft(bad, DraftSource::Mtp, 4, 0);
+        }
+        let mut offers: Vec<Offer<'_>> =
+            histories.iter_mut().map(|history| Offer { history, sources: vec![(DraftSource::Mtp, 4)] }).collect();
+        assert_eq!(control.choose(&mut offers, 100, 5), [Some((DraftSource::Mtp, 4)), Some((DraftSource::Mtp, 1))]);
+        assert_eq!(control.choose(&mut offers, 100, 0), [None, None]);
+        assert!(Control::new(DraftDepth::OFF).choose(&mut [], 100, 5).is_empty());
+    }
+}
