@@ -1,9 +1,10 @@
-# Builds from source. Never tried: nobody here has a Mac.
+# Builds from source, in a clone: brew install --HEAD ./packaging/homebrew/tandem.rb
+# Never tried: nobody here has a Mac. (scripts/check-packaging reads it with ruby.)
 class Tandem < Formula
   desc "Runs very large mixture-of-experts language models from low-bit checkpoints"
   license any_of: ["MIT", "Apache-2.0"]
-  # url, sha256 and homepage: of the published archive of the source.
-  head ".", branch: "main"
+  # A published formula has homepage, url and sha256 of the archive of the source instead.
+  head "file://#{File.expand_path("../..", __dir__)}", using: :git, branch: "main"
 
   depends_on "rust" => :build
 

@@ -3,5 +3,6 @@
 set -euo pipefail
 url=${1:?usage: schemathesis.sh URL}
 shift
-export SCHEMATHESIS_HOOKS="$(dirname "$0")/schemathesis_hooks.py"
+SCHEMATHESIS_HOOKS="$(dirname "$0")/schemathesis_hooks.py"
+export SCHEMATHESIS_HOOKS
 exec "${SCHEMATHESIS:-schemathesis}" --config-file "$(dirname "$0")/schemathesis.toml" run "$url/openapi.json" --max-examples 50 --request-timeout 300 "$@"

@@ -27,6 +27,8 @@ pub struct LoadOptions {
     pub model_name: Option<String>,
     /// Key to send.
     pub api_key: Option<String>,
+    /// Take any certificate.
+    pub insecure: bool,
     /// Requests that are measured, at least 1.
     pub requests: usize,
     /// Requests before them that are not, one after the other.
@@ -99,7 +101,7 @@ impl Measured {
 pub fn run(options: &LoadOptions) -> anyhow::Result<Report> {
     ensure!(options.requests > 0, "--requests must be at least 1");
     ensure!(options.concurrency != Some(0), "--concurrency must be at least 1");
-    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let agent = agent(options, None);
     let url = options.url.trim_end_matches('/');
     let prompts = options.prompts.make(options.num_warmups + options.requests, options.seed)?;
     let (warmups, prompts) = prompts.split_at(options.num_warmups);
@@ -136,6 +138,61 @@ pub fn run(options: &LoadOptions) -> anyhow::Result<Report> {
     let seconds = start.elapsed().as_secs_f64();
     let results = results.into_inner().unwrap_or_else(|e| e.into_inner());
     Ok(report(options, model, seconds, &results))
+}
+
+/// Between two looks at a server that is not ready.
+const PAUSE: Duration = Duration::from_millis(250);
+/// A server that takes longer to say whether it is ready hangs.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
+fn agent(options: &LoadOptions, timeout: Option<Duration>) -> ureq::Agent {
+    let tls = ureq::tls::TlsConfig::builder().disable_verification(options.insecure).build();
+    let config = ureq::Agent::config_builder().http_status_as_error(false).tls_config(tls).timeout_global(timeout);
+    config.build().into()
+}
+
+/// Waits `absent` at most for a server that cannot be reached, and `loading` at most for one that says that it is not
+/// ready (503); `on_wait` gets the reason, once for each. What else a server says is for [`run`].
+///
+/// # Errors
+/// The server cannot be reached, or is not ready, after that time.
+pub fn wait_until_ready(
+    options: &LoadOptions,
+    absent: Duration,
+    loading: Duration,
+    mut on_wait: impl FnMut(&str),
+) -> anyhow::Result<()> {
+    let agent = agent(options, Some(READY_TIMEOUT));
+    let url = options.url.trim_end_matches('/');
+    let start = Instant::now();
+    let mut said = "";
+    loop {
+        // Servers that lack this path are ready when they have a port.
+        let (patience, why) = match agent.get(format!("{url}/ready")).call() {
+            Ok(response) if response.status() != 503 => return Ok(()),
+            Ok(_) => (loading, "it is not ready (503)"),
+            // Time mends neither of these. The TLS library's errors come as malformed data.
+            Err(ureq::Error::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+                bail!("{url} is not trusted ({error}); --insecure takes any certificate");
+            }
+            Err(error @ (ureq::Error::BadUri(_) | ureq::Error::Http(_))) => {
+                return Err(error)
+                    .with_context(|| format!("--url is {url:?}, expected one such as http://127.0.0.1:8000"));
+            }
+            Err(error) if start.elapsed() >= absent => {
+                return Err(error).with_context(|| format!("{url} does not answer; is the server running?"));
+            }
+            Err(_) => (absent, "it does not answer"),
+        };
+        if start.elapsed() >= patience {
+            bail!("{url} is not ready after {:.0} s (--ready-check-timeout-sec)", patience.as_secs_f64());
+        }
+        if said != why {
+            on_wait(why);
+            said = why;
+        }
+        std::thread::sleep(PAUSE);
+    }
 }
 
 fn first_model(agent: &ureq::Agent, url: &str, key: Option<&str>) -> anyhow::Result<String> {
@@ -225,7 +282,7 @@ fn report(options: &LoadOptions, model: String, seconds: f64, results: &[Measure
     let arrivals = options.arrivals.as_ref();
     let json = json!({
         "url": options.url, "model": model, "requests": results.len(), "errors": errors.len(), "seconds": seconds,
-        "concurrency": options.concurrency, "request_rate": arrivals.and_then(|a| a.rate()),
+        "concurrency": options.concurrency, "prompt_words": options.prompts.own_words(), "request_rate": arrivals.and_then(|a| a.rate()),
         "burstiness": arrivals.map(|a| a.burstiness), "num_warmups": options.num_warmups,
         "max_tokens": options.max_tokens, "prompt_tokens": prompt_tokens, "generated_tokens": generated,
         "requests_per_second": results.len() as f64 / seconds,

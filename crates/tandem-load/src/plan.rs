@@ -114,6 +114,14 @@ pub enum Prompts {
 }
 
 impl Prompts {
+    /// Random words of each prompt; `None` for a data set's.
+    pub(crate) fn own_words(&self) -> Option<usize> {
+        match self {
+            Prompts::Words { own, .. } => Some(*own),
+            Prompts::ShareGpt(_) => None,
+        }
+    }
+
     pub(crate) fn make(&self, n: usize, seed: u64) -> anyhow::Result<Vec<String>> {
         let mut random = StdRng::seed_from_u64(seed);
         let words = |random: &mut StdRng, n: usize| -> Vec<&str> {

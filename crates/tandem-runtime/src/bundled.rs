@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-/// Its folder's name.
-const NAME: &str = "fable-30m-MXFP4-Q8";
+use crate::model_dir::{BUNDLED, user_cache};
 
 #[cfg(feature = "bundled-model")]
 fn files() -> &'static [(&'static str, &'static [u8])] {
@@ -31,10 +30,10 @@ pub(crate) fn unpacked() -> anyhow::Result<Option<PathBuf>> {
     if files().is_empty() {
         return Ok(None);
     }
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-    let folder = cache.context("neither XDG_CACHE_HOME nor HOME is set, so the bundled model cannot be unpacked")?;
-    let folder = folder.join("tandem").join(NAME);
+    let cache = user_cache();
+    let cache = cache.context("neither XDG_CACHE_HOME nor HOME is set, so the bundled model cannot be unpacked")?;
+    let name = Path::new(BUNDLED).file_name().unwrap_or_default();
+    let folder = cache.join("tandem").join(name);
     let failed =
         || format!("cannot unpack the bundled model to {}; XDG_CACHE_HOME names another place", folder.display());
     unpack(files(), &folder).with_context(failed)?;

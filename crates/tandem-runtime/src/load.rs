@@ -87,7 +87,13 @@ pub fn load(
     let accounting = Accounting::new(&weights, &config);
     let depth = match options.draft_depth {
         Some(depth) => depth,
-        None if joined.is_none() && DeviceKind::choose(&options.device)? == DeviceKind::Cpu => DraftDepth::Auto,
+        // What `auto` does for several sequences and on other devices has not been measured well enough.
+        None if what.logits == LogitsRows::One
+            && joined.is_none()
+            && DeviceKind::choose(&options.device)? == DeviceKind::Cpu =>
+        {
+            DraftDepth::Auto
+        }
         None => DraftDepth::OFF,
     };
     let drafts = depth != DraftDepth::OFF;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 
 /// The model that ships with the project.
-const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
+pub(crate) const BUNDLED: &str = "models/fable-30m-MXFP4-Q8";
 
 /// The directory of a model: the bundled one if there is no name, a path, or a Hugging Face id in the local cache, perhaps
 /// with a branch, tag or commit (`owner/name@revision`).
@@ -19,6 +19,9 @@ pub fn model_dir(name: Option<&str>) -> anyhow::Result<PathBuf> {
     let path = Path::new(name);
     if path.join("config.json").exists() {
         return Ok(path.to_path_buf());
+    }
+    if path.is_file() {
+        bail!("{name} is a file; --model takes a model directory or a Hugging Face id");
     }
     if path.exists() {
         bail!("{name} has no config.json; --model takes a model directory or a Hugging Face id");
@@ -57,9 +60,12 @@ pub fn hugging_face_token() -> Option<String> {
 }
 
 fn hugging_face_home() -> Option<PathBuf> {
-    path_variable("HF_HOME")
-        .or_else(|| path_variable("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
-        .or_else(|| home().map(|home| home.join(".cache/huggingface")))
+    path_variable("HF_HOME").or_else(|| user_cache().map(|cache| cache.join("huggingface")))
+}
+
+/// Where programs keep what they can get again.
+pub(crate) fn user_cache() -> Option<PathBuf> {
+    path_variable("XDG_CACHE_HOME").or_else(|| home().map(|home| home.join(".cache")))
 }
 
 fn home() -> Option<PathBuf> {

@@ -250,7 +250,7 @@ impl Session {
             a.tokens.len(),
             rate(a.tokens.len(), a.decode),
             bytes(peak_memory_bytes()),
-            gigabytes_per_second(a),
+            gb_per_s(a),
             self.loaded.numerics,
         )
     }
@@ -295,14 +295,14 @@ impl Session {
             "drafted_tokens": a.drafts.tokens,
             "accepted_drafted_tokens": a.drafts.accepted_tokens(),
             "accepted_by_draft_position": a.drafts.accepted,
-            "load_ms": self.loaded.load_time.as_secs_f64() * 1e3,
+            "load_seconds": self.loaded.load_time.as_secs_f64(),
             "prefill_ms": a.prefill.as_secs_f64() * 1e3,
             "prefill_tokens_per_second": rate(a.prompt_tokens - a.cached_tokens, a.prefill),
             "decode_ms": a.decode.as_secs_f64() * 1e3,
             "decode_tokens_per_second": rate(a.tokens.len(), a.decode),
             "reasoning_ms": a.reasoning_time.as_secs_f64() * 1e3,
             "read_bytes_per_token": a.read_bytes,
-            "gigabytes_per_second": gigabytes_per_second(a),
+            "gb_per_s": gb_per_s(a),
             "peak_memory_bytes": peak_memory_bytes(),
             "device": self.loaded.device,
             "numerics": self.loaded.numerics,
@@ -314,6 +314,6 @@ fn rate(n: usize, time: Duration) -> f64 {
     n as f64 / time.as_secs_f64().max(1e-9)
 }
 
-fn gigabytes_per_second(a: &Answer) -> f64 {
+fn gb_per_s(a: &Answer) -> f64 {
     rate(a.tokens.len(), a.decode) * a.read_bytes as f64 / 1e9
 }

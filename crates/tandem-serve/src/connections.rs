@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -38,6 +39,11 @@ impl Default for Limits {
     }
 }
 
+tokio::task_local! {
+    /// Whose request this task answers.
+    pub(crate) static CLIENT: SocketAddr;
+}
+
 /// After a failed accept: descriptors may be free again then.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -58,8 +64,8 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
             accepted = accepted => accepted,
             () = &mut stop => break,
         };
-        let stream = match stream {
-            Ok((stream, _)) => stream,
+        let (stream, client) = match stream {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // The client was gone already, or descriptors have run out: neither is a reason to end.
                 if !std::mem::replace(&mut has_warned, true) {
@@ -76,7 +82,8 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
         let service = router.clone();
         let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let router = service.clone();
-            async move { Ok::<_, Infallible>(router.oneshot(request).await.unwrap_or_else(|never| match never {})) }
+            let answer = CLIENT.scope(client, router.oneshot(request));
+            async move { Ok::<_, Infallible>(answer.await.unwrap_or_else(|never| match never {})) }
         });
         let io = TokioIo::new(Watched::new(stream, limits.write_timeout));
         let connection = graceful.watch(builder.serve_connection(io, service));

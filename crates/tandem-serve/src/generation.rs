@@ -1,5 +1,6 @@
 //! From a checked request to pieces of an answer: what every endpoint shares.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,8 +12,11 @@ use tokio::time::timeout_at;
 
 use crate::api::{TokenLogprob, TopLogprob, Usage};
 use crate::app::App;
+use crate::connections::CLIENT;
 use crate::error::ApiError;
 use crate::grammar::{Compiled, Form, GrammarError};
+use crate::metrics::CLIENT_LEFT;
+use crate::span::{Answered, Asked, RequestSpan};
 use crate::worker::{Replies, Reply};
 
 /// Bytes from which on work on a text would hold up other requests.
@@ -227,6 +231,16 @@ impl App {
             }
         }
         let start = Instant::now();
+        let client = CLIENT.try_with(|client| *client).ok();
+        let span = Arc::new(RequestSpan::begin(&Asked {
+            model: self.model_name(),
+            client,
+            is_chat: ask.chat.is_some(),
+            sampling: &sampling,
+            max_tokens: ask.max_tokens.or(self.defaults.max_new_tokens),
+            n: ask.n.max(1),
+            input_tokens: n_prompts.iter().step_by(ask.n.max(1)).sum(),
+        }));
         let all = self.worker.submit(requests)?;
         let generation = |(index, (replies, n_prompt)): (usize, (Replies, usize))| Generation {
             app: Arc::clone(self),
@@ -244,7 +258,10 @@ impl App {
             n_tokens: 0,
             n_reasoning: 0,
             n_cached: 0,
+            client,
+            span: Arc::clone(&span),
             start,
+            started: None,
             first_token: None,
             last_token: None,
             is_done: false,
@@ -315,7 +332,11 @@ pub(crate) struct Generation {
     n_tokens: usize,
     n_reasoning: usize,
     n_cached: usize,
+    client: Option<SocketAddr>,
+    span: Arc<RequestSpan>,
     start: Instant,
+    /// When its prompt began to run.
+    started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     is_done: bool,
@@ -349,8 +370,8 @@ impl Generation {
             match self.take(reply) {
                 Ok(more) => chunk.append(more),
                 Err(error) => {
-                    self.close("error");
                     self.error = Some(error);
+                    self.close("error");
                 }
             }
             if let Some(finish) = &chunk.finish {
@@ -366,8 +387,9 @@ impl Generation {
 
     fn take(&mut self, reply: Reply) -> Result<Chunk, ApiError> {
         match reply {
-            Reply::Event(Event::Started { cached_tokens }, _) => {
+            Reply::Event(Event::Started { cached_tokens }, at) => {
                 self.n_cached = cached_tokens;
+                self.started.get_or_insert(at);
                 Ok(Chunk::default())
             }
             Reply::Event(Event::Token { id, logprobs }, at) => self.token(id, logprobs, at),
@@ -380,8 +402,20 @@ impl Generation {
     fn close(&mut self, reason: &str) {
         self.is_done = true;
         self.log(reason);
-        self.app.metrics.finished(reason);
-        self.app.metrics.duration.observe(self.start.elapsed().as_secs_f64());
+        let metrics = &self.app.metrics;
+        metrics.duration.observe(self.start.elapsed().as_secs_f64());
+        metrics.request_prompt_tokens.observe(self.n_prompt as f64);
+        metrics.request_generation_tokens.observe(self.n_tokens as f64);
+        let (started, first) = (self.started, self.first_token);
+        for (histogram, from, to) in [
+            (&metrics.queued, Some(self.start), started),
+            (&metrics.prefill, started, first),
+            (&metrics.decode, first, Some(Instant::now())),
+        ] {
+            if let (Some(from), Some(to)) = (from, to) {
+                histogram.observe((to - from).as_secs_f64());
+            }
+        }
         let n_malformed = self.stream.n_malformed();
         if n_malformed > 0 {
             self.app.metrics.malformed_calls.inc_by(n_malformed as u64);
@@ -389,9 +423,20 @@ impl Generation {
         }
     }
 
-    /// One line for each answer.
+    /// One line for each answer, and its part of counts and of the request's span.
     fn log(&self, finish: &str) {
-        let seconds = |to: Option<Instant>| to.map(|at| (at - self.start).as_secs_f64());
+        self.app.metrics.finished(finish);
+        let since = |to: Option<Instant>| to.map(|at| at - self.start);
+        self.span.answered(Answered {
+            cached_tokens: self.n_cached,
+            output_tokens: self.n_tokens,
+            reasoning_tokens: self.n_reasoning,
+            time_in_queue: since(self.started),
+            time_to_first_token: since(self.first_token),
+            finish,
+            error: self.error.as_ref().map(|error| error.kind().to_owned()),
+        });
+        let seconds = |to: Option<Instant>| since(to).map(|duration| duration.as_secs_f64());
         tracing::info!(
             model = self.app.model_name(),
             prompt_tokens = self.n_prompt,
@@ -401,6 +446,7 @@ impl Generation {
             first_token_seconds = seconds(self.first_token),
             seconds = self.start.elapsed().as_secs_f64(),
             finish,
+            client = self.client.map(tracing::field::display),
             "request"
         );
     }
@@ -468,7 +514,7 @@ impl App {
 impl Drop for Generation {
     fn drop(&mut self) {
         if !self.is_done {
-            self.log("client left");
+            self.log(CLIENT_LEFT);
         }
     }
 }

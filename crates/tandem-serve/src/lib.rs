@@ -22,6 +22,7 @@ mod ollama;
 mod pages;
 mod read;
 mod responses;
+mod span;
 mod store;
 mod strict;
 mod tagged;
@@ -43,6 +44,7 @@ use subtle::ConstantTimeEq;
 pub use app::{App, Model, Options, ServeError};
 pub use connections::{Limits, serve};
 pub use loading::Loading;
+pub use span::TARGET as SPAN_TARGET;
 pub use worker::{BoxError, StepBytes, TimingsSource, Worker};
 
 use crate::error::ApiError;

@@ -20,6 +20,12 @@ struct Reason {
     reason: String,
 }
 
+/// The same by vLLM's name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FinishedReason {
+    finished_reason: &'static str,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Rank {
     rank: u32,
@@ -35,12 +41,23 @@ struct Position {
     position: u32,
 }
 
+/// How a request ends whose client does not wait for it.
+pub(crate) const CLIENT_LEFT: &str = "client left";
+
 /// Counters, gauges and histograms of one server.
 pub(crate) struct Metrics {
     registry: Registry,
     /// The same counts by vLLM's names, for its boards and routers.
     vllm: Registry,
     vllm_prompt_tokens: Counter,
+    success: Family<FinishedReason, Counter>,
+    /// Tokens of each prompt, and of each answer.
+    pub(crate) request_prompt_tokens: Histogram,
+    pub(crate) request_generation_tokens: Histogram,
+    /// Seconds from a request's arrival to its start, from there to its first token, and from there to its end.
+    pub(crate) queued: Histogram,
+    pub(crate) prefill: Histogram,
+    pub(crate) decode: Histogram,
     cache_usage: FloatGauge,
     requests: Family<Reason, Counter>,
     /// Calls that could not be read and were passed on as text.
@@ -87,6 +104,7 @@ impl Metrics {
     pub(crate) fn new(model_name: &str, bandwidth: f64) -> Metrics {
         let mut registry = Registry::with_prefix("tandem");
         let seconds = |start: f64, n: u16| Histogram::new(exponential_buckets(start, 2.0, n));
+        let tokens = || Histogram::new(exponential_buckets(1.0, 2.0, 21));
         let metrics = Metrics {
             requests: Family::default(),
             malformed_calls: Counter::default(),
@@ -120,6 +138,12 @@ impl Metrics {
             rank_faults: Family::default(),
             bandwidth,
             vllm_prompt_tokens: Counter::default(),
+            success: Family::default(),
+            request_prompt_tokens: tokens(),
+            request_generation_tokens: tokens(),
+            queued: seconds(0.001, 18),
+            prefill: seconds(0.001, 18),
+            decode: seconds(0.01, 18),
             cache_usage: Gauge::default(),
             registry: Registry::default(),
             vllm: Registry::with_labels([("model_name".into(), model_name.to_owned().into())].into_iter()),
@@ -227,15 +251,33 @@ impl Metrics {
             ("inter_token_latency", "Between the tokens of a stream", &self.inter_token),
             ("time_per_output_token", "The same, by its older name", &self.inter_token),
             ("e2e_request_latency", "Whole requests", &self.duration),
+            ("request_queue_time", "From arrival to the start", &self.queued),
+            ("request_prefill_time", "From the start to the first token", &self.prefill),
+            ("request_decode_time", "From the first token to the end", &self.decode),
         ];
         for (name, help, histogram) in histograms {
             vllm.register_with_unit(format!("vllm:{name}"), help, Unit::Seconds, histogram.clone());
+        }
+        vllm.register("vllm:request_success", "Requests by how they ended", self.success.clone());
+        let sizes = [
+            ("prompt", "Tokens of a prompt", &self.request_prompt_tokens),
+            ("generation", "Tokens of an answer", &self.request_generation_tokens),
+        ];
+        for (name, help, histogram) in sizes {
+            vllm.register(format!("vllm:request_{name}_tokens"), help, histogram.clone());
         }
         self
     }
 
     /// Counts a request that ended, by `reason`.
     pub(crate) fn finished(&self, reason: &str) {
+        let finished_reason = match reason {
+            "length" => "length",
+            "error" => "error",
+            CLIENT_LEFT => "abort",
+            _ => "stop",
+        };
+        self.success.get_or_create(&FinishedReason { finished_reason }).inc();
         self.requests.get_or_create(&Reason { reason: reason.to_owned() }).inc();
     }
 

@@ -35,11 +35,11 @@ impl ChatFormat {
         {
             return Ok(ChatFormat { dialect, template: Some(template) });
         }
-        let template = ChatTemplate::from_dir(dir, chat_template)?;
+        let config = read_tokenizer_config(dir)?;
+        let template = ChatTemplate::from_config(dir, chat_template, &config)?;
         // MLX's converter says so in place of a template, or in spite of one.
-        let named = read_tokenizer_config(dir)?.get("chat_template_type").and_then(Value::as_str).map(str::to_owned);
-        let named =
-            named.as_deref().and_then(Dialect::from_name).filter(|_| chat_template.is_none() && forced.is_none());
+        let named = config.get("chat_template_type").and_then(Value::as_str).and_then(Dialect::from_name);
+        let named = named.filter(|_| chat_template.is_none() && forced.is_none());
         let found = |template: &ChatTemplate| Dialect::of_template(template.source(), &has_token);
         let without = || shipped_encoding(dir).unwrap_or_else(|| Dialect::of_template("", &has_token));
         let dialect = forced.or(named).unwrap_or_else(|| template.as_ref().map_or_else(without, found));

@@ -175,8 +175,16 @@ impl ChatTemplate {
     /// # Errors
     /// When a file is unreadable or malformed, or the template is not valid Jinja.
     pub fn from_dir(dir: &Path, explicit: Option<&Path>) -> Result<Option<Self>, TemplateError> {
-        let config = read_tokenizer_config(dir)?;
-        let tokens = TemplateTokens::from_config(&config);
+        Self::from_config(dir, explicit, &read_tokenizer_config(dir)?)
+    }
+
+    /// [`ChatTemplate::from_dir`] for who has read the directory's `tokenizer_config.json`.
+    pub(crate) fn from_config(
+        dir: &Path,
+        explicit: Option<&Path>,
+        config: &Map<String, Value>,
+    ) -> Result<Option<Self>, TemplateError> {
+        let tokens = TemplateTokens::from_config(config);
         let read = |path: &Path| {
             std::fs::read_to_string(path).map_err(|source| TemplateError::Read { path: path.to_owned(), source })
         };
@@ -331,7 +339,6 @@ impl ChatTemplate {
     }
 }
 
-/// The message with the arguments of its calls as JSON text.
 /// Name of a function that no template speaks of.
 const PROBE: &str = "qzprobe";
 
@@ -345,6 +352,7 @@ fn one_call(content: &Value) -> [Value; 3] {
     ]
 }
 
+/// The message with the arguments of its calls as JSON text.
 fn with_text_arguments(message: &Value) -> Value {
     let mut message = message.clone();
     for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {

@@ -85,13 +85,12 @@ fn expand(schema: &Value, root: &Value, depth: usize) -> Result<Vec<Map<String, 
         }
     }
     for key in ["anyOf", "oneOf"] {
-        let name = if key == "anyOf" { "anyOf" } else { "oneOf" };
         if let Some(Value::Array(parts)) = base.remove(key) {
             let mut union = vec![];
             for part in &parts {
                 union.extend(expand(part, root, depth + 1)?);
             }
-            found = product(&found, &union, name)?;
+            found = product(&found, &union, key)?;
         }
     }
     let types: Vec<Value> = match base.get("type") {

@@ -17,14 +17,18 @@ mod news;
 mod pull;
 mod run;
 mod serve;
+mod telemetry;
 
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::CommandFactory;
 use tandem_runtime::ranks::{self, Joined, Role};
 use tandem_runtime::{ModelOptions, ParallelOptions, measured};
+use telemetry::Telemetry;
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Exit codes of a bug, as the standard library has it, and of flags that cannot be used, as clap has it.
 const PANICKED: u8 = 101;
@@ -39,10 +43,13 @@ fn main() -> ExitCode {
             return ExitCode::from(WRONG_COMMAND_LINE);
         }
     };
-    if let Err(error) = init_logging(&cli) {
-        eprintln!("error: {}", report::error_text(&format!("{error:#}")));
-        return ExitCode::FAILURE;
-    }
+    let _telemetry = match init_logging(&cli) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            eprintln!("error: {}", report::error_text(&format!("{error:#}")));
+            return ExitCode::FAILURE;
+        }
+    };
     // A panic is our bug, never the user's fault; say so in one line instead of a backtrace.
     std::panic::set_hook(Box::new(|info| {
         if !tandem_text::tokenizer::is_guarded() {
@@ -89,13 +96,13 @@ fn run(cli: cli::Cli, arguments: Vec<String>) -> anyhow::Result<ExitCode> {
         cli::Command::Pull(args) => pull::pull(&args)?,
         cli::Command::Completions(args) => {
             let mut text = vec![];
-            clap_complete::generate(args.shell, &mut cli::Cli::command(), "tandem", &mut text);
+            clap_complete::generate(args.shell, &mut cli::command(), "tandem", &mut text);
             print!("{}", String::from_utf8_lossy(&text));
         }
         cli::Command::Man(args) => {
             let write = || {
                 std::fs::create_dir_all(&args.dir)?;
-                clap_mangen::generate_to(cli::Cli::command(), &args.dir)
+                clap_mangen::generate_to(cli::command(), &args.dir)
             };
             write().with_context(|| format!("cannot write to {}", args.dir.display()))?;
         }
@@ -126,8 +133,9 @@ fn quit(message: &str) {
     std::process::exit(1);
 }
 
-/// The log: warnings, and what a server does; more with -v or RUST_LOG. Colours only on a terminal.
-fn init_logging(cli: &cli::Cli) -> anyhow::Result<()> {
+/// The log: warnings, and what a server does; more with -v or RUST_LOG. Colours only on a terminal. And traces, until what
+/// is returned is dropped.
+fn init_logging(cli: &cli::Cli) -> anyhow::Result<Telemetry> {
     let variable = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
     let directives = match (cli.verbose, &variable, &cli.command) {
         (0, Some(variable), _) => variable,
@@ -139,16 +147,17 @@ fn init_logging(cli: &cli::Cli) -> anyhow::Result<()> {
     };
     let filter = tracing_subscriber::EnvFilter::try_new(directives)
         .with_context(|| format!("RUST_LOG is {directives:?}, expected directives such as info,tandem_serve=debug"))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(console::colors_enabled_stderr())
         .with_target(cli.verbose > 1);
-    match cli.log_format {
-        cli::LogFormat::Text => log.init(),
-        cli::LogFormat::Json => log.json().flatten_event(true).init(),
-    }
-    Ok(())
+    let log = match cli.log_format {
+        cli::LogFormat::Text => log.boxed(),
+        cli::LogFormat::Json => log.json().flatten_event(true).boxed(),
+    };
+    let (telemetry, traces) = Telemetry::start()?;
+    tracing_subscriber::registry().with(traces).with(log.with_filter(filter)).init();
+    Ok(telemetry)
 }
 
 /// `tandem run ... | head` is not an error.

@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tandem_core::ModelConfig;
+use tandem_core::backend::PAGE_SIZE;
 use tandem_core::weights::ModuleKind;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
@@ -23,6 +24,7 @@ use tandem_text::{ChatFormat, Tokenizer};
 
 use crate::cli::ServeArgs;
 use crate::news::on_terminal;
+use crate::telemetry::below_the_caller;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
 const BANDWIDTH_BYTES: usize = 256 << 20;
@@ -33,8 +35,6 @@ const DEFAULT_CONTEXTS: usize = 4;
 
 /// Bytes of all requests together that are being read; a single larger one is read all the same.
 const IN_FLIGHT_BYTES: usize = 64 << 20;
-/// A year is for ever.
-const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
 /// Connections at most, and descriptors that are kept for everything else.
 const MAX_CONNECTIONS: usize = 4096;
 const OTHER_DESCRIPTORS: usize = 128;
@@ -49,7 +49,9 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         // Faults of flags, files and ports show before the model is loaded.
         let mut options = options(args)?;
         options.check()?;
-        check(args)?;
+        if let Some(dir) = &args.cache_dir {
+            std::fs::create_dir_all(dir).with_context(|| format!("cannot use --cache-dir {}", dir.display()))?;
+        }
         if joined.is_some() {
             // Within it the ranks find a lost one themselves; two that wait for each other only show here.
             options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;
@@ -75,7 +77,7 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
             () = signal() => return Ok(()),
         };
         let app = App::new(worker, model(args, files, facts), &options)?;
-        loading.done(router(Arc::clone(&app)));
+        loading.done(below_the_caller(router(Arc::clone(&app))));
         announce(address, &app, options.api_keys.is_empty());
         tokio::select! {
             result = &mut server => return result.context("the server failed"),
@@ -158,26 +160,6 @@ async fn signal() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
-/// Checks numbers.
-fn check(args: &ServeArgs) -> anyhow::Result<()> {
-    ensure!((1..=64).contains(&args.max_batch), "--max-batch is {}, expected 1 to 64", args.max_batch);
-    ensure!(args.max_queue <= 1 << 20, "--max-queue is {}, expected at most 1048576", args.max_queue);
-    ensure!(args.max_body_mb >= 1, "--max-body-mb is 0, expected at least 1");
-    if let Some(n) = args.cache_tokens {
-        ensure!(n <= 1 << 32, "--cache-tokens is {n}, expected at most 4294967296");
-    }
-    ensure!(args.prefill_share >= 0.0, "--prefill-share is {}, expected 0 or more", args.prefill_share);
-    if let Some(dir) = &args.cache_dir {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot use --cache-dir {}", dir.display()))?;
-    }
-    inter_token(args).map(|_| ())
-}
-
-fn inter_token(args: &ServeArgs) -> anyhow::Result<Option<Duration>> {
-    let inter_token = args.inter_token_ms.map(|ms| Duration::try_from_secs_f64(ms / 1e3)).transpose();
-    inter_token.context("--inter-token-ms is not a number of milliseconds")
-}
-
 /// Loads everything and starts the engine.
 fn start(
     args: &ServeArgs,
@@ -185,7 +167,7 @@ fn start(
     quit: Quit,
     loading: Arc<Loading>,
 ) -> anyhow::Result<(Worker, Facts)> {
-    let inter_token = inter_token(args)?;
+    let inter_token = args.inter_token_ms.map(|ms| Duration::from_secs_f64(ms / 1e3));
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
     let load_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
@@ -244,9 +226,10 @@ fn start(
         let facts = Facts { context: engine.context(), numerics, bandwidth };
         let resident = accounting.total(|k| k.resident_bytes);
         let seconds = load_time.as_secs_f64();
+        let cache_tokens = engine.blocks().n_pages() * PAGE_SIZE;
         tracing::info!(
-            model = %dir.display(), device, numerics, context = facts.context, max_batch = args.max_batch,
-            resident_bytes = resident, seconds, gigabytes_per_second = resident as f64 / seconds / 1e9, "loaded"
+            model = %dir.display(), device, numerics, context = facts.context, cache_tokens, max_batch = args.max_batch,
+            resident_bytes = resident, seconds, gb_per_s = resident as f64 / seconds / 1e9, "loaded"
         );
         *made_facts.lock().unwrap_or_else(|e| e.into_inner()) = Some(facts);
         Ok((engine, step_bytes))
@@ -309,7 +292,7 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         max_body_bytes: args.max_body_mb.saturating_mul(1 << 20),
         max_body_bytes_in_flight: IN_FLIGHT_BYTES.max(args.max_body_mb.saturating_mul(1 << 20)),
         store_dir: args.cache_dir.as_ref().map(|dir| dir.join("responses")),
-        request_timeout: Duration::from_secs(args.request_timeout).min(LONGEST_TIMEOUT),
+        request_timeout: Duration::from_secs(args.request_timeout),
         stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
         return_memory: system::return_freed_memory,

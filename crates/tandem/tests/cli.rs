@@ -227,7 +227,7 @@ fn drafts_change_the_steps_and_not_the_answer() {
             let drafted = with(drafts);
             assert_eq!(drafted["tokens"], plain["tokens"], "{sampling:?} {drafts:?}");
             let [tokens, accepted] = ["drafted_tokens", "accepted_drafted_tokens"].map(|name| drafted[name].as_u64());
-            assert!(tokens >= accepted && (drafts.contains(&"auto") || accepted > Some(20)), "{drafted}");
+            assert!(tokens >= accepted && (drafts.contains(&"auto") || accepted > Some(8)), "{drafted}");
         }
     }
 }

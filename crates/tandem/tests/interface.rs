@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -137,6 +138,12 @@ fn settings_that_cannot_be() {
         ("[rum]\na = 1", None, &["run", "hi"], "did you mean run?"),
         ("context = 'x'", None, &["run", "hi"], "expected a whole number from 0"),
         ("", Some(("TANDEM_BACKEND", "abacus")), &["run", "hi"], "TANDEM_BACKEND: invalid value 'abacus'"),
+        // Ranges hold wherever a number comes from.
+        ("inter-token-ms = -1", None, &["serve"], "expected a number from 0.001 to 3600000"),
+        ("prefill-share = nan", None, &["serve"], "expected a number from 0 to 1000"),
+        ("request-timeout = 31536001", None, &["serve"], "expected a whole number from 1 to 31536000"),
+        ("", Some(("TANDEM_INTER_TOKEN_MS", "1e300")), &["serve"], "expected a number from 0.001 to 3600000"),
+        ("", Some(("TANDEM_MAX_BATCH", "65")), &["serve"], "expected a whole number from 1 to 64"),
         // Only the user starts programs and downloads.
         ("mpirun = '/tmp/x'", None, &["run", "hi"], "\"mpirun\" can be set on the command line"),
         ("[launch]\nssh-option = ['ProxyCommand=x']", None, &["run", "hi"], "\"ssh-option\" in [launch] can be set"),
@@ -197,6 +204,24 @@ fn exit_codes() {
     }
 }
 
+/// Mistakes of those who know other programs.
+#[test]
+fn a_model_in_the_prompts_place() {
+    let note = |args: &[&str]| tandem(&[&["run", "--max-tokens", "0"], args].concat()).stderr.contains("names a model");
+    assert!(note(&["meta-llama/Llama-3.2-1B"]) && note(&[FABLE]));
+    assert!(!note(&["and/or"]) && !note(&["What is 3/4?"]) && !note(&["some/Model-7b", "--model", FABLE]));
+    let file = tandem(&["run", "hi", "--model", &format!("{FABLE}/config.json")]);
+    assert!(file.stderr.contains("is a file; --model takes a model directory"), "{}", file.stderr);
+    let config = tandem(&["config", "runn"]);
+    assert!(
+        config.stderr.starts_with("error: unrecognized") && !config.stderr.contains("error: error"),
+        "{}",
+        config.stderr
+    );
+    let serve = tandem(&["serve", "OWNER/NAME"]);
+    assert!(serve.code == Some(2) && serve.stderr.contains("--model OWNER/NAME"), "{}", serve.stderr);
+}
+
 /// Numbers below zero reach the check that names the range, with and without `=`.
 #[test]
 fn negative_numbers() {
@@ -218,8 +243,8 @@ fn help_fits_narrow_terminals() {
 
 /// Keys of a JSON value; names that are data (formats, modules, kinds) are `*`.
 fn keys(value: &Value, path: &str, found: &mut BTreeSet<String>) {
-    const NAMED_BY_DATA: [&str; 6] =
-        ["modules", "format_bytes", "kinds", "variables", "bytes_per_token", "breakdown_ms"];
+    const NAMED_BY_DATA: [&str; 7] =
+        ["modules", "format_bytes", "kinds", "variables", "bytes_per_token", "breakdown_ms", "share"];
     match value {
         Value::Object(map) => {
             let is_data = path.rsplit('.').next().is_some_and(|last| NAMED_BY_DATA.contains(&last));
@@ -235,12 +260,28 @@ fn keys(value: &Value, path: &str, found: &mut BTreeSet<String>) {
     }
 }
 
+/// What is measured in each unit is spelt alike in all commands.
+const UNITS: [(&str, &str); 9] = [
+    ("gigabyte", "gb, as in gb_per_s"),
+    ("megabyte", "bytes"),
+    ("milliseconds", "ms"),
+    ("microseconds", "us"),
+    ("tok_per", "tokens_per_second"),
+    ("tokens_per_s_", "tokens_per_second"),
+    ("tps", "tokens_per_second"),
+    ("load_ms", "load_seconds"),
+    ("_kb", "bytes"),
+];
+
 /// Keys say their unit, in one spelling.
 fn check_names(command: &str, keys: &BTreeSet<String>) {
     for key in keys {
         let name = key.rsplit('.').next().unwrap_or(key);
         let is_snake = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
         assert!(name == "*" || is_snake, "{command}: {key}");
+        for (spelling, instead) in UNITS {
+            assert!(!name.contains(spelling), "{command}: {key}, expected {instead}");
+        }
         for (ending, instead) in [
             ("_s", "_seconds, or _per_s in rates"),
             ("_sec", "_seconds"),
@@ -276,11 +317,15 @@ fn json_keys() {
     let quick = ["--steps", "1", "--warmup", "0", "--threads", "1"];
     let decode = [&["bench", "decode", "--context", "8"], &dummy[..], &quick].concat();
     let prefill = [&["bench", "prefill", "--prompt-tokens", "8"], &dummy[..], &quick].concat();
+    let matrix =
+        ["bench", "matrix", "--config", "llama-3.2-3b", "--num-layers", "2", "--vocab", "512", "--context", "8"];
+    let matrix = [&matrix[..], &["--steps", "1", "--threads", "1"]].concat();
     let schemas: &[(&[&str], &str)] = &[
         (
             &["run", "hi", "--model", FABLE, "--max-tokens", "2"],
             "accepted_by_draft_position accepted_drafted_tokens cached_tokens decode_ms decode_tokens_per_second device \
-             drafted_tokens finish_reason generated_tokens gigabytes_per_second load_ms numerics peak_memory_bytes prefill_ms prefill_tokens_per_second prompt_tokens read_bytes_per_token \
+             drafted_tokens finish_reason gb_per_s generated_tokens load_seconds numerics peak_memory_bytes prefill_ms \
+             prefill_tokens_per_second prompt_tokens read_bytes_per_token \
              reasoning reasoning_ms reasoning_tokens text tokens tool_calls",
         ),
         (
@@ -333,6 +378,11 @@ fn json_keys() {
             "ranks rows rows.bytes rows.gb_per_s rows.operation rows.repetitions rows.us_median rows.us_p90",
         ),
         (
+            &matrix,
+            "command missing ranks rows rows.bandwidth_fraction rows.decode_ms_median rows.flags rows.major_page_faults \
+             rows.resident_share rows.row rows.share rows.share.* rows.tokens_per_second verdict",
+        ),
+        (
             &["convert", FABLE, "--dry-run"],
             "bits_per_weight bytes files files.bytes files.name modules modules.* modules.*.bytes modules.*.format_bytes \
              modules.*.format_bytes.* modules.*.parameters read_bytes_per_token source source.bits_per_weight \
@@ -368,21 +418,120 @@ fn json_keys() {
     check_names("devices", &found);
 }
 
+/// Several values are a list under `sweep`, each with the keys of one value.
+#[test]
+fn rows_of_several_values() {
+    let model = ["--config", "llama-3.2-3b", "--load-format", "dummy", "--num-layers", "1", "--vocab", "512", "--json"];
+    let quick = ["--steps", "1", "--warmup", "0", "--threads", "1"];
+    for (command, values, names) in [
+        ("decode", &["--context", "8,16", "--batch=1,3"][..], &["context", "batch"][..]),
+        ("decode", &["--sweep-context", "8,16"], &["context", "batch"]),
+        ("prefill", &["--prompt-tokens", "4,8"], &["prompt_tokens", "context"]),
+        (
+            "prefill",
+            &["--prompt-tokens", "8", "--context", "0,4", "--prefill-chunk", "4,8"],
+            &["context", "prefill_chunk"],
+        ),
+    ] {
+        let json = tandem(&[&["bench", command], values, &model[..], &quick].concat()).json();
+        let rows = json["sweep"].as_array().unwrap_or_else(|| panic!("{json}"));
+        let found: Vec<Vec<u64>> =
+            rows.iter().map(|row| names.iter().map(|name| row[*name].as_u64().expect("a number")).collect()).collect();
+        let expected: &[&[u64]] = match (command, values.len()) {
+            ("decode", 3) => &[&[8, 1], &[8, 3], &[16, 1], &[16, 3]],
+            ("decode", _) => &[&[8, 1], &[16, 1]],
+            (_, 2) => &[&[4, 0], &[8, 0]],
+            _ => &[&[0, 4], &[0, 8], &[4, 4], &[4, 8]],
+        };
+        assert_eq!(found, expected, "{command} {values:?}");
+        let single = tandem(&[&["bench", command], &model[..], &quick].concat()).json();
+        let row: BTreeSet<&String> = rows[0].as_object().expect("a row").keys().collect();
+        let whole: BTreeSet<&String> = single.as_object().expect("an object").keys().collect();
+        assert!(row.is_subset(&whole) && !whole.contains(&"sweep".to_owned()), "{row:?} {whole:?}");
+    }
+    // From a variable too, which other commands know with one value.
+    let args = [&["bench", "decode"], &model[..], &quick].concat();
+    let json = finish(command(&args).env("TANDEM_CONTEXT", "8,16")).json();
+    assert_eq!(json["sweep"].as_array().map(Vec::len), Some(2), "{json}");
+}
+
+/// `bench serve` against a server that is still loading.
+#[test]
+fn loads_of_a_server() {
+    let mut server = command(&["serve", "--model", FABLE, "--port", "0", "--threads", "1", "--log-format", "json"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut lines = BufReader::new(server.stderr.take().expect("piped")).lines();
+    let address = lines.find_map(|line| {
+        line.expect("UTF-8").split_once("listening on ").and_then(|(_, rest)| Some(rest.split(';').next()?.to_owned()))
+    });
+    let url = format!("http://{}", address.expect("an address"));
+    let (send, logged) = std::sync::mpsc::channel();
+    std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| send.send(line)));
+    let small = ["bench", "serve", "--url", &url, "--requests", "2", "--max-tokens", "3", "--prompt-words", "4"];
+    let json = tandem(&[&small[..], &["--goodput", "ttft:60000", "--json"]].concat()).json();
+    let mut found = BTreeSet::new();
+    keys(&json, "", &mut found);
+    check_names("bench serve", &found);
+    let names: Vec<&String> = found.iter().filter(|key| !key.contains('.')).collect();
+    let expected = "burstiness concurrency errors generated_tokens generated_tokens_per_second \
+                    good_requests_per_second inter_token_ms max_tokens model num_warmups prompt_tokens prompt_words \
+                    request_ms request_rate request_tokens_per_second requests requests_per_second seconds \
+                    time_per_output_token_ms time_to_first_token_ms total_tokens_per_second url";
+    assert_eq!(names, expected.split_whitespace().collect::<Vec<_>>());
+    assert_eq!((&json["requests"], &json["errors"], &json["generated_tokens"]), (&json!(2), &json!(0), &json!(6)));
+
+    let several = ["--concurrency", "1,2", "--chat"];
+    let csv = tandem(&[&small[..], &several, &["--csv"]].concat()).ok();
+    let rows: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').collect()).collect();
+    assert!(rows.len() == 3 && rows.iter().all(|row| row.len() == rows[0].len()), "{csv}");
+    assert_eq!((rows[0][0], rows[1][0], rows[2][0]), ("concurrency", "1", "2"));
+    let json = tandem(&[&small[..], &several, &["--json"]].concat()).json();
+    assert_eq!(json["sweep"][1]["concurrency"], 2, "{json}");
+    server.kill().expect("runs");
+    server.wait().expect("ends");
+    // One line for the load, and one for each of the requests above.
+    let logged: Vec<Value> = logged.iter().filter_map(|line| serde_json::from_str(&line).ok()).collect();
+    for (message, n, expected) in [
+        ("loaded", 1, "cache_tokens context device gb_per_s max_batch model numerics resident_bytes seconds"),
+        (
+            "request",
+            10,
+            "cached_tokens client completion_tokens finish first_token_seconds model prompt_tokens reasoning_tokens seconds",
+        ),
+    ] {
+        let found: Vec<&Value> = logged.iter().filter(|line| line["message"] == message).collect();
+        assert_eq!(found.len(), n, "{message}: {logged:?}");
+        for line in found {
+            let mut keys: Vec<&String> = line.as_object().expect("an object").keys().collect();
+            keys.retain(|key| !matches!(key.as_str(), "timestamp" | "level" | "target" | "message"));
+            keys.sort();
+            assert_eq!(keys, expected.split(' ').collect::<Vec<_>>(), "{line}");
+            assert!(
+                message == "loaded" || line["client"].as_str().is_some_and(|client| client.starts_with("127.0.0.1:"))
+            );
+        }
+    }
+    let gone = tandem(&small);
+    assert!(gone.code == Some(1) && gone.stderr.contains("is the server running?"), "{}", gone.stderr);
+}
+
 #[test]
 fn tables_to_paste() {
     let model = ["--config", "llama-3.2-3b", "--load-format", "dummy", "--num-layers", "1", "--vocab", "512"];
     let quick = ["--steps", "1", "--warmup", "0", "--threads", "1"];
-    let decode = [&["bench", "decode", "--sweep-context", "8,16"], &model[..], &quick].concat();
-    let prefill = [&["bench", "prefill", "--prompt-tokens", "8"], &model[..], &quick].concat();
-    for (args, n_rows) in [(&decode, 2), (&prefill, 1)] {
+    let decode = [&["bench", "decode", "--context", "8,16", "--batch", "1,2"], &model[..], &quick].concat();
+    let prefill = [&["bench", "prefill", "--prompt-tokens", "8,16", "--context", "0,4"], &model[..], &quick].concat();
+    for (args, n_rows) in [(&decode, 4), (&prefill, 4)] {
         let csv = tandem(&[&args[..], &["--csv"]].concat()).ok();
         let rows: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').collect()).collect();
-        assert_eq!((rows.len(), rows[0].len()), (n_rows + 1, 7), "{csv}");
+        assert_eq!((rows.len(), rows[0].len()), (n_rows + 1, 8), "{csv}");
         assert!(rows[1..].iter().flatten().all(|cell| cell.parse::<f64>().is_ok()), "{csv}");
         let markdown = tandem(&[&args[..], &["--markdown"]].concat()).ok();
         let lines: Vec<&str> = markdown.lines().collect();
         assert_eq!(lines.len(), n_rows + 2, "{markdown}");
-        assert!(lines.iter().all(|line| line.matches('|').count() == 8) && lines[1].contains("---:"), "{markdown}");
+        assert!(lines.iter().all(|line| line.matches('|').count() == 9) && lines[1].contains("---:"), "{markdown}");
     }
     let both = tandem(&[&decode[..], &["--csv", "--json"]].concat());
     assert_eq!(both.code, Some(2), "{}", both.stderr);

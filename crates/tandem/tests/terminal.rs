@@ -2,12 +2,16 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use common::{command, file, finish, golden, root, tandem, tandem_with_input, temporary, text};
 use rexpect::process::wait::WaitStatus;
 use rexpect::session::{PtySession, spawn_command};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::{Value, json};
 
 const FABLE: &str = "models/fable-30m-MXFP4-Q8";
@@ -95,6 +99,8 @@ fn a_conversation() {
         &mut chat,
         &[
             ("/frobnicate", "unknown command /frobnicate; /help lists them"),
+            ("/cle", "did you mean /clear?"),
+            ("/s", "/help lists them"),
             ("/set", "temperature 0, top_k"),
             ("/set heat 1", "/set knows temperature"),
             ("/set top_p 7", "top_p is 7, expected"),
@@ -172,6 +178,56 @@ fn poor_terminals() {
         expect(&mut chat, "Tokyo");
         expect(&mut chat, prompt);
         leave(chat);
+    }
+}
+
+/// The window is closed while an answer is written: the chat ends, its history is kept. The signal that says so may be
+/// ignored, as below nohup; then reading and writing fail.
+#[test]
+fn closed_terminals() {
+    for before in ["", "trap '' HUP;"] {
+        let home = temporary();
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
+        grantpt(&master).and_then(|()| unlockpt(&master)).expect("usable");
+        let name = ptsname(&master, vec![]).expect("a name").into_string().expect("UTF-8");
+        let slave = || std::fs::OpenOptions::new().read(true).write(true).open(&name).expect("opens");
+        let tandem = env!("CARGO_BIN_EXE_tandem");
+        let line = format!("{before} exec '{tandem}' run --model {FABLE} --ignore-eos --context 2k");
+        let mut chat = Command::new("setsid")
+            .args(["--ctty", "sh", "-c", &line])
+            .current_dir(root())
+            .env("HOME", home.path())
+            .env("TERM", "xterm")
+            .env_remove("XDG_DATA_HOME")
+            .stdin(slave())
+            .stdout(slave())
+            .stderr(slave())
+            .spawn()
+            .expect("starts");
+        let mut master = std::fs::File::from(master);
+        let until = |master: &mut std::fs::File, text: &str| {
+            let mut seen = vec![];
+            while !String::from_utf8_lossy(&seen).contains(text) {
+                let patience = Timespec { tv_sec: PATIENCE as i64 / 1000, tv_nsec: 0 };
+                let ready = poll(&mut [PollFd::new(&*master, PollFlags::IN)], Some(&patience)).expect("polls");
+                let mut buffer = [0; 4096];
+                let n = if ready == 0 { 0 } else { master.read(&mut buffer).unwrap_or(0) };
+                assert!(n > 0, "waiting for {text:?}: {:?}", String::from_utf8_lossy(&seen));
+                seen.extend(&buffer[..n]);
+            }
+        };
+        until(&mut master, "> ");
+        master.write_all(b"Tell me a story about Hugo.\r").expect("typed");
+        until(&mut master, "[?2004l");
+        until(&mut master, " was ");
+        drop(master);
+        let start = Instant::now();
+        while chat.try_wait().expect("known").is_none() {
+            assert!(start.elapsed() < Duration::from_millis(PATIENCE), "{before:?}: it goes on without a terminal");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let history = std::fs::read_to_string(home.path().join(".local/share/tandem/history")).expect("kept");
+        assert!(history.contains("a story about Hugo"), "{history:?}");
     }
 }
 

@@ -17,35 +17,34 @@ fn parsed<T: DeserializeOwned>(value: &str) -> Option<T> {
     serde_json::from_str(value).ok()
 }
 
+/// What stands between two brackets, item by item; `item` takes one from the front of a text and returns what follows it.
+fn items<'a, T>(
+    text: &'a str,
+    [opening, closing]: [char; 2],
+    item: impl Fn(&'a str) -> Option<(T, &'a str)>,
+) -> Option<Vec<T>> {
+    let mut rest = text.trim_start().strip_prefix(opening)?.trim_start();
+    let mut items = vec![];
+    while !rest.starts_with(closing) {
+        let (found, after) = item(rest)?;
+        items.push(found);
+        rest = after.strip_prefix(',').map_or(after, str::trim_start);
+    }
+    Some(items)
+}
+
 /// Names and values of an object.
 pub(super) fn members(text: &str) -> Option<Vec<(String, &str)>> {
-    let mut rest = text.trim_start().strip_prefix('{')?.trim_start();
-    let mut members = vec![];
-    while !rest.starts_with('}') {
+    items(text, ['{', '}'], |rest| {
         let (name, after) = value(rest)?;
         let (value, after) = value(after.strip_prefix(':')?)?;
-        members.push((parsed(name)?, value));
-        rest = match after.strip_prefix(',') {
-            Some(rest) => rest.trim_start(),
-            None => after,
-        };
-    }
-    Some(members)
+        Some(((parsed(name)?, value), after))
+    })
 }
 
 /// Elements of a list.
 fn elements(text: &str) -> Option<Vec<&str>> {
-    let mut rest = text.trim_start().strip_prefix('[')?.trim_start();
-    let mut elements = vec![];
-    while !rest.starts_with(']') {
-        let (element, after) = value(rest)?;
-        elements.push(element);
-        rest = match after.strip_prefix(',') {
-            Some(rest) => rest.trim_start(),
-            None => after,
-        };
-    }
-    Some(elements)
+    items(text, ['[', ']'], value)
 }
 
 /// An object's text, without what stands around it.

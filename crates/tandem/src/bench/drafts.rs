@@ -56,11 +56,11 @@ pub(super) fn verified(
             step(model, depth)?;
         }
         let experts_per_layer = experts_per_layer(&model.runner.stop()?);
-        let bytes = BytesRead::of_decode_step(model, context + 1 + depth, args.batch, experts_per_layer).total();
+        let bytes = BytesRead::of_decode_step(model, context + 1 + depth, sequences.len(), experts_per_layer).total();
         let ms = Spread::of(times).median;
         let shares = args.force_acceptance.get(..depth);
         let tokens = shares.map(|shares| 1.0 + shares.iter().sum::<f64>());
-        let tokens_per_second = tokens.map(|tokens| args.batch as f64 * tokens * 1e3 / ms);
+        let tokens_per_second = tokens.map(|tokens| sequences.len() as f64 * tokens * 1e3 / ms);
         found.push(Verified { depth, ms, bytes, experts_per_layer, tokens_per_second });
     }
     Ok(found)

@@ -19,7 +19,7 @@ use tandem_core::backend::{PAGE_SIZE, Sampling};
 use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
 
-use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchModelArgs, BenchPrefillArgs};
+use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs, OutputArgs};
 use tandem_model::Limits;
 use tandem_runtime::measured::{
     BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, prefill_flop,
@@ -35,8 +35,9 @@ const PASS_BYTES: usize = 256 << 20;
 /// Steps of the profiled run, at most.
 const PROFILED_STEPS: usize = 8;
 
-const DECODE_COLUMNS: [&str; 7] = [
+const DECODE_COLUMNS: [&str; 8] = [
     "context",
+    "batch",
     "decode_ms_median",
     "decode_ms_p10",
     "decode_ms_p90",
@@ -44,7 +45,8 @@ const DECODE_COLUMNS: [&str; 7] = [
     "achieved_gb_per_s",
     "bandwidth_fraction",
 ];
-const PREFILL_COLUMNS: [&str; 7] = [
+const PREFILL_COLUMNS: [&str; 8] = [
+    "context",
     "prompt_tokens",
     "prefill_chunk",
     "prefill_ms_median",
@@ -55,23 +57,33 @@ const PREFILL_COLUMNS: [&str; 7] = [
 ];
 
 /// Prints figures under their JSON names if a table is asked for; true if so.
-fn print_table(args: &BenchModelArgs, rows: &[Map<String, Value>], columns: &[&str]) -> bool {
-    let (start, between, end) = match (args.markdown, args.csv) {
+fn print_table(output: OutputArgs, rows: &[Map<String, Value>], columns: &[&str]) -> bool {
+    let (start, between, end) = match (output.markdown, output.csv) {
         (true, _) => ("| ", " | ", " |"),
         (_, true) => ("", ",", ""),
         _ => return false,
     };
     let line = |cells: Vec<String>| println!("{start}{}{end}", cells.join(between));
     line(columns.iter().map(|name| name.to_string()).collect());
-    if args.markdown {
+    if output.markdown {
         line(vec!["---:".to_owned(); columns.len()]);
     }
-    let cell = |value: &Value| match value.as_f64().filter(|_| !value.is_u64()) {
-        Some(number) => format!("{number:.3}"),
-        None => value.to_string(),
+    let cell = |value: Option<&Value>| match value {
+        Some(Value::Number(number)) if number.is_u64() => number.to_string(),
+        Some(Value::Number(number)) => format!("{:.3}", number.as_f64().unwrap_or(0.0)),
+        // Not set, or nothing was measured.
+        _ => String::new(),
     };
-    rows.iter().for_each(|row| line(columns.iter().map(|name| cell(&row[*name])).collect()));
+    rows.iter().for_each(|row| line(columns.iter().map(|name| cell(row.get(*name))).collect()));
     true
+}
+
+/// Adds the only row itself, or a list of several.
+fn insert_rows(report: &mut Map<String, Value>, mut rows: Vec<Map<String, Value>>) {
+    match &mut rows[..] {
+        [row] => report.append(row),
+        _ => drop(report.insert("sweep".into(), json!(rows))),
+    }
 }
 
 /// Runs the command.
@@ -86,23 +98,20 @@ pub(crate) fn bench(args: &BenchArgs, joined: Option<Joined>) -> anyhow::Result<
 }
 
 fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> {
-    ensure!(args.batch >= 1, "--batch must be at least 1");
-    ensure!(args.steps >= 1, "--steps must be at least 1");
-    let contexts = if args.sweep_context.is_empty() { vec![args.context] } else { args.sweep_context.clone() };
-    let longest = contexts.iter().copied().max().unwrap_or(0);
+    let longest = args.context.iter().copied().max().unwrap_or(0);
+    let largest = args.batch.iter().copied().max().unwrap_or(1);
     let options = MeasuredOptions::from(&args.model);
     let bandwidth_before = bandwidth_alone(&options, joined.as_ref())?;
     let n_rows = 1 + args.draft_depth;
     ensure!(
-        args.draft_depth == 0 || args.batch * n_rows <= EXACT_ROWS,
-        "--batch {} with --draft-depth {} is {} rows; a step that verifies drafts has at most {EXACT_ROWS}",
-        args.batch,
+        args.draft_depth == 0 || largest * n_rows <= EXACT_ROWS,
+        "--batch {largest} with --draft-depth {} is {} rows; a step that verifies drafts has at most {EXACT_ROWS}",
         args.draft_depth,
-        args.batch * n_rows
+        largest * n_rows
     );
     let length = longest + n_rows;
-    let sequences = Sequences::new(args.batch, length);
-    let limits = Limits { max_rows: args.batch * n_rows, max_logits_rows: args.batch * n_rows };
+    let sequences = Sequences::new(largest, length);
+    let limits = Limits { max_rows: largest * n_rows, max_logits_rows: largest * n_rows };
     let mut model = MeasuredModel::load(&options, limits, length, sequences.n_slots(), joined, &mut on_terminal())?;
     fill_cache(&mut model, if longest > 0 { sequences.n_slots() } else { 0 })?;
 
@@ -111,10 +120,15 @@ fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> 
     let pool = model.runner.pool();
     let meter = pool.as_deref().map(|pool| ReadMeter::new(pool, PASS_BYTES));
     let mut points = vec![];
-    for context in &contexts {
-        let point = decode_point(&mut model, meter.as_ref(), &sequences, *context, args)?;
-        eprintln!("context {context}: {:.2} ms per step, {:.2} tokens/s", point.ms.median, point.tokens_per_second);
-        points.push(point);
+    for context in &args.context {
+        for batch in &args.batch {
+            let point = decode_point(&mut model, meter.as_ref(), &sequences.first(*batch), *context, args)?;
+            eprintln!(
+                "context {context}, batch {batch}: {:.2} ms per step, {:.2} tokens/s",
+                point.ms.median, point.tokens_per_second
+            );
+            points.push(point);
+        }
     }
     model.note_peak_memory(if meter.is_some() { PASS_BYTES } else { 0 });
     drop(meter);
@@ -122,23 +136,24 @@ fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> 
 
     let mut report = model.describe();
     report.insert("command".into(), json!("decode"));
-    report.insert("batch".into(), json!(args.batch));
     report.insert("steps".into(), json!(args.steps));
     report.insert("measured_bandwidth_gb_per_s".into(), json!(measured / 1e9));
-    let mut results: Vec<Map<String, Value>> = points.iter().map(|p| p.json(measured)).collect();
-    let is_table = print_table(&args.model, &results, &DECODE_COLUMNS);
-    if args.sweep_context.is_empty() {
-        report.append(&mut results[0]);
-    } else {
-        report.insert("sweep".into(), json!(results));
-    }
+    let results: Vec<Map<String, Value>> = points.iter().map(|p| p.json(measured)).collect();
+    let is_table = print_table(args.model.output, &results, &DECODE_COLUMNS);
+    insert_rows(&mut report, results);
     if let Some(file) = &args.model.plot {
-        let curve: Vec<(f64, f64)> = points.iter().map(|p| (p.context as f64, p.tokens_per_second)).collect();
+        // One curve: that of the first batch.
+        let curve = points.iter().filter(|p| p.batch == args.batch[0]);
+        let curve: Vec<(f64, f64)> = curve.map(|p| (p.context as f64, p.tokens_per_second)).collect();
+        let name = |p: &DecodePoint| match args.batch.len() {
+            1 => format!("{} tokens", p.context),
+            _ => format!("{} tokens, batch {}", p.context, p.batch),
+        };
         let bars: Vec<(String, Vec<(&str, f64)>)> =
-            points.iter().map(|p| (format!("{} tokens", p.context), p.breakdown.rows.clone())).collect();
+            points.iter().map(|p| (name(p), p.breakdown.rows.clone())).collect();
         plot::draw(file, &model.title, &curve, &bars)?;
     }
-    if args.model.json {
+    if args.model.output.json {
         print_json(&report)?;
     } else if !is_table {
         print_model(&model);
@@ -150,11 +165,12 @@ fn decode(args: &BenchDecodeArgs, joined: Option<Joined>) -> anyhow::Result<()> 
         let fraction = point.bytes_per_second() / measured;
         if fraction > 1.0 {
             bail!(
-                "decoding at context {} reads {:.1} GB/s, more than the {:.1} GB/s that this machine was measured to \
+                "decoding at context {}, batch {} reads {:.1} GB/s, more than the {:.1} GB/s that this machine was measured to \
                  deliver, so the measurement is wrong: something else kept the memory busy while bandwidth was \
                  measured, or the weights ({} per step) stay in the processor's cache. Close other programs and run \
                  again, or measure a larger model",
                 point.context,
+                point.batch,
                 point.bytes_per_second() / 1e9,
                 measured / 1e9,
                 bytes(point.bytes.total() as u64)
@@ -233,7 +249,7 @@ fn decode_point(
         ensure!(logits.iter().all(|l| l.is_finite()), "the model's logits are not finite; its weights are damaged");
         Ok(ms)
     };
-    let samples = args.batch <= EXACT_ROWS && model.runner.device_sampler().is_some();
+    let samples = sequences.len() <= EXACT_ROWS && model.runner.device_sampler().is_some();
     for _ in 0..args.warmup {
         step(model)?;
     }
@@ -265,7 +281,7 @@ fn decode_point(
         profiled_ms += step(model)?;
     }
     let reports = model.runner.stop()?;
-    let bytes = BytesRead::of_decode_step(model, context + 1, args.batch, experts_per_layer(&reports));
+    let bytes = BytesRead::of_decode_step(model, context + 1, sequences.len(), experts_per_layer(&reports));
     let fractions = times.iter().zip(&around).map(|(ms, rate)| bytes.total() / (ms / 1e3) / rate).collect();
     let ms = Spread::of(times);
     let index_agreement = match &model.config.indexer {
@@ -278,8 +294,8 @@ fn decode_point(
     Ok(DecodePoint {
         verified,
         context,
-        batch: args.batch,
-        tokens_per_second: args.batch as f64 * 1e3 / ms.median,
+        batch: sequences.len(),
+        tokens_per_second: sequences.len() as f64 * 1e3 / ms.median,
         bytes,
         fraction_of_moment: Spread::of(fractions),
         index_agreement,
@@ -297,6 +313,7 @@ impl DecodePoint {
     fn json(&self, measured: f64) -> Map<String, Value> {
         let mut map = Map::new();
         map.insert("context".into(), json!(self.context));
+        map.insert("batch".into(), json!(self.batch));
         map.insert("decode_ms_median".into(), json!(self.ms.median));
         map.insert("decode_ms_p10".into(), json!(self.ms.p10));
         map.insert("decode_ms_p90".into(), json!(self.ms.p90));
@@ -354,27 +371,94 @@ impl DecodePoint {
 }
 
 fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()> {
-    ensure!(args.steps >= 1, "--steps must be at least 1");
-    ensure!(args.prompt_tokens >= 1, "--prompt-tokens must be at least 1");
-    ensure!(args.prefill_chunk >= 1, "--prefill-chunk must be at least 1");
-    let chunk = args.prefill_chunk.min(args.prompt_tokens);
-    let length = args.context + args.prompt_tokens;
+    let mut cases = vec![];
+    for context in &args.context {
+        for prompt_tokens in &args.prompt_tokens {
+            let chunks = args.prefill_chunk.iter().map(|chunk| *chunk.min(prompt_tokens));
+            cases.extend(chunks.map(|chunk| PrefillCase { context: *context, prompt_tokens: *prompt_tokens, chunk }));
+        }
+    }
+    let longest = cases.iter().map(PrefillCase::length).max().unwrap_or(1);
+    let largest = cases.iter().map(|case| case.chunk).max().unwrap_or(1);
     let options = MeasuredOptions::from(&args.model);
     let before = bandwidth_alone(&options, joined.as_ref())?;
-    let sequences = Sequences::new(1, length);
-    let limits = Limits { max_rows: chunk, max_logits_rows: 1 };
-    let mut model = MeasuredModel::load(&options, limits, length, sequences.n_slots(), joined, &mut on_terminal())?;
-    fill_cache(&mut model, args.context)?;
+    let sequences = Sequences::new(1, longest);
+    let limits = Limits { max_rows: largest, max_logits_rows: 1 };
+    let mut model = MeasuredModel::load(&options, limits, longest, sequences.n_slots(), joined, &mut on_terminal())?;
+    let mut points = vec![];
+    for case in cases {
+        // The prompt of the last case has overwritten the context of this one.
+        fill_cache(&mut model, case.context)?;
+        points.push(prefill_point(&mut model, &sequences, case, args)?);
+    }
+    model.note_peak_memory(0);
+    let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
+    if let Some(file) = &args.model.plot {
+        let name = |case: &PrefillCase| match args.context[..] {
+            [0] => format!("{} tokens in chunks of {}", case.prompt_tokens, case.chunk),
+            _ => format!("{} tokens in chunks of {} after {}", case.prompt_tokens, case.chunk, case.context),
+        };
+        let bars: Vec<_> = points.iter().map(|point| (name(&point.case), point.breakdown.rows.clone())).collect();
+        plot::draw(file, &model.title, &[], &bars)?;
+    }
+    let rows: Vec<_> = points.iter().map(PrefillPoint::json).collect();
+    if print_table(args.model.output, &rows, &PREFILL_COLUMNS) {
+        return Ok(());
+    }
+    if args.model.output.json {
+        let mut report = model.describe();
+        report.insert("command".into(), json!("prefill"));
+        report.insert("steps".into(), json!(args.steps));
+        report.insert("measured_bandwidth_gb_per_s".into(), json!(measured / 1e9));
+        insert_rows(&mut report, rows);
+        return print_json(&report);
+    }
+    print_model(&model);
+    points.iter().for_each(|point| point.print(model.numerics));
+    Ok(())
+}
 
-    let mut random = Random::new(args.prompt_tokens as u64);
+/// A prompt after some cached tokens.
+#[derive(Clone, Copy, Debug)]
+struct PrefillCase {
+    context: usize,
+    prompt_tokens: usize,
+    /// Tokens run at once.
+    chunk: usize,
+}
+
+impl PrefillCase {
+    fn length(&self) -> usize {
+        self.context + self.prompt_tokens
+    }
+}
+
+/// One prompt, run several times.
+struct PrefillPoint {
+    case: PrefillCase,
+    ms: Spread,
+    chunk_ms: Spread,
+    flop: f64,
+    peak: Option<Peak>,
+    breakdown: Breakdown,
+}
+
+fn prefill_point(
+    model: &mut MeasuredModel,
+    sequences: &Sequences,
+    case: PrefillCase,
+    args: &BenchPrefillArgs,
+) -> anyhow::Result<PrefillPoint> {
+    let PrefillCase { context, prompt_tokens, chunk } = case;
+    let mut random = Random::new(prompt_tokens as u64);
     let vocab_size = model.config.vocab_size;
     let mut chunk_times = vec![];
     let mut logits = vec![];
     let mut prompt = |model: &mut MeasuredModel, chunk_times: &mut Vec<f64>| -> anyhow::Result<f64> {
         let start = Instant::now();
-        for first in (args.context..length).step_by(chunk) {
-            let end = (first + chunk).min(length);
-            let batch = sequences.prefill_batch(first..end, end == length, &mut random, vocab_size);
+        for first in (context..case.length()).step_by(chunk) {
+            let end = (first + chunk).min(case.length());
+            let batch = sequences.prefill_batch(first..end, end == case.length(), &mut random, vocab_size);
             let chunk_start = Instant::now();
             logits.clear();
             model.runner.step(batch, &mut logits)?;
@@ -383,80 +467,82 @@ fn prefill(args: &BenchPrefillArgs, joined: Option<Joined>) -> anyhow::Result<()
         Ok(start.elapsed().as_secs_f64() * 1e3)
     };
     for _ in 0..args.warmup {
-        prompt(&mut model, &mut vec![])?;
+        prompt(model, &mut vec![])?;
     }
     let (mut times, mut peaks) = (vec![], vec![model.runner.peak()]);
     for step in 0..args.steps {
-        times.push(prompt(&mut model, &mut chunk_times)?);
+        times.push(prompt(model, &mut chunk_times)?);
         peaks.push(model.runner.peak());
         eprintln!("prompt {} of {}: {:.1} ms", step + 1, args.steps, times[step]);
     }
     model.runner.start(true)?;
-    let profiled_ms = prompt(&mut model, &mut vec![])?;
+    let profiled_ms = prompt(model, &mut vec![])?;
     let breakdown = Breakdown::new(&model.runner.stop()?, profiled_ms, 1);
-
-    model.note_peak_memory(0);
-    let measured = if before > 0.0 { before } else { model.runner.bandwidth() };
-    let flop = prefill_flop(&model, args.context, args.prompt_tokens, chunk);
+    let flop = prefill_flop(model, context, prompt_tokens, chunk);
     let peaks: Option<Vec<f64>> = peaks.into_iter().collect();
     let peak = peaks.map(|peaks| Peak::new(&peaks, &times, flop));
-    let ms = Spread::of(times);
-    let chunk_ms = Spread::of(chunk_times);
-    let tokens_per_second = args.prompt_tokens as f64 * 1e3 / ms.median;
-    let gflop_per_s = flop / 1e9 / (ms.median / 1e3);
-    if let Some(file) = &args.model.plot {
-        let bars = [(format!("{} tokens in chunks of {chunk}", args.prompt_tokens), breakdown.rows.clone())];
-        plot::draw(file, &model.title, &[], &bars)?;
+    Ok(PrefillPoint { case, ms: Spread::of(times), chunk_ms: Spread::of(chunk_times), flop, peak, breakdown })
+}
+
+impl PrefillPoint {
+    fn tokens_per_second(&self) -> f64 {
+        self.case.prompt_tokens as f64 * 1e3 / self.ms.median
     }
-    if args.model.json || args.model.markdown || args.model.csv {
-        let mut report = model.describe();
+
+    fn gflop_per_s(&self) -> f64 {
+        self.flop / 1e9 / (self.ms.median / 1e3)
+    }
+
+    fn json(&self) -> Map<String, Value> {
+        let mut map = Map::new();
         for (name, value) in [
-            ("command", json!("prefill")),
-            ("context", json!(args.context)),
-            ("prompt_tokens", json!(args.prompt_tokens)),
-            ("prefill_chunk", json!(chunk)),
-            ("steps", json!(args.steps)),
-            ("measured_bandwidth_gb_per_s", json!(measured / 1e9)),
-            ("prefill_ms_median", json!(ms.median)),
-            ("prefill_ms_p10", json!(ms.p10)),
-            ("prefill_ms_p90", json!(ms.p90)),
-            ("chunk_ms_median", json!(chunk_ms.median)),
-            ("chunk_ms_p10", json!(chunk_ms.p10)),
-            ("chunk_ms_p90", json!(chunk_ms.p90)),
-            ("tokens_per_second", json!(tokens_per_second)),
-            ("gflop", json!(flop / 1e9)),
+            ("context", json!(self.case.context)),
+            ("prompt_tokens", json!(self.case.prompt_tokens)),
+            ("prefill_chunk", json!(self.case.chunk)),
+            ("prefill_ms_median", json!(self.ms.median)),
+            ("prefill_ms_p10", json!(self.ms.p10)),
+            ("prefill_ms_p90", json!(self.ms.p90)),
+            ("chunk_ms_median", json!(self.chunk_ms.median)),
+            ("chunk_ms_p10", json!(self.chunk_ms.p10)),
+            ("chunk_ms_p90", json!(self.chunk_ms.p90)),
+            ("tokens_per_second", json!(self.tokens_per_second())),
+            ("gflop", json!(self.flop / 1e9)),
             ("gflop_counted", json!("2 per active weight and token; attention over cached positions not counted")),
-            ("achieved_gflop_per_s", json!(gflop_per_s)),
+            ("achieved_gflop_per_s", json!(self.gflop_per_s())),
         ] {
-            report.insert(name.to_string(), value);
+            map.insert(name.to_string(), value);
         }
-        if let Some(peak) = peak {
-            report.insert("measured_peak_gflop_per_s".into(), json!(peak.best / 1e9));
-            report.insert("peak_fraction".into(), json!(gflop_per_s * 1e9 / peak.best));
-            report.insert("peak_fraction_of_moment_median".into(), json!(peak.fraction_of_moment.median));
+        if let Some(peak) = &self.peak {
+            map.insert("measured_peak_gflop_per_s".into(), json!(peak.best / 1e9));
+            map.insert("peak_fraction".into(), json!(self.gflop_per_s() * 1e9 / peak.best));
+            map.insert("peak_fraction_of_moment_median".into(), json!(peak.fraction_of_moment.median));
         }
-        breakdown.insert_json(&mut report);
-        let is_table = print_table(&args.model, std::slice::from_ref(&report), &PREFILL_COLUMNS);
-        return if is_table { Ok(()) } else { print_json(&report) };
+        self.breakdown.insert_json(&mut map);
+        map
     }
-    print_model(&model);
-    println!();
-    println!("prefill of {} tokens in chunks of {chunk} after {} cached", args.prompt_tokens, args.context);
-    println!("  {:.1} ms (median; p10 {:.1}, p90 {:.1})", ms.median, ms.p10, ms.p90);
-    println!("  {:.1} ms per chunk (median; p10 {:.1}, p90 {:.1})", chunk_ms.median, chunk_ms.p10, chunk_ms.p90);
-    println!("  {tokens_per_second:.1} tokens/s, {gflop_per_s:.1} GFLOP/s (2 per active weight and token)");
-    if let Some(peak) = peak {
+
+    fn print(&self, numerics: &str) {
+        let PrefillCase { context, prompt_tokens, chunk } = self.case;
+        let (ms, chunk_ms, gflop_per_s) = (&self.ms, &self.chunk_ms, self.gflop_per_s());
+        println!();
+        println!("prefill of {prompt_tokens} tokens in chunks of {chunk} after {context} cached");
+        println!("  {:.1} ms (median; p10 {:.1}, p90 {:.1})", ms.median, ms.p10, ms.p90);
+        println!("  {:.1} ms per chunk (median; p10 {:.1}, p90 {:.1})", chunk_ms.median, chunk_ms.p10, chunk_ms.p90);
         println!(
-            "  {:.1} % of the {:.1} GFLOP/s that {} multiplications in registers reach; each prompt against those just \
-             before and after it: {:.1} %",
-            100.0 * gflop_per_s * 1e9 / peak.best,
-            peak.best / 1e9,
-            model.numerics,
-            100.0 * peak.fraction_of_moment.median
+            "  {:.1} tokens/s, {gflop_per_s:.1} GFLOP/s (2 per active weight and token)",
+            self.tokens_per_second()
         );
+        if let Some(peak) = &self.peak {
+            println!(
+                "  {:.1} % of the {:.1} GFLOP/s that {numerics} multiplications in registers reach; each prompt against \
+                 those just before and after it: {:.1} %",
+                100.0 * gflop_per_s * 1e9 / peak.best,
+                peak.best / 1e9,
+                100.0 * peak.fraction_of_moment.median
+            );
+        }
+        self.breakdown.print();
     }
-    breakdown.print();
-    Ok(())
 }
 
 /// The arithmetic limit beside a prefill.
@@ -509,6 +595,15 @@ impl Sequences {
     fn new(n: usize, n_tokens: usize) -> Sequences {
         let n_pages = n_tokens.div_ceil(PAGE_SIZE) as u32;
         Sequences { block_tables: (0..n as u32).map(|s| (s * n_pages..(s + 1) * n_pages).collect()).collect() }
+    }
+
+    fn len(&self) -> usize {
+        self.block_tables.len()
+    }
+
+    /// The first `n` of them.
+    fn first(&self, n: usize) -> Sequences {
+        Sequences { block_tables: self.block_tables[..n].to_vec() }
     }
 
     fn n_slots(&self) -> usize {

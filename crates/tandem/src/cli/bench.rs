@@ -12,7 +12,7 @@ use tandem_runtime::measured::MeasuredOptions;
 use super::model::{ActivationsArg, BackendArg};
 use super::parallel::ParallelArgs;
 use super::shapes::ShapeArgs;
-use super::values::{real, token_count, whole};
+use super::values::{real, token_count, tokens, whole};
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -23,10 +23,16 @@ pub(crate) struct BenchArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Token-by-token decoding: ms per token, bytes read, fraction of the memory's bandwidth.
+    ///
+    /// --context and --batch take several values, such as --context 512,4k: one row for each combination.
     Decode(BenchDecodeArgs),
     /// Prompt processing: tokens per second, GFLOP/s.
+    ///
+    /// --context, --prompt-tokens and --prefill-chunk take several values: one row for each combination.
     Prefill(BenchPrefillArgs),
     /// Load for an OpenAI-compatible server: time to the first token, between tokens, tokens per second.
+    ///
+    /// --concurrency, --request-rate, --prompt-words and --max-tokens take several values: one row for each combination.
     Serve(BenchServeArgs),
     /// Collectives between ranks: latency and bandwidth by size, next to a raw socket's.
     Comm(BenchCommArgs),
@@ -39,14 +45,11 @@ pub(crate) struct BenchDecodeArgs {
     #[command(flatten)]
     pub(crate) model: BenchModelArgs,
     /// Tokens in the cache before each step (random vectors).
-    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
-    pub(crate) context: usize,
-    /// Measure at several contexts, e.g. 1k,8k,32k,128k.
-    #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = token_count, conflicts_with = "context")]
-    pub(crate) sweep_context: Vec<usize>,
+    #[arg(long, alias = "sweep-context", value_name = "N,..", value_delimiter = ',', default_value = "512", value_parser = token_count)]
+    pub(crate) context: Vec<usize>,
     /// Sequences that decode together.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(1, 65536))]
-    pub(crate) batch: usize,
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1", value_parser = whole::<usize>(1, 65536))]
+    pub(crate) batch: Vec<usize>,
     /// Steps measured.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
@@ -67,14 +70,14 @@ pub(crate) struct BenchPrefillArgs {
     #[command(flatten)]
     pub(crate) model: BenchModelArgs,
     /// Tokens in the cache before the prompt (random vectors).
-    #[arg(long, value_name = "N", default_value = "0", value_parser = token_count)]
-    pub(crate) context: usize,
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "0", value_parser = token_count)]
+    pub(crate) context: Vec<usize>,
     /// Tokens of the prompt.
-    #[arg(long, value_name = "N", default_value = "512", value_parser = token_count)]
-    pub(crate) prompt_tokens: usize,
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "512", value_parser = tokens(1, 268435456))]
+    pub(crate) prompt_tokens: Vec<usize>,
     /// Tokens run at once.
-    #[arg(long, value_name = "N", default_value = "256", value_parser = token_count)]
-    pub(crate) prefill_chunk: usize,
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "256", value_parser = tokens(1, 65536))]
+    pub(crate) prefill_chunk: Vec<usize>,
     /// Prompts measured.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) steps: usize,
@@ -131,6 +134,13 @@ pub(crate) struct BenchServeArgs {
     /// Key to send.
     #[arg(long, value_name = "KEY")]
     pub(crate) api_key: Option<String>,
+    /// Take any certificate of an https server.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Seconds to wait for a server that does not answer yet or still loads its model. If not given, 600 for one that
+    /// loads, and none for one that does not answer.
+    #[arg(long, value_name = "SECONDS", value_parser = whole::<u64>(0, 604800))]
+    pub(crate) ready_check_timeout_sec: Option<u64>,
     /// Requests measured.
     #[arg(long, alias = "num-prompts", value_name = "N", default_value_t = 64, value_parser = whole::<usize>(1, 16777216))]
     pub(crate) requests: usize,
@@ -138,11 +148,11 @@ pub(crate) struct BenchServeArgs {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) num_warmups: usize,
     /// Requests open at the same time: 16 if not given, or as many as come with --request-rate.
-    #[arg(long, alias = "max-concurrency", value_name = "N", value_parser = whole::<usize>(1, 65536))]
-    pub(crate) concurrency: Option<usize>,
+    #[arg(long, alias = "max-concurrency", value_name = "N,..", value_delimiter = ',', value_parser = whole::<usize>(1, 65536))]
+    pub(crate) concurrency: Vec<usize>,
     /// Requests that come each second, on average, however many are open.
-    #[arg(long, value_name = "R", value_parser = real::<f64>(0.001, 1e6))]
-    pub(crate) request_rate: Option<f64>,
+    #[arg(long, value_name = "R,..", value_delimiter = ',', value_parser = real::<f64>(0.001, 1e6))]
+    pub(crate) request_rate: Vec<f64>,
     /// Shape of their pauses: 1 is a Poisson process, less comes in bursts, more is more even.
     #[arg(long, value_name = "B", default_value_t = 1.0, value_parser = real::<f64>(0.001, 1e9))]
     pub(crate) burstiness: f64,
@@ -162,8 +172,8 @@ pub(crate) struct BenchServeArgs {
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["prompt_words", "shared_prefix", "num_prefixes"])]
     pub(crate) dataset_path: Option<PathBuf>,
     /// Random words of each prompt.
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole::<usize>(0, 1048576))]
-    pub(crate) prompt_words: usize,
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "100", value_parser = whole::<usize>(0, 1048576))]
+    pub(crate) prompt_words: Vec<usize>,
     /// Words before them that prompts share.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>(0, 1048576))]
     pub(crate) shared_prefix: usize,
@@ -171,44 +181,74 @@ pub(crate) struct BenchServeArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>(1, 1048576))]
     pub(crate) num_prefixes: usize,
     /// Tokens of each answer; servers that know ignore_eos write exactly as many.
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole::<usize>(0, 268435456))]
-    pub(crate) max_tokens: usize,
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "64", value_parser = whole::<usize>(0, 268435456))]
+    pub(crate) max_tokens: Vec<usize>,
     /// Use /v1/chat/completions instead of /v1/completions.
     #[arg(long)]
     pub(crate) chat: bool,
     /// Seed of the prompts.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<u64>(0, u64::MAX))]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+impl BenchServeArgs {
+    /// One load for each combination of values. Each has prompts of its own, so that none finds another's in a cache.
+    pub(crate) fn loads(&self) -> Vec<LoadOptions> {
+        let (from, to) = (self.ramp_up_start_rps.unwrap_or(1.0), self.ramp_up_end_rps.unwrap_or(1.0));
+        let ramps = match self.ramp_up_strategy {
+            Some(RampArg::Linear) => vec![Some(Ramp::Linear(from, to))],
+            Some(RampArg::Exponential) => vec![Some(Ramp::Exponential(from, to))],
+            None if self.request_rate.is_empty() => vec![None],
+            None => self.request_rate.iter().map(|rate| Some(Ramp::Constant(*rate))).collect(),
+        };
+        let concurrencies: Vec<Option<usize>> = match &self.concurrency[..] {
+            [] => vec![None],
+            given => given.iter().copied().map(Some).collect(),
+        };
+        let mut loads = vec![];
+        for own in &self.prompt_words {
+            for max_tokens in &self.max_tokens {
+                for ramp in &ramps {
+                    for concurrency in &concurrencies {
+                        let words =
+                            Prompts::Words { own: *own, shared: self.shared_prefix, num_prefixes: self.num_prefixes };
+                        loads.push(LoadOptions {
+                            url: self.url.clone(),
+                            model_name: self.model_name.clone(),
+                            api_key: self.api_key.clone(),
+                            insecure: self.insecure,
+                            requests: self.requests,
+                            num_warmups: self.num_warmups,
+                            concurrency: concurrency.or(ramp.is_none().then_some(16)),
+                            arrivals: ramp.map(|ramp| Arrivals { ramp, burstiness: self.burstiness }),
+                            prompts: self.dataset_path.clone().map_or(words, Prompts::ShareGpt),
+                            max_tokens: *max_tokens,
+                            chat: self.chat,
+                            seed: self.seed.wrapping_add(loads.len() as u64),
+                            goodput: self.goodput.clone(),
+                        });
+                    }
+                }
+            }
+        }
+        loads
+    }
+}
+
+/// How figures are printed.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// Print a table in Markdown, to paste.
+    #[arg(long, conflicts_with_all = ["json", "csv"])]
+    pub(crate) markdown: bool,
+    /// Print comma-separated values below their names.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) csv: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-impl From<&BenchServeArgs> for LoadOptions {
-    fn from(args: &BenchServeArgs) -> LoadOptions {
-        let (from, to) = (args.ramp_up_start_rps.unwrap_or(1.0), args.ramp_up_end_rps.unwrap_or(1.0));
-        let ramp = match args.ramp_up_strategy {
-            Some(RampArg::Linear) => Some(Ramp::Linear(from, to)),
-            Some(RampArg::Exponential) => Some(Ramp::Exponential(from, to)),
-            None => args.request_rate.map(Ramp::Constant),
-        };
-        let words =
-            Prompts::Words { own: args.prompt_words, shared: args.shared_prefix, num_prefixes: args.num_prefixes };
-        LoadOptions {
-            url: args.url.clone(),
-            model_name: args.model_name.clone(),
-            api_key: args.api_key.clone(),
-            requests: args.requests,
-            num_warmups: args.num_warmups,
-            concurrency: args.concurrency.or(ramp.is_none().then_some(16)),
-            arrivals: ramp.map(|ramp| Arrivals { ramp, burstiness: args.burstiness }),
-            prompts: args.dataset_path.clone().map_or(words, Prompts::ShareGpt),
-            max_tokens: args.max_tokens,
-            chat: args.chat,
-            seed: args.seed,
-            goodput: args.goodput.clone(),
-        }
-    }
 }
 
 /// How rates rise.
@@ -278,15 +318,8 @@ pub(crate) struct BenchModelArgs {
     /// Draw the result.
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
-    /// Print a table in Markdown, to paste.
-    #[arg(long, conflicts_with_all = ["json", "csv"])]
-    pub(crate) markdown: bool,
-    /// Print comma-separated values below their names.
-    #[arg(long, conflicts_with = "json")]
-    pub(crate) csv: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 impl From<&BenchModelArgs> for MeasuredOptions {

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, CommandFactory, FromArgMatches};
+use clap::{Args, FromArgMatches};
 use tandem_settings::{Settings, SettingsError};
 
+use super::table::{command, explained};
 use super::{Cli, Command};
 
 /// Variables are `TANDEM_` and the name of a flag.
@@ -32,20 +33,23 @@ pub(crate) struct Parsed {
 /// Parses a command line, its program's name first; clap ends the process where it is wrong.
 pub(crate) fn parse(args: Vec<OsString>) -> Result<Parsed, SettingsError> {
     let texts = || args.iter().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect::<Vec<_>>();
-    let plain = || Parsed { cli: <Cli as clap::Parser>::parse_from(&args), arguments: texts() };
+    let parse = |table: clap::Command| {
+        let matches = table.try_get_matches_from(&args).unwrap_or_else(|error| explained(error, &texts()).exit());
+        Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    };
+    let plain = || Parsed { cli: parse(command()), arguments: texts() };
     // A rank has its flags from the launcher, which looked for them.
     if args.iter().any(|arg| arg.to_string_lossy().starts_with("--launch-fd")) {
         return Ok(plain());
     }
-    let first = Cli::command().ignore_errors(true).try_get_matches_from(&args);
+    let first = command().ignore_errors(true).try_get_matches_from(&args);
     // Help needs no settings, and what shows them is not subject to them.
     let Some(first) = first.ok().filter(|first| first.subcommand_name() != Some("config")) else { return Ok(plain()) };
     let named = first.get_one::<PathBuf>("config_file").cloned();
     let settings = settings(named.as_deref())?;
-    let applied = settings.apply(Cli::command(), &args)?;
+    let applied = settings.apply(command(), &args)?;
     let arguments = with(texts(), applied.arguments());
-    let matches = applied.command.get_matches_from(&args);
-    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let mut cli = parse(applied.command);
     if let Command::Launch(launch) = &mut cli.command {
         launch.command = launched(&settings, &launch.command)?;
     }
@@ -53,14 +57,14 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Parsed, SettingsError> {
 }
 
 /// A command that `tandem launch` starts, with its settings; how ranks are arranged is the launcher's.
-fn launched(settings: &Settings, command: &[String]) -> Result<Vec<String>, SettingsError> {
-    let program = std::iter::once("tandem").chain(command.iter().map(String::as_str));
-    let mut applied = settings.apply(Cli::command(), &program.map(OsString::from).collect::<Vec<_>>())?;
-    let all = Cli::command();
+fn launched(settings: &Settings, launched: &[String]) -> Result<Vec<String>, SettingsError> {
+    let program = std::iter::once("tandem").chain(launched.iter().map(String::as_str));
+    let mut applied = settings.apply(command(), &program.map(OsString::from).collect::<Vec<_>>())?;
+    let all = command();
     let launch = all.find_subcommand("launch").into_iter().flat_map(|launch| launch.get_arguments());
     let launchers: Vec<_> = launch.filter_map(|arg| arg.get_long()).collect();
     applied.flags.retain(|flag| !launchers.contains(&&*flag.name));
-    Ok(with(command.to_vec(), applied.arguments()))
+    Ok(with(launched.to_vec(), applied.arguments()))
 }
 
 /// Puts flags behind the others, before what `--` ends them with.

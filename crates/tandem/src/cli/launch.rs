@@ -22,7 +22,7 @@ pub(crate) struct LaunchArgs {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<u32>(0, 1048576))]
     pub(crate) restart: u32,
     /// Rank r listens on this port plus r; any free port if 0.
-    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    #[arg(long, value_name = "PORT", default_value_t = 0, value_parser = whole::<u16>(0, 65535))]
     pub(crate) starting_port: u16,
     /// Seconds for all ranks to start and meet.
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = real::<f64>(0.1, 86400.0))]

@@ -14,6 +14,7 @@ mod pull;
 mod run;
 mod serve;
 mod shapes;
+mod table;
 mod values;
 
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use bench::{
     BenchArgs, BenchCommArgs, BenchCommand, BenchDecodeArgs, BenchMatrixArgs, BenchModelArgs, BenchPrefillArgs,
-    BenchServeArgs,
+    BenchServeArgs, OutputArgs,
 };
 pub(crate) use config::{ConfigArgs, Parsed, parse, settings};
 pub(crate) use convert::ConvertArgs;
@@ -33,14 +34,13 @@ pub(crate) use launch::LaunchArgs;
 pub(crate) use model::ModelArgs;
 pub(crate) use parallel::ParallelArgs;
 pub(crate) use pull::PullArgs;
-use run::RUN_EXAMPLES;
 pub(crate) use run::RunArgs;
-use serve::SERVE_EXAMPLES;
 pub(crate) use serve::ServeArgs;
+pub(crate) use table::command;
 
 /// Runs very large mixture-of-experts language models from low-bit checkpoints, at the speed of the memory they sit in.
 #[derive(Debug, Parser)]
-#[command(name = "tandem", version, max_term_width = 100, after_long_help = [SETTINGS, EXIT_CODES].join("\n\n"))]
+#[command(name = "tandem", version, max_term_width = 100)]
 pub(crate) struct Cli {
     /// Say more on stderr (-v, -vv, -vvv); without it RUST_LOG counts, such as tandem_serve=debug.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -58,21 +58,6 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// In the long help of the program.
-const SETTINGS: &str = "\
-Flags from elsewhere:
-  TANDEM_CONTEXT=8k does what --context 8k does, and so for every flag. ./tandem.toml and ~/.config/tandem/tandem.toml
-  have lines such as context = \"8k\", under [run] for one command and [models.\"OWNER/NAME\"] for one model.
-  The command line counts more than variables, variables more than files; `tandem config run` shows what came from where.";
-
-/// Ends the long help of commands.
-const EXIT_CODES: &str = "\
-Exit codes:
-  0    done, or the reader of standard output has left
-  1    an error: something is not found, malformed, does not fit or cannot be written; one line on stderr says what
-  2    the command line is wrong
-  130  Ctrl-C ended it";
-
 /// How the log is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
@@ -85,7 +70,6 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Answer a prompt, or chat when there is none.
-    #[command(after_help = RUN_EXAMPLES, after_long_help = [RUN_EXAMPLES, EXIT_CODES].join("\n\n"))]
     Run(RunArgs),
     /// Say what a checkpoint is: architecture, sizes, quantisation, bytes read per token.
     Inspect(InspectArgs),
@@ -94,7 +78,6 @@ pub(crate) enum Command {
     /// Measure speed against what this machine's memory allows.
     Bench(BenchArgs),
     /// Serve the model over HTTP: OpenAI's and Anthropic's interfaces, and a chat page.
-    #[command(after_help = SERVE_EXAMPLES, after_long_help = [SERVE_EXAMPLES, EXIT_CODES].join("\n\n"))]
     Serve(ServeArgs),
     /// Run a command on several machines, or as several processes of this one.
     Launch(LaunchArgs),
@@ -189,7 +172,7 @@ pub(crate) struct ManArgs {
 
 #[cfg(test)]
 mod tests {
-    use clap::{Arg, Command, CommandFactory};
+    use clap::{Arg, Command};
 
     use super::*;
 
@@ -216,20 +199,10 @@ mod tests {
     #[test]
     fn every_numeric_flag_refuses_absurd_values_with_its_range() {
         let mut flags = vec![];
-        numeric_flags(&Cli::command(), &["tandem".to_string()], &mut flags);
+        numeric_flags(&command(), &["tandem".to_string()], &mut flags);
         assert!(flags.len() > 60, "{}", flags.len());
-        // Any seed will do, ports are 16 bits, and the engine and the ranks check these with messages of their own.
-        let others = [
-            "seed",
-            "port",
-            "starting-port",
-            "temperature",
-            "top-k",
-            "top-p",
-            "min-p",
-            "repetition-penalty",
-            "deadline",
-        ];
+        // Any seed will do, and the engine and the ranks check these with messages of their own.
+        let others = ["seed", "temperature", "top-k", "top-p", "min-p", "repetition-penalty", "deadline"];
         for (path, arg) in flags {
             let name = arg.get_long().expect("long").to_string();
             if others.contains(&&*name) || arg.is_hide_set() {
@@ -237,7 +210,8 @@ mod tests {
             }
             for value in ["99999999999999999999", "18446744073709551615", "1e300", "nan", "inf", "-1", "x", ""] {
                 let given = format!("--{name}={value}");
-                let error = Cli::try_parse_from(path.iter().chain([&given])).err().map(|error| error.to_string());
+                let error =
+                    command().try_get_matches_from(path.iter().chain([&given])).err().map(|error| error.to_string());
                 let error = error.unwrap_or_default();
                 let says = error.contains("expected a") && error.contains("from ") && error.contains(" to ");
                 assert!(says && error.contains(&format!("--{name}")), "{path:?} {given}: {error}");

@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 use tandem_runtime::ParallelOptions;
 use tandem_runtime::options::TransportKind;
 
-use super::values::whole;
+use super::values::{number, whole};
 
 /// How a model is divided among ranks.
 #[derive(Clone, Debug, Default, Args)]
@@ -29,7 +29,7 @@ pub(crate) struct ParallelArgs {
     #[arg(long, value_enum, default_value_t = TransportArg::Auto, hide_short_help = true)]
     pub(crate) transport: TransportArg,
     /// Seconds after which a rank that does not answer is taken for dead (10 if not given).
-    #[arg(long, value_name = "SECONDS", hide_short_help = true)]
+    #[arg(long, value_name = "SECONDS", value_parser = number::<f64>(), hide_short_help = true)]
     pub(crate) deadline: Option<f64>,
     /// Send sums of tensor-parallel ranks as bf16: half the traffic, less exact.
     #[arg(long, hide_short_help = true)]

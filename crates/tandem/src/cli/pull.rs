@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct PullArgs {
     /// Hugging Face id, owner/name. HF_TOKEN, or the token of `hf auth login`, is sent along; HF_ENDPOINT names another
     /// server; HF_HUB_CACHE or HF_HOME another cache.

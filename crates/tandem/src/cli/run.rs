@@ -9,13 +9,7 @@ use tandem_text::{Dialect, Reasoning};
 
 use super::drafts::DraftArgs;
 use super::model::ModelArgs;
-use super::values::{chat_format, reasoning, tokens};
-
-pub(super) const RUN_EXAMPLES: &str = "\
-Examples:
-  tandem run \"Tell me a story\"                        one answer from the bundled model
-  tandem run --model OWNER/NAME --context 8k           a chat
-  git diff | tandem run \"Review this\" --json | jq -r .text";
+use super::values::{chat_format, number, reasoning, tokens, whole};
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -43,7 +37,7 @@ pub(crate) struct RunArgs {
     /// JSON file with an array of tools (OpenAI's form) that the model may call.
     #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     pub(crate) tools: Option<PathBuf>,
-    /// Tokens to generate at most.
+    /// Tokens to generate at most; until the context is full if not given.
     #[arg(long, value_name = "N", value_parser = tokens(0, 268435456), help_heading = "Output")]
     pub(crate) max_tokens: Option<usize>,
     #[command(flatten)]
@@ -90,21 +84,21 @@ impl From<&RunArgs> for ConversationOptions {
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
     /// 0 picks the likeliest token. The model's generation_config.json has the defaults of these.
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", value_parser = number::<f32>())]
     pub(crate) temperature: Option<f32>,
     /// Consider the K likeliest tokens only.
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole::<u32>(0, u32::MAX.into()))]
     pub(crate) top_k: Option<u32>,
     /// Consider the likeliest tokens that add up to P.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", value_parser = number::<f32>())]
     pub(crate) top_p: Option<f32>,
     /// Consider tokens at least P times as likely as the likeliest.
-    #[arg(long, value_name = "P", hide_short_help = true)]
+    #[arg(long, value_name = "P", value_parser = number::<f32>(), hide_short_help = true)]
     pub(crate) min_p: Option<f32>,
     /// Make tokens that occurred less likely (1 does nothing).
-    #[arg(long, value_name = "R", hide_short_help = true)]
+    #[arg(long, value_name = "R", value_parser = number::<f32>(), hide_short_help = true)]
     pub(crate) repetition_penalty: Option<f32>,
     /// Same seed, same text.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(0, u64::MAX))]
     pub(crate) seed: Option<u64>,
 }

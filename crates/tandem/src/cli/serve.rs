@@ -9,12 +9,6 @@ use super::drafts::DraftArgs;
 use super::model::ModelArgs;
 use super::values::{chat_format, real, tokens, whole};
 
-pub(super) const SERVE_EXAMPLES: &str = "\
-Examples:
-  tandem serve --port 8000
-  tandem serve --model OWNER/NAME --context 32k --max-batch 32 --api-key-file keys.txt
-  tandem serve --log-format json 2>> serve.log";
-
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Server")]
 pub(crate) struct ServeArgs {
@@ -26,7 +20,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub(crate) host: String,
     /// Port to listen on; 0 takes a free one.
-    #[arg(long, value_name = "N", default_value_t = 8000)]
+    #[arg(long, value_name = "N", default_value_t = 8000, value_parser = whole::<u16>(0, 65535))]
     pub(crate) port: u16,
     /// File with API keys, one a line; requests need one of them. Open to all who reach it if not given.
     #[arg(long, value_name = "FILE")]

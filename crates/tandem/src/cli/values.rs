@@ -40,6 +40,11 @@ pub(crate) fn real<T: FromStr + Into<f64> + Copy>(
     }
 }
 
+/// A number whose range is checked where it is used.
+pub(crate) fn number<T: FromStr>() -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    |text| text.parse().map_err(|_| "expected a number".to_owned())
+}
+
 /// The name of a chat format.
 pub(crate) fn chat_format() -> impl TypedValueParser<Value = Dialect> {
     PossibleValuesParser::new(Dialect::names())

@@ -193,7 +193,10 @@ impl Chat {
                 ("full", _) => self.unfolded = !self.unfolded,
                 _ => bail!("/think takes on, off, low, high or another level of effort, show or full"),
             },
-            name => bail!("unknown command {name}; /help lists them"),
+            name => match COMMANDS.iter().filter(|(known, ..)| known.starts_with(name)).collect::<Vec<_>>()[..] {
+                [(known, ..)] => bail!("unknown command {name}; did you mean {known}? Tab completes"),
+                _ => bail!("unknown command {name}; /help lists them"),
+            },
         }
         Ok(true)
     }

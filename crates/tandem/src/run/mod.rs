@@ -4,6 +4,7 @@ mod chat;
 mod screen;
 
 use std::io::{IsTerminal, Read};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +36,9 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
         (None, piped) => piped,
     };
     ensure!(prompt.is_some() || !args.json, "--json needs a prompt, as an argument or on standard input");
+    if let Some(name) = args.prompt.as_deref().filter(|text| args.model.model.is_none() && is_like_a_model(text)) {
+        eprintln!("note: {name:?} is taken as the prompt; --model {name} names a model");
+    }
     // Whatever can be wrong with flags and small files is found before the weights are read.
     let options = args.drafts.apply(ModelOptions::from(&args.model));
     let dir = model_dir(options.model.as_deref())?;
@@ -70,6 +74,18 @@ pub(crate) fn run(args: &RunArgs, joined: Option<Joined>) -> anyhow::Result<Exit
         eprintln!("{}", session.summary(&answer));
     }
     Ok(if answer.is_interrupted() { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+/// A model's directory, or what looks like an id: other programs take it in the prompt's place.
+fn is_like_a_model(text: &str) -> bool {
+    let is_part = |part: &str| {
+        !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let parts: Vec<&str> = text.split('/').collect();
+    // Names have sizes and versions; "and/or" has none.
+    let is_id =
+        parts.len() == 2 && parts.iter().all(|part| is_part(part)) && text.contains(|c: char| c.is_ascii_digit());
+    is_id || Path::new(text).join("config.json").exists()
 }
 
 /// The text on standard input; `None` at a terminal.

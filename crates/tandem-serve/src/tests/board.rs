@@ -1,0 +1,57 @@
+//! Every metric that the Grafana board and the alert rules ask for is one of this server's.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use tandem_engine::RankStatus;
+
+use super::Server;
+use crate::worker::Status;
+
+/// Metrics that a query names.
+fn metrics(query: &str) -> Vec<&str> {
+    let words = query.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
+    words.filter(|word| word.starts_with("vllm:") || word.starts_with("tandem_")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_board_asks_for_metrics_that_there_are() {
+    let server = Server::start();
+    server.says("Hello there, says the fox.");
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4});
+    server.ok("/v1/chat/completions", &body).await;
+    let (_, Value::String(page)) = server.get("/metrics").await else { panic!("no text") };
+    // The engine of these tests has no ranks that say something.
+    let with_ranks = server.app.metrics.render(&Status::default(), &[RankStatus::default()]);
+    let lines = page.lines().chain(with_ranks.lines()).filter(|line| !line.starts_with('#'));
+    let samples: BTreeSet<&str> = lines.filter_map(|line| line.split(['{', ' ']).next()).collect();
+
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../packaging/grafana/");
+    let read = |name: &str| std::fs::read_to_string(format!("{folder}{name}")).expect("in the tree");
+    let board: Value = serde_json::from_str(&read("tandem.json")).expect("JSON");
+    let panels = board["panels"].as_array().expect("panels");
+    let targets = panels.iter().filter(|panel| panel["type"] != "row").flat_map(|panel| {
+        let targets = panel["targets"].as_array().expect("queries");
+        assert!(!targets.is_empty(), "{panel}");
+        targets.iter().map(|target| target["expr"].as_str().expect("a query").to_owned())
+    });
+    let rules = read("alerts.yml");
+    let rules = rules.lines().filter_map(|line| line.trim().strip_prefix("expr: ").map(str::to_owned));
+    let queries: Vec<String> = targets.chain(rules).collect();
+    assert!(queries.len() > 35, "{}", queries.len());
+    for query in queries {
+        let names = metrics(&query);
+        assert!(!names.is_empty(), "{query}");
+        names.iter().for_each(|name| assert!(samples.contains(name), "{name} of {query} in\n{page}"));
+    }
+    // What the answer above was.
+    for expected in [
+        "vllm:request_success_total{model_name=\"fable\",finished_reason=\"length\"} 1",
+        "vllm:request_generation_tokens_sum{model_name=\"fable\"} 4.0",
+        "vllm:request_queue_time_seconds_count{model_name=\"fable\"} 1",
+        "vllm:request_decode_time_seconds_count{model_name=\"fable\"} 1",
+    ] {
+        assert!(page.contains(expected), "{expected} in\n{page}");
+    }
+    assert!(metrics("rate(up[5m])").is_empty() && !samples.contains("vllm:no_such"));
+}
