@@ -22,6 +22,9 @@ const REACHABLE: f64 = 0.75;
 /// Below this part of the bandwidth, kernels and not memory are what limits.
 const KERNEL_BOUND: f64 = 0.45;
 
+/// Share of a time that delays may explain: threads add up, and something ran.
+const MOST_STARVED: f64 = 0.95;
+
 /// Something that takes time from a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -205,7 +208,14 @@ impl Case<'_> {
     /// This rank's time without cores per step, threads taken together.
     fn starved(&self, rank: &RankRecord) -> f64 {
         let delay = rank.run_delay_ms / self.record.facts.threads.max(1) as f64;
-        (delay + rank.throttled_ms).min(rank.working_ms)
+        (delay + rank.throttled_ms).min(MOST_STARVED * rank.working_ms)
+    }
+
+    /// Time between steps in which rank 0 had no core: what is left of its threads' delay beside its work.
+    fn starved_between(&self) -> f64 {
+        let between = self.decode.outside_ms + self.decode.host_ms;
+        let left = |rank: &RankRecord| rank.run_delay_ms - self.starved(rank) * self.record.facts.threads as f64;
+        self.record.ranks.first().map_or(0.0, left).clamp(0.0, MOST_STARVED * between)
     }
 }
 
@@ -397,7 +407,8 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
     let (working, starved) = (ranks.iter().zip(&case.paging))
         .map(|(rank, paging)| (rank.working_ms - paging, case.starved(rank)))
         .min_by(|a, b| a.0.total_cmp(&b.0))?;
-    let share = (starved / working.max(1e-9)).min(0.95);
+    let share = (starved / working.max(1e-9)).min(MOST_STARVED);
+    let starved = starved + case.starved_between();
     let local = ranks.iter().filter(|rank| rank.host.is_empty() || rank.host == ranks[0].host).count().max(1);
     let threads = facts.threads * local;
     let (kind, remedy) = if threads > facts.cores {
@@ -411,7 +422,8 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
         "threads that could run waited {starved:.1} ms of every token for one of {} cores ({threads} threads compute){quota}",
         facts.cores
     );
-    Some(case.cause(kind, case.healthy_ms() * share / (1.0 - share), evidence, remedy))
+    let cost = case.healthy_ms() * share / (1.0 - share) + case.starved_between();
+    Some(case.cause(kind, cost, evidence, remedy))
 }
 
 fn kernels(case: &Case<'_>) -> Option<Cause> {
@@ -464,7 +476,8 @@ fn host(case: &Case<'_>) -> Option<Cause> {
         decode.outside_ms, decode.host_ms
     );
     let remedy = "greedy decoding or fewer sampling filters, plainer grammars, fewer clients on this machine";
-    Some(case.cause(CauseKind::Host, decode.outside_ms + decode.host_ms, evidence, remedy))
+    let cost = decode.outside_ms + decode.host_ms - case.starved_between();
+    Some(case.cause(CauseKind::Host, cost, evidence, remedy))
 }
 
 /// The largest part of a run in which nothing is wrong.
