@@ -7,7 +7,6 @@
 pub(crate) mod comm;
 mod drafts;
 mod matrix;
-mod plot;
 mod serve;
 
 use std::time::Instant;
