@@ -1,7 +1,7 @@
 //! Bodies of requests: bounded in bytes and time, each alone and all together, before anything is done with them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::{FromRequest, Request};
@@ -42,6 +42,8 @@ const TOO_LARGE_READ: usize = 8;
 
 /// From the end of a large body on until its memory is given back: others may come.
 const MEMORY: Duration = Duration::from_secs(1);
+/// Without a new request, until what small ones left is given back too.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// Places for work on requests before they reach the engine's queue.
 pub(crate) struct Admission {
@@ -58,7 +60,12 @@ impl Admission {
             bytes: semaphore(in_flight / UNIT),
             working: semaphore(N_WORKING),
             large: semaphore(1),
-            memory: Memory { give_back: return_memory, is_planned: Arc::default() },
+            memory: Memory {
+                give_back: return_memory,
+                is_planned: Arc::default(),
+                n_requests: Arc::default(),
+                waits_for_quiet: Arc::default(),
+            },
         }
     }
 }
@@ -74,6 +81,30 @@ pub(crate) struct Admitted {
 struct Memory {
     give_back: fn(),
     is_planned: Arc<AtomicBool>,
+    /// Requests that have come.
+    n_requests: Arc<AtomicU64>,
+    waits_for_quiet: Arc<AtomicBool>,
+}
+
+impl Memory {
+    /// Gives it back once no other request has come for a while.
+    fn when_quiet(&self) {
+        let Memory { give_back, n_requests, waits_for_quiet, .. } = self.clone();
+        n_requests.fetch_add(1, Ordering::Relaxed);
+        if let (Ok(runtime), false) = (Handle::try_current(), waits_for_quiet.swap(true, Ordering::Relaxed)) {
+            runtime.spawn(async move {
+                loop {
+                    let before = n_requests.load(Ordering::Relaxed);
+                    tokio::time::sleep(QUIET).await;
+                    if n_requests.load(Ordering::Relaxed) == before {
+                        break;
+                    }
+                }
+                waits_for_quiet.store(false, Ordering::Relaxed);
+                let _ = tokio::task::spawn_blocking(give_back).await;
+            });
+        }
+    }
 }
 
 /// A body that is large. After its end memory is given back.
@@ -81,7 +112,7 @@ struct Large(Memory);
 
 impl Drop for Large {
     fn drop(&mut self) {
-        let Memory { give_back, is_planned } = self.0.clone();
+        let Memory { give_back, is_planned, .. } = self.0.clone();
         if let (Ok(runtime), false) = (Handle::try_current(), is_planned.swap(true, Ordering::Relaxed)) {
             runtime.spawn(async move {
                 tokio::time::sleep(MEMORY).await;
@@ -111,6 +142,7 @@ impl<T: Fields> FromRequest<Arc<App>> for Body<T> {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let admission = &app.admission;
+        admission.memory.when_quiet();
         let (bytes, held, large) = read(request, app.max_body_bytes, admission).await?;
         let mut permits = vec![held];
         let mut enter = async |semaphore: &Arc<Semaphore>| {

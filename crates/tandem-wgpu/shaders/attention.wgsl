@@ -6,7 +6,11 @@
 #include rope_table
 #end
 @group(0) @binding(0) var<storage, read> q: array<f32>;
+#if WIDE
+@group(0) @binding(1) var<storage, read> keys: array<vec4<f32>>;
+#else
 @group(0) @binding(1) var<storage, read> keys: array<f32>;
+#end
 @group(0) @binding(2) var<storage, read> values: array<f32>;
 @group(0) @binding(3) var<storage, read> batch: array<u32>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
@@ -24,11 +28,23 @@ const VALUE_WIDTH = ${VALUE_WIDTH}u;
 const TILE = 32u;
 const LEAST = -3.0e38;
 
+#if WIDE
+var<workgroup> qs: array<vec4<f32>, HEADS * KEY_WIDTH / 4u>;
+#else
 var<workgroup> qs: array<f32, HEADS * KEY_WIDTH>;
+#end
 var<workgroup> slots: array<u32, TILE>;
 var<workgroup> shares: array<f32, HEADS * TILE>;
 var<workgroup> most: array<f32, HEADS>;
 var<workgroup> fade: array<f32, HEADS>;
+
+fn keep_query(at: u32, value: f32) {
+#if WIDE
+    qs[at >> 2u][at & 3u] = value;
+#else
+    qs[at] = value;
+#end
+}
 
 @compute @workgroup_size(${WG})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) li: u32) {
@@ -49,7 +65,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     // The rest of each query is rotated on the way.
     for (var i = li; i < HEADS * VALUE_WIDTH; i += WG) {
         let at = i / VALUE_WIDTH * KEY_WIDTH + i % VALUE_WIDTH;
-        qs[at] = q[(row * a.n_heads + head0) * KEY_WIDTH + at];
+        keep_query(at, q[(row * a.n_heads + head0) * KEY_WIDTH + at]);
     }
     let pairs = (KEY_WIDTH - VALUE_WIDTH) / 2u;
     for (var i = li; i < HEADS * pairs; i += WG) {
@@ -61,11 +77,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         let head_at = row * a.x_pitch + a.x_offset + (head0 + head) * a.x_stride;
         let v0 = x[head_at + e0];
         let v1 = x[head_at + e1];
-        qs[head * KEY_WIDTH + VALUE_WIDTH + e0] = v0 * cs.x - v1 * cs.y;
-        qs[head * KEY_WIDTH + VALUE_WIDTH + e1] = v1 * cs.x + v0 * cs.y;
+        keep_query(head * KEY_WIDTH + VALUE_WIDTH + e0, v0 * cs.x - v1 * cs.y);
+        keep_query(head * KEY_WIDTH + VALUE_WIDTH + e1, v1 * cs.x + v0 * cs.y);
     }
 #else
-    for (var i = li; i < HEADS * KEY_WIDTH; i += WG) { qs[i] = q[(row * a.n_heads + head0) * KEY_WIDTH + i]; }
+    for (var i = li; i < HEADS * KEY_WIDTH; i += WG) { keep_query(i, q[(row * a.n_heads + head0) * KEY_WIDTH + i]); }
 #end
     if (li < HEADS) { most[li] = LEAST; }
     let table = batch[${BATCH_TABLES}u] + batch[batch[${BATCH_SEQUENCES}u] + row] * batch[${BATCH_PITCH}u];
@@ -94,6 +110,26 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
             var dot_${h}_${p} = 0.0;
 #end
 #end
+#if WIDE
+            // All of a round's keys are under way at once.
+#for it KEY_ROUNDS
+            {
+                let i = lane + ${it}u * LANES;
+                let at = min(i, KEY_WIDTH / 4u - 1u);
+#for p POSITIONS
+                let k_${p} = keys[(key_${p} >> 2u) + at];
+#end
+                if (i < KEY_WIDTH / 4u) {
+#for h HEADS
+                    let q_${h} = qs[${h}u * (KEY_WIDTH / 4u) + i];
+#for p POSITIONS
+                    dot_${h}_${p} += dot(q_${h}, k_${p});
+#end
+#end
+                }
+            }
+#end
+#else
             for (var i = lane; i < KEY_WIDTH; i += LANES) {
 #for p POSITIONS
                 let k_${p} = keys[key_${p} + i];
@@ -105,6 +141,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
 #end
             }
+#end
 #for h HEADS
 #for p POSITIONS
             let score_${h}_${p} = lane_sum(dot_${h}_${p}, li) * a.scale;
@@ -141,16 +178,20 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         out_${h}_${j} *= fade[${h}];
 #end
 #end
-        for (var p = 0u; p < n; p++) {
-            let value = slots[p] * a.value_pitch + kv_head * VALUE_WIDTH;
+        // Positions past the end have a share of 0 and stand for the last one. Eight values are under way at once.
+        for (var p = 0u; p < n; p += 8u) {
+#for e 8
 #for j VALUES
-            let v_${j} = values[value + min(li + ${j}u * WG, VALUE_WIDTH - 1u)];
+            let v_${e}_${j} = values[slots[p + ${e}u] * a.value_pitch + kv_head * VALUE_WIDTH + min(li + ${j}u * WG, VALUE_WIDTH - 1u)];
 #end
+#end
+#for e 8
 #for h HEADS
-            let share_of_${h} = shares[${h}u * TILE + p];
-            sum_${h} += share_of_${h};
+            let share_${e}_${h} = shares[${h}u * TILE + p + ${e}u];
+            sum_${h} += share_${e}_${h};
 #for j VALUES
-            out_${h}_${j} = fma(share_of_${h}, v_${j}, out_${h}_${j});
+            out_${h}_${j} = fma(share_${e}_${h}, v_${e}_${j}, out_${h}_${j});
+#end
 #end
 #end
         }

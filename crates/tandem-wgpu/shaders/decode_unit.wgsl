@@ -1,23 +1,25 @@
-// Decodes unit `unit` of row `row` of the tile from ${w} and ${s} to ws.
-let q = ${w}[at];
+// Decodes the loaded unit `unit` of row `row` of the tile to ws. ${q} is the unit and ${words} the words of its scales, the
+// first of which begins at word ${base} of ${s}.
 #for part PARTS
 {
 #if SCALED
 #if SMALL_GROUPS
-    let g = unit * ${PARTS}u + ${part}u;
+    let g = ${unit} * ${PARTS}u + ${part}u;
+#include scale_word s=${s} base=${base} g=g name=c_word
+#include scale word=c_word g=g name=c
 #else
-    let g = unit / ${UNITS_PER_GROUP}u;
+    let g = ${unit} / ${UNITS_PER_GROUP}u;
+#include scale word=${words} g=g name=c
 #end
-#include scale s=${s} base=sb g=g name=c
 #end
 #for i PART_VECTORS
 #if SHIFTED
-    let f_${i} = fma(decode_${part*PART_VECTORS+i}(q), vec4(c), vec4(c_shift));
+    let f_${i} = fma(decode_${part*PART_VECTORS+i}(${q}), vec4(c), vec4(c_shift));
 #else
 #if SCALED
-    let f_${i} = decode_${part*PART_VECTORS+i}(q) * POST * c;
+    let f_${i} = decode_${part*PART_VECTORS+i}(${q}) * POST * c;
 #else
-    let f_${i} = decode_${part*PART_VECTORS+i}(q);
+    let f_${i} = decode_${part*PART_VECTORS+i}(${q});
 #end
 #end
     {

@@ -22,7 +22,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #else
         let g = unit / ${UNITS_PER_GROUP}u;
 #end
-#include scale s=s base=sb g=g name=c
+#include scale_word s=s base=sb g=g name=c_word
+#include scale word=c_word g=g name=c
 #end
 #for i PART_VECTORS
 #if SHIFTED
@@ -36,7 +37,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
         for (var j = 0u; j < 4u; j++) {
             let k = ${part*PART_VECTORS*4+i*4}u + j;
-            if (unit * UNIT + k < a.cols) { y[out + k] = f_${i}[j]; }
+            if (unit * UNIT + k < a.cols) { y[out + k] = f_${i}[j] * a.post; }
         }
 #end
     }

@@ -16,12 +16,21 @@
 @group(0) @binding(6) var<storage, read> ids: array<i32>;
 #end
 
+const SEGMENT = ${SEGMENT_UNITS}u * LANES;
 var<workgroup> xs: array<vec4<f32>, ${TOKENS*XS}>;
+#if SPLIT_UP
+var<workgroup> sums: array<f32, ${SEGMENTS*TEAMS*ROWS*TOKENS*2}>;
+#end
+
+fn gated(g: f32, u: f32) -> f32 {
+    let scaled = g * a.post;
+    return scaled / (1.0 + exp(-scaled)) * (u * a.post);
+}
 
 @compute @workgroup_size(${WG})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) li: u32) {
-    let lane = li % LANES;
-    let row0 = ((wid.x + a.base) * GROUPS + li / LANES) * ${ROWS}u;
+    let first_row = (wid.x + a.base) * ${TEAMS*ROWS}u;
+    let row0 = first_row + li / (LANES * ${SPLIT}u) * ${ROWS}u;
 #if ROUTED
     let id = ids[wid.y] - i32(a.first_part);
     if (id < 0 || id >= i32(a.n_parts)) { return; }
@@ -40,28 +49,28 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let g_s${r} = part * a.scale_part + min(row0 + ${r}u, a.rows - 1u) * a.scale_pitch;
     let u_w${r} = g_w${r};
     let u_s${r} = g_s${r};
-#for t TOKENS
-    var g_${r}_${t} = 0.0;
-    var u_${r}_${t} = 0.0;
 #end
-#end
-    for (var first = 0u; first < a.units; first += ${CHUNK}u) {
-        let n = min(${CHUNK}u, a.units - first);
-        workgroupBarrier();
-#include stage first=first n=n
-        workgroupBarrier();
-        for (var u = lane; u < n; u += LANES) {
-#include dot w=gate s=gate_scales acc=g
-#include dot w=up s=up_scales acc=u
+#include segments A=g WA=gate SA=gate_scales B=u WB=up SB=up_scales GATED=1
+#if SPLIT_UP
+    workgroupBarrier();
+    if (li < ${TEAMS*ROWS*TOKENS}u) {
+        let row = first_row + li / ${TOKENS}u;
+        let token = out_row0 + li % ${TOKENS}u;
+        var g_sum = 0.0;
+        var u_sum = 0.0;
+        for (var i = 0u; i < ${SEGMENTS}u; i++) {
+            g_sum += sums[i * ${TEAMS*ROWS*TOKENS}u + li];
+            u_sum += sums[(i + ${SEGMENTS}u) * ${TEAMS*ROWS*TOKENS}u + li];
         }
+        if (row < a.rows && token < a.n_tokens) { h[token * a.y_pitch + a.y_offset + row] = gated(g_sum, u_sum); }
     }
+#else
 #for t TOKENS
 #for r ROWS
-    let gate_${r}_${t} = lane_sum(g_${r}_${t}, li);
-    let up_${r}_${t} = lane_sum(u_${r}_${t}, li);
     if (lane == 0u && row0 + ${r}u < a.rows && out_row0 + ${t}u < a.n_tokens) {
-        h[(out_row0 + ${t}u) * a.y_pitch + a.y_offset + row0 + ${r}u] = gate_${r}_${t} / (1.0 + exp(-gate_${r}_${t})) * up_${r}_${t};
+        h[(out_row0 + ${t}u) * a.y_pitch + a.y_offset + row0 + ${r}u] = gated(g_total_${r}_${t}, u_total_${r}_${t});
     }
+#end
 #end
 #end
 }

@@ -1,5 +1,5 @@
-// y = x . w^T for a few rows of x: LANES threads share ROWS rows of w and stride along their units. The z dimension is the
-// matrix of a stack (a head), which has its own slice of the rows of x and y.
+// y = x . w^T for a few rows of x. The z dimension is the matrix of a stack (a head), which has its own slice of the rows of
+// x and y.
 #include common
 #include format
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -11,12 +11,16 @@
 #end
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 
+const SEGMENT = ${SEGMENT_UNITS}u * LANES;
 var<workgroup> xs: array<vec4<f32>, ${TOKENS*XS}>;
+#if SPLIT_UP
+var<workgroup> sums: array<f32, ${SEGMENTS*TEAMS*ROWS*TOKENS}>;
+#end
 
 @compute @workgroup_size(${WG})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) li: u32) {
-    let lane = li % LANES;
-    let row0 = ((wid.x + a.base) * GROUPS + li / LANES) * ${ROWS}u;
+    let first_row = (wid.x + a.base) * ${TEAMS*ROWS}u;
+    let row0 = first_row + li / (LANES * ${SPLIT}u) * ${ROWS}u;
     let token0 = wid.y * ${TOKENS}u;
     let part = wid.z;
 #for t TOKENS
@@ -25,25 +29,26 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #for r ROWS
     let y_w${r} = part * a.weight_part + min(row0 + ${r}u, a.rows - 1u) * a.weight_pitch;
     let y_s${r} = part * a.scale_part + min(row0 + ${r}u, a.rows - 1u) * a.scale_pitch;
-#for t TOKENS
-    var y_${r}_${t} = 0.0;
 #end
-#end
-    for (var first = 0u; first < a.units; first += ${CHUNK}u) {
-        let n = min(${CHUNK}u, a.units - first);
-        workgroupBarrier();
-#include stage first=first n=n
-        workgroupBarrier();
-        for (var u = lane; u < n; u += LANES) {
-#include dot w=w s=s acc=y
+#include segments A=y WA=w SA=s
+#if SPLIT_UP
+    workgroupBarrier();
+    if (li < ${TEAMS*ROWS*TOKENS}u) {
+        let row = first_row + li / ${TOKENS}u;
+        let token = token0 + li % ${TOKENS}u;
+        var sum = 0.0;
+        for (var i = 0u; i < ${SEGMENTS}u; i++) { sum += sums[i * ${TEAMS*ROWS*TOKENS}u + li]; }
+        if (row < a.rows && token < a.n_tokens) {
+            y[token * a.y_pitch + a.y_offset + part * a.y_stride + row] = sum * a.post;
         }
     }
+#else
 #for t TOKENS
 #for r ROWS
-    let sum_${r}_${t} = lane_sum(y_${r}_${t}, li);
     if (lane == 0u && row0 + ${r}u < a.rows && token0 + ${t}u < a.n_tokens) {
-        y[(token0 + ${t}u) * a.y_pitch + a.y_offset + part * a.y_stride + row0 + ${r}u] = sum_${r}_${t};
+        y[(token0 + ${t}u) * a.y_pitch + a.y_offset + part * a.y_stride + row0 + ${r}u] = y_total_${r}_${t} * a.post;
     }
+#end
 #end
 #end
 }

@@ -1,6 +1,6 @@
 // y = x . w^T for many rows of x: a workgroup makes 128 rows of the product (PAIR: 64 of gate and of up, and from them
 // silu(gate) * up) for TOKENS rows of x, 32 columns at a time through workgroup memory; a thread has 4 + 4 rows and
-// TOKENS / 16 tokens. PLANNED: the y dimension is a tile of moe_plan, whose expert and slots `plan` gives; else it is a block
+// TILE_TOKENS tokens, and loads the next columns while it multiplies these. PLANNED: the y dimension is a tile of moe_plan, whose expert and slots `plan` gives; else it is a block
 // of rows of x, and the z dimension the matrix of a stack, as in linear_rows.
 #include common
 #include format
@@ -25,9 +25,13 @@ const TOKENS = ${TOKENS}u;
 const DEPTH = 32u;
 const STEP_UNITS = DEPTH / UNIT;
 
-// [DEPTH, ROWS / 4] and [DEPTH, TOKENS]
+// [DEPTH, ROWS / 4] and [DEPTH, TOKENS / TILE_TOKENS]
 var<workgroup> ws: array<vec4<f32>, DEPTH * ROWS / 4u>;
+#if ONE_TOKEN
 var<workgroup> xs: array<f32, DEPTH * TOKENS>;
+#else
+var<workgroup> xs: array<vec${TILE_TOKENS}<f32>, DEPTH * TOKENS / ${TILE_TOKENS}u>;
+#end
 #if PLANNED
 var<workgroup> slots: array<u32, TOKENS>;
 #end
@@ -64,70 +68,100 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
     let weight_at = part * a.weight_part;
     let scale_at = part * a.scale_part;
+    // What this thread fetches of each step: units of rows, and vectors of x.
+#for i FILLS
+    let fill_row_${i} = (li + ${i}u * WG) % (ROWS * STEP_UNITS) / STEP_UNITS;
+    let fill_unit_${i} = (li + ${i}u * WG) % STEP_UNITS;
+#if PAIR
+    let fill_matrix_row_${i} = min(first_row + fill_row_${i} % 64u, a.rows - 1u);
+#else
+    let fill_matrix_row_${i} = min(first_row + fill_row_${i}, a.rows - 1u);
+#end
+    let fill_at_${i} = weight_at + fill_matrix_row_${i} * a.weight_pitch;
+    let fill_s${i} = scale_at + fill_matrix_row_${i} * a.scale_pitch;
+    var fill_q${i}: vec4<u32>;
+#if AHEAD
+#if PAIR32
+    var fill_k${i}: vec2<u32>;
+#else
+    var fill_k${i}: u32;
+#end
+#end
+#end
+#for i X_FILLS
+    let x_token_${i} = (li + ${i}u * WG) % TOKENS;
+    let x_quad_${i} = (li + ${i}u * WG) / TOKENS % (DEPTH / 4u);
+#if PLANNED
+    let x_row_${i} = slots[x_token_${i}] / a.top_k * a.x_pitch + a.x_offset;
+#else
+    let x_row_${i} = min(first_token + x_token_${i}, n_tokens - 1u) * a.x_pitch + a.x_offset + part * a.x_stride;
+#end
+    var x_${i} = vec4(0.0);
+#end
+    {
+#include fetch first=0u
+    }
     for (var first = 0u; first < a.units; first += STEP_UNITS) {
         workgroupBarrier();
-        for (var i = li; i < ROWS * STEP_UNITS; i += 256u) {
-            let row = i / STEP_UNITS;
-            let unit = first + i % STEP_UNITS;
-            let column = i % STEP_UNITS * UNIT;
+#for i FILLS
+        if (li + ${i}u * WG < ROWS * STEP_UNITS) {
+            let row = fill_row_${i};
+            let unit = first + fill_unit_${i};
+            let column = fill_unit_${i} * UNIT;
+            if (unit < a.units) {
 #if PAIR
-            let matrix_row = first_row + row % 64u;
-#else
-            let matrix_row = first_row + row;
-#end
-            if (matrix_row < a.rows && unit < a.units) {
-                let at = weight_at + matrix_row * a.weight_pitch + unit;
-                let sb = scale_at + matrix_row * a.scale_pitch;
-#if PAIR
+#if SMALL_GROUPS
                 if (row < 64u) {
-#include decode_unit w=w s=s
+#include decode_unit q=fill_q${i} words=fill_k${i} s=s base=fill_s${i} unit=unit
                 } else {
-#include decode_unit w=w2 s=s2
+#include decode_unit q=fill_q${i} words=fill_k${i} s=s2 base=fill_s${i} unit=unit
                 }
 #else
-#include decode_unit w=w s=s
+#include decode_unit q=fill_q${i} words=fill_k${i} s=s base=fill_s${i} unit=unit
+#end
+#else
+#include decode_unit q=fill_q${i} words=fill_k${i} s=s base=fill_s${i} unit=unit
 #end
             } else {
                 for (var k = 0u; k < UNIT; k++) { ws[((column + k) * ROWS + row) >> 2u][row & 3u] = 0.0; }
             }
         }
-        for (var i = li; i < TOKENS * DEPTH / 4u; i += 256u) {
-            let token = i / (DEPTH / 4u);
-            let quad = i % (DEPTH / 4u);
-            let k = first * UNIT + quad * 4u;
-#if PLANNED
-            let x_row = slots[token] / a.top_k * a.x_pitch + a.x_offset;
-#else
-            let x_row = min(first_token + token, n_tokens - 1u) * a.x_pitch + a.x_offset + part * a.x_stride;
 #end
-#if ALIGNED
-            var v = vec4(0.0);
-            if (k < a.cols) { v = x[(x_row + k) >> 2u]; }
+#for i X_FILLS
+        if (li + ${i}u * WG < TOKENS * DEPTH / 4u) {
+            let to = x_quad_${i} * 4u * TOKENS + x_token_${i};
+#for c 4
+#if ONE_TOKEN
+            xs[to + ${c}u * TOKENS] = x_${i}[${c}];
 #else
-            var v = vec4(0.0);
-            for (var j = 0u; j < 4u; j++) {
-                if (k + j < a.cols) { v[j] = x[x_row + k + j]; }
-            }
+            xs[(to + ${c}u * TOKENS) / ${TILE_TOKENS}u][(to + ${c}u * TOKENS) % ${TILE_TOKENS}u] = x_${i}[${c}];
 #end
-            xs[(quad * 4u) * TOKENS + token] = v.x;
-            xs[(quad * 4u + 1u) * TOKENS + token] = v.y;
-            xs[(quad * 4u + 2u) * TOKENS + token] = v.z;
-            xs[(quad * 4u + 3u) * TOKENS + token] = v.w;
+#end
         }
+#end
         workgroupBarrier();
+        {
+            let next = first + STEP_UNITS;
+#include fetch first=next
+        }
         for (var k = 0u; k < DEPTH; k++) {
             let w_low = ws[k * (ROWS / 4u) + row_group];
             let w_high = ws[k * (ROWS / 4u) + 16u + row_group];
+            let x_k = xs[k * (TOKENS / ${TILE_TOKENS}u) + token_group];
 #for t TILE_TOKENS
-            let x_${t} = xs[k * TOKENS + token_group + ${t*16}u];
-            low_${t} = fma(w_low, vec4(x_${t}), low_${t});
-            high_${t} = fma(w_high, vec4(x_${t}), high_${t});
+#if ONE_TOKEN
+            low_${t} = fma(w_low, vec4(x_k), low_${t});
+            high_${t} = fma(w_high, vec4(x_k), high_${t});
+#else
+            low_${t} = fma(w_low, vec4(x_k[${t}]), low_${t});
+            high_${t} = fma(w_high, vec4(x_k[${t}]), high_${t});
+#end
 #end
         }
     }
 #for t TILE_TOKENS
     {
-        let token = token_group + ${t*16}u;
+        let token = token_group * ${TILE_TOKENS}u + ${t}u;
         if (first_token + token < n_tokens) {
 #if PLANNED
             let out = slots[token] * a.y_pitch + a.y_offset;
@@ -136,15 +170,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
             let row = first_row + row_group * 4u;
 #if PAIR
-            let g = low_${t};
-            let v = g / (1.0 + exp(-g)) * high_${t};
+            let g = low_${t} * a.post;
+            let v = g / (1.0 + exp(-g)) * (high_${t} * a.post);
             for (var i = 0u; i < 4u; i++) {
                 if (row + i < a.rows) { y[out + row + i] = v[i]; }
             }
 #else
             for (var i = 0u; i < 4u; i++) {
-                if (row + i < a.rows) { y[out + row + i] = low_${t}[i]; }
-                if (row + 64u + i < a.rows) { y[out + row + 64u + i] = high_${t}[i]; }
+                if (row + i < a.rows) { y[out + row + i] = low_${t}[i] * a.post; }
+                if (row + 64u + i < a.rows) { y[out + row + 64u + i] = high_${t}[i] * a.post; }
             }
 #end
         }

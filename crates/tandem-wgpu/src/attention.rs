@@ -63,12 +63,14 @@ impl WgpuBackend {
         let n_spans = context.div_ceil(least_span).clamp(1, MAX_SPANS);
         let lanes = self.pipelines.lanes.n as usize;
         let positions = TILE / (WORKGROUP as usize / lanes);
+        let vectors = key_width.is_multiple_of(4) && keys.width.is_multiple_of(4);
         let variant = (key_width as u64)
             | (value_width as u64) << 16
             | (heads as u64) << 32
             | u64::from(selected.is_some()) << 40
             | u64::from(n_spans > 1) << 41
-            | u64::from(rotated.is_some()) << 42;
+            | u64::from(rotated.is_some()) << 42
+            | u64::from(vectors) << 43;
         let pipeline = self.pipelines.get::<AttentionArgs>("attention", variant, |d| {
             let numbers = [
                 ("KEY_WIDTH", key_width),
@@ -81,6 +83,8 @@ impl WgpuBackend {
                 ("SPANS", usize::from(n_spans > 1)),
                 ("MAX_SPANS", MAX_SPANS),
                 ("ROTATED", usize::from(rotated.is_some())),
+                ("WIDE", usize::from(vectors)),
+                ("KEY_ROUNDS", key_width.div_ceil(4 * lanes)),
             ];
             d.extend(numbers.iter().map(|(name, n)| ((*name).to_string(), n.to_string())));
         });

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use tandem_core::Batch;
 use tandem_core::backend::{
     AddRmsNorm, Backend, CacheKind, GqaAttention, HeadLinear, IndexSelect, Linear, MlaAttention, Mlp, Moe, PAGE_SIZE,
-    RmsNorm, Rope, RopeLayout, RopeMlaAttention, Rotate, RouterTopk, WriteIndexKey, WriteLatent, composed,
+    PrepareAttention, RmsNorm, Rope, RopeLayout, RopeMlaAttention, Rotate, RouterTopk, WriteIndexKey, WriteLatent,
+    composed,
 };
 use tandem_core::weights::MatrixData;
 
 use crate::WgpuError;
-use crate::args::{Args, CacheArgs, MatrixArgs, RopeArgs, RouterArgs, RowArgs};
+use crate::args::{Args, CacheArgs, MatrixArgs, PrepareArgs, RopeArgs, RouterArgs, RowArgs};
 use crate::attention::{Attention, Rotated};
 use crate::batch::{Batches, WgpuBatch};
 use crate::buffer::{Memory, WgpuBuffer, WgpuCache, WgpuIndices};
@@ -29,6 +30,12 @@ use crate::residency::{Residency, ResidencyMeter};
 /// Bytes copied to measure the device's bandwidth: more than its caches hold, little for software.
 const BANDWIDTH_BYTES: usize = 256 << 20;
 const SOFTWARE_BANDWIDTH_BYTES: usize = 8 << 20;
+
+/// Vectors of four elements that a thread of rms_norm.wgsl keeps, at most.
+const MOST_NORM_VECTORS: usize = 8;
+
+/// Buffers of prepare_attention.wgsl; adapters that lack them run its parts one by one.
+const PREPARE_BUFFERS: u32 = 13;
 
 /// How the backend runs; what differs from [`Options::default`] is for choice of device or for tests.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,9 +57,9 @@ pub struct Options {
 pub struct Tuning {
     /// Vectors of four elements of the input that a workgroup keeps, over all rows at once; at most 1536.
     pub staged_vectors: usize,
-    /// Workgroups that keep the device busy: with more, each takes more rows.
+    /// Workgroups that keep the device busy: with fewer, more threads share each row.
     pub enough_groups: usize,
-    /// Most rows of a matrix that threads read at once: 1, 2 or 4; of gate and up each.
+    /// Most rows of a matrix that threads read at once: 1, 2 or 4.
     pub most_rows: usize,
     /// The same for gate and up.
     pub most_gate_rows: usize,
@@ -60,7 +67,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { staged_vectors: 1024, enough_groups: 512, most_rows: 4, most_gate_rows: 2 }
+        Tuning { staged_vectors: 1536, enough_groups: 300, most_rows: 2, most_gate_rows: 2 }
     }
 }
 
@@ -356,8 +363,11 @@ impl WgpuBackend {
         out: &WgpuBuffer,
     ) {
         let adds = u32::from(addend.is_some());
-        let pipeline = self.pipelines.get::<RowArgs>("rms_norm", adds.into(), |d| {
+        let vectors = norm_vectors(x.width);
+        let pipeline = self.pipelines.get::<RowArgs>("rms_norm", u64::from(adds) | (vectors as u64) << 1, |d| {
             d.insert("ADD".into(), adds.to_string());
+            d.insert("VECTORS".into(), vectors.to_string());
+            d.insert("X_ACCESS".into(), if adds == 1 { "read_write" } else { "read" }.into());
         });
         let args = RowArgs { base: 0, width: x.width as u32, eps };
         let mut buffers = vec![&x.memory, &weight.memory, &out.memory];
@@ -465,6 +475,7 @@ impl Backend for WgpuBackend {
                 scale_pitch: table.scale_pitch as u32,
                 y_pitch: out.width as u32,
                 first_part: chunk.rows.start as u32,
+                post: table.post(),
                 ..MatrixArgs::default()
             };
             let buffers = [&chunk.weight, chunk.scales(), batch.memory(), &out.memory];
@@ -486,9 +497,7 @@ impl Backend for WgpuBackend {
     }
 
     fn linear(&self, op: Linear<'_, WgpuBuffer, WgpuMatrix>) {
-        for (matrix, out) in op.outputs {
-            self.product(op.x, matrix, op.n_rows, out);
-        }
+        self.linear_of(op.x, op.outputs, op.n_rows);
     }
 
     fn head_linear(&self, op: HeadLinear<'_, WgpuBuffer, WgpuMatrix>) {
@@ -575,6 +584,47 @@ impl Backend for WgpuBackend {
         self.run(&pipeline, &buffers, &cache_args(k.width, rope, eps), [batch.n_rows, 1, 1], cost);
     }
 
+    fn prepare_attention(&self, op: PrepareAttention<'_, WgpuBuffer, WgpuBatch, WgpuCache>) {
+        if self.device.info.max_storage_buffers < PREPARE_BUFFERS {
+            return composed::prepare_attention(self, op);
+        }
+        let PrepareAttention { query, latent: WriteLatent { kv_a, norm, eps, rope, batch, cache }, key } = op;
+        let vectors = query.as_ref().map_or(0, |q| norm_vectors(q.x.width));
+        let flags = u64::from(key.is_some()) | u64::from(query.is_some()) << 1;
+        let pipeline = self.pipelines.get::<PrepareArgs>("prepare_attention", flags | (vectors as u64) << 2, |d| {
+            d.insert("KEY".into(), u32::from(key.is_some()).to_string());
+            d.insert("QUERY".into(), u32::from(query.is_some()).to_string());
+            d.insert("VECTORS".into(), vectors.to_string());
+        });
+        let turns = self.turns(rope);
+        let latent = cache_args(kv_a.width, rope, eps);
+        let mut args = PrepareArgs {
+            latent_width: latent.width,
+            latent_pairs: latent.pairs,
+            latent_half_layout: latent.half_layout,
+            latent_scaling: latent.scaling,
+            latent_eps: latent.eps,
+            ..PrepareArgs::default()
+        };
+        let mut buffers = vec![&kv_a.memory, &norm.memory, &*turns, batch.memory(), &cache.memory];
+        let mut bytes = kv_a.width;
+        let key_turns = key.as_ref().map(|key| self.turns(key.rope));
+        if let (Some(key), Some(turns)) = (&key, &key_turns) {
+            let of_key = cache_args(key.k.width, key.rope, key.eps);
+            (args.key_width, args.key_pairs, args.key_half_layout) = (of_key.width, of_key.pairs, of_key.half_layout);
+            (args.key_scaling, args.key_eps) = (of_key.scaling, of_key.eps);
+            buffers.extend([&key.k.memory, &key.norm.memory, &key.norm_bias.memory, turns, &key.cache.memory]);
+            bytes += key.k.width;
+        }
+        if let Some(query) = &query {
+            (args.query_width, args.query_eps) = (query.x.width as u32, query.eps);
+            buffers.extend([&query.x.memory, &query.weight.memory, &query.out.memory]);
+            bytes += query.x.width;
+        }
+        let grid = [batch.n_rows, 1 + usize::from(key.is_some()) + usize::from(query.is_some()), 1];
+        self.run(&pipeline, &buffers, &args, grid, Cost { bytes: (batch.n_rows * bytes * 8) as u64, products: 0 });
+    }
+
     fn write_cache(&self, x: &WgpuBuffer, batch: &WgpuBatch, cache: &mut WgpuCache) {
         self.elementwise("write_cache", &[&x.memory, batch.memory(), &cache.memory], x.width, batch.n_rows);
     }
@@ -609,6 +659,12 @@ impl Backend for WgpuBackend {
         let (n_heads, n_kv_heads) = (from.n, 1);
         self.attend(&Attention { q, rotated, n_heads, n_kv_heads, scale, batch, keys, values, selected, out });
     }
+}
+
+/// Vectors of a row that a thread of rms_norm.wgsl keeps; 0 where rows are too long or odd.
+fn norm_vectors(width: usize) -> usize {
+    let vectors = width.div_ceil(4 * WORKGROUP as usize);
+    if width.is_multiple_of(4) && vectors <= MOST_NORM_VECTORS { vectors } else { 0 }
 }
 
 fn cache_args(width: usize, rope: &Rope, eps: f32) -> CacheArgs {

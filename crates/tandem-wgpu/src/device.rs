@@ -35,6 +35,8 @@ pub struct AdapterInfo {
     pub max_buffer_bytes: u64,
     /// Most bytes of a buffer that a kernel sees at once.
     pub max_binding_bytes: u64,
+    /// Most buffers of a kernel.
+    pub max_storage_buffers: u32,
     /// Fewest and most threads of a subgroup; zeros without subgroups.
     pub subgroup: (u32, u32),
     /// What the kernels can make use of.
@@ -68,6 +70,7 @@ impl AdapterInfo {
             memory_bytes: memory::bytes(adapter),
             max_buffer_bytes: limits.max_buffer_size,
             max_binding_bytes: limits.max_storage_buffer_binding_size,
+            max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
             subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
             features: known.iter().filter(|(_, f)| features.contains(*f)).map(|(name, _)| *name).collect(),
         }

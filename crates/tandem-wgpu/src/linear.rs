@@ -1,27 +1,35 @@
 //! Products with matrices: [`tandem_core::Backend`]'s linear, head_linear, mlp and moe.
 //!
 //! Up to [`EXACT_ROWS`] rows, kernels read the rows of a matrix for a few rows of x at a time, and add up in an order that does
-//! not depend on how many there are; above, tiles.
+//! not depend on how many there are (segments.wgsl); above, tiles.
 
 use std::sync::Arc;
 
 use tandem_core::backend::{EXACT_ROWS, Heads, Mlp};
 
-use crate::args::{CombineArgs, MatrixArgs, PlanArgs, RowArgs};
+use crate::args::{Args, CombineArgs, MatrixArgs, PlanArgs, RowArgs, SeveralArgs};
 use crate::backend::WgpuBackend;
 use crate::buffer::{Memory, WgpuBuffer, WgpuIndices};
 use crate::device::WORKGROUP;
-use crate::matrix::{Chunk, WgpuMatrix};
+use crate::matrix::{Chunk, SEGMENT_ELEMENTS, WgpuMatrix};
 use crate::pipelines::{MAX_EXPERTS, Pipeline};
 use crate::recorder::Cost;
 use crate::template::Defines;
 
 /// Rows of x that share the decoding of a weight, in the kernels for few rows.
 const TOKENS: usize = 4;
+/// Accumulators of a thread in these kernels: rows of the matrix times rows of x.
+const SUMS: usize = 16;
+/// Groups of threads that share a row, at most.
+const MOST_SPLIT: usize = 4;
+/// Sums of segments that the threads of a workgroup exchange, at most.
+const SHARED_SUMS: usize = 448;
+/// Most matrices of linear_several.
+const SEVERAL: usize = 3;
 /// Rows of a tile of linear_tiles.
 const TILE_ROWS: usize = 128;
 /// Slots of a tile of routed experts.
-const ROUTED_TILE: usize = 16;
+const ROUTED_TILE: usize = 32;
 /// Bytes that the products of routed experts may take at once; longer batches go in parts.
 const ROUTED_BYTES: usize = 112 << 20;
 
@@ -80,9 +88,9 @@ impl WgpuBackend {
             let buffers = [&chunk.weight, chunk.scales(), x, y];
             let cost = cost(w, chunk.rows.len() * chunk.parts.len(), n);
             if n <= EXACT_ROWS {
-                let (pipeline, rows, tokens) =
-                    self.rows_kernel(RowsKernel::Linear, w, from, n, chunk, chunk.parts.len());
-                let grid = [rows, n.div_ceil(tokens), chunk.parts.len()];
+                let shape = self.rows_shape(RowsKernel::Linear, w, n, chunk.rows.len(), chunk.parts.len());
+                let pipeline = self.rows_kernel::<MatrixArgs>("linear_rows", RowsKernel::Linear, w, from, &shape);
+                let grid = [shape.blocks(chunk.rows.len()), n.div_ceil(shape.tokens), chunk.parts.len()];
                 self.run(&pipeline, &buffers, &args, grid, cost);
             } else {
                 let tokens = tile_tokens(n);
@@ -93,54 +101,151 @@ impl WgpuBackend {
         }
     }
 
-    /// A kernel that reads the rows of a chunk for a few tokens, the number of its workgroups, and its tokens. `times` chunks'
-    /// worth of rows are read in the same dispatch.
-    fn rows_kernel(
+    /// `out = x . w^T` for several matrices: those of one format go together, so that the short ones do not wait for each
+    /// other.
+    pub(crate) fn linear_of(&self, x: &WgpuBuffer, outputs: &mut [(&WgpuMatrix, &mut WgpuBuffer)], n: usize) {
+        let buffers = self.device.info.max_storage_buffers as usize;
+        let most = SEVERAL.min(buffers.saturating_sub(1) / 3);
+        let mut done = vec![false; outputs.len()];
+        for i in 0..outputs.len() {
+            if std::mem::replace(&mut done[i], true) {
+                continue;
+            }
+            let mut together = vec![i];
+            for j in i + 1..outputs.len() {
+                let (first, other) = (outputs[i].0, outputs[j].0);
+                let fits = n <= EXACT_ROWS && first.chunks.len() == 1 && other.chunks.len() == 1;
+                let alike = first.format == other.format && first.cols == other.cols && first.parts == 1;
+                if fits && alike && !done[j] && together.len() < most {
+                    done[j] = true;
+                    together.push(j);
+                }
+            }
+            if let [only] = together[..] {
+                self.product(x, outputs[only].0, n, outputs[only].1);
+            } else {
+                let group: Vec<(&WgpuMatrix, &WgpuBuffer)> =
+                    together.iter().map(|o| (outputs[*o].0, &*outputs[*o].1)).collect();
+                self.several(x, &group, n);
+            }
+        }
+    }
+
+    fn several(&self, x: &WgpuBuffer, outputs: &[(&WgpuMatrix, &WgpuBuffer)], n: usize) {
+        let (from, w) = (View::whole(x), outputs[0].0);
+        let all_rows = outputs.iter().map(|(w, _)| w.rows).sum();
+        let kind = RowsKernel::Several { outputs: outputs.len() };
+        let shape = self.rows_shape(kind, w, n, all_rows, 1);
+        let pipeline = self.rows_kernel::<SeveralArgs>("linear_several", kind, w, from, &shape);
+        let mut first = 0;
+        let places: Vec<[u32; 4]> = (0..SEVERAL)
+            .map(|o| {
+                let Some((w, y)) = outputs.get(o) else { return [0; 4] };
+                let place = [first as u32, shape.blocks(w.rows) as u32, w.rows as u32, y.width as u32];
+                first += shape.blocks(w.rows);
+                place
+            })
+            .collect();
+        let post = |o: usize| outputs.get(o).map_or(1.0, |(w, _)| w.post());
+        let ([first_0, blocks_0, rows_0, y_pitch_0], [first_1, blocks_1, rows_1, y_pitch_1]) = (places[0], places[1]);
+        let [first_2, blocks_2, rows_2, y_pitch_2] = places[2];
+        let args = SeveralArgs {
+            base: 0,
+            units: w.units as u32,
+            cols: w.cols as u32,
+            scale_pitch: w.scale_pitch as u32,
+            x_pitch: from.pitch as u32,
+            x_offset: 0,
+            n_tokens: n as u32,
+            first_0,
+            blocks_0,
+            rows_0,
+            y_pitch_0,
+            post_0: post(0),
+            first_1,
+            blocks_1,
+            rows_1,
+            y_pitch_1,
+            post_1: post(1),
+            first_2,
+            blocks_2,
+            rows_2,
+            y_pitch_2,
+            post_2: post(2),
+        };
+        let mut buffers = vec![&x.memory];
+        for (w, y) in outputs {
+            buffers.extend([&w.chunks[0].weight, w.chunks[0].scales(), &y.memory]);
+        }
+        self.run(&pipeline, &buffers, &args, [first, n.div_ceil(shape.tokens), 1], cost(w, all_rows, n));
+    }
+
+    /// How a kernel divides `rows` rows of a matrix for `n` rows of x, which `times` such dispatches at once read.
+    fn rows_shape(&self, kind: RowsKernel, w: &WgpuMatrix, n: usize, rows: usize, times: usize) -> RowsShape {
+        let lanes = self.pipelines.lanes.n as usize;
+        let groups = WORKGROUP as usize / lanes;
+        let segment = SEGMENT_ELEMENTS / w.format.unit() * lanes;
+        let segments = w.units.div_ceil(segment).max(1);
+        let (tokens, matrices, most_rows) = match kind {
+            RowsKernel::Linear | RowsKernel::Several { .. } => (n.next_power_of_two(), 1, self.tuning.most_rows),
+            RowsKernel::GateUp { routed: false } => (n.next_power_of_two(), 2, self.tuning.most_gate_rows),
+            RowsKernel::GateUp { routed: true } => (1, 2, self.tuning.most_gate_rows),
+            RowsKernel::Down { .. } => (1, 1, self.tuning.most_rows),
+        };
+        // Segments of x that fit workgroup memory.
+        let staged = (self.tuning.staged_vectors * 4 / (SEGMENT_ELEMENTS * lanes)).max(1);
+        let tokens = tokens.min(TOKENS).min(power_of_two_below(staged));
+        let blocks = |rows_at_once: usize| rows.div_ceil(rows_at_once) * times * n.div_ceil(tokens);
+        let fits = |split: usize| {
+            let parts = if matches!(kind, RowsKernel::Down { .. }) { split } else { segments };
+            split * tokens <= staged && parts * (groups / split) * tokens * matrices <= SHARED_SUMS
+        };
+        // Long rows keep a thread busy; where a row is one segment, or rows of x share it, it takes more of them at once.
+        let mut shape = RowsShape { tokens, rows: 1, split: 1, teams: groups, segment, segments };
+        if segments == 1 || tokens > 1 {
+            let plenty = if segments == 1 { 3 * self.tuning.enough_groups } else { self.tuning.enough_groups };
+            let choices = [4, 2].into_iter().filter(|r| *r <= most_rows && r * tokens * matrices <= SUMS);
+            shape.rows = choices.into_iter().find(|r| blocks(groups * r) >= plenty).unwrap_or(1);
+        }
+        let most_split = segments.next_power_of_two().min(MOST_SPLIT).min(groups);
+        while shape.rows == 1
+            && shape.split < most_split
+            && fits(shape.split * 2)
+            && blocks(groups / shape.split) < self.tuning.enough_groups
+        {
+            shape.split *= 2;
+        }
+        shape.teams = groups / shape.split;
+        shape
+    }
+
+    fn rows_kernel<A: Args>(
         &self,
+        shader: &'static str,
         kind: RowsKernel,
         w: &WgpuMatrix,
         from: View,
-        n: usize,
-        chunk: &Chunk,
-        times: usize,
-    ) -> (Arc<Pipeline>, usize, usize) {
-        let (shader, tokens, most_rows) = match kind {
-            RowsKernel::Linear => ("linear_rows", n.next_power_of_two().min(TOKENS), self.tuning.most_rows),
-            RowsKernel::GateUp { routed: false } => {
-                ("gate_up_rows", n.next_power_of_two().min(TOKENS), self.tuning.most_gate_rows)
-            }
-            RowsKernel::GateUp { routed: true } => ("gate_up_rows", 1, self.tuning.most_gate_rows),
-            RowsKernel::Down { .. } => ("down_rows", 1, self.tuning.most_rows),
-        };
-        let groups = WORKGROUP as usize / self.pipelines.lanes.n as usize;
-        let blocks = |rows: usize| chunk.rows.len().div_ceil(groups * rows);
-        let rows = [4, 2]
-            .into_iter()
-            .find(|r| *r <= most_rows && blocks(*r) * times >= self.tuning.enough_groups)
-            .unwrap_or(1);
+        shape: &RowsShape,
+    ) -> Arc<Pipeline> {
         let aligned = from.is_aligned() && w.cols.is_multiple_of(w.format.unit());
-        let unit_vectors = w.format.unit() / 4;
-        let staged = (self.tuning.staged_vectors / tokens / unit_vectors).max(1);
         let routed = kind == RowsKernel::GateUp { routed: true };
-        let adds = kind == RowsKernel::Down { adds: true };
-        let flags = u64::from(aligned) | u64::from(routed) << 1 | u64::from(adds) << 2;
-        let variant = w.format.number() | flags << 16 | (tokens as u64) << 20 | (rows as u64) << 24;
-        let pipeline = self.pipelines.get::<MatrixArgs>(shader, variant, |d| {
+        let adds = matches!(kind, RowsKernel::Down { adds: true });
+        let outputs = if let RowsKernel::Several { outputs } = kind { outputs } else { 1 };
+        let RowsShape { tokens, rows, split, .. } = *shape;
+        // Only sums that are exchanged need to know how many there are.
+        let segments = if split > 1 { shape.segments } else { 1 };
+        assert!(segments < 1 << 16, "{shape:?}");
+        let flags = u64::from(aligned) | u64::from(routed) << 1 | u64::from(adds) << 2 | (outputs as u64) << 3;
+        let powers = [tokens, rows, split].iter().fold(0, |all, n| all << 4 | u64::from(n.ilog2()));
+        let variant = w.format.number() | flags << 16 | powers << 24 | (segments as u64) << 40;
+        self.pipelines.get::<A>(shader, variant, |d| {
             w.format.define(d);
+            shape.define(w.format.unit(), d);
             define(
                 d,
-                &[
-                    ("ALIGNED", aligned.into()),
-                    ("TOKENS", tokens),
-                    ("ROWS", rows),
-                    ("CHUNK", staged),
-                    ("XS", staged * unit_vectors * 9 / 8 + 1),
-                    ("ROUTED", routed.into()),
-                    ("ADD", adds.into()),
-                ],
+                &[("ALIGNED", aligned.into()), ("ROUTED", routed.into()), ("ADD", adds.into()), ("OUTPUTS", outputs)],
             );
-        });
-        (pipeline, blocks(rows), tokens)
+        })
     }
 
     fn tiles_kernel(&self, w: &WgpuMatrix, from: View, tokens: usize, pair: bool, planned: bool) -> Arc<Pipeline> {
@@ -149,16 +254,8 @@ impl WgpuBackend {
         let variant = w.format.number() | flags << 16 | (tokens as u64) << 20;
         self.pipelines.get::<MatrixArgs>("linear_tiles", variant, |d| {
             w.format.define(d);
-            define(
-                d,
-                &[
-                    ("ALIGNED", aligned.into()),
-                    ("PAIR", pair.into()),
-                    ("PLANNED", planned.into()),
-                    ("TOKENS", tokens),
-                    ("TILE_TOKENS", tokens / 16),
-                ],
-            );
+            define(d, &[("ALIGNED", aligned.into()), ("PAIR", pair.into()), ("PLANNED", planned.into())]);
+            tiles_define(w.format.unit(), tokens, d);
         })
     }
 
@@ -179,9 +276,10 @@ impl WgpuBackend {
                 let buffers = [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden];
                 let cost = cost(&mlp.gate, 2 * gate.rows.len(), n);
                 if n <= EXACT_ROWS {
-                    let (pipeline, rows, tokens) =
-                        self.rows_kernel(RowsKernel::GateUp { routed: false }, &mlp.gate, from, n, gate, 1);
-                    self.run(&pipeline, &buffers, &args, [rows, n.div_ceil(tokens), 1], cost);
+                    let (kind, rows) = (RowsKernel::GateUp { routed: false }, gate.rows.len());
+                    let shape = self.rows_shape(kind, &mlp.gate, n, rows, 1);
+                    let pipeline = self.rows_kernel::<MatrixArgs>("gate_up_rows", kind, &mlp.gate, from, &shape);
+                    self.run(&pipeline, &buffers, &args, [shape.blocks(rows), n.div_ceil(shape.tokens), 1], cost);
                 } else {
                     let tokens = tile_tokens(n);
                     let pipeline = self.tiles_kernel(&mlp.gate, from, tokens, true, false);
@@ -242,10 +340,11 @@ impl WgpuBackend {
             args.top_k = top_k as u32;
             let buffers =
                 [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden, &choices.ids.memory];
-            let (pipeline, rows, _) =
-                self.rows_kernel(RowsKernel::GateUp { routed: true }, &experts.gate, from, n, gate, n_slots);
-            let cost = cost(&experts.gate, 2 * gate.rows.len() * n_slots, 1);
-            self.run(&pipeline, &buffers, &args, [rows, n_slots, 1], cost);
+            let (kind, rows) = (RowsKernel::GateUp { routed: true }, gate.rows.len());
+            let shape = self.rows_shape(kind, &experts.gate, 1, rows, n_slots);
+            let pipeline = self.rows_kernel::<MatrixArgs>("gate_up_rows", kind, &experts.gate, from, &shape);
+            let cost = cost(&experts.gate, 2 * rows * n_slots, 1);
+            self.run(&pipeline, &buffers, &args, [shape.blocks(rows), n_slots, 1], cost);
         }
         for (i, chunk) in experts.down.chunks.iter().enumerate() {
             let mut args = matrix_args(&experts.down, chunk, to, View::whole(out), n);
@@ -254,10 +353,11 @@ impl WgpuBackend {
                 [&chunk.weight, chunk.scales(), &*hidden, &out.memory, &choices.ids.memory, &choices.weights.memory];
             // Chunks of rows write rows of their own; chunks of experts add to the same ones.
             adds |= i > 0 && chunk.rows.start == 0;
-            let kind = RowsKernel::Down { adds };
-            let (pipeline, rows, _) = self.rows_kernel(kind, &experts.down, to, n, chunk, n);
-            let cost = cost(&experts.down, chunk.rows.len() * n_slots, 1);
-            self.run(&pipeline, &buffers, &args, [rows, n, 1], cost);
+            let (kind, rows) = (RowsKernel::Down { adds }, chunk.rows.len());
+            let shape = self.rows_shape(kind, &experts.down, 1, rows, n);
+            let pipeline = self.rows_kernel::<MatrixArgs>("down_rows", kind, &experts.down, to, &shape);
+            let cost = cost(&experts.down, rows * n_slots, 1);
+            self.run(&pipeline, &buffers, &args, [shape.blocks(rows), n, 1], cost);
         }
     }
 
@@ -342,6 +442,10 @@ impl WgpuBackend {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum RowsKernel {
     Linear,
+    /// Of one input with several matrices.
+    Several {
+        outputs: usize,
+    },
     /// With a single row's expert each, or one MLP for all rows.
     GateUp {
         routed: bool,
@@ -352,13 +456,74 @@ enum RowsKernel {
     },
 }
 
+/// How the workgroups of a kernel for a few rows divide a matrix.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowsShape {
+    /// Rows of x that share the decoding of a weight.
+    pub(crate) tokens: usize,
+    /// Rows of the matrix that a thread reads at once.
+    pub(crate) rows: usize,
+    /// Groups of threads that share a row's segments, and such teams in a workgroup.
+    pub(crate) split: usize,
+    pub(crate) teams: usize,
+    /// Units of a segment, and segments of a row.
+    pub(crate) segment: usize,
+    pub(crate) segments: usize,
+}
+
+impl RowsShape {
+    /// Workgroups for `rows` rows.
+    fn blocks(&self, rows: usize) -> usize {
+        rows.div_ceil(self.teams * self.rows)
+    }
+
+    pub(crate) fn define(&self, unit: usize, d: &mut Defines) {
+        // Segments of x that are staged at once.
+        let chunk = self.split * self.segment;
+        let chunk_vectors = chunk * unit / 4;
+        define(
+            d,
+            &[
+                ("TOKENS", self.tokens),
+                ("ROWS", self.rows),
+                ("SPLIT", self.split),
+                ("SPLIT_UP", (self.split > 1).into()),
+                ("TEAMS", self.teams),
+                ("CHUNK", chunk),
+                ("SEGMENTS", self.segments),
+                ("XS", chunk_vectors * 9 / 8),
+                ("STEPS", chunk_vectors.div_ceil(WORKGROUP as usize)),
+            ],
+        );
+    }
+}
+
+/// What linear_tiles knows of a tile of `tokens` rows of x: the units and vectors of x that a thread fetches of 32 columns.
+pub(crate) fn tiles_define(unit: usize, tokens: usize, d: &mut Defines) {
+    let fills = |n: usize| n.div_ceil(WORKGROUP as usize);
+    define(
+        d,
+        &[
+            ("TOKENS", tokens),
+            ("TILE_TOKENS", tokens / 16),
+            ("ONE_TOKEN", (tokens == 16).into()),
+            ("FILLS", fills(TILE_ROWS * 32 / unit)),
+            ("X_FILLS", fills(tokens * 32 / 4)),
+        ],
+    );
+}
+
+fn power_of_two_below(n: usize) -> usize {
+    1 << n.max(1).ilog2()
+}
+
 fn define(defines: &mut Defines, numbers: &[(&str, usize)]) {
     defines.extend(numbers.iter().map(|(name, n)| ((*name).to_string(), n.to_string())));
 }
 
 /// Gate and up can share a kernel.
 fn alike(mlp: &Mlp<WgpuMatrix>) -> bool {
-    mlp.gate.format == mlp.up.format && mlp.gate.rows == mlp.up.rows
+    mlp.gate.format == mlp.up.format && mlp.gate.rows == mlp.up.rows && mlp.gate.post() == mlp.up.post()
 }
 
 fn tile_tokens(n: usize) -> usize {
@@ -386,6 +551,7 @@ fn matrix_args(w: &WgpuMatrix, chunk: &Chunk, from: View, to: View, n: usize) ->
         n_parts: chunk.parts.len() as u32,
         top_k: 1,
         plan_order: 0,
+        post: w.post(),
     }
 }
 

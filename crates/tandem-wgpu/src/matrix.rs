@@ -20,6 +20,12 @@ use crate::template::Defines;
 const PIECE_BYTES: usize = 16 << 20;
 /// Bytes on their way, at most.
 const UNDER_WAY_BYTES: usize = 128 << 20;
+/// Elements of a segment of a row for each of the threads that share it: a whole number of units of any format.
+pub(crate) const SEGMENT_ELEMENTS: usize = 32;
+/// Most that scales are lifted by, as a power of two, and the largest that lifted scales may be: 2^64, so that their products
+/// keep as much room again.
+const MOST_LIFT: u32 = 32;
+const LARGEST_LIFTED: i32 = 64;
 /// NVFP4's global scales are relative to the largest product of its element and scale, 6 * 448.
 const NVFP4_LARGEST: f32 = 2688.0;
 
@@ -136,6 +142,8 @@ impl Format {
             ("PARTS", self.parts()),
             ("PART_VECTORS", unit / 4 / self.parts()),
             ("SMALL_GROUPS", usize::from(self.scale != Scale::None && self.group < unit)),
+            ("AHEAD", usize::from(self.scale != Scale::None && self.group >= unit)),
+            ("SEGMENT_UNITS", SEGMENT_ELEMENTS / unit),
             ("UNITS_PER_GROUP", (self.group / unit).max(1)),
         ];
         defines.extend(numbers.iter().map(|(name, n)| ((*name).to_string(), n.to_string())));
@@ -172,9 +180,17 @@ pub struct WgpuMatrix {
     /// Of a row: units, and words of scales.
     pub(crate) units: usize,
     pub(crate) scale_pitch: usize,
+    /// Power of two that the scales on the device are larger by. Devices may flush subnormal numbers: small scales become
+    /// normal ones, and the kernels take the factor back from the finished sum.
+    lift: u32,
 }
 
 impl WgpuMatrix {
+    /// What takes the lift back.
+    pub(crate) fn post(&self) -> f32 {
+        2f32.powi(-(self.lift as i32))
+    }
+
     /// Bytes of a row on the device, scales included.
     pub(crate) fn row_bytes(&self) -> usize {
         self.units * 16 + self.scale_pitch * 4
@@ -193,7 +209,8 @@ impl WgpuMatrix {
         let scale_pitch = format.scale_pitch(cols);
         let row_bytes = (units * 16).max(scale_pitch * 4).max(1);
         let rows_at_once = (limit as usize / row_bytes).max(1);
-        let mut matrix = WgpuMatrix { format, rows, cols, parts, chunks: vec![], units, scale_pitch };
+        let lift = lift(data);
+        let mut matrix = WgpuMatrix { format, rows, cols, parts, chunks: vec![], units, scale_pitch, lift };
         let ranges: Vec<(Range<usize>, Range<usize>)> = if rows <= rows_at_once {
             let parts_at_once = rows_at_once / rows.max(1);
             (0..parts).step_by(parts_at_once).map(|p| (p..parts.min(p + parts_at_once), 0..rows)).collect()
@@ -228,7 +245,7 @@ impl WgpuMatrix {
             });
             if let Some(scales) = &chunk.scales {
                 send(device, scales, scale_at, &rows, self.scale_pitch * 4, |row, out| {
-                    pack_scales(dtype, self.cols, part, row, out);
+                    pack_scales(dtype, self.cols, part, row, self.lift, out);
                 });
             }
         }
@@ -374,36 +391,74 @@ fn fp4_word(natural: u32) -> u32 {
     })
 }
 
-/// Words of a row's scales.
-fn pack_scales(dtype: DType, cols: usize, part: &MatrixPart, row: usize, out: &mut [u8]) {
+/// The power of two by which a matrix's scales are made larger: as much as leaves the largest of them room.
+fn lift(data: &MatrixData) -> u32 {
+    let largest = data.parts.iter().map(|part| largest_exponent(data.dtype, part)).max().flatten();
+    largest.map_or(0, |largest| (LARGEST_LIFTED - largest).clamp(0, MOST_LIFT as i32) as u32)
+}
+
+/// Exponent of the largest scale (or shift) that is a number; None without scales.
+fn largest_exponent(dtype: DType, part: &MatrixPart) -> Option<i32> {
+    let of_bits = |bits: u32| ((bits >> 23 & 255) as i32 - 127).min(128);
+    let of_all = |params: Float, bytes: &[u8]| {
+        let n = bytes.len() / params.bytes();
+        let exponents = (0..n).map(|i| params.read(bytes, i)).filter(|v| v.is_finite()).map(|v| of_bits(v.to_bits()));
+        exponents.max().unwrap_or(-127)
+    };
+    match dtype {
+        DType::Float(_) => None,
+        DType::Mxfp4 | DType::Mxfp8 => {
+            part.scales.iter().filter(|b| **b != 255).max().map(|byte| i32::from(*byte) - 127)
+        }
+        // An element scale is below 2^9.
+        DType::Nvfp4 => Some(of_bits(nvfp4_global(part).to_bits()) + 9),
+        DType::Fp8Block => Some(of_all(Float::F32, &part.scales)),
+        DType::Affine { params, .. } => Some(of_all(params, &part.scales).max(of_all(params, &part.biases))),
+    }
+}
+
+fn nvfp4_global(part: &MatrixPart) -> f32 {
+    part.global_scale.map_or(1.0, |g| g / NVFP4_LARGEST)
+}
+
+/// Words of a row's scales, larger by 2^`lift`.
+fn pack_scales(dtype: DType, cols: usize, part: &MatrixPart, row: usize, lift: u32, out: &mut [u8]) {
+    let factor = 2f32.powi(lift as i32);
     match dtype {
         DType::Float(_) => {}
         DType::Mxfp4 | DType::Mxfp8 => {
             let n = cols / 32;
-            out[..n].copy_from_slice(&part.scales[row * n..(row + 1) * n]);
+            for (out, byte) in out.iter_mut().zip(&part.scales[row * n..(row + 1) * n]) {
+                // 255 is no number.
+                *out = if *byte == 255 { 255 } else { byte + lift as u8 };
+            }
         }
         DType::Nvfp4 => {
             let n = cols / 16;
-            let global = part.global_scale.map_or(1.0, |g| g / NVFP4_LARGEST);
+            let global = nvfp4_global(part) * factor;
             for (out, byte) in out.chunks_exact_mut(4).zip(&part.scales[row * n..(row + 1) * n]) {
                 out.copy_from_slice(&(E4M3[usize::from(*byte)] * global).to_le_bytes());
             }
         }
         DType::Fp8Block => {
-            let n = cols.div_ceil(FP8_BLOCK) * 4;
-            let block = row / FP8_BLOCK;
-            out[..n].copy_from_slice(&part.scales[block * n..(block + 1) * n]);
+            let n = cols.div_ceil(FP8_BLOCK);
+            let first = row / FP8_BLOCK * n;
+            for (g, out) in out.chunks_exact_mut(4).take(n).enumerate() {
+                out.copy_from_slice(&(Float::F32.read(&part.scales, first + g) * factor).to_le_bytes());
+            }
         }
         DType::Affine { group_size, params, .. } => {
             let n = cols / usize::from(group_size);
             for g in 0..n {
                 let at = row * n + g;
+                let (scale, bias) = (params.read(&part.scales, at) * factor, params.read(&part.biases, at) * factor);
                 if params == Float::BF16 {
-                    out[g * 4..g * 4 + 2].copy_from_slice(&part.scales[at * 2..at * 2 + 2]);
-                    out[g * 4 + 2..g * 4 + 4].copy_from_slice(&part.biases[at * 2..at * 2 + 2]);
+                    // A bf16 times a power of two is one.
+                    out[g * 4..g * 4 + 2].copy_from_slice(&((scale.to_bits() >> 16) as u16).to_le_bytes());
+                    out[g * 4 + 2..g * 4 + 4].copy_from_slice(&((bias.to_bits() >> 16) as u16).to_le_bytes());
                 } else {
-                    out[g * 8..g * 8 + 4].copy_from_slice(&params.read(&part.scales, at).to_le_bytes());
-                    out[g * 8 + 4..g * 8 + 8].copy_from_slice(&params.read(&part.biases, at).to_le_bytes());
+                    out[g * 8..g * 8 + 4].copy_from_slice(&scale.to_le_bytes());
+                    out[g * 8 + 4..g * 8 + 8].copy_from_slice(&bias.to_le_bytes());
                 }
             }
         }
@@ -434,6 +489,50 @@ mod tests {
                 assert_eq!([half(pair & 0xffff), half(pair >> 16)], [value(even), value(odd)], "{natural:x} {i}");
             }
         }
+    }
+
+    fn one_group(dtype: DType, scales: Vec<u8>, biases: Vec<u8>, global_scale: Option<f32>) -> MatrixData {
+        let weight = vec![0u8; dtype.weight_bytes(1, 128)].into();
+        let part = MatrixPart { weight, scales: scales.into(), biases: biases.into(), global_scale };
+        MatrixData { name: "scales".into(), rows: 1, cols: 128, dtype, parts: vec![part] }
+    }
+
+    fn packed(data: &MatrixData) -> Vec<u32> {
+        let pitch = Format::of(data.dtype).scale_pitch(data.cols);
+        let mut out = vec![0u8; pitch * 4];
+        pack_scales(data.dtype, data.cols, &data.parts[0], 0, lift(data), &mut out);
+        out.as_chunks::<4>().0.iter().map(|w| u32::from_le_bytes(*w)).collect()
+    }
+
+    /// Every format's smallest scales, which a device may flush, are normal numbers on it, and nothing else changes.
+    #[test]
+    fn small_scales_are_lifted_by_a_power_of_two_and_large_ones_stay() {
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let halves = |values: &[f32]| {
+            values.iter().flat_map(|v| [(v.to_bits() >> 16) as u8, (v.to_bits() >> 24) as u8]).collect::<Vec<u8>>()
+        };
+        let tiny = 2f32.powi(-130);
+        let affine = |params| DType::Affine { bits: 4, group_size: 64, params };
+        let pair32 = |bits: [u32; 4]| bits.map(f32::from_bits).map(|v| v * 2f32.powi(-(MOST_LIFT as i32)));
+
+        let data = one_group(DType::Mxfp4, vec![0, 1, 127, 255], vec![], None);
+        assert_eq!((lift(&data), packed(&data)), (32, vec![u32::from_le_bytes([32, 33, 159, 255])]));
+        let data = one_group(DType::Mxfp8, vec![0, 1, 2, 191], vec![], None);
+        assert_eq!((lift(&data), packed(&data)), (0, vec![u32::from_le_bytes([0, 1, 2, 191])]));
+        let data = one_group(DType::Mxfp4, vec![0, 1, 2, 181], vec![], None);
+        assert_eq!((lift(&data), packed(&data)), (10, vec![u32::from_le_bytes([10, 11, 12, 191])]));
+
+        let data = one_group(DType::Fp8Block, bytes(&[tiny]), vec![], None);
+        assert_eq!(f32::from_bits(packed(&data)[0]), tiny * 2f32.powi(32));
+        let data = one_group(DType::Nvfp4, vec![1; 8], vec![], Some(tiny * NVFP4_LARGEST));
+        assert_eq!(f32::from_bits(packed(&data)[0]), E4M3[1] * 2f32.powi(32) * tiny);
+        let data = one_group(affine(Float::F32), bytes(&[tiny, 1.0]), bytes(&[-tiny, -8.0]), None);
+        let words: [u32; 4] = packed(&data).try_into().expect("two groups");
+        assert_eq!(pair32(words), [tiny, -tiny, 1.0, -8.0]);
+        let data = one_group(affine(Float::BF16), halves(&[tiny, 1.0]), halves(&[-tiny, -8.0]), None);
+        let words = packed(&data);
+        let words = [words[0] << 16, words[0] & 0xffff_0000, words[1] << 16, words[1] & 0xffff_0000];
+        assert_eq!(pair32(words), [tiny, -tiny, 1.0, -8.0]);
     }
 
     #[test]

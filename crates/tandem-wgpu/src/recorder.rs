@@ -18,9 +18,9 @@ use crate::pipelines::Pipeline;
 
 /// Most workgroups of a dispatch in one dimension.
 const MAX_GROUPS: u32 = 65535;
-/// Dispatches of the first submission after the device was idle, so that it has work while the host records more, and of
-/// later ones.
-const FIRST_DISPATCHES: usize = 24;
+/// Dispatches of the first submission after the device was idle, so that it has work while the host records more. Each of
+/// the next ones has twice as many, up to a limit: the host records a dispatch sooner than the device runs one.
+const FIRST_DISPATCHES: usize = 8;
 const MORE_DISPATCHES: usize = 256;
 /// Submissions whose times may be awaited at once; later ones go untimed.
 const TIMERS: usize = 16;
@@ -206,7 +206,7 @@ impl Recorder {
                 open.dispatches += 1;
                 if open.dispatches >= state.most_dispatches {
                     self.submit(state);
-                    state.most_dispatches = MORE_DISPATCHES;
+                    state.most_dispatches = (2 * state.most_dispatches).min(MORE_DISPATCHES);
                 }
             }
         }

@@ -5,7 +5,8 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 use tandem_core::{DType, Float};
 
 use crate::args::*;
-use crate::matrix::Format;
+use crate::linear::{RowsShape, tiles_define};
+use crate::matrix::{Format, SEGMENT_ELEMENTS};
 use crate::pipelines::{Lanes, common_defines, shader_text};
 use crate::template::Defines;
 
@@ -39,43 +40,42 @@ fn shaders(lanes: Lanes) -> Vec<(String, String)> {
     };
     for dtype in FORMATS {
         let unit = Format::of(dtype).unit();
-        let rows = |rows: usize, tokens: usize, aligned: usize, routed: usize| {
-            let staged = 1024 / tokens / (unit / 4);
-            let pairs = [
-                ("ROWS", rows),
-                ("TOKENS", tokens),
-                ("ALIGNED", aligned),
-                ("ROUTED", routed),
-                ("CHUNK", staged),
-                ("XS", staged * unit / 4 * 9 / 8 + 1),
-                ("ADD", routed),
-            ];
-            with(&pairs, Some(dtype))
+        let rows = |(rows, tokens, split): (usize, usize, usize), aligned: usize, routed: usize| {
+            let lanes = lanes.n as usize;
+            let (teams, segment) = (256 / lanes / split, SEGMENT_ELEMENTS / unit * lanes);
+            let shape = RowsShape { tokens, rows, split, teams, segment, segments: 6 };
+            let mut defines =
+                with(&[("ALIGNED", aligned), ("ROUTED", routed), ("ADD", routed), ("OUTPUTS", 3)], Some(dtype));
+            shape.define(unit, &mut defines);
+            defines
         };
         let mut add = |kernel: &str, text: String| all.push((format!("{kernel} {dtype}"), text));
-        add("linear_rows", shader_text::<MatrixArgs>("linear_rows", &rows(4, 1, 1, 0)));
-        add("linear_rows tokens", shader_text::<MatrixArgs>("linear_rows", &rows(2, 4, 0, 0)));
-        add("gate_up_rows", shader_text::<MatrixArgs>("gate_up_rows", &rows(2, 1, 1, 1)));
-        add("gate_up_rows tokens", shader_text::<MatrixArgs>("gate_up_rows", &rows(1, 2, 1, 0)));
-        add("down_rows", shader_text::<MatrixArgs>("down_rows", &rows(4, 1, 1, 1)));
+        add("linear_rows", shader_text::<MatrixArgs>("linear_rows", &rows((4, 1, 2), 1, 0)));
+        add("linear_rows tokens", shader_text::<MatrixArgs>("linear_rows", &rows((2, 4, 1), 0, 0)));
+        add("linear_several", shader_text::<SeveralArgs>("linear_several", &rows((2, 1, 4), 1, 0)));
+        add("gate_up_rows", shader_text::<MatrixArgs>("gate_up_rows", &rows((2, 1, 1), 1, 1)));
+        add("gate_up_rows tokens", shader_text::<MatrixArgs>("gate_up_rows", &rows((1, 2, 2), 1, 0)));
+        add("down_rows", shader_text::<MatrixArgs>("down_rows", &rows((4, 1, 2), 1, 1)));
         add("embed", shader_text::<MatrixArgs>("embed", &with(&[], Some(dtype))));
         for (pair, planned) in [(0, 0), (0, 1), (1, 1), (1, 0)] {
-            let tokens = if planned == 1 { 16 } else { 64 };
-            let pairs = [
-                ("ALIGNED", pair),
-                ("PAIR", pair),
-                ("PLANNED", planned),
-                ("TOKENS", tokens),
-                ("TILE_TOKENS", tokens / 16),
-            ];
-            let text = shader_text::<MatrixArgs>("linear_tiles", &with(&pairs, Some(dtype)));
+            let mut defines = with(&[("ALIGNED", pair), ("PAIR", pair), ("PLANNED", planned)], Some(dtype));
+            tiles_define(unit, [64, 32, 16][pair + planned], &mut defines);
+            let text = shader_text::<MatrixArgs>("linear_tiles", &defines);
             add(&format!("linear_tiles {pair}{planned}"), text);
         }
     }
     let mut add = |kernel: &str, text: String| all.push((kernel.to_string(), text));
     for adds in [0, 1] {
-        add("rms_norm", shader_text::<RowArgs>("rms_norm", &with(&[("ADD", adds)], None)));
+        for vectors in [0, 6] {
+            let mut defines = with(&[("ADD", adds), ("VECTORS", vectors)], None);
+            defines.insert("X_ACCESS".into(), if adds == 1 { "read_write" } else { "read" }.into());
+            add("rms_norm", shader_text::<RowArgs>("rms_norm", &defines));
+        }
         add("moe_combine", shader_text::<CombineArgs>("moe_combine", &with(&[("ADD", adds)], None)));
+    }
+    for (query, key) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
+        let pairs = [("QUERY", query), ("KEY", key), ("VECTORS", query * 2)];
+        add("prepare_attention", shader_text::<PrepareArgs>("prepare_attention", &with(&pairs, None)));
     }
     for name in ["add", "add_bias", "silu_mul", "gather_rows", "write_cache", "copy"] {
         add(name, shader_text::<RowArgs>(name, &common));
@@ -99,6 +99,8 @@ fn shaders(lanes: Lanes) -> Vec<(String, String)> {
             ("SELECTED", selected),
             ("SPANS", spans),
             ("ROTATED", selected),
+            ("WIDE", spans),
+            ("KEY_ROUNDS", (width + 64).div_ceil(4 * lanes.n as usize)),
             ("MAX_SPANS", 32),
         ];
         add("attention", shader_text::<AttentionArgs>("attention", &with(&pairs, None)));

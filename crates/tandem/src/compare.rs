@@ -2,11 +2,9 @@
 
 use anyhow::{Context, ensure};
 use serde_json::json;
-use tandem_core::CheckpointError;
-use tandem_core::weights::{Form, MatrixData};
-use tandem_model::{CheckpointWeights, WeightSource};
+use tandem_model::WeightSource;
 use tandem_runtime::DeviceOptions;
-use tandem_runtime::judge::{Comparison, Side, Windows, engine, kind_of};
+use tandem_runtime::judge::{Comparison, Mixed, Side, Windows, engine};
 
 use crate::cli::CompareArgs;
 use crate::report::print_json;
@@ -48,8 +46,8 @@ pub(crate) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
     let mut kinds: Vec<(String, Comparison)> = vec![];
     if args.per_module {
         for kind in a.kinds() {
-            let mixed = Mixed { a: a.weights()?, b: b.weights()?, kind: &kind };
-            if mixed.differs(&a)? {
+            let mixed = Mixed::new(&a, &b, &kind)?;
+            if mixed.differs()? {
                 let mut engine = load(&a, &mixed)?;
                 kinds.push((kind.clone(), windows.compare(&mut first, &mut engine)?));
             }
@@ -101,42 +99,4 @@ pub(crate) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The weights of A, but one kind of matrix from B.
-struct Mixed<'a> {
-    a: CheckpointWeights<'a>,
-    b: CheckpointWeights<'a>,
-    kind: &'a str,
-}
-
-impl WeightSource for Mixed<'_> {
-    fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
-        if kind_of(module) == self.kind { self.b.matrix(module) } else { self.a.matrix(module) }
-    }
-
-    fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
-        self.a.vector(module, leaf)
-    }
-}
-
-impl Mixed<'_> {
-    /// True when any matrix of the kind is not the same in both.
-    fn differs(&self, side: &Side) -> anyhow::Result<bool> {
-        for spec in tandem_model::weight_specs(&side.config) {
-            if spec.form != Form::Vector && kind_of(&spec.module) == self.kind {
-                let (a, b) = (self.a.matrix(&spec.module)?, self.b.matrix(&spec.module)?);
-                let same = a.parts.iter().zip(&b.parts).all(|(a, b)| {
-                    a.weight == b.weight
-                        && a.scales == b.scales
-                        && a.biases == b.biases
-                        && a.global_scale == b.global_scale
-                });
-                if a.dtype != b.dtype || !same {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
-    }
 }

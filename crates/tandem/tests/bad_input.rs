@@ -57,7 +57,7 @@ fn bad_paths() {
         &["someone/unheard-of", "neither a directory nor in the Hugging Face cache"],
     );
     let file = golden("models/glm51_tiny/config.json");
-    check_uninspectable(&file, &["has no config.json"]);
+    check_uninspectable(&file, &["config.json is a file", "--model takes a model directory"]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use snow::StatelessTransportState;
 
-/// ChaCha20-Poly1305 is fast on every processor, and has no limit on frames that a run could reach (docs/decisions/0011).
+/// ChaCha20-Poly1305 is fast on every processor, and has no limit on frames that a run could reach (docs/decisions/0013).
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_SHA256";
 /// Bytes of each of the two messages that agree on keys: a public key and a proof.
 const KEY_MESSAGE: usize = 48;

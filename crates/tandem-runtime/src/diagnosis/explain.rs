@@ -562,7 +562,12 @@ fn parts(case: &Case<'_>) -> Vec<Part> {
     if case.record.ranks.len() > 1 {
         parts.extend([plain("communication", case.communication), plain("waiting", case.waiting)]);
     }
-    parts.extend([plain("host", case.decode.host_ms), plain("outside", case.decode.outside_ms)]);
+    // Drafting runs the layer that drafts between steps: the time of its operations is shown with theirs only.
+    let operations: f64 = case.operations.values().sum();
+    let drafting = (operations - case.working).max(0.0);
+    let outside = (case.decode.outside_ms - drafting).max(0.0);
+    let host = (case.decode.host_ms - (drafting - case.decode.outside_ms).max(0.0)).max(0.0);
+    parts.extend([plain("host", host), plain("outside", outside)]);
     let known: f64 = parts.iter().map(|part| part.ms).sum();
     parts.push(plain("unexplained", (case.decode.ms - known).max(0.0)));
     parts

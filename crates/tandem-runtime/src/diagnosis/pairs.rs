@@ -71,7 +71,9 @@ fn send(world: &Group, to: usize, size: usize) -> anyhow::Result<PairSpeed> {
         world.recv(to, Channel::Data, &mut word, DOING)?;
         rates.push(size as f64 / (start.elapsed().as_secs_f64() - latency).max(1e-9));
     }
-    Ok(PairSpeed { from: world.rank(), to, latency_us: latency * 1e6, bytes_per_second: median(rates) })
+    // The best: what else runs on the hosts only takes away from it, and is no fault of the way.
+    let bytes_per_second = rates.into_iter().fold(0.0, f64::max);
+    Ok(PairSpeed { from: world.rank(), to, latency_us: latency * 1e6, bytes_per_second })
 }
 
 fn receive(world: &Group, from: usize, size: usize) -> anyhow::Result<()> {
@@ -177,7 +179,8 @@ mod tests {
     fn measured(slow: Option<usize>) -> Vec<PairSpeed> {
         let ranks = local::group(2).into_iter().enumerate().map(|(rank, transport)| {
             std::thread::spawn(move || {
-                let delay = if slow == Some(rank) { Duration::from_millis(40) } else { Duration::ZERO };
+                // Long beside what a busy machine takes away.
+                let delay = Duration::from_millis(if slow.is_none() || slow == Some(rank) { 100 } else { 0 });
                 let world = Group::world(Box::new(Slow(transport, delay)), Duration::from_secs(10));
                 pairs(&world, 8 << 20).unwrap()
             })

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use tandem_core::checkpoint::check_mapped;
-use tandem_core::weights::{Form, ModuleKind, Weight};
+use tandem_core::weights::{Form, MatrixData, ModuleKind, Weight};
 use tandem_core::{Checkpoint, CheckpointError, ModelConfig};
 use tandem_cpu::CpuBackend;
 use tandem_cpu::system::default_threads;
@@ -373,5 +373,55 @@ impl Comparison {
         points.sort_by(|a, b| b.kl.total_cmp(&a.kl));
         points.truncate(n);
         points
+    }
+}
+
+/// The weights of one model, but one kind of matrix ([`kind_of`]) from another of the same shapes.
+pub struct Mixed<'a> {
+    side: &'a Side,
+    a: CheckpointWeights<'a>,
+    b: CheckpointWeights<'a>,
+    kind: &'a str,
+}
+
+impl WeightSource for Mixed<'_> {
+    fn matrix(&self, module: &str) -> Result<MatrixData, CheckpointError> {
+        if kind_of(module) == self.kind { self.b.matrix(module) } else { self.a.matrix(module) }
+    }
+
+    fn vector(&self, module: &str, leaf: &str) -> Result<Vec<f32>, CheckpointError> {
+        self.a.vector(module, leaf)
+    }
+}
+
+impl<'a> Mixed<'a> {
+    /// The weights of `a`, matrices of `kind` from `b`.
+    ///
+    /// # Errors
+    /// When a checkpoint's weights do not fit its configuration.
+    pub fn new(a: &'a Side, b: &'a Side, kind: &'a str) -> anyhow::Result<Mixed<'a>> {
+        Ok(Mixed { side: a, a: a.weights()?, b: b.weights()?, kind })
+    }
+
+    /// True when any matrix of the kind is not the same in both.
+    ///
+    /// # Errors
+    /// When a matrix cannot be read.
+    pub fn differs(&self) -> anyhow::Result<bool> {
+        for spec in tandem_model::weight_specs(&self.side.config) {
+            if spec.form != Form::Vector && kind_of(&spec.module) == self.kind {
+                let (a, b) = (self.a.matrix(&spec.module)?, self.b.matrix(&spec.module)?);
+                let same = a.parts.iter().zip(&b.parts).all(|(a, b)| {
+                    a.weight == b.weight
+                        && a.scales == b.scales
+                        && a.biases == b.biases
+                        && a.global_scale == b.global_scale
+                });
+                if a.dtype != b.dtype || !same {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 }

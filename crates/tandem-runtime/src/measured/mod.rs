@@ -1,6 +1,7 @@
 //! A model that is loaded to be measured: from a checkpoint, or of a preset's shapes with random weights.
 
 mod bytes_read;
+pub mod plot;
 mod ranks;
 mod runner;
 

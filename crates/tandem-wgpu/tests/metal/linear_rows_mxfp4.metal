@@ -31,6 +31,7 @@ struct Args {
     uint n_parts;
     uint top_k;
     uint plan_order;
+    float post;
 };
 struct type_2 {
     float inner[256];
@@ -40,7 +41,10 @@ typedef uint type_6[1];
 typedef metal::float4 type_7[1];
 typedef float type_8[1];
 struct type_9 {
-    metal::float4 inner[1153];
+    metal::float4 inner[576];
+};
+struct type_10 {
+    float inner[96];
 };
 constant uint WG = 256u;
 constant uint LANES = 32u;
@@ -48,20 +52,21 @@ constant uint GROUPS = 8u;
 constant uint UNIT = 32u;
 constant uint VECTORS = 8u;
 constant uint GROUP_SIZE = 32u;
+constant uint SEGMENT = 32u;
 
 float lane_sum(
-    float v_1,
+    float v,
     uint li_1
 ) {
-    float unnamed = metal::simd_sum(v_1);
+    float unnamed = metal::simd_sum(v);
     return unnamed;
 }
 
 float lane_max(
-    float v_2,
+    float v_1,
     uint li_2
 ) {
-    float unnamed_1 = metal::simd_max(v_2);
+    float unnamed_1 = metal::simd_max(v_1);
     return unnamed_1;
 }
 
@@ -74,13 +79,13 @@ uint naga_div(uint lhs, uint rhs) {
 }
 
 float group_sum(
-    float v_3,
+    float v_2,
     uint li_3,
     threadgroup type_2& across
 ) {
-    float sum = 0.0;
-    uint i = 0u;
-    float _e2 = lane_sum(v_3, li_3);
+    float sum_1 = 0.0;
+    uint i_1 = 0u;
+    float _e2 = lane_sum(v_2, li_3);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     if (naga_mod(li_3, LANES) == 0u) {
         across.inner[naga_div(li_3, LANES)] = _e2;
@@ -92,24 +97,24 @@ float group_sum(
         if (metal::all(loop_bound == uint2(0u))) { break; }
         loop_bound -= uint2(loop_bound.y == 0u, 1u);
         if (!loop_init) {
-            uint _e25 = i;
-            i = _e25 + 1u;
+            uint _e25 = i_1;
+            i_1 = _e25 + 1u;
         }
         loop_init = false;
-        uint _e15 = i;
+        uint _e15 = i_1;
         if (_e15 < GROUPS) {
         } else {
             break;
         }
         {
-            float _e18 = sum;
-            uint _e20 = i;
+            float _e18 = sum_1;
+            uint _e20 = i_1;
             float _e22 = across.inner[_e20];
-            sum = _e18 + _e22;
+            sum_1 = _e18 + _e22;
         }
     }
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-    float _e27 = sum;
+    float _e27 = sum_1;
     return _e27;
 }
 
@@ -192,20 +197,19 @@ struct main_Input {
 , device type_7 const& x [[user(fake0)]]
 , device type_8& y [[user(fake0)]]
 , threadgroup type_9& xs
+, threadgroup type_10& sums
 , constant _mslBufferSizes& _buffer_sizes [[user(fake0)]]
 ) {
     if (li == 0u) {
         xs = {};
+        sums = {};
     }
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-    float y_0_0_ = 0.0;
-    float y_1_0_ = 0.0;
-    float y_2_0_ = 0.0;
-    float y_3_0_ = 0.0;
     uint first = 0u;
-    uint v = {};
-    uint u = {};
-    metal::float4 x_sum_0_ = {};
+    float y_0_0_ = {};
+    float y_1_0_ = {};
+    float y_2_0_ = {};
+    float y_3_0_ = {};
     float d_0_0_ = {};
     float d_1_0_ = {};
     float d_2_0_ = {};
@@ -214,550 +218,530 @@ struct main_Input {
     bool local_1 = {};
     bool local_2 = {};
     bool local_3 = {};
+    float sum = 0.0;
+    uint i = 0u;
     bool local_4 = {};
-    bool local_5 = {};
-    bool local_6 = {};
-    bool local_7 = {};
-    uint lane = naga_mod(li, LANES);
-    uint _e7 = a.base;
-    uint row0_ = (((wid.x + _e7) * GROUPS) + naga_div(li, LANES)) * 4u;
+    uint _e5 = a.base;
+    uint first_row = (wid.x + _e5) * 16u;
+    uint row0_ = first_row + (naga_div(li, 64u) * 4u);
     uint token0_ = wid.y * 1u;
     uint part = wid.z;
-    uint _e24 = a.n_tokens;
-    uint _e30 = a.x_pitch;
-    uint _e34 = a.x_offset;
-    uint _e38 = a.x_stride;
-    uint x_row_0_ = ((metal::min(token0_ + 0u, _e24 - 1u) * _e30) + _e34) + (part * _e38);
-    uint _e43 = a.weight_part;
-    uint _e49 = a.rows;
-    uint _e55 = a.weight_pitch;
-    uint y_w0_ = (part * _e43) + (metal::min(row0_ + 0u, _e49 - 1u) * _e55);
-    uint _e60 = a.scale_part;
-    uint _e66 = a.rows;
-    uint _e72 = a.scale_pitch;
-    uint y_s0_ = (part * _e60) + (metal::min(row0_ + 0u, _e66 - 1u) * _e72);
-    uint _e79 = a.weight_part;
-    uint _e85 = a.rows;
-    uint _e91 = a.weight_pitch;
-    uint y_w1_ = (part * _e79) + (metal::min(row0_ + 1u, _e85 - 1u) * _e91);
-    uint _e96 = a.scale_part;
-    uint _e102 = a.rows;
-    uint _e108 = a.scale_pitch;
-    uint y_s1_ = (part * _e96) + (metal::min(row0_ + 1u, _e102 - 1u) * _e108);
-    uint _e115 = a.weight_part;
-    uint _e121 = a.rows;
-    uint _e127 = a.weight_pitch;
-    uint y_w2_ = (part * _e115) + (metal::min(row0_ + 2u, _e121 - 1u) * _e127);
-    uint _e132 = a.scale_part;
-    uint _e138 = a.rows;
-    uint _e144 = a.scale_pitch;
-    uint y_s2_ = (part * _e132) + (metal::min(row0_ + 2u, _e138 - 1u) * _e144);
-    uint _e151 = a.weight_part;
-    uint _e157 = a.rows;
-    uint _e163 = a.weight_pitch;
-    uint y_w3_ = (part * _e151) + (metal::min(row0_ + 3u, _e157 - 1u) * _e163);
-    uint _e168 = a.scale_part;
-    uint _e174 = a.rows;
-    uint _e180 = a.scale_pitch;
-    uint y_s3_ = (part * _e168) + (metal::min(row0_ + 3u, _e174 - 1u) * _e180);
+    uint _e22 = a.n_tokens;
+    uint _e28 = a.x_pitch;
+    uint _e32 = a.x_offset;
+    uint _e36 = a.x_stride;
+    uint x_row_0_ = ((metal::min(token0_ + 0u, _e22 - 1u) * _e28) + _e32) + (part * _e36);
+    uint _e41 = a.weight_part;
+    uint _e47 = a.rows;
+    uint _e53 = a.weight_pitch;
+    uint y_w0_ = (part * _e41) + (metal::min(row0_ + 0u, _e47 - 1u) * _e53);
+    uint _e58 = a.scale_part;
+    uint _e64 = a.rows;
+    uint _e70 = a.scale_pitch;
+    uint y_s0_ = (part * _e58) + (metal::min(row0_ + 0u, _e64 - 1u) * _e70);
+    uint _e75 = a.weight_part;
+    uint _e81 = a.rows;
+    uint _e87 = a.weight_pitch;
+    uint y_w1_ = (part * _e75) + (metal::min(row0_ + 1u, _e81 - 1u) * _e87);
+    uint _e92 = a.scale_part;
+    uint _e98 = a.rows;
+    uint _e104 = a.scale_pitch;
+    uint y_s1_ = (part * _e92) + (metal::min(row0_ + 1u, _e98 - 1u) * _e104);
+    uint _e109 = a.weight_part;
+    uint _e115 = a.rows;
+    uint _e121 = a.weight_pitch;
+    uint y_w2_ = (part * _e109) + (metal::min(row0_ + 2u, _e115 - 1u) * _e121);
+    uint _e126 = a.scale_part;
+    uint _e132 = a.rows;
+    uint _e138 = a.scale_pitch;
+    uint y_s2_ = (part * _e126) + (metal::min(row0_ + 2u, _e132 - 1u) * _e138);
+    uint _e143 = a.weight_part;
+    uint _e149 = a.rows;
+    uint _e155 = a.weight_pitch;
+    uint y_w3_ = (part * _e143) + (metal::min(row0_ + 3u, _e149 - 1u) * _e155);
+    uint _e160 = a.scale_part;
+    uint _e166 = a.rows;
+    uint _e172 = a.scale_pitch;
+    uint y_s3_ = (part * _e160) + (metal::min(row0_ + 3u, _e166 - 1u) * _e172);
+    uint lane = naga_mod(li, LANES);
+    uint split = naga_mod(naga_div(li, LANES), 2u);
+    uint team = naga_div(li, 64u);
     uint2 loop_bound_1 = uint2(4294967295u);
     bool loop_init_1 = true;
     while(true) {
         if (metal::all(loop_bound_1 == uint2(0u))) { break; }
         loop_bound_1 -= uint2(loop_bound_1.y == 0u, 1u);
         if (!loop_init_1) {
-            uint _e956 = first;
-            first = _e956 + 128u;
+            uint _e1075 = first;
+            first = _e1075 + 64u;
         }
         loop_init_1 = false;
-        uint _e187 = first;
-        uint _e190 = a.units;
-        if (_e187 < _e190) {
+        uint _e185 = first;
+        uint _e188 = a.units;
+        if (_e185 < _e188) {
         } else {
             break;
         }
         {
-            uint _e195 = a.units;
-            uint _e196 = first;
-            uint n = metal::min(128u, _e195 - _e196);
+            uint _e193 = a.units;
+            uint _e194 = first;
+            uint n = metal::min(64u, _e193 - _e194);
+            uint at_0_ = ((split * SEGMENT) + 0u) + lane;
+            uint _e202 = first;
+            uint _e206 = a.units;
+            uint unit_0_ = metal::min(_e202 + at_0_, _e206 - 1u);
+            metal::uint4 y_0_q0_ = w_2[y_w0_ + unit_0_];
+            metal::uint4 y_0_q1_ = w_2[y_w1_ + unit_0_];
+            metal::uint4 y_0_q2_ = w_2[y_w2_ + unit_0_];
+            metal::uint4 y_0_q3_ = w_2[y_w3_ + unit_0_];
+            uint y_0_group = naga_div(unit_0_, 1u);
+            uint y_0_k0_ = s[y_s0_ + (y_0_group >> 2u)];
+            uint y_0_k1_ = s[y_s1_ + (y_0_group >> 2u)];
+            uint y_0_k2_ = s[y_s2_ + (y_0_group >> 2u)];
+            uint y_0_k3_ = s[y_s3_ + (y_0_group >> 2u)];
             metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-            v = li;
-            uint2 loop_bound_2 = uint2(4294967295u);
-            bool loop_init_2 = true;
-            while(true) {
-                if (metal::all(loop_bound_2 == uint2(0u))) { break; }
-                loop_bound_2 -= uint2(loop_bound_2.y == 0u, 1u);
-                if (!loop_init_2) {
-                    uint _e226 = v;
-                    v = _e226 + WG;
-                }
-                loop_init_2 = false;
-                uint _e200 = v;
-                if (_e200 < (n * VECTORS)) {
-                } else {
-                    break;
+            {
+                uint _e255 = first;
+                uint _e263 = a.units;
+                metal::float4 x_0_0_ = x[(x_row_0_ >> 2u) + metal::min(((_e255 * VECTORS) + li) + 0u, (_e263 * VECTORS) - 1u)];
+                uint _e275 = first;
+                uint _e283 = a.units;
+                metal::float4 x_1_0_ = x[(x_row_0_ >> 2u) + metal::min(((_e275 * VECTORS) + li) + 256u, (_e283 * VECTORS) - 1u)];
+                {
+                    uint v_3 = li + 0u;
+                    if (v_3 < 512u) {
+                        xs.inner[(0u + v_3) + (v_3 >> 3u)] = (v_3 < (n * VECTORS)) ? x_0_0_ : metal::float4(0.0);
+                    }
                 }
                 {
-                    uint _e204 = first;
-                    uint _e207 = v;
-                    uint k = ((_e204 * VECTORS) + _e207) * 4u;
-                    uint _e212 = v;
-                    uint _e215 = v;
-                    metal::float4 _e225 = x[(x_row_0_ + k) >> 2u];
-                    xs.inner[(0u + _e212) + (_e215 >> 3u)] = _e225;
+                    uint v_4 = li + 256u;
+                    if (v_4 < 512u) {
+                        xs.inner[(0u + v_4) + (v_4 >> 3u)] = (v_4 < (n * VECTORS)) ? x_1_0_ : metal::float4(0.0);
+                    }
                 }
             }
             metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-            u = lane;
-            uint2 loop_bound_3 = uint2(4294967295u);
-            bool loop_init_3 = true;
-            while(true) {
-                if (metal::all(loop_bound_3 == uint2(0u))) { break; }
-                loop_bound_3 -= uint2(loop_bound_3.y == 0u, 1u);
-                if (!loop_init_3) {
-                    uint _e953 = u;
-                    u = _e953 + LANES;
-                }
-                loop_init_3 = false;
-                uint _e230 = u;
-                if (_e230 < n) {
-                } else {
-                    break;
-                }
+            {
+                y_0_0_ = 0.0;
+                y_1_0_ = 0.0;
+                y_2_0_ = 0.0;
+                y_3_0_ = 0.0;
                 {
-                    uint _e233 = first;
-                    uint _e235 = u;
-                    metal::uint4 y_q0_ = w_2[(y_w0_ + _e233) + _e235];
-                    uint _e240 = first;
-                    uint _e242 = u;
-                    metal::uint4 y_q1_ = w_2[(y_w1_ + _e240) + _e242];
-                    uint _e247 = first;
-                    uint _e249 = u;
-                    metal::uint4 y_q2_ = w_2[(y_w2_ + _e247) + _e249];
-                    uint _e254 = first;
-                    uint _e256 = u;
-                    metal::uint4 y_q3_ = w_2[(y_w3_ + _e254) + _e256];
-                    uint _e260 = u;
-                    uint _e263 = u;
-                    uint y_x = (_e260 * VECTORS) + ((_e263 * VECTORS) >> 3u);
+                    uint y_0_x = (at_0_ * VECTORS) + ((at_0_ * VECTORS) >> 3u);
                     {
-                        uint _e269 = first;
-                        uint _e270 = u;
-                        uint g = naga_div(_e269 + _e270, 1u);
-                        uint _e279 = s[y_s0_ + (g >> 2u)];
-                        float c0_ = as_type<float>(((_e279 >> ((g & 3u) * 8u)) & 255u) << 23u);
-                        uint _e295 = s[y_s1_ + (g >> 2u)];
-                        float c1_ = as_type<float>(((_e295 >> ((g & 3u) * 8u)) & 255u) << 23u);
-                        uint _e311 = s[y_s2_ + (g >> 2u)];
-                        float c2_ = as_type<float>(((_e311 >> ((g & 3u) * 8u)) & 255u) << 23u);
-                        uint _e327 = s[y_s3_ + (g >> 2u)];
-                        float c3_ = as_type<float>(((_e327 >> ((g & 3u) * 8u)) & 255u) << 23u);
-                        x_sum_0_ = metal::float4(0.0);
+                        uint g = naga_div(unit_0_, 1u);
+                        float c0_ = as_type<float>(((y_0_k0_ >> ((g & 3u) * 8u)) & 255u) << 23u);
+                        float c1_ = as_type<float>(((y_0_k1_ >> ((g & 3u) * 8u)) & 255u) << 23u);
+                        float c2_ = as_type<float>(((y_0_k2_ >> ((g & 3u) * 8u)) & 255u) << 23u);
+                        float c3_ = as_type<float>(((y_0_k3_ >> ((g & 3u) * 8u)) & 255u) << 23u);
                         d_0_0_ = 0.0;
                         d_1_0_ = 0.0;
                         d_2_0_ = 0.0;
                         d_3_0_ = 0.0;
-                        metal::float4 x_0_0_ = xs.inner[0u + y_x];
-                        metal::float4 _e354 = decode_0_(y_q0_);
-                        float _e357 = d_0_0_;
-                        d_0_0_ = metal::fma(_e354.x, x_0_0_.x, _e357);
-                        float _e361 = d_0_0_;
-                        d_0_0_ = metal::fma(_e354.y, x_0_0_.y, _e361);
-                        float _e365 = d_0_0_;
-                        d_0_0_ = metal::fma(_e354.z, x_0_0_.z, _e365);
-                        float _e369 = d_0_0_;
-                        d_0_0_ = metal::fma(_e354.w, x_0_0_.w, _e369);
-                        metal::float4 _e371 = decode_0_(y_q1_);
-                        float _e374 = d_1_0_;
-                        d_1_0_ = metal::fma(_e371.x, x_0_0_.x, _e374);
-                        float _e378 = d_1_0_;
-                        d_1_0_ = metal::fma(_e371.y, x_0_0_.y, _e378);
-                        float _e382 = d_1_0_;
-                        d_1_0_ = metal::fma(_e371.z, x_0_0_.z, _e382);
-                        float _e386 = d_1_0_;
-                        d_1_0_ = metal::fma(_e371.w, x_0_0_.w, _e386);
-                        metal::float4 _e388 = decode_0_(y_q2_);
-                        float _e391 = d_2_0_;
-                        d_2_0_ = metal::fma(_e388.x, x_0_0_.x, _e391);
-                        float _e395 = d_2_0_;
-                        d_2_0_ = metal::fma(_e388.y, x_0_0_.y, _e395);
-                        float _e399 = d_2_0_;
-                        d_2_0_ = metal::fma(_e388.z, x_0_0_.z, _e399);
-                        float _e403 = d_2_0_;
-                        d_2_0_ = metal::fma(_e388.w, x_0_0_.w, _e403);
-                        metal::float4 _e405 = decode_0_(y_q3_);
-                        float _e408 = d_3_0_;
-                        d_3_0_ = metal::fma(_e405.x, x_0_0_.x, _e408);
-                        float _e412 = d_3_0_;
-                        d_3_0_ = metal::fma(_e405.y, x_0_0_.y, _e412);
-                        float _e416 = d_3_0_;
-                        d_3_0_ = metal::fma(_e405.z, x_0_0_.z, _e416);
-                        float _e420 = d_3_0_;
-                        d_3_0_ = metal::fma(_e405.w, x_0_0_.w, _e420);
-                        metal::float4 x_1_0_ = xs.inner[1u + y_x];
-                        metal::float4 _e427 = decode_1_(y_q0_);
-                        float _e430 = d_0_0_;
-                        d_0_0_ = metal::fma(_e427.x, x_1_0_.x, _e430);
-                        float _e434 = d_0_0_;
-                        d_0_0_ = metal::fma(_e427.y, x_1_0_.y, _e434);
-                        float _e438 = d_0_0_;
-                        d_0_0_ = metal::fma(_e427.z, x_1_0_.z, _e438);
-                        float _e442 = d_0_0_;
-                        d_0_0_ = metal::fma(_e427.w, x_1_0_.w, _e442);
-                        metal::float4 _e444 = decode_1_(y_q1_);
-                        float _e447 = d_1_0_;
-                        d_1_0_ = metal::fma(_e444.x, x_1_0_.x, _e447);
-                        float _e451 = d_1_0_;
-                        d_1_0_ = metal::fma(_e444.y, x_1_0_.y, _e451);
-                        float _e455 = d_1_0_;
-                        d_1_0_ = metal::fma(_e444.z, x_1_0_.z, _e455);
-                        float _e459 = d_1_0_;
-                        d_1_0_ = metal::fma(_e444.w, x_1_0_.w, _e459);
-                        metal::float4 _e461 = decode_1_(y_q2_);
-                        float _e464 = d_2_0_;
-                        d_2_0_ = metal::fma(_e461.x, x_1_0_.x, _e464);
-                        float _e468 = d_2_0_;
-                        d_2_0_ = metal::fma(_e461.y, x_1_0_.y, _e468);
-                        float _e472 = d_2_0_;
-                        d_2_0_ = metal::fma(_e461.z, x_1_0_.z, _e472);
-                        float _e476 = d_2_0_;
-                        d_2_0_ = metal::fma(_e461.w, x_1_0_.w, _e476);
-                        metal::float4 _e478 = decode_1_(y_q3_);
-                        float _e481 = d_3_0_;
-                        d_3_0_ = metal::fma(_e478.x, x_1_0_.x, _e481);
-                        float _e485 = d_3_0_;
-                        d_3_0_ = metal::fma(_e478.y, x_1_0_.y, _e485);
-                        float _e489 = d_3_0_;
-                        d_3_0_ = metal::fma(_e478.z, x_1_0_.z, _e489);
-                        float _e493 = d_3_0_;
-                        d_3_0_ = metal::fma(_e478.w, x_1_0_.w, _e493);
-                        metal::float4 x_2_0_ = xs.inner[2u + y_x];
-                        metal::float4 _e500 = decode_2_(y_q0_);
-                        float _e503 = d_0_0_;
-                        d_0_0_ = metal::fma(_e500.x, x_2_0_.x, _e503);
-                        float _e507 = d_0_0_;
-                        d_0_0_ = metal::fma(_e500.y, x_2_0_.y, _e507);
-                        float _e511 = d_0_0_;
-                        d_0_0_ = metal::fma(_e500.z, x_2_0_.z, _e511);
-                        float _e515 = d_0_0_;
-                        d_0_0_ = metal::fma(_e500.w, x_2_0_.w, _e515);
-                        metal::float4 _e517 = decode_2_(y_q1_);
-                        float _e520 = d_1_0_;
-                        d_1_0_ = metal::fma(_e517.x, x_2_0_.x, _e520);
-                        float _e524 = d_1_0_;
-                        d_1_0_ = metal::fma(_e517.y, x_2_0_.y, _e524);
-                        float _e528 = d_1_0_;
-                        d_1_0_ = metal::fma(_e517.z, x_2_0_.z, _e528);
-                        float _e532 = d_1_0_;
-                        d_1_0_ = metal::fma(_e517.w, x_2_0_.w, _e532);
-                        metal::float4 _e534 = decode_2_(y_q2_);
-                        float _e537 = d_2_0_;
-                        d_2_0_ = metal::fma(_e534.x, x_2_0_.x, _e537);
-                        float _e541 = d_2_0_;
-                        d_2_0_ = metal::fma(_e534.y, x_2_0_.y, _e541);
-                        float _e545 = d_2_0_;
-                        d_2_0_ = metal::fma(_e534.z, x_2_0_.z, _e545);
-                        float _e549 = d_2_0_;
-                        d_2_0_ = metal::fma(_e534.w, x_2_0_.w, _e549);
-                        metal::float4 _e551 = decode_2_(y_q3_);
-                        float _e554 = d_3_0_;
-                        d_3_0_ = metal::fma(_e551.x, x_2_0_.x, _e554);
-                        float _e558 = d_3_0_;
-                        d_3_0_ = metal::fma(_e551.y, x_2_0_.y, _e558);
-                        float _e562 = d_3_0_;
-                        d_3_0_ = metal::fma(_e551.z, x_2_0_.z, _e562);
-                        float _e566 = d_3_0_;
-                        d_3_0_ = metal::fma(_e551.w, x_2_0_.w, _e566);
-                        metal::float4 x_3_0_ = xs.inner[3u + y_x];
-                        metal::float4 _e573 = decode_3_(y_q0_);
-                        float _e576 = d_0_0_;
-                        d_0_0_ = metal::fma(_e573.x, x_3_0_.x, _e576);
-                        float _e580 = d_0_0_;
-                        d_0_0_ = metal::fma(_e573.y, x_3_0_.y, _e580);
-                        float _e584 = d_0_0_;
-                        d_0_0_ = metal::fma(_e573.z, x_3_0_.z, _e584);
-                        float _e588 = d_0_0_;
-                        d_0_0_ = metal::fma(_e573.w, x_3_0_.w, _e588);
-                        metal::float4 _e590 = decode_3_(y_q1_);
-                        float _e593 = d_1_0_;
-                        d_1_0_ = metal::fma(_e590.x, x_3_0_.x, _e593);
-                        float _e597 = d_1_0_;
-                        d_1_0_ = metal::fma(_e590.y, x_3_0_.y, _e597);
-                        float _e601 = d_1_0_;
-                        d_1_0_ = metal::fma(_e590.z, x_3_0_.z, _e601);
-                        float _e605 = d_1_0_;
-                        d_1_0_ = metal::fma(_e590.w, x_3_0_.w, _e605);
-                        metal::float4 _e607 = decode_3_(y_q2_);
-                        float _e610 = d_2_0_;
-                        d_2_0_ = metal::fma(_e607.x, x_3_0_.x, _e610);
-                        float _e614 = d_2_0_;
-                        d_2_0_ = metal::fma(_e607.y, x_3_0_.y, _e614);
-                        float _e618 = d_2_0_;
-                        d_2_0_ = metal::fma(_e607.z, x_3_0_.z, _e618);
-                        float _e622 = d_2_0_;
-                        d_2_0_ = metal::fma(_e607.w, x_3_0_.w, _e622);
-                        metal::float4 _e624 = decode_3_(y_q3_);
-                        float _e627 = d_3_0_;
-                        d_3_0_ = metal::fma(_e624.x, x_3_0_.x, _e627);
-                        float _e631 = d_3_0_;
-                        d_3_0_ = metal::fma(_e624.y, x_3_0_.y, _e631);
-                        float _e635 = d_3_0_;
-                        d_3_0_ = metal::fma(_e624.z, x_3_0_.z, _e635);
-                        float _e639 = d_3_0_;
-                        d_3_0_ = metal::fma(_e624.w, x_3_0_.w, _e639);
-                        metal::float4 x_4_0_ = xs.inner[4u + y_x];
-                        metal::float4 _e646 = decode_4_(y_q0_);
-                        float _e649 = d_0_0_;
-                        d_0_0_ = metal::fma(_e646.x, x_4_0_.x, _e649);
-                        float _e653 = d_0_0_;
-                        d_0_0_ = metal::fma(_e646.y, x_4_0_.y, _e653);
-                        float _e657 = d_0_0_;
-                        d_0_0_ = metal::fma(_e646.z, x_4_0_.z, _e657);
-                        float _e661 = d_0_0_;
-                        d_0_0_ = metal::fma(_e646.w, x_4_0_.w, _e661);
-                        metal::float4 _e663 = decode_4_(y_q1_);
-                        float _e666 = d_1_0_;
-                        d_1_0_ = metal::fma(_e663.x, x_4_0_.x, _e666);
-                        float _e670 = d_1_0_;
-                        d_1_0_ = metal::fma(_e663.y, x_4_0_.y, _e670);
-                        float _e674 = d_1_0_;
-                        d_1_0_ = metal::fma(_e663.z, x_4_0_.z, _e674);
-                        float _e678 = d_1_0_;
-                        d_1_0_ = metal::fma(_e663.w, x_4_0_.w, _e678);
-                        metal::float4 _e680 = decode_4_(y_q2_);
-                        float _e683 = d_2_0_;
-                        d_2_0_ = metal::fma(_e680.x, x_4_0_.x, _e683);
-                        float _e687 = d_2_0_;
-                        d_2_0_ = metal::fma(_e680.y, x_4_0_.y, _e687);
-                        float _e691 = d_2_0_;
-                        d_2_0_ = metal::fma(_e680.z, x_4_0_.z, _e691);
-                        float _e695 = d_2_0_;
-                        d_2_0_ = metal::fma(_e680.w, x_4_0_.w, _e695);
-                        metal::float4 _e697 = decode_4_(y_q3_);
-                        float _e700 = d_3_0_;
-                        d_3_0_ = metal::fma(_e697.x, x_4_0_.x, _e700);
-                        float _e704 = d_3_0_;
-                        d_3_0_ = metal::fma(_e697.y, x_4_0_.y, _e704);
-                        float _e708 = d_3_0_;
-                        d_3_0_ = metal::fma(_e697.z, x_4_0_.z, _e708);
-                        float _e712 = d_3_0_;
-                        d_3_0_ = metal::fma(_e697.w, x_4_0_.w, _e712);
-                        metal::float4 x_5_0_ = xs.inner[5u + y_x];
-                        metal::float4 _e719 = decode_5_(y_q0_);
-                        float _e722 = d_0_0_;
-                        d_0_0_ = metal::fma(_e719.x, x_5_0_.x, _e722);
-                        float _e726 = d_0_0_;
-                        d_0_0_ = metal::fma(_e719.y, x_5_0_.y, _e726);
-                        float _e730 = d_0_0_;
-                        d_0_0_ = metal::fma(_e719.z, x_5_0_.z, _e730);
-                        float _e734 = d_0_0_;
-                        d_0_0_ = metal::fma(_e719.w, x_5_0_.w, _e734);
-                        metal::float4 _e736 = decode_5_(y_q1_);
-                        float _e739 = d_1_0_;
-                        d_1_0_ = metal::fma(_e736.x, x_5_0_.x, _e739);
-                        float _e743 = d_1_0_;
-                        d_1_0_ = metal::fma(_e736.y, x_5_0_.y, _e743);
-                        float _e747 = d_1_0_;
-                        d_1_0_ = metal::fma(_e736.z, x_5_0_.z, _e747);
-                        float _e751 = d_1_0_;
-                        d_1_0_ = metal::fma(_e736.w, x_5_0_.w, _e751);
-                        metal::float4 _e753 = decode_5_(y_q2_);
-                        float _e756 = d_2_0_;
-                        d_2_0_ = metal::fma(_e753.x, x_5_0_.x, _e756);
-                        float _e760 = d_2_0_;
-                        d_2_0_ = metal::fma(_e753.y, x_5_0_.y, _e760);
-                        float _e764 = d_2_0_;
-                        d_2_0_ = metal::fma(_e753.z, x_5_0_.z, _e764);
-                        float _e768 = d_2_0_;
-                        d_2_0_ = metal::fma(_e753.w, x_5_0_.w, _e768);
-                        metal::float4 _e770 = decode_5_(y_q3_);
-                        float _e773 = d_3_0_;
-                        d_3_0_ = metal::fma(_e770.x, x_5_0_.x, _e773);
-                        float _e777 = d_3_0_;
-                        d_3_0_ = metal::fma(_e770.y, x_5_0_.y, _e777);
-                        float _e781 = d_3_0_;
-                        d_3_0_ = metal::fma(_e770.z, x_5_0_.z, _e781);
-                        float _e785 = d_3_0_;
-                        d_3_0_ = metal::fma(_e770.w, x_5_0_.w, _e785);
-                        metal::float4 x_6_0_ = xs.inner[6u + y_x];
-                        metal::float4 _e792 = decode_6_(y_q0_);
-                        float _e795 = d_0_0_;
-                        d_0_0_ = metal::fma(_e792.x, x_6_0_.x, _e795);
-                        float _e799 = d_0_0_;
-                        d_0_0_ = metal::fma(_e792.y, x_6_0_.y, _e799);
-                        float _e803 = d_0_0_;
-                        d_0_0_ = metal::fma(_e792.z, x_6_0_.z, _e803);
-                        float _e807 = d_0_0_;
-                        d_0_0_ = metal::fma(_e792.w, x_6_0_.w, _e807);
-                        metal::float4 _e809 = decode_6_(y_q1_);
-                        float _e812 = d_1_0_;
-                        d_1_0_ = metal::fma(_e809.x, x_6_0_.x, _e812);
-                        float _e816 = d_1_0_;
-                        d_1_0_ = metal::fma(_e809.y, x_6_0_.y, _e816);
-                        float _e820 = d_1_0_;
-                        d_1_0_ = metal::fma(_e809.z, x_6_0_.z, _e820);
-                        float _e824 = d_1_0_;
-                        d_1_0_ = metal::fma(_e809.w, x_6_0_.w, _e824);
-                        metal::float4 _e826 = decode_6_(y_q2_);
-                        float _e829 = d_2_0_;
-                        d_2_0_ = metal::fma(_e826.x, x_6_0_.x, _e829);
-                        float _e833 = d_2_0_;
-                        d_2_0_ = metal::fma(_e826.y, x_6_0_.y, _e833);
-                        float _e837 = d_2_0_;
-                        d_2_0_ = metal::fma(_e826.z, x_6_0_.z, _e837);
-                        float _e841 = d_2_0_;
-                        d_2_0_ = metal::fma(_e826.w, x_6_0_.w, _e841);
-                        metal::float4 _e843 = decode_6_(y_q3_);
-                        float _e846 = d_3_0_;
-                        d_3_0_ = metal::fma(_e843.x, x_6_0_.x, _e846);
-                        float _e850 = d_3_0_;
-                        d_3_0_ = metal::fma(_e843.y, x_6_0_.y, _e850);
-                        float _e854 = d_3_0_;
-                        d_3_0_ = metal::fma(_e843.z, x_6_0_.z, _e854);
-                        float _e858 = d_3_0_;
-                        d_3_0_ = metal::fma(_e843.w, x_6_0_.w, _e858);
-                        metal::float4 x_7_0_ = xs.inner[7u + y_x];
-                        metal::float4 _e865 = decode_7_(y_q0_);
-                        float _e868 = d_0_0_;
-                        d_0_0_ = metal::fma(_e865.x, x_7_0_.x, _e868);
-                        float _e872 = d_0_0_;
-                        d_0_0_ = metal::fma(_e865.y, x_7_0_.y, _e872);
-                        float _e876 = d_0_0_;
-                        d_0_0_ = metal::fma(_e865.z, x_7_0_.z, _e876);
-                        float _e880 = d_0_0_;
-                        d_0_0_ = metal::fma(_e865.w, x_7_0_.w, _e880);
-                        metal::float4 _e882 = decode_7_(y_q1_);
-                        float _e885 = d_1_0_;
-                        d_1_0_ = metal::fma(_e882.x, x_7_0_.x, _e885);
-                        float _e889 = d_1_0_;
-                        d_1_0_ = metal::fma(_e882.y, x_7_0_.y, _e889);
-                        float _e893 = d_1_0_;
-                        d_1_0_ = metal::fma(_e882.z, x_7_0_.z, _e893);
-                        float _e897 = d_1_0_;
-                        d_1_0_ = metal::fma(_e882.w, x_7_0_.w, _e897);
-                        metal::float4 _e899 = decode_7_(y_q2_);
-                        float _e902 = d_2_0_;
-                        d_2_0_ = metal::fma(_e899.x, x_7_0_.x, _e902);
-                        float _e906 = d_2_0_;
-                        d_2_0_ = metal::fma(_e899.y, x_7_0_.y, _e906);
-                        float _e910 = d_2_0_;
-                        d_2_0_ = metal::fma(_e899.z, x_7_0_.z, _e910);
-                        float _e914 = d_2_0_;
-                        d_2_0_ = metal::fma(_e899.w, x_7_0_.w, _e914);
-                        metal::float4 _e916 = decode_7_(y_q3_);
-                        float _e919 = d_3_0_;
-                        d_3_0_ = metal::fma(_e916.x, x_7_0_.x, _e919);
-                        float _e923 = d_3_0_;
-                        d_3_0_ = metal::fma(_e916.y, x_7_0_.y, _e923);
-                        float _e927 = d_3_0_;
-                        d_3_0_ = metal::fma(_e916.z, x_7_0_.z, _e927);
-                        float _e931 = d_3_0_;
-                        d_3_0_ = metal::fma(_e916.w, x_7_0_.w, _e931);
-                        float _e933 = d_0_0_;
-                        float _e936 = y_0_0_;
-                        y_0_0_ = metal::fma(c0_, _e933 * 16384.0, _e936);
-                        float _e938 = d_1_0_;
-                        float _e941 = y_1_0_;
-                        y_1_0_ = metal::fma(c1_, _e938 * 16384.0, _e941);
-                        float _e943 = d_2_0_;
-                        float _e946 = y_2_0_;
-                        y_2_0_ = metal::fma(c2_, _e943 * 16384.0, _e946);
-                        float _e948 = d_3_0_;
-                        float _e951 = y_3_0_;
-                        y_3_0_ = metal::fma(c3_, _e948 * 16384.0, _e951);
+                        metal::float4 x_0_0_1 = xs.inner[0u + y_0_x];
+                        metal::float4 _e396 = decode_0_(y_0_q0_);
+                        float _e399 = d_0_0_;
+                        d_0_0_ = metal::fma(_e396.x, x_0_0_1.x, _e399);
+                        float _e403 = d_0_0_;
+                        d_0_0_ = metal::fma(_e396.y, x_0_0_1.y, _e403);
+                        float _e407 = d_0_0_;
+                        d_0_0_ = metal::fma(_e396.z, x_0_0_1.z, _e407);
+                        float _e411 = d_0_0_;
+                        d_0_0_ = metal::fma(_e396.w, x_0_0_1.w, _e411);
+                        metal::float4 _e413 = decode_0_(y_0_q1_);
+                        float _e416 = d_1_0_;
+                        d_1_0_ = metal::fma(_e413.x, x_0_0_1.x, _e416);
+                        float _e420 = d_1_0_;
+                        d_1_0_ = metal::fma(_e413.y, x_0_0_1.y, _e420);
+                        float _e424 = d_1_0_;
+                        d_1_0_ = metal::fma(_e413.z, x_0_0_1.z, _e424);
+                        float _e428 = d_1_0_;
+                        d_1_0_ = metal::fma(_e413.w, x_0_0_1.w, _e428);
+                        metal::float4 _e430 = decode_0_(y_0_q2_);
+                        float _e433 = d_2_0_;
+                        d_2_0_ = metal::fma(_e430.x, x_0_0_1.x, _e433);
+                        float _e437 = d_2_0_;
+                        d_2_0_ = metal::fma(_e430.y, x_0_0_1.y, _e437);
+                        float _e441 = d_2_0_;
+                        d_2_0_ = metal::fma(_e430.z, x_0_0_1.z, _e441);
+                        float _e445 = d_2_0_;
+                        d_2_0_ = metal::fma(_e430.w, x_0_0_1.w, _e445);
+                        metal::float4 _e447 = decode_0_(y_0_q3_);
+                        float _e450 = d_3_0_;
+                        d_3_0_ = metal::fma(_e447.x, x_0_0_1.x, _e450);
+                        float _e454 = d_3_0_;
+                        d_3_0_ = metal::fma(_e447.y, x_0_0_1.y, _e454);
+                        float _e458 = d_3_0_;
+                        d_3_0_ = metal::fma(_e447.z, x_0_0_1.z, _e458);
+                        float _e462 = d_3_0_;
+                        d_3_0_ = metal::fma(_e447.w, x_0_0_1.w, _e462);
+                        metal::float4 x_1_0_1 = xs.inner[1u + y_0_x];
+                        metal::float4 _e469 = decode_1_(y_0_q0_);
+                        float _e472 = d_0_0_;
+                        d_0_0_ = metal::fma(_e469.x, x_1_0_1.x, _e472);
+                        float _e476 = d_0_0_;
+                        d_0_0_ = metal::fma(_e469.y, x_1_0_1.y, _e476);
+                        float _e480 = d_0_0_;
+                        d_0_0_ = metal::fma(_e469.z, x_1_0_1.z, _e480);
+                        float _e484 = d_0_0_;
+                        d_0_0_ = metal::fma(_e469.w, x_1_0_1.w, _e484);
+                        metal::float4 _e486 = decode_1_(y_0_q1_);
+                        float _e489 = d_1_0_;
+                        d_1_0_ = metal::fma(_e486.x, x_1_0_1.x, _e489);
+                        float _e493 = d_1_0_;
+                        d_1_0_ = metal::fma(_e486.y, x_1_0_1.y, _e493);
+                        float _e497 = d_1_0_;
+                        d_1_0_ = metal::fma(_e486.z, x_1_0_1.z, _e497);
+                        float _e501 = d_1_0_;
+                        d_1_0_ = metal::fma(_e486.w, x_1_0_1.w, _e501);
+                        metal::float4 _e503 = decode_1_(y_0_q2_);
+                        float _e506 = d_2_0_;
+                        d_2_0_ = metal::fma(_e503.x, x_1_0_1.x, _e506);
+                        float _e510 = d_2_0_;
+                        d_2_0_ = metal::fma(_e503.y, x_1_0_1.y, _e510);
+                        float _e514 = d_2_0_;
+                        d_2_0_ = metal::fma(_e503.z, x_1_0_1.z, _e514);
+                        float _e518 = d_2_0_;
+                        d_2_0_ = metal::fma(_e503.w, x_1_0_1.w, _e518);
+                        metal::float4 _e520 = decode_1_(y_0_q3_);
+                        float _e523 = d_3_0_;
+                        d_3_0_ = metal::fma(_e520.x, x_1_0_1.x, _e523);
+                        float _e527 = d_3_0_;
+                        d_3_0_ = metal::fma(_e520.y, x_1_0_1.y, _e527);
+                        float _e531 = d_3_0_;
+                        d_3_0_ = metal::fma(_e520.z, x_1_0_1.z, _e531);
+                        float _e535 = d_3_0_;
+                        d_3_0_ = metal::fma(_e520.w, x_1_0_1.w, _e535);
+                        metal::float4 x_2_0_ = xs.inner[2u + y_0_x];
+                        metal::float4 _e542 = decode_2_(y_0_q0_);
+                        float _e545 = d_0_0_;
+                        d_0_0_ = metal::fma(_e542.x, x_2_0_.x, _e545);
+                        float _e549 = d_0_0_;
+                        d_0_0_ = metal::fma(_e542.y, x_2_0_.y, _e549);
+                        float _e553 = d_0_0_;
+                        d_0_0_ = metal::fma(_e542.z, x_2_0_.z, _e553);
+                        float _e557 = d_0_0_;
+                        d_0_0_ = metal::fma(_e542.w, x_2_0_.w, _e557);
+                        metal::float4 _e559 = decode_2_(y_0_q1_);
+                        float _e562 = d_1_0_;
+                        d_1_0_ = metal::fma(_e559.x, x_2_0_.x, _e562);
+                        float _e566 = d_1_0_;
+                        d_1_0_ = metal::fma(_e559.y, x_2_0_.y, _e566);
+                        float _e570 = d_1_0_;
+                        d_1_0_ = metal::fma(_e559.z, x_2_0_.z, _e570);
+                        float _e574 = d_1_0_;
+                        d_1_0_ = metal::fma(_e559.w, x_2_0_.w, _e574);
+                        metal::float4 _e576 = decode_2_(y_0_q2_);
+                        float _e579 = d_2_0_;
+                        d_2_0_ = metal::fma(_e576.x, x_2_0_.x, _e579);
+                        float _e583 = d_2_0_;
+                        d_2_0_ = metal::fma(_e576.y, x_2_0_.y, _e583);
+                        float _e587 = d_2_0_;
+                        d_2_0_ = metal::fma(_e576.z, x_2_0_.z, _e587);
+                        float _e591 = d_2_0_;
+                        d_2_0_ = metal::fma(_e576.w, x_2_0_.w, _e591);
+                        metal::float4 _e593 = decode_2_(y_0_q3_);
+                        float _e596 = d_3_0_;
+                        d_3_0_ = metal::fma(_e593.x, x_2_0_.x, _e596);
+                        float _e600 = d_3_0_;
+                        d_3_0_ = metal::fma(_e593.y, x_2_0_.y, _e600);
+                        float _e604 = d_3_0_;
+                        d_3_0_ = metal::fma(_e593.z, x_2_0_.z, _e604);
+                        float _e608 = d_3_0_;
+                        d_3_0_ = metal::fma(_e593.w, x_2_0_.w, _e608);
+                        metal::float4 x_3_0_ = xs.inner[3u + y_0_x];
+                        metal::float4 _e615 = decode_3_(y_0_q0_);
+                        float _e618 = d_0_0_;
+                        d_0_0_ = metal::fma(_e615.x, x_3_0_.x, _e618);
+                        float _e622 = d_0_0_;
+                        d_0_0_ = metal::fma(_e615.y, x_3_0_.y, _e622);
+                        float _e626 = d_0_0_;
+                        d_0_0_ = metal::fma(_e615.z, x_3_0_.z, _e626);
+                        float _e630 = d_0_0_;
+                        d_0_0_ = metal::fma(_e615.w, x_3_0_.w, _e630);
+                        metal::float4 _e632 = decode_3_(y_0_q1_);
+                        float _e635 = d_1_0_;
+                        d_1_0_ = metal::fma(_e632.x, x_3_0_.x, _e635);
+                        float _e639 = d_1_0_;
+                        d_1_0_ = metal::fma(_e632.y, x_3_0_.y, _e639);
+                        float _e643 = d_1_0_;
+                        d_1_0_ = metal::fma(_e632.z, x_3_0_.z, _e643);
+                        float _e647 = d_1_0_;
+                        d_1_0_ = metal::fma(_e632.w, x_3_0_.w, _e647);
+                        metal::float4 _e649 = decode_3_(y_0_q2_);
+                        float _e652 = d_2_0_;
+                        d_2_0_ = metal::fma(_e649.x, x_3_0_.x, _e652);
+                        float _e656 = d_2_0_;
+                        d_2_0_ = metal::fma(_e649.y, x_3_0_.y, _e656);
+                        float _e660 = d_2_0_;
+                        d_2_0_ = metal::fma(_e649.z, x_3_0_.z, _e660);
+                        float _e664 = d_2_0_;
+                        d_2_0_ = metal::fma(_e649.w, x_3_0_.w, _e664);
+                        metal::float4 _e666 = decode_3_(y_0_q3_);
+                        float _e669 = d_3_0_;
+                        d_3_0_ = metal::fma(_e666.x, x_3_0_.x, _e669);
+                        float _e673 = d_3_0_;
+                        d_3_0_ = metal::fma(_e666.y, x_3_0_.y, _e673);
+                        float _e677 = d_3_0_;
+                        d_3_0_ = metal::fma(_e666.z, x_3_0_.z, _e677);
+                        float _e681 = d_3_0_;
+                        d_3_0_ = metal::fma(_e666.w, x_3_0_.w, _e681);
+                        metal::float4 x_4_0_ = xs.inner[4u + y_0_x];
+                        metal::float4 _e688 = decode_4_(y_0_q0_);
+                        float _e691 = d_0_0_;
+                        d_0_0_ = metal::fma(_e688.x, x_4_0_.x, _e691);
+                        float _e695 = d_0_0_;
+                        d_0_0_ = metal::fma(_e688.y, x_4_0_.y, _e695);
+                        float _e699 = d_0_0_;
+                        d_0_0_ = metal::fma(_e688.z, x_4_0_.z, _e699);
+                        float _e703 = d_0_0_;
+                        d_0_0_ = metal::fma(_e688.w, x_4_0_.w, _e703);
+                        metal::float4 _e705 = decode_4_(y_0_q1_);
+                        float _e708 = d_1_0_;
+                        d_1_0_ = metal::fma(_e705.x, x_4_0_.x, _e708);
+                        float _e712 = d_1_0_;
+                        d_1_0_ = metal::fma(_e705.y, x_4_0_.y, _e712);
+                        float _e716 = d_1_0_;
+                        d_1_0_ = metal::fma(_e705.z, x_4_0_.z, _e716);
+                        float _e720 = d_1_0_;
+                        d_1_0_ = metal::fma(_e705.w, x_4_0_.w, _e720);
+                        metal::float4 _e722 = decode_4_(y_0_q2_);
+                        float _e725 = d_2_0_;
+                        d_2_0_ = metal::fma(_e722.x, x_4_0_.x, _e725);
+                        float _e729 = d_2_0_;
+                        d_2_0_ = metal::fma(_e722.y, x_4_0_.y, _e729);
+                        float _e733 = d_2_0_;
+                        d_2_0_ = metal::fma(_e722.z, x_4_0_.z, _e733);
+                        float _e737 = d_2_0_;
+                        d_2_0_ = metal::fma(_e722.w, x_4_0_.w, _e737);
+                        metal::float4 _e739 = decode_4_(y_0_q3_);
+                        float _e742 = d_3_0_;
+                        d_3_0_ = metal::fma(_e739.x, x_4_0_.x, _e742);
+                        float _e746 = d_3_0_;
+                        d_3_0_ = metal::fma(_e739.y, x_4_0_.y, _e746);
+                        float _e750 = d_3_0_;
+                        d_3_0_ = metal::fma(_e739.z, x_4_0_.z, _e750);
+                        float _e754 = d_3_0_;
+                        d_3_0_ = metal::fma(_e739.w, x_4_0_.w, _e754);
+                        metal::float4 x_5_0_ = xs.inner[5u + y_0_x];
+                        metal::float4 _e761 = decode_5_(y_0_q0_);
+                        float _e764 = d_0_0_;
+                        d_0_0_ = metal::fma(_e761.x, x_5_0_.x, _e764);
+                        float _e768 = d_0_0_;
+                        d_0_0_ = metal::fma(_e761.y, x_5_0_.y, _e768);
+                        float _e772 = d_0_0_;
+                        d_0_0_ = metal::fma(_e761.z, x_5_0_.z, _e772);
+                        float _e776 = d_0_0_;
+                        d_0_0_ = metal::fma(_e761.w, x_5_0_.w, _e776);
+                        metal::float4 _e778 = decode_5_(y_0_q1_);
+                        float _e781 = d_1_0_;
+                        d_1_0_ = metal::fma(_e778.x, x_5_0_.x, _e781);
+                        float _e785 = d_1_0_;
+                        d_1_0_ = metal::fma(_e778.y, x_5_0_.y, _e785);
+                        float _e789 = d_1_0_;
+                        d_1_0_ = metal::fma(_e778.z, x_5_0_.z, _e789);
+                        float _e793 = d_1_0_;
+                        d_1_0_ = metal::fma(_e778.w, x_5_0_.w, _e793);
+                        metal::float4 _e795 = decode_5_(y_0_q2_);
+                        float _e798 = d_2_0_;
+                        d_2_0_ = metal::fma(_e795.x, x_5_0_.x, _e798);
+                        float _e802 = d_2_0_;
+                        d_2_0_ = metal::fma(_e795.y, x_5_0_.y, _e802);
+                        float _e806 = d_2_0_;
+                        d_2_0_ = metal::fma(_e795.z, x_5_0_.z, _e806);
+                        float _e810 = d_2_0_;
+                        d_2_0_ = metal::fma(_e795.w, x_5_0_.w, _e810);
+                        metal::float4 _e812 = decode_5_(y_0_q3_);
+                        float _e815 = d_3_0_;
+                        d_3_0_ = metal::fma(_e812.x, x_5_0_.x, _e815);
+                        float _e819 = d_3_0_;
+                        d_3_0_ = metal::fma(_e812.y, x_5_0_.y, _e819);
+                        float _e823 = d_3_0_;
+                        d_3_0_ = metal::fma(_e812.z, x_5_0_.z, _e823);
+                        float _e827 = d_3_0_;
+                        d_3_0_ = metal::fma(_e812.w, x_5_0_.w, _e827);
+                        metal::float4 x_6_0_ = xs.inner[6u + y_0_x];
+                        metal::float4 _e834 = decode_6_(y_0_q0_);
+                        float _e837 = d_0_0_;
+                        d_0_0_ = metal::fma(_e834.x, x_6_0_.x, _e837);
+                        float _e841 = d_0_0_;
+                        d_0_0_ = metal::fma(_e834.y, x_6_0_.y, _e841);
+                        float _e845 = d_0_0_;
+                        d_0_0_ = metal::fma(_e834.z, x_6_0_.z, _e845);
+                        float _e849 = d_0_0_;
+                        d_0_0_ = metal::fma(_e834.w, x_6_0_.w, _e849);
+                        metal::float4 _e851 = decode_6_(y_0_q1_);
+                        float _e854 = d_1_0_;
+                        d_1_0_ = metal::fma(_e851.x, x_6_0_.x, _e854);
+                        float _e858 = d_1_0_;
+                        d_1_0_ = metal::fma(_e851.y, x_6_0_.y, _e858);
+                        float _e862 = d_1_0_;
+                        d_1_0_ = metal::fma(_e851.z, x_6_0_.z, _e862);
+                        float _e866 = d_1_0_;
+                        d_1_0_ = metal::fma(_e851.w, x_6_0_.w, _e866);
+                        metal::float4 _e868 = decode_6_(y_0_q2_);
+                        float _e871 = d_2_0_;
+                        d_2_0_ = metal::fma(_e868.x, x_6_0_.x, _e871);
+                        float _e875 = d_2_0_;
+                        d_2_0_ = metal::fma(_e868.y, x_6_0_.y, _e875);
+                        float _e879 = d_2_0_;
+                        d_2_0_ = metal::fma(_e868.z, x_6_0_.z, _e879);
+                        float _e883 = d_2_0_;
+                        d_2_0_ = metal::fma(_e868.w, x_6_0_.w, _e883);
+                        metal::float4 _e885 = decode_6_(y_0_q3_);
+                        float _e888 = d_3_0_;
+                        d_3_0_ = metal::fma(_e885.x, x_6_0_.x, _e888);
+                        float _e892 = d_3_0_;
+                        d_3_0_ = metal::fma(_e885.y, x_6_0_.y, _e892);
+                        float _e896 = d_3_0_;
+                        d_3_0_ = metal::fma(_e885.z, x_6_0_.z, _e896);
+                        float _e900 = d_3_0_;
+                        d_3_0_ = metal::fma(_e885.w, x_6_0_.w, _e900);
+                        metal::float4 x_7_0_ = xs.inner[7u + y_0_x];
+                        metal::float4 _e907 = decode_7_(y_0_q0_);
+                        float _e910 = d_0_0_;
+                        d_0_0_ = metal::fma(_e907.x, x_7_0_.x, _e910);
+                        float _e914 = d_0_0_;
+                        d_0_0_ = metal::fma(_e907.y, x_7_0_.y, _e914);
+                        float _e918 = d_0_0_;
+                        d_0_0_ = metal::fma(_e907.z, x_7_0_.z, _e918);
+                        float _e922 = d_0_0_;
+                        d_0_0_ = metal::fma(_e907.w, x_7_0_.w, _e922);
+                        metal::float4 _e924 = decode_7_(y_0_q1_);
+                        float _e927 = d_1_0_;
+                        d_1_0_ = metal::fma(_e924.x, x_7_0_.x, _e927);
+                        float _e931 = d_1_0_;
+                        d_1_0_ = metal::fma(_e924.y, x_7_0_.y, _e931);
+                        float _e935 = d_1_0_;
+                        d_1_0_ = metal::fma(_e924.z, x_7_0_.z, _e935);
+                        float _e939 = d_1_0_;
+                        d_1_0_ = metal::fma(_e924.w, x_7_0_.w, _e939);
+                        metal::float4 _e941 = decode_7_(y_0_q2_);
+                        float _e944 = d_2_0_;
+                        d_2_0_ = metal::fma(_e941.x, x_7_0_.x, _e944);
+                        float _e948 = d_2_0_;
+                        d_2_0_ = metal::fma(_e941.y, x_7_0_.y, _e948);
+                        float _e952 = d_2_0_;
+                        d_2_0_ = metal::fma(_e941.z, x_7_0_.z, _e952);
+                        float _e956 = d_2_0_;
+                        d_2_0_ = metal::fma(_e941.w, x_7_0_.w, _e956);
+                        metal::float4 _e958 = decode_7_(y_0_q3_);
+                        float _e961 = d_3_0_;
+                        d_3_0_ = metal::fma(_e958.x, x_7_0_.x, _e961);
+                        float _e965 = d_3_0_;
+                        d_3_0_ = metal::fma(_e958.y, x_7_0_.y, _e965);
+                        float _e969 = d_3_0_;
+                        d_3_0_ = metal::fma(_e958.z, x_7_0_.z, _e969);
+                        float _e973 = d_3_0_;
+                        d_3_0_ = metal::fma(_e958.w, x_7_0_.w, _e973);
+                        float _e975 = d_0_0_;
+                        float _e978 = y_0_0_;
+                        y_0_0_ = metal::fma(c0_, _e975 * 16384.0, _e978);
+                        float _e980 = d_1_0_;
+                        float _e983 = y_1_0_;
+                        y_1_0_ = metal::fma(c1_, _e980 * 16384.0, _e983);
+                        float _e985 = d_2_0_;
+                        float _e988 = y_2_0_;
+                        y_2_0_ = metal::fma(c2_, _e985 * 16384.0, _e988);
+                        float _e990 = d_3_0_;
+                        float _e993 = y_3_0_;
+                        y_3_0_ = metal::fma(c3_, _e990 * 16384.0, _e993);
                     }
+                }
+                uint _e995 = first;
+                uint segment = naga_div(_e995, SEGMENT) + split;
+                float _e999 = y_0_0_;
+                float _e1000 = lane_sum(_e999, li);
+                if (lane == 0u) {
+                    local = segment < 6u;
+                } else {
+                    local = false;
+                }
+                bool _e1008 = local;
+                if (_e1008) {
+                    sums.inner[(((segment * 4u) + team) * 4u) + 0u] = _e1000;
+                }
+                float _e1018 = y_1_0_;
+                float _e1019 = lane_sum(_e1018, li);
+                if (lane == 0u) {
+                    local_1 = segment < 6u;
+                } else {
+                    local_1 = false;
+                }
+                bool _e1027 = local_1;
+                if (_e1027) {
+                    sums.inner[(((segment * 4u) + team) * 4u) + 1u] = _e1019;
+                }
+                float _e1037 = y_2_0_;
+                float _e1038 = lane_sum(_e1037, li);
+                if (lane == 0u) {
+                    local_2 = segment < 6u;
+                } else {
+                    local_2 = false;
+                }
+                bool _e1046 = local_2;
+                if (_e1046) {
+                    sums.inner[(((segment * 4u) + team) * 4u) + 2u] = _e1038;
+                }
+                float _e1056 = y_3_0_;
+                float _e1057 = lane_sum(_e1056, li);
+                if (lane == 0u) {
+                    local_3 = segment < 6u;
+                } else {
+                    local_3 = false;
+                }
+                bool _e1065 = local_3;
+                if (_e1065) {
+                    sums.inner[(((segment * 4u) + team) * 4u) + 3u] = _e1057;
                 }
             }
         }
     }
-    float _e959 = y_0_0_;
-    float _e960 = lane_sum(_e959, li);
-    if (lane == 0u) {
-        uint _e969 = a.rows;
-        local = (row0_ + 0u) < _e969;
-    } else {
-        local = false;
-    }
-    bool _e972 = local;
-    if (_e972) {
-        uint _e979 = a.n_tokens;
-        local_1 = (token0_ + 0u) < _e979;
-    } else {
-        local_1 = false;
-    }
-    bool _e982 = local_1;
-    if (_e982) {
-        uint _e988 = a.y_pitch;
-        uint _e992 = a.y_offset;
-        uint _e996 = a.y_stride;
-        y[(((((token0_ + 0u) * _e988) + _e992) + (part * _e996)) + row0_) + 0u] = _e960;
-    }
-    float _e1003 = y_1_0_;
-    float _e1004 = lane_sum(_e1003, li);
-    if (lane == 0u) {
-        uint _e1013 = a.rows;
-        local_2 = (row0_ + 1u) < _e1013;
-    } else {
-        local_2 = false;
-    }
-    bool _e1016 = local_2;
-    if (_e1016) {
-        uint _e1023 = a.n_tokens;
-        local_3 = (token0_ + 0u) < _e1023;
-    } else {
-        local_3 = false;
-    }
-    bool _e1026 = local_3;
-    if (_e1026) {
-        uint _e1032 = a.y_pitch;
-        uint _e1036 = a.y_offset;
-        uint _e1040 = a.y_stride;
-        y[(((((token0_ + 0u) * _e1032) + _e1036) + (part * _e1040)) + row0_) + 1u] = _e1004;
-    }
-    float _e1047 = y_2_0_;
-    float _e1048 = lane_sum(_e1047, li);
-    if (lane == 0u) {
-        uint _e1057 = a.rows;
-        local_4 = (row0_ + 2u) < _e1057;
-    } else {
-        local_4 = false;
-    }
-    bool _e1060 = local_4;
-    if (_e1060) {
-        uint _e1067 = a.n_tokens;
-        local_5 = (token0_ + 0u) < _e1067;
-    } else {
-        local_5 = false;
-    }
-    bool _e1070 = local_5;
-    if (_e1070) {
-        uint _e1076 = a.y_pitch;
-        uint _e1080 = a.y_offset;
-        uint _e1084 = a.y_stride;
-        y[(((((token0_ + 0u) * _e1076) + _e1080) + (part * _e1084)) + row0_) + 2u] = _e1048;
-    }
-    float _e1091 = y_3_0_;
-    float _e1092 = lane_sum(_e1091, li);
-    if (lane == 0u) {
-        uint _e1101 = a.rows;
-        local_6 = (row0_ + 3u) < _e1101;
-    } else {
-        local_6 = false;
-    }
-    bool _e1104 = local_6;
-    if (_e1104) {
-        uint _e1111 = a.n_tokens;
-        local_7 = (token0_ + 0u) < _e1111;
-    } else {
-        local_7 = false;
-    }
-    bool _e1114 = local_7;
-    if (_e1114) {
-        uint _e1120 = a.y_pitch;
-        uint _e1124 = a.y_offset;
-        uint _e1128 = a.y_stride;
-        y[(((((token0_ + 0u) * _e1120) + _e1124) + (part * _e1128)) + row0_) + 3u] = _e1092;
-        return;
+    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    if (li < 16u) {
+        uint row = first_row + naga_div(li, 1u);
+        uint token = token0_ + naga_mod(li, 1u);
+        uint2 loop_bound_2 = uint2(4294967295u);
+        bool loop_init_2 = true;
+        while(true) {
+            if (metal::all(loop_bound_2 == uint2(0u))) { break; }
+            loop_bound_2 -= uint2(loop_bound_2.y == 0u, 1u);
+            if (!loop_init_2) {
+                uint _e1103 = i;
+                i = _e1103 + 1u;
+            }
+            loop_init_2 = false;
+            uint _e1090 = i;
+            if (_e1090 < 6u) {
+            } else {
+                break;
+            }
+            {
+                float _e1093 = sum;
+                uint _e1095 = i;
+                float _e1100 = sums.inner[(_e1095 * 16u) + li];
+                sum = _e1093 + _e1100;
+            }
+        }
+        uint _e1107 = a.rows;
+        if (row < _e1107) {
+            uint _e1113 = a.n_tokens;
+            local_4 = token < _e1113;
+        } else {
+            local_4 = false;
+        }
+        bool _e1116 = local_4;
+        if (_e1116) {
+            uint _e1120 = a.y_pitch;
+            uint _e1124 = a.y_offset;
+            uint _e1128 = a.y_stride;
+            float _e1133 = sum;
+            float _e1136 = a.post;
+            y[(((token * _e1120) + _e1124) + (part * _e1128)) + row] = _e1133 * _e1136;
+            return;
+        } else {
+            return;
+        }
     } else {
         return;
     }

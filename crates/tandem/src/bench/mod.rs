@@ -7,7 +7,6 @@
 pub(crate) mod comm;
 mod drafts;
 mod matrix;
-mod plot;
 mod serve;
 
 use std::time::Instant;
@@ -22,7 +21,7 @@ use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs, OutputArgs};
 use tandem_model::Limits;
 use tandem_runtime::measured::{
-    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, prefill_flop,
+    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, plot, prefill_flop,
 };
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::units::{bytes, count};

@@ -8,14 +8,15 @@ use tandem_runtime::ModelOptions;
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Drafts")]
 pub(crate) struct DraftArgs {
-    /// Tokens to draft for an answer in one step, 0 (off) to 8, by the model's multi-token-prediction layer and from what the
-    /// text has said before; the answer stays the same. auto drafts as many as measured times and acceptance say pays, and is
+    /// Tokens to draft for an answer in one step, 0 (off) to 8.
+    ///
+    /// The model's multi-token-prediction layer and what the text has said before draft them; the answer stays the same. auto drafts as many as measured times and acceptance say pays, and is
     /// the default of `run` where the processor computes alone; elsewhere that is 0.
     #[arg(long, value_name = "N|auto")]
     pub(crate) draft_depth: Option<DraftDepth>,
     /// Directory, or Hugging Face id in the local cache, of the multi-token-prediction layer that drafts: a checkpoint of the
     /// same model that still has it. The model's own if not given.
-    #[arg(long, value_name = "DIR|ID")]
+    #[arg(long, value_name = "DIR|ID", hide_short_help = true)]
     pub(crate) mtp: Option<String>,
 }
 

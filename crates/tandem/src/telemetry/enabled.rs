@@ -28,6 +28,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A list, which spans of the `tracing` crate have as text with commas.
 const LIST: &str = "gen_ai.response.finish_reasons";
 
+/// What makes spans of what is logged.
+type Spans = Box<dyn Layer<Registry> + Send + Sync>;
+
 /// Sends the spans that are left when it is dropped.
 pub(crate) struct Telemetry(Option<SdkTracerProvider>);
 
@@ -36,7 +39,7 @@ impl Telemetry {
     ///
     /// # Errors
     /// The endpoint is not a URL.
-    pub(crate) fn start() -> anyhow::Result<(Telemetry, Option<Box<dyn Layer<Registry> + Send + Sync>>)> {
+    pub(crate) fn start() -> anyhow::Result<(Telemetry, Option<Spans>)> {
         let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let Some(variable) = ENDPOINTS.iter().find(|name| is_set(name)) else { return Ok((Telemetry(None), None)) };
         let agent: ureq::Agent =

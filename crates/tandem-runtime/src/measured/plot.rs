@@ -10,12 +10,10 @@ const PANEL: u32 = 340;
 const FONT: &str = "sans-serif";
 
 /// Draws the curve (if it has two points or more) above one bar per entry of `bars`: a name and ms by operation.
-pub(super) fn draw(
-    file: &Path,
-    title: &str,
-    curve: &[(f64, f64)],
-    bars: &[(String, Vec<(&str, f64)>)],
-) -> anyhow::Result<()> {
+///
+/// # Errors
+/// When `file` cannot be written.
+pub fn draw(file: &Path, title: &str, curve: &[(f64, f64)], bars: &[(String, Vec<(&str, f64)>)]) -> anyhow::Result<()> {
     let failed = |e: &dyn std::fmt::Display| anyhow!("cannot write the plot {}: {e}", file.display());
     let has_curve = curve.len() > 1;
     let bars_height = 150 + 60 * bars.len() as u32;
