@@ -243,8 +243,8 @@ fn help_fits_narrow_terminals() {
 
 /// Keys of a JSON value; names that are data (formats, modules, kinds) are `*`.
 fn keys(value: &Value, path: &str, found: &mut BTreeSet<String>) {
-    const NAMED_BY_DATA: [&str; 7] =
-        ["modules", "format_bytes", "kinds", "variables", "bytes_per_token", "breakdown_ms", "share"];
+    const NAMED_BY_DATA: [&str; 6] =
+        ["modules", "format_bytes", "kinds", "variables", "bytes_per_token", "breakdown_ms"];
     match value {
         Value::Object(map) => {
             let is_data = path.rsplit('.').next().is_some_and(|last| NAMED_BY_DATA.contains(&last));
@@ -317,9 +317,6 @@ fn json_keys() {
     let quick = ["--steps", "1", "--warmup", "0", "--threads", "1"];
     let decode = [&["bench", "decode", "--context", "8"], &dummy[..], &quick].concat();
     let prefill = [&["bench", "prefill", "--prompt-tokens", "8"], &dummy[..], &quick].concat();
-    let matrix =
-        ["bench", "matrix", "--config", "llama-3.2-3b", "--num-layers", "2", "--vocab", "512", "--context", "8"];
-    let matrix = [&matrix[..], &["--steps", "1", "--threads", "1"]].concat();
     let schemas: &[(&[&str], &str)] = &[
         (
             &["run", "hi", "--model", FABLE, "--max-tokens", "2"],
@@ -376,11 +373,6 @@ fn json_keys() {
         (
             &["bench", "comm", "--ranks", "2", "--max-bytes", "1k"],
             "ranks rows rows.bytes rows.gb_per_s rows.operation rows.repetitions rows.us_median rows.us_p90",
-        ),
-        (
-            &matrix,
-            "command missing ranks rows rows.bandwidth_fraction rows.decode_ms_median rows.flags rows.major_page_faults \
-             rows.resident_share rows.row rows.share rows.share.* rows.tokens_per_second verdict",
         ),
         (
             &["convert", FABLE, "--dry-run"],

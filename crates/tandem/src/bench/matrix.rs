@@ -364,4 +364,16 @@ mod tests {
         assert!(verdict(&[swapped], 2).starts_with("bottleneck: the disk"));
         assert!(verdict(&[json!({"row": "one rank, mxfp4", "error": "no"})], 2).contains("unknown"));
     }
+
+    /// They say their unit as those of `bench decode` do. Measuring ten rows takes too long for a test.
+    #[test]
+    fn the_keys_of_a_row() {
+        let measured = json!({"tokens_per_second": 1.0, "breakdown_ms": {"norms": 1.0}, "breakdown_total_ms": 2.0});
+        let row = row("one", &[], &measured);
+        let keys: Vec<&String> = row.as_object().expect("an object").keys().collect();
+        let expected =
+            "row flags tokens_per_second decode_ms_median bandwidth_fraction major_page_faults resident_share share";
+        assert_eq!(keys, expected.split(' ').collect::<Vec<_>>());
+        assert_eq!(row["share"]["host"], 0.5, "{row}");
+    }
 }
