@@ -113,7 +113,7 @@ fn a_span_for_each_request() {
     for (what, part) in [
         ("the caller's trace", bytes(trace)),
         ("the caller's span", bytes(parent)),
-        ("a name", text("chat fable")),
+        ("a name", [&[0x2a, 10], &b"chat fable"[..]].concat()),
         ("a service", attribute("service.name", &text("tandem"))),
         ("an operation", attribute("gen_ai.operation.name", &text("chat"))),
         ("a model", attribute("gen_ai.request.model", &text("fable"))),
