@@ -230,17 +230,18 @@ mod tests {
 
     #[test]
     fn a_thread_that_waits_for_a_core_is_seen() {
-        let before = (run_delay(), crate::system::cpu_time());
-        std::thread::scope(|scope| {
-            for _ in 0..2 * crate::system::default_threads() {
-                scope.spawn(|| {
-                    let start = std::time::Instant::now();
-                    while start.elapsed() < Duration::from_millis(60) {}
-                });
-            }
-            std::thread::sleep(Duration::from_millis(50));
-            assert!(run_delay() > before.0);
+        let before = crate::system::cpu_time();
+        // Twice as many as there are cores. Each looks at itself: the process's sum loses what ended threads had waited.
+        let waited: Vec<Duration> = std::thread::scope(|scope| {
+            let spinning = || {
+                let start = std::time::Instant::now();
+                while start.elapsed() < Duration::from_millis(60) {}
+                own_run_delay()
+            };
+            let threads: Vec<_> = (0..2 * crate::system::default_threads()).map(|_| scope.spawn(spinning)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        assert!(crate::system::cpu_time() > before.1);
+        assert!(waited.iter().any(|waited| *waited > Duration::from_millis(1)), "{waited:?}");
+        assert!(crate::system::cpu_time() > before);
     }
 }
