@@ -7,6 +7,7 @@ mod doctor;
 mod explain;
 mod finding;
 mod machine;
+pub mod matrix;
 mod pairs;
 mod predict;
 mod record;
