@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use serde_json::json;
 use sha2::{Digest, Sha256};
 use tandem_core::ModelConfig;
 use tandem_core::backend::PAGE_SIZE;
@@ -239,7 +238,7 @@ fn start(
     // Of the engine as it is now: it may have been made again.
     let worker = worker.with_timings(Arc::new(move |ranks, warning| {
         let recorder = recorder.lock().unwrap_or_else(|e| e.into_inner());
-        recorder.as_ref().map_or_else(Default::default, |recorder| json!(recorder.record(ranks, warning)))
+        recorder.as_ref().map_or_else(Default::default, |recorder| recorder.live(ranks, warning))
     }));
     let Some(facts) = slot.lock().unwrap_or_else(|e| e.into_inner()).take() else {
         anyhow::bail!("the engine did not say what it loaded");
