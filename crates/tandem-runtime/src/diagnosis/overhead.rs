@@ -67,7 +67,8 @@ pub fn timing_overhead(options: &ModelOptions, pairs: usize, on_news: OnNews<'_>
         Ok(start.elapsed().as_secs_f64() * 1e3 / N_STEPS as f64)
     };
     // The prompt, and the first steps after it.
-    (run(true)?, run(false)?);
+    run(true)?;
+    run(false)?;
     let (mut without, mut ratios) = (vec![], vec![]);
     for i in 0..pairs {
         // Each goes first in half of the pairs: steps become longer with the context.
