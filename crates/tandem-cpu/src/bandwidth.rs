@@ -19,6 +19,7 @@ const PASSES: usize = 4;
 /// Words that one step of a loop reads from one stream.
 const STEP: usize = 32;
 /// Words ahead that the prefetching variants ask for.
+#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 256;
 
 /// Parts per thread, handed out as threads become free, as weights are.

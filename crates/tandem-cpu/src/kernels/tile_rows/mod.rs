@@ -244,7 +244,8 @@ struct IntegerToken<'a, T> {
     scales: &'a [f32],
     /// Sums of the values per group of 32.
     group_sums: &'a [i32],
-    /// The same per 16, if the tile has scales per 16.
+    /// The same per 16, if the tile has scales per 16. Arm's kernels have no need of them.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     half_sums: &'a [i32],
     /// Sums of the activations per group of the matrix, which its biases multiply; empty without biases.
     sums: &'a [f32],
@@ -278,11 +279,13 @@ impl<'a, E> FloatToken<'a, E> {
 }
 
 /// Values of the 16 codes of a 4-bit layout.
+#[cfg(target_arch = "x86_64")]
 fn code_values(codes: Codes) -> [f32; 16] {
     if codes == Codes::E2m1 { E2M1 } else { std::array::from_fn(|i| i as f32) }
 }
 
 /// The same as unsigned bytes, what was added to make them so, and what they count.
+#[cfg(target_arch = "x86_64")]
 fn code_bytes(codes: Codes) -> ([i8; 16], i32, f32) {
     match codes {
         Codes::E2m1 => (E2M1.map(|v| (v * 2.0) as i8 + 12), 12, 0.5),
