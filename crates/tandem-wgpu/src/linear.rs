@@ -91,8 +91,7 @@ impl WgpuBackend {
             let buffers = [&chunk.weight, chunk.scales(), x, y];
             let cost = cost(w, chunk.rows.len() * chunk.parts.len(), n);
             if let Some(tile) = &tile {
-                let n_blocks = n.div_ceil(tile.tokens);
-                self.run_tile(tile, (w, chunk), None, args, y, [n_blocks, chunk.parts.len()], cost);
+                self.run_tile(tile, (w, chunk), None, args, y, cost);
                 continue;
             }
             let shape = self.rows_shape(RowsKernel::Linear, w, n, chunk.rows.len(), chunk.parts.len());
@@ -255,7 +254,7 @@ impl WgpuBackend {
         x: (&'a Memory, View),
         matrices: &[&WgpuMatrix],
         n: usize,
-        plan: Option<&'a Memory>,
+        plan: Option<Planned<'a>>,
     ) -> Tile<'a> {
         let halves = self.halves(x, matrices, n);
         let tokens = match (plan, &halves) {
@@ -263,7 +262,8 @@ impl WgpuBackend {
             (None, Some(_)) if !self.device.cooperative => 32,
             (None, _) => tile_tokens(n),
         };
-        Tile { x: x.0, from: x.1, halves, tokens, plan }
+        let blocks = plan.map_or(n.div_ceil(tokens), |plan| plan.most_tiles);
+        Tile { x: x.0, from: x.1, halves, tokens, blocks, plan: plan.map(|plan| plan.memory) }
     }
 
     /// The rows of x in half precision, if this product is to have them.
@@ -309,8 +309,7 @@ impl WgpuBackend {
         })
     }
 
-    /// Runs a chunk of a matrix, and of a second one of the same shape for gate and up; `blocks` are those of tokens, and the
-    /// matrices of a stack.
+    /// Runs a chunk of a matrix, and of a second one of the same shape for gate and up.
     fn run_tile(
         &self,
         tile: &Tile<'_>,
@@ -318,7 +317,6 @@ impl WgpuBackend {
         second: Option<&Chunk>,
         mut args: MatrixArgs,
         y: &Memory,
-        blocks: [usize; 2],
         cost: Cost,
     ) {
         let tile_rows = if second.is_some() { TILE_ROWS / 2 } else { TILE_ROWS };
@@ -360,7 +358,8 @@ impl WgpuBackend {
         };
         buffers.push(y);
         buffers.extend(tile.plan);
-        let grid = [chunk.rows.len().div_ceil(tile_rows), blocks[0], blocks[1]];
+        let parts = if planned { 1 } else { chunk.parts.len() };
+        let grid = [chunk.rows.len().div_ceil(tile_rows), tile.blocks, parts];
         self.run(&pipeline, &buffers, &args, grid, cost);
     }
 
@@ -382,8 +381,7 @@ impl WgpuBackend {
                 let args = matrix_args(&mlp.gate, gate, from, to, n);
                 let cost = cost(&mlp.gate, 2 * gate.rows.len(), n);
                 if let Some(tile) = &tile {
-                    let n_blocks = n.div_ceil(tile.tokens);
-                    self.run_tile(tile, (&mlp.gate, gate), Some(up), args, &hidden, [n_blocks, 1], cost);
+                    self.run_tile(tile, (&mlp.gate, gate), Some(up), args, &hidden, cost);
                     continue;
                 }
                 let buffers = [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden];
@@ -508,7 +506,7 @@ impl WgpuBackend {
                          y: (&Memory, View),
                          (n_x, top_k): (usize, usize)| {
                 let matrices: Vec<&WgpuMatrix> = [Some(w), second].into_iter().flatten().collect();
-                let tile = self.tile(x, &matrices, n_x, Some(&plan));
+                let tile = self.tile(x, &matrices, n_x, Some(Planned { memory: &plan, most_tiles: max_tiles }));
                 for (i, chunk) in w.chunks.iter().enumerate() {
                     let mut args = matrix_args(w, chunk, x.1, y.1, n_slots);
                     (args.top_k, args.plan_order) = (top_k as u32, plan_order as u32);
@@ -516,7 +514,7 @@ impl WgpuBackend {
                     let mut cost = cost(w, rows * n_experts.min(n_slots), 1);
                     cost.products = (rows * w.cols * n_slots) as u64;
                     let second = second.map(|second| &second.chunks[i]);
-                    self.run_tile(&tile, (w, chunk), second, args, y.0, [max_tiles, 1], cost);
+                    self.run_tile(&tile, (w, chunk), second, args, y.0, cost);
                 }
             };
             if alike(experts) {
@@ -548,7 +546,15 @@ struct Tile<'a> {
     from: View,
     halves: Option<Halves>,
     tokens: usize,
+    blocks: usize,
     plan: Option<&'a Memory>,
+}
+
+/// Blocks of routed experts, as moe_plan.wgsl makes them: never more than `most_tiles`.
+#[derive(Clone, Copy)]
+struct Planned<'a> {
+    memory: &'a Memory,
+    most_tiles: usize,
 }
 
 /// What half_rows.wgsl makes of rows of x; pitch, width and stride count vectors of four.
