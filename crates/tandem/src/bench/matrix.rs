@@ -236,7 +236,10 @@ fn print(rows: &[Value]) {
         print!("{:>6.0} %", 100.0 * number(&row["bandwidth_fraction"]));
         SHARES.iter().for_each(|(share, _)| print!("{:>13.1} %", 100.0 * number(&row["share"][share])));
         print!("{:>8}", row["major_page_faults"].as_u64().unwrap_or(0));
-        println!("{:>10}", row["resident_share"].as_f64().map_or("-".into(), |share| format!("{:.0} %", 100.0 * share)));
+        println!(
+            "{:>10}",
+            row["resident_share"].as_f64().map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
+        );
     }
 }
 
