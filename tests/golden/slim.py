@@ -14,7 +14,7 @@ import struct
 import sys
 
 ALL = ["glm51_tiny", "glm51_tiny_bf16", "dsv32_tiny", "glm52_tiny", "llama_tiny", "glm51_mtp_tiny"]
-DEFAULT = ["glm51_tiny", "dsv32_tiny", "llama_tiny"]
+DEFAULT = ["dsv32_tiny", "llama_tiny"]
 KEEP = re.compile(r"p\d\.(tokens|logits|greedy|mtp_seq|mtp_logits|mtp_draft)")
 
 

@@ -184,7 +184,7 @@ fn misshapen_tensors_are_all_listed() {
             "model.layers.0.input_layernorm.weight has shape [1, 128], expected [128]",
             "model.layers.0.mlp.gate_proj.weight has shape [1, 256, 32], expected [256, 32]",
             "lm_head.biases has shape [1, 320, 2], expected [320, 2]",
-            "model.layers.3.mlp.gate.weight has shape [128, 16], expected [16, 128]",
+            "model.layers.3.mlp.gate.weight has shape [128, 8], expected [8, 128]",
         ],
     );
 }

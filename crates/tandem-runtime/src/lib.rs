@@ -19,6 +19,7 @@ mod news;
 pub mod options;
 pub mod presets;
 pub mod ranks;
+pub mod serving;
 pub mod session;
 pub mod units;
 

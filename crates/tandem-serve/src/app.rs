@@ -113,6 +113,17 @@ pub enum ServeError {
     /// The vocabulary is of no use for structured output.
     #[error("the vocabulary cannot be used for structured output: {0}")]
     Vocabulary(String),
+    /// A file of keys cannot be read.
+    #[error("cannot read --api-key-file {path}: {error}", path = .path.display())]
+    KeyFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A file of keys has none.
+    #[error("{path} holds no key; write one on a line of its own", path = .0.display())]
+    NoKey(PathBuf),
     /// The model's files end turns with a token that it does not have.
     #[error("eos_token_id: {0}")]
     Ends(EngineError),

@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::json;
 use tandem_runtime::diagnosis::{self, DoctorOptions, RunRecord};
+use tandem_serve::read_keys;
 
 use crate::cli::{DoctorArgs, ExplainArgs};
 use crate::report::{check_writable, plain, print_json};
-use crate::serve::read_keys;
 
 /// A server that answers anything answers this sooner.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -3,6 +3,7 @@
 #[macro_use]
 mod report;
 
+mod agent;
 mod bench;
 mod cli;
 mod compare;
@@ -92,6 +93,7 @@ fn run(cli: cli::Cli, arguments: Vec<String>) -> anyhow::Result<ExitCode> {
         cli::Command::Inspect(args) => inspect::inspect(&args)?,
         cli::Command::Eval(args) => eval::eval(&args, joined)?,
         cli::Command::Bench(args) => bench::bench(&args, joined)?,
+        cli::Command::Agent(args) => return agent::agent(args, cli.config_file.as_deref()),
         cli::Command::Convert(args) => convert::convert(&args)?,
         cli::Command::Pull(args) => pull::pull(&args)?,
         cli::Command::Completions(args) => {

@@ -1,26 +1,23 @@
 //! `tandem serve`: loads the model and puts it behind tandem-serve's interfaces.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::json;
-use sha2::{Digest, Sha256};
-use tandem_core::ModelConfig;
 use tandem_core::backend::PAGE_SIZE;
-use tandem_core::weights::ModuleKind;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
-use tandem_engine::{Engine, GenerationConfig, PageStore, RankStatus, Scheduling};
-use tandem_model::Accounting;
+use tandem_engine::{Engine, PageStore, Scheduling};
 use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::diagnosis::{Recorder, RunRecord};
 use tandem_runtime::ranks::{Joined, Quit};
-use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load, model_dir};
-use tandem_serve::{App, Limits, Loading, Model, Options, StepBytes, Worker, router};
-use tandem_text::{ChatFormat, Tokenizer};
+use tandem_runtime::serving::{ModelFiles, bytes_of_step, page_fingerprint};
+use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load};
+use tandem_serve::{
+    App, Limits, Loading, Model, Options, StepBytes, Worker, end_signal, max_connections, read_keys, router,
+};
 
 use crate::cli::ServeArgs;
 use crate::news::on_terminal;
@@ -35,12 +32,12 @@ const DEFAULT_CONTEXTS: usize = 4;
 
 /// Bytes of all requests together that are being read; a single larger one is read all the same.
 const IN_FLIGHT_BYTES: usize = 64 << 20;
-/// Connections at most, and descriptors that are kept for everything else.
-const MAX_CONNECTIONS: usize = 4096;
-const OTHER_DESCRIPTORS: usize = 128;
 
 /// Runs the command.
 pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
+    if args.end_with_stdin {
+        tandem_serve::end_with_stdin();
+    }
     system::keep_little_freed_memory();
     // A token costs HTTP tens of microseconds: where there are few cores a second thread would only disturb the engine.
     let n_threads = if system::default_threads() > 2 { 2 } else { 1 };
@@ -56,7 +53,8 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
             // Within it the ranks find a lost one themselves; two that wait for each other only show here.
             options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;
         }
-        let files = Files::read(args)?;
+        let files =
+            ModelFiles::read(&ModelOptions::from(&args.model), args.chat_template.as_deref(), args.chat_format)?;
         let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
             format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
         })?;
@@ -74,14 +72,14 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         let (worker, facts) = tokio::select! {
             loaded = in_thread(args.clone(), joined, quit, Arc::clone(&loading)) => loaded?,
             // Nothing is in flight.
-            () = signal() => return Ok(()),
+            () = end_signal() => return Ok(()),
         };
         let app = App::new(worker, model(args, files, facts), &options)?;
         loading.done(below_the_caller(router(Arc::clone(&app))));
         announce(address, &app, options.api_keys.is_empty());
         tokio::select! {
             result = &mut server => return result.context("the server failed"),
-            () = signal() => {}
+            () = end_signal() => {}
         }
         eprintln!("stopping: answers in flight are completed; a second signal ends them");
         app.worker().stop();
@@ -89,7 +87,7 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         let drained = Duration::from_secs(args.drain_timeout);
         tokio::select! {
             result = server => result.context("the server failed")?,
-            () = async { tokio::select! { () = signal() => {}, () = tokio::time::sleep(drained) => {} } } => {
+            () = async { tokio::select! { () = end_signal() => {}, () = tokio::time::sleep(drained) => {} } } => {
                 eprintln!("stopped with answers in flight");
             }
         }
@@ -121,43 +119,6 @@ fn announce(address: SocketAddr, app: &App, is_open: bool) {
     if !address.ip().is_loopback() && is_open {
         eprintln!("warning: every machine that reaches {address} may use it; --api-key-file asks for a key");
     }
-}
-
-/// Connections that there are descriptors for; the system's soft bound is raised as far as it lets us.
-fn max_connections() -> usize {
-    #[cfg(unix)]
-    {
-        use rustix::process::{Resource, getrlimit, setrlimit};
-        let wanted = (MAX_CONNECTIONS + OTHER_DESCRIPTORS) as u64;
-        let mut limit = getrlimit(Resource::Nofile);
-        if limit.current.is_some_and(|current| current < wanted) {
-            let mut raised = limit;
-            raised.current = Some(limit.maximum.map_or(wanted, |most| most.min(wanted)));
-            if setrlimit(Resource::Nofile, raised).is_ok() {
-                limit = raised;
-            }
-        }
-        let n_descriptors = limit.current.map_or(usize::MAX, |n| n as usize);
-        n_descriptors.saturating_sub(OTHER_DESCRIPTORS).clamp(16, MAX_CONNECTIONS)
-    }
-    #[cfg(not(unix))]
-    MAX_CONNECTIONS
-}
-
-/// Ctrl-C, or the system's request to end.
-async fn signal() {
-    #[cfg(unix)]
-    {
-        let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-        if let Ok(mut terminate) = terminate {
-            tokio::select! {
-                _ = tokio::signal::ctrl_c() => {}
-                _ = terminate.recv() => {}
-            }
-            return;
-        }
-    }
-    let _ = tokio::signal::ctrl_c().await;
 }
 
 /// Loads everything and starts the engine.
@@ -214,12 +175,12 @@ fn start(
                 "--cache-dir is for --backend cpu: pages of the GPU's cache cannot be saved; leave it out"
             );
             let ranks = engine.ranks()?;
-            let store = PageStore::open(cache_dir, &fingerprint(&dir, numerics, &ranks)?, max_bytes)
+            let store = PageStore::open(cache_dir, &page_fingerprint(&dir, numerics, &ranks)?, max_bytes)
                 .with_context(|| format!("cannot use --cache-dir {}", cache_dir.display()))?;
             tracing::info!("{} pages in {}", store.n_pages(), cache_dir.display());
             engine = engine.with_page_store(store);
         }
-        let step_bytes = step_bytes(&accounting, &config);
+        let step_bytes: StepBytes = Box::new(bytes_of_step(&accounting, &config));
         let bandwidth = bandwidth.or(measured).unwrap_or_default();
         recorder.facts.bandwidth = Some(bandwidth).filter(|bandwidth| *bandwidth > 0.0);
         *made_recorder.lock().unwrap_or_else(|e| e.into_inner()) = Some(recorder);
@@ -254,35 +215,6 @@ struct Facts {
     bandwidth: f64,
 }
 
-/// The model's small files.
-struct Files {
-    dir: PathBuf,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    chat_format: ChatFormat,
-    defaults: GenerationConfig,
-}
-
-impl Files {
-    fn read(args: &ServeArgs) -> anyhow::Result<Files> {
-        let options = ModelOptions::from(&args.model);
-        let dir = model_dir(options.model.as_deref())?;
-        let config = ModelConfig::load(&dir)?;
-        options.context(&config)?;
-        let tokenizer = Tokenizer::from_dir(&dir)?;
-        let chat_format = ChatFormat::from_dir(&dir, args.chat_template.as_deref(), args.chat_format, |token| {
-            tokenizer.has_token(token)
-        })?;
-        Ok(Files { config, tokenizer, chat_format, defaults: GenerationConfig::load(&dir)?, dir })
-    }
-
-    /// Name of the directory.
-    fn name(&self) -> String {
-        let dir = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
-        dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
-    }
-}
-
 /// What the flags say about requests.
 fn options(args: &ServeArgs) -> anyhow::Result<Options> {
     Ok(Options {
@@ -299,12 +231,12 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
     })
 }
 
-fn model(args: &ServeArgs, files: Files, facts: Facts) -> Model {
+fn model(args: &ServeArgs, files: ModelFiles, facts: Facts) -> Model {
     let names = match &args.served_model_name[..] {
         [] => vec![files.name()],
         names => names.to_vec(),
     };
-    let Files { config, tokenizer, chat_format, defaults, .. } = files;
+    let ModelFiles { config, tokenizer, chat_format, defaults, .. } = files;
     Model {
         names,
         model_type: config.model_type.name().to_owned(),
@@ -318,42 +250,4 @@ fn model(args: &ServeArgs, files: Files, facts: Facts) -> Model {
         bandwidth: facts.bandwidth,
         max_batch: args.max_batch,
     }
-}
-
-/// Weight bytes that a step of a given number of rows reads: each row picks experts of its own, evenly spread.
-fn step_bytes(accounting: &Accounting, config: &ModelConfig) -> StepBytes {
-    let routed = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { k.resident_bytes } else { 0 });
-    let others = accounting.total(|k| if k.kind == ModuleKind::RoutedExperts { 0 } else { k.read_bytes });
-    let skipped =
-        config.moe.as_ref().map_or(0.0, |moe| 1.0 - moe.num_experts_per_tok as f64 / moe.n_routed_experts as f64);
-    Box::new(move |n_rows| others + (routed as f64 * (1.0 - skipped.powi(n_rows as i32))) as u64)
-}
-
-/// Names what cached pages depend on: the model's files, the numerics, and who has which layers if these are sliced.
-fn fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> anyhow::Result<String> {
-    let mut hasher = Sha256::new();
-    hasher.update(concat!("tandem ", env!("CARGO_PKG_VERSION"), " pages 1\n"));
-    hasher.update(numerics);
-    if ranks.windows(2).any(|pair| pair[0].layers == pair[1].layers) {
-        ranks.iter().for_each(|rank| hasher.update(format!(" {:?}", rank.layers)));
-    }
-    hasher.update(std::fs::read(dir.join("config.json"))?);
-    let mut files: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
-    files.sort_by_key(std::fs::DirEntry::file_name);
-    for file in files.iter().filter(|f| f.path().extension().is_some_and(|e| e == "safetensors" || e == "gguf")) {
-        let meta = std::fs::metadata(file.path())?;
-        let modified = meta.modified()?.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        hasher.update(format!("{:?} {} {modified}\n", file.file_name(), meta.len()));
-    }
-    Ok(hasher.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Keys of a file, one a line; empty lines and lines that begin with # do not count.
-pub(crate) fn read_keys(path: &Path) -> anyhow::Result<Vec<String>> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read --api-key-file {}", path.display()))?;
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let keys: Vec<String> = lines.map(str::to_owned).collect();
-    ensure!(!keys.is_empty(), "{} holds no key; write one on a line of its own", path.display());
-    Ok(keys)
 }

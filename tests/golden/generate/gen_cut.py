@@ -7,9 +7,12 @@ Before cutting, the same reference is run on the uncut fixture and must reproduc
 from gen_extra import *
 
 CUTS = {  # name: (fixture, layers kept, MTP layer, experts kept, seed)
+    "glm51_tiny": ("glm51_tiny", [0, 1, 2, 3, 4], None, 8, 1001),
+    "glm51_tiny_bf16": ("glm51_tiny_bf16", [0, 1, 2, 3, 4], None, 8, 1001),  # the same weights before quantisation
     "glm52_cut": ("glm52_tiny", [0, 1, 2], None, 8, 3003),  # full, full, shared
     "glm51_mtp_cut": ("glm51_mtp_tiny", [0, 1], 3, 8, 3005),  # dense, MoE + the MTP layer
 }
+NO_P0_LOGITS = {"glm52_cut", "glm51_mtp_cut"}
 E2M1 = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -78,7 +81,8 @@ def cut(w, cfg, layers, mtp, E):
     if "indexer_types" in c:
         c["indexer_types"] = [c["indexer_types"][l] for l in layers]
     for q in ("quantization", "quantization_config"):
-        c[q] = {name(k): v for k, v in c[q].items() if name(k)}
+        if q in c:
+            c[q] = {name(k): v for k, v in c[q].items() if name(k)}
     return out, c
 
 
@@ -89,6 +93,7 @@ def main(src, out_root, names):
         if names and name not in names:
             continue
         d, out = src / fix, out_root / name
+        assert d.resolve() != out.resolve(), f"{out} is the fixture to cut"
         w, cfg = load_dir(d), json.loads((d / "config.json").read_text())
         G0 = load_file(d / "golden.safetensors")
         ref = hf_model(cfg, hf_state(w, cfg))
@@ -115,7 +120,7 @@ def main(src, out_root, names):
             lg, dd = hf_prefill(hf, toks, capture=True)
             g, gl = hf_greedy(hf, toks, gm.NGREEDY)
             G[P + "tokens"] = torch.tensor(list(map(int, toks)), dtype=torch.int32)
-            if i:
+            if i or name not in NO_P0_LOGITS:
                 G[P + "logits"] = lg
             G[P + "greedy"] = torch.tensor(g, dtype=torch.int32)
             for k, v in dd.items():

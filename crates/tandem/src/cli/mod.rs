@@ -1,5 +1,6 @@
 //! Commands and flags: one file a command, which ends in the options of the library that does the work.
 
+mod agent;
 mod bench;
 mod config;
 mod convert;
@@ -21,6 +22,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use agent::AgentArgs;
 pub(crate) use bench::{
     BenchArgs, BenchCommArgs, BenchCommand, BenchDecodeArgs, BenchMatrixArgs, BenchModelArgs, BenchPrefillArgs,
     BenchServeArgs, OutputArgs,
@@ -81,6 +83,8 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Run a command on several machines, or as several processes of this one.
     Launch(LaunchArgs),
+    /// Start a coding agent on a running server, or on one that is started for it.
+    Agent(AgentArgs),
     /// Write a checkpoint in other formats, in MLX's layout.
     Convert(ConvertArgs),
     /// Get a model from Hugging Face into the local cache.
@@ -112,7 +116,8 @@ impl Command {
                 EvalCommand::Tasks(args) => Some(&args.model),
                 EvalCommand::Compare(_) => None,
             },
-            Command::Inspect(_)
+            Command::Agent(_)
+            | Command::Inspect(_)
             | Command::Bench(_)
             | Command::Launch(_)
             | Command::Convert(_)

@@ -75,4 +75,7 @@ pub(crate) struct ServeArgs {
     /// Log prompts (with -v); they are not logged otherwise.
     #[arg(long)]
     pub(crate) log_text: bool,
+    /// End with standard input, which is a pipe from the process that started this one.
+    #[arg(long, hide = true)]
+    pub(crate) end_with_stdin: bool,
 }

@@ -8,7 +8,7 @@ use clap::{Command, CommandFactory};
 use super::Cli;
 
 /// Of each command, by its names.
-const EXAMPLES: [(&[&str], &[&str]); 15] = [
+const EXAMPLES: [(&[&str], &[&str]); 16] = [
     (
         &["run"],
         &[
@@ -49,6 +49,14 @@ const EXAMPLES: [(&[&str], &[&str]); 15] = [
             "tandem serve --port 8000",
             "tandem serve --model OWNER/NAME --context 32k --max-batch 32 --api-key-file keys.txt",
             "tandem serve --log-format json 2>> serve.log",
+        ],
+    ),
+    (
+        &["agent"],
+        &[
+            "tandem agent claude",
+            "tandem agent codex --url http://127.0.0.1:8000 -- exec \"Explain this repository\"",
+            "tandem agent opencode --model OWNER/NAME --context 64k",
         ],
     ),
     (
