@@ -23,10 +23,13 @@ pub fn own_run_delay() -> Duration {
     Duration::from_nanos(text.split_ascii_whitespace().nth(1).and_then(|ns| ns.parse().ok()).unwrap_or(0))
 }
 
-/// Bytes that this process may pin in memory; `None` without a limit.
+/// Bytes that this process may pin in memory; `None` without a limit, which is so for those with the right to ignore it.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub fn lockable_bytes() -> Option<u64> {
+    if may_pin_all() {
+        return None;
+    }
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes the struct that it is given.
     let done = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
@@ -37,6 +40,15 @@ pub fn lockable_bytes() -> Option<u64> {
 #[cfg(not(unix))]
 pub fn lockable_bytes() -> Option<u64> {
     None
+}
+
+/// Whether this process has CAP_IPC_LOCK of Linux.
+#[cfg(unix)]
+fn may_pin_all() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let word = text.lines().find_map(|line| line.strip_prefix("CapEff:")).map(str::trim);
+    word.and_then(|word| u64::from_str_radix(word, 16).ok()).is_some_and(|set| set >> CAP_IPC_LOCK & 1 == 1)
 }
 
 /// Bytes of this process that are swapped out.

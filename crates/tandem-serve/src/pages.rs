@@ -266,7 +266,8 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
     axum::Json(info)
 }
 
-/// Where the time of the last steps went, for `tandem explain`; no text is in it.
+/// Where the time of the last steps went, for `tandem explain`, and under `explanation` what that means: the verdict, the
+/// parts of a step in ms, causes with their cost, and what would help. No text of anybody is in it.
 #[utoipa::path(get, path = "/timings", tag = "Server", responses(
     (status = 200, description = "The timings", body = Object),
     (status = "4XX", description = "No key, or a wrong one", body = ErrorResponse),

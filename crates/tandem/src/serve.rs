@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use serde_json::json;
 use tandem_core::backend::PAGE_SIZE;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
@@ -200,7 +199,7 @@ fn start(
     // Of the engine as it is now: it may have been made again.
     let worker = worker.with_timings(Arc::new(move |ranks, warning| {
         let recorder = recorder.lock().unwrap_or_else(|e| e.into_inner());
-        recorder.as_ref().map_or_else(Default::default, |recorder| json!(recorder.record(ranks, warning)))
+        recorder.as_ref().map_or_else(Default::default, |recorder| recorder.live(ranks, warning))
     }));
     let Some(facts) = slot.lock().unwrap_or_else(|e| e.into_inner()).take() else {
         anyhow::bail!("the engine did not say what it loaded");

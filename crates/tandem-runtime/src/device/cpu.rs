@@ -123,6 +123,10 @@ impl Device for CpuBackend {
         (self.numerics() != Numerics::F32).then(|| agreement(self.isa(), n_heads, dim, n_keys, k))
     }
 
+    fn slow_formats(&self) -> Vec<String> {
+        CpuBackend::slow_formats(self)
+    }
+
     fn memory_bytes(&self) -> u64 {
         peak_memory_bytes()
     }

@@ -170,6 +170,21 @@ pub fn found() -> Vec<FoundDevice> {
     found
 }
 
+/// Whether there are NVIDIA GPUs that this build can use.
+pub fn has_cuda_devices() -> bool {
+    HAS_CUDA && cuda_device_present()
+}
+
+/// Bytes per second that the first device of a backend copies on itself, both ways counted, and gets from the host; `None`
+/// where that is not measured.
+pub fn copy_speed(backend: &str) -> Option<(f64, f64)> {
+    match backend {
+        #[cfg(feature = "cuda")]
+        "cuda" => cuda::copy_speed(),
+        _ => None,
+    }
+}
+
 /// Bytes that one token takes in the cache.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn cache_bytes_per_token<B: Backend>(backend: &B, shape: Shape<'_>) -> usize {
@@ -303,6 +318,10 @@ pub trait Device: Backend + Sized + 'static {
     }
     /// Peak memory of the process, or memory in use on the device.
     fn memory_bytes(&self) -> u64;
+    /// Formats of loaded matrices that it has no kernel for, and decodes at every use.
+    fn slow_formats(&self) -> Vec<String> {
+        vec![]
+    }
     /// The device in one line.
     fn name(&self) -> String;
     /// The device in JSON.
