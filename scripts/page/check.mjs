@@ -31,7 +31,7 @@ async function launch(browser, theme) {
   return puppeteer.launch({
     browser, executablePath: program(browser), headless: true,
     // The tests come and go as root; the pages are our own.
-    args: browser === "chrome" ? ["--no-sandbox", "--disable-gpu"] : [],
+    args: browser === "chrome" ? ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"] : [],
     extraPrefsFirefox: { "layout.css.prefers-color-scheme.content-override": theme === "dark" ? 0 : 1 },
   });
 }
@@ -161,8 +161,8 @@ const TESTS = {
     assert.deepEqual([seen.table, seen.right, seen.nested, seen.task, seen.quote, seen.code, seen.image, seen.script], [4, 2, 2, 2, 1, 1, 0, 0]);
     assert.deepEqual(seen.links, ["https://example.com/a", "https://example.org/b", "https://example.com/p.png", "https://example.com/later"]);
     assert.ok(seen.text.includes("$5 and $6 stay") && seen.text.includes("<img src=x onerror="), seen.text);
-    if (html.includes("temml")) assert.equal(seen.math, 4);
-    if (html.includes("hljs-") && html.includes("registerLanguage")) assert.ok(seen.coloured > 2);
+    assert.equal(seen.math, 4);
+    assert.ok(seen.coloured > 2);
     // What was drawn piece by piece is what is drawn at once.
     const streamed = await page.$$eval(".assistant .body", (all) => all.at(-1).innerHTML);
     await page.reload();
@@ -372,9 +372,9 @@ const TESTS = {
     });
     await ask(page, "markdown");
     const said = await page.evaluate(() => window.said);
-    assert.ok(said.length > 5);
+    assert.ok(said.length >= 1);
     assert.equal(new Set(said).size, said.length, said.join("|"));
-    for (const words of ["Title", "A quotation", "The end"]) assert.equal(said.filter((one) => one.includes(words)).length, 1, words);
+    for (const words of ["Title", "A quotation", "The end"]) assert.equal(said.join("\n").split(words).length - 1, 1, words);
     await waitFor(page, () => document.querySelector("#status").textContent === "The answer is complete.");
   },
 

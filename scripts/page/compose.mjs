@@ -7,10 +7,11 @@ const file = (name) => readFileSync(new URL(name, source), "utf8");
 
 export function compose() {
   const rust = file("src/page.rs");
-  const libraries = [...rust.matchAll(/include_str!\("\.\.\/(page\/vendor\/.*?)"\)/g)].map(([, name]) => file(name));
+  const libraries = [...rust.matchAll(/include_str!\("\.\.\/(page\/vendor\/\w+\.js)"\)/g)].map(([, name]) => file(name));
+  const styles = [...rust.matchAll(/include_str!\("\.\.\/(page\/[\w/]+\.css)"\)/g)].map(([, name]) => file(name));
   const modules = [...rust.matchAll(/\("(\w+)", include_str!\("\.\.\/(page\/\w+\.js)"\)\)/g)].map(([, name, path]) => scoped(name, file(path)));
   const scripts = [...libraries, `"use strict";\n${modules.join("")}`].map((script) => `<script>${script}</script>\n`).join("").trimEnd();
-  return file("page/index.html").replace("/* style.css */", () => file("page/style.css")).replace("<!-- scripts -->", () => scripts);
+  return file("page/index.html").replace("/* style.css */", () => styles.join("")).replace("<!-- scripts -->", () => scripts);
 }
 
 function scoped(name, text) {

