@@ -8,7 +8,7 @@ import { TAB, state, tellOthers } from "./state.js";
 import { actions, add, finish, grow, redraw, say, showAll, tick } from "./talk.js";
 
 /** Set by the page's beginning: what else shows conversations and answers. */
-export const on = { list: () => {}, running: () => {}, failed: () => {} };
+export const on = { list: () => {}, running: () => {}, failed: () => {}, shown: () => {} };
 
 export function headers() {
   const key = apiKey();
@@ -18,6 +18,7 @@ export function headers() {
 export function newConversation() {
   state.conversation = { id: newId(), title: "New conversation", created: Date.now(), updated: Date.now(), leaf: null };
   state.messages = new Map();
+  on.shown(null);
   showAll();
   on.list();
   on.running();
@@ -41,6 +42,7 @@ export async function openConversation(id) {
     }
   }
   state.conversation = conversation;
+  on.shown(id);
   state.messages = job?.messages ?? new Map(list.map((message) => [message.id, message]));
   showAll();
   on.list();

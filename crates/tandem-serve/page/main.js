@@ -49,14 +49,12 @@ function entry(conversation) {
 
 async function goTo(id) {
   await openConversation(id);
-  keep("tandem-shown", id);
   close("left");
   find("input").focus();
 }
 
 function begin() {
   newConversation();
-  keep("tandem-shown", null);
   close("left");
   find("input").focus();
 }
@@ -171,7 +169,8 @@ function open(side, tab) {
   if (side === "right") showTab(tab);
   if (isDrawer(side)) {
     for (const other of ["left", "right"]) if (other !== side && isDrawer(other)) close(other);
-    before = document.activeElement;
+    // Whatever was used to open it, its button is where one comes back to.
+    before = find(side === "left" ? "open-left" : `open-${tab}`);
     find("shade").hidden = false;
     // Nothing behind it can be reached.
     find("main").inert = true;
@@ -369,7 +368,7 @@ async function start() {
   });
   if (reach()) return;
   state.store = await openStore();
-  Object.assign(on, { list: showList, running, failed: (message) => { if ([401, 403].includes(message.status)) banner("This server wants an API key.", true); } });
+  Object.assign(on, { list: showList, running, shown: (id) => keep("tandem-shown", id), failed: (message) => { if ([401, 403].includes(message.status)) banner("This server wants an API key.", true); } });
   Object.assign(actions, { enterKey });
   startActions(editor);
   startTalk();

@@ -165,13 +165,18 @@ function readOne(given, name, newId, now) {
   });
   const ids = new Map(messages.map((message) => [message.id, message]));
   if (ids.size !== messages.length) throw new Error(`two messages of ${name} have the same id`);
+  // No parent, or one that is not there, or a circle: it begins a branch of its own.
+  const rooted = new Set([null]);
   for (const message of messages) {
-    // No parent, or one that is not there, or a circle: it begins a branch of its own.
-    const seen = new Set([message.id]);
-    for (let above = message.parent; above !== null; above = ids.get(above).parent) {
-      if (!ids.has(above) || seen.has(above)) { message.parent = null; break; }
-      seen.add(above);
+    const above = new Set();
+    let one = message;
+    while (one && !rooted.has(one.id) && !above.has(one.id)) {
+      above.add(one.id);
+      if (one.parent !== null && !ids.has(one.parent)) one.parent = null;
+      if (above.has(one.parent)) one.parent = null;
+      one = ids.get(one.parent);
     }
+    above.forEach((id) => rooted.add(id));
   }
   if (!ids.has(conversation.leaf)) conversation.leaf = last;
   conversation.title = conversation.title.slice(0, 200);
