@@ -84,6 +84,7 @@ pub(crate) struct Metrics {
     all_drafts: [Counter; 3],
     accepted_by_position: Family<Position, Counter>,
     restarts: Counter,
+    memory_lost: Gauge,
     tokens_per_second: FloatGauge,
     bytes_per_second: FloatGauge,
     bandwidth_fraction: FloatGauge,
@@ -125,6 +126,7 @@ impl Metrics {
             all_drafts: Default::default(),
             accepted_by_position: Family::default(),
             restarts: Counter::default(),
+            memory_lost: Gauge::default(),
             tokens_per_second: Gauge::default(),
             bytes_per_second: Gauge::default(),
             bandwidth_fraction: Gauge::default(),
@@ -164,6 +166,11 @@ impl Metrics {
             ("cache_pages", "Pages of the key-value cache", &metrics.pages),
             ("cache_pages_used", "Pages that requests hold", &metrics.pages_used),
             ("cache_pages_idle", "Pages kept for prompts to come", &metrics.pages_cached),
+            (
+                "device_memory_lost",
+                "1 while the device reads weights far more slowly than at first: the system took memory back",
+                &metrics.memory_lost,
+            ),
         ];
         for (name, help, gauge) in gauges {
             registry.register(name, help, gauge.clone());
@@ -297,6 +304,7 @@ impl Metrics {
         set(&self.generated_tokens, counters.generated_tokens);
         set(&self.preemptions, counters.preemptions);
         set(&self.restarts, status.restarts);
+        self.memory_lost.set(status.device_warns.into());
         for (source, counts) in [("ngram", counters.ngram_drafts), ("mtp", counters.mtp_drafts)] {
             for (family, value) in self.drafts.iter().zip([counts.drafts, counts.tokens, counts.accepted_tokens()]) {
                 set(&family.get_or_create(&Source { source }), value);

@@ -5,7 +5,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", target_os = "macos"))]
 mod wgpu;
 
 use std::sync::Arc;
@@ -101,9 +101,9 @@ impl DeviceKind {
             DeviceKind::Cuda => work.run::<tandem_cuda::CudaBackend>(),
             #[cfg(not(feature = "cuda"))]
             DeviceKind::Cuda => bail!("this tandem was built without CUDA"),
-            #[cfg(feature = "wgpu")]
+            #[cfg(any(feature = "wgpu", target_os = "macos"))]
             DeviceKind::Wgpu => work.run::<tandem_wgpu::WgpuBackend>(),
-            #[cfg(not(feature = "wgpu"))]
+            #[cfg(not(any(feature = "wgpu", target_os = "macos")))]
             DeviceKind::Wgpu => bail!("{NO_WGPU}"),
         }
     }
@@ -123,17 +123,17 @@ fn cuda_device_present() -> bool {
     false
 }
 
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", target_os = "macos"))]
 const HAS_WGPU: bool = true;
-#[cfg(not(feature = "wgpu"))]
+#[cfg(not(any(feature = "wgpu", target_os = "macos")))]
 const HAS_WGPU: bool = false;
 const NO_WGPU: &str = "this tandem was built without Vulkan and Metal; build it with --features wgpu";
 
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", target_os = "macos"))]
 fn wgpu_device_present() -> bool {
     wgpu::device_present()
 }
-#[cfg(not(feature = "wgpu"))]
+#[cfg(not(any(feature = "wgpu", target_os = "macos")))]
 fn wgpu_device_present() -> bool {
     false
 }
@@ -165,7 +165,7 @@ pub fn found() -> Vec<FoundDevice> {
     let mut found = vec![FoundDevice { backend: "cpu", name, json }];
     #[cfg(feature = "cuda")]
     found.extend(cuda::found());
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", target_os = "macos"))]
     found.extend(wgpu::found());
     found
 }
@@ -186,7 +186,7 @@ pub fn copy_speed(backend: &str) -> Option<(f64, f64)> {
 }
 
 /// Bytes that one token takes in the cache.
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[cfg(any(feature = "cuda", feature = "wgpu", target_os = "macos"))]
 fn cache_bytes_per_token<B: Backend>(backend: &B, shape: Shape<'_>) -> usize {
     let layers = 0..shape.config.num_hidden_layers;
     let specs = layers.flat_map(|layer| tandem_model::cache_specs(shape.config, layer));
@@ -243,6 +243,8 @@ pub struct SumTimes {
 pub trait Device: Backend + Sized + 'static {
     /// A rank's device before the ranks have agreed on numerics.
     type Opened;
+    /// Whether the weights lie in the process's memory, which says then whether they are all there.
+    const HOLDS_IN_PROCESS: bool = false;
 
     /// Opens the device of one rank.
     ///
