@@ -156,7 +156,8 @@ pub fn doctor(options: &DoctorOptions, say: &mut dyn FnMut(&str)) -> Report {
         }
     }
     if let (Some(model), Some(prediction)) = (&model, &mut prediction) {
-        prediction.plans = plans(prediction, &model.config, &model.weights, &machine, network.as_ref());
+        let host = (machine.memory.map_or(u64::MAX >> 8, |(_, free)| free), machine.bandwidth);
+        prediction.plans = plans(prediction, &model.config, &model.weights, host, network.as_ref());
         findings.extend(prediction.plans.iter().skip(1).map(PlanSpeed::finding));
     }
     Report { findings, prediction }
