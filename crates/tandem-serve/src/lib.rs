@@ -45,9 +45,7 @@ use subtle::ConstantTimeEq;
 pub use app::{App, Model, Options, ServeError};
 pub use connections::{Limits, serve};
 pub use loading::Loading;
-#[cfg(unix)]
-pub use process::end_with_stdin;
-pub use process::{end_signal, max_connections, read_keys};
+pub use process::{end_signal, end_with_stdin, max_connections, read_keys};
 pub use span::TARGET as SPAN_TARGET;
 pub use worker::{BoxError, StepBytes, TimingsSource, Worker};
 

@@ -27,6 +27,7 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 const RANK_BANDWIDTH_BYTES: usize = 512 << 20;
 
 impl Device for CpuBackend {
+    const HOLDS_IN_PROCESS: bool = true;
     /// Threads and kernels.
     type Opened = (usize, Isa);
 

@@ -243,6 +243,8 @@ pub struct SumTimes {
 pub trait Device: Backend + Sized + 'static {
     /// A rank's device before the ranks have agreed on numerics.
     type Opened;
+    /// Whether the weights lie in the process's memory, which says then whether they are all there.
+    const HOLDS_IN_PROCESS: bool = false;
 
     /// Opens the device of one rank.
     ///

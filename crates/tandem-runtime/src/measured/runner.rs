@@ -71,7 +71,7 @@ impl<B: Device> MeasuredRunner for Alone<B> {
 
     fn stop(&mut self) -> anyhow::Result<Vec<RankReport>> {
         let profile = self.runner.backend().stop();
-        Ok(vec![RankReport::new(&profile, &RankTimes::default(), self.faults_before)])
+        Ok(vec![RankReport::new::<B>(&profile, &RankTimes::default(), self.faults_before)])
     }
 
     fn fill_cache(&mut self, config: &ModelConfig, n_slots: usize) -> anyhow::Result<()> {

@@ -235,10 +235,10 @@ fn print(rows: &[Value]) {
         print!("{name:<34}{:>8.2}", number(&row["tokens_per_second"]));
         print!("{:>6.0} %", 100.0 * number(&row["bandwidth_fraction"]));
         SHARES.iter().for_each(|(share, _)| print!("{:>13.1} %", 100.0 * number(&row["share"][share])));
+        print!("{:>8}", row["major_page_faults"].as_u64().unwrap_or(0));
         println!(
-            "{:>8}{:>8.0} %",
-            row["major_page_faults"].as_u64().unwrap_or(0),
-            100.0 * number(&row["resident_share"])
+            "{:>10}",
+            row["resident_share"].as_f64().map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
         );
     }
 }
@@ -359,6 +359,10 @@ mod tests {
         assert!(text.contains("without any sums, slices would run at 2.00 times"), "{text}");
         let fast = [one.clone(), measured("slices, tcp", 16.0, 0.4, 0.5)];
         assert!(verdict(&fast, 2).starts_with("bottleneck: communication, 50 %"), "{}", verdict(&fast, 2));
+        // A device of its own holds the weights: this process's memory says nothing of them.
+        let mut on_gpu = one.clone();
+        on_gpu["resident_share"] = Value::Null;
+        assert!(verdict(&[on_gpu], 2).starts_with("bottleneck: weights"));
         let mut swapped = one;
         swapped["resident_share"] = json!(0.5);
         assert!(verdict(&[swapped], 2).starts_with("bottleneck: the disk"));

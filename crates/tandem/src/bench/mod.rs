@@ -691,19 +691,19 @@ struct RankTotals {
     /// Time of a step outside of the work of the stages: the way between them.
     between: f64,
     n_steps: f64,
-    /// At least this share of all ranks' weights is in memory.
-    resident_share: f64,
+    /// At least this share of all ranks' weights is in memory; unknown where a device holds them.
+    resident_share: Option<f64>,
 }
 
 impl RankTotals {
     fn new(reports: &[RankReport], total_ms: f64, n_steps: usize, model: &MeasuredModel) -> RankTotals {
         let (busy, _) = by_stage(reports, |r| r.working + r.summing);
-        let resident: u64 = reports.iter().map(|r| r.resident_bytes).sum();
+        let resident: Option<u64> = reports.iter().map(|r| r.resident_bytes).sum();
         RankTotals {
             reports: reports.to_vec(),
             between: (total_ms - busy) / n_steps as f64,
             n_steps: n_steps as f64,
-            resident_share: (resident as f64 / model.resident_bytes as f64).min(1.0),
+            resident_share: resident.map(|bytes| (bytes as f64 / model.resident_bytes as f64).min(1.0)),
         }
     }
 
