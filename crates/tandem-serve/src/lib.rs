@@ -1,7 +1,7 @@
 //! OpenAI's, Anthropic's and Ollama's interfaces to one model, as an axum router.
 //!
 //! The engine lives in a thread of its own ([`Worker`]); handlers turn requests into prompts, and tokens into answers. One
-//! file per interface: chat (with completions), responses, messages, ollama, pages. [`router`] can be mounted in any axum program;
+//! file per interface: chat (with completions), responses, messages, ollama, pages; page is the chat page. [`router`] can be mounted in any axum program;
 //! [`App`] holds what its handlers need.
 
 mod api;
@@ -19,6 +19,7 @@ mod loading;
 mod messages;
 mod metrics;
 mod ollama;
+mod page;
 mod pages;
 mod process;
 mod read;
@@ -79,8 +80,8 @@ pub fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .route_layer(from_fn_with_state(Arc::clone(&app), check_key));
     let mut router = protected
-        .route("/", get(pages::page))
-        .route("/favicon.ico", get(pages::no_icon))
+        .route("/", get(page::page))
+        .route("/favicon.ico", get(page::no_icon))
         .route("/health", get(pages::health))
         .route("/ready", get(pages::ready))
         .route("/openapi.json", get(pages::openapi))
