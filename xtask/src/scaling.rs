@@ -495,11 +495,13 @@ pub(crate) fn scaling(words: &[&str]) -> Result<String> {
     let mut text = String::new();
     let mut line = |words: std::fmt::Arguments| writeln!(text, "{words}").expect("a string takes everything");
     line(format_args!("Measured, and by the formulas (* : a constant was fitted to it)\n"));
-    line(format_args!("| | measured | predicted | off |\n|---|---|---|---|"));
-    for Check { what, unit, measured, predicted, is_fitted, .. } in checks() {
+    line(format_args!("| | measured | predicted | off | run |\n|---|---|---|---|---|"));
+    for Check { what, unit, measured, predicted, source, is_fitted } in checks() {
         let star = if is_fitted { " *" } else { "" };
         let off = 100.0 * (predicted / measured - 1.0);
-        line(format_args!("| {what} | {} {unit} | {}{star} | {off:+.0} % |", short(measured), short(predicted)));
+        let run = source.map_or("-", |(run, _)| run);
+        let (measured, predicted) = (short(measured), short(predicted));
+        line(format_args!("| {what} | {measured} {unit} | {predicted}{star} | {off:+.0} % | {run} |"));
     }
     line(format_args!("\nOne replica on {}s, tokens per second\n", H200.name));
     line(format_args!("| | GPUs | 1 stream, 1k | 64k | 8 streams, 1k | 32 | prompt of 4096 in chunks of 512, s |"));
