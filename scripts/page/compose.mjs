@@ -9,9 +9,10 @@ export function compose() {
   const rust = file("src/page.rs");
   const libraries = [...rust.matchAll(/include_str!\("\.\.\/(page\/vendor\/\w+\.js)"\)/g)].map(([, name]) => file(name));
   const styles = [...rust.matchAll(/include_str!\("\.\.\/(page\/[\w/]+\.css)"\)/g)].map(([, name]) => file(name));
+  const font = `@font-face { font-family: "Page Math"; src: url(data:font/woff2;base64,${readFileSync(new URL("page/vendor/math.woff2", source)).toString("base64")}) format("woff2"); }\n`;
   const modules = [...rust.matchAll(/\("(\w+)", include_str!\("\.\.\/(page\/\w+\.js)"\)\)/g)].map(([, name, path]) => scoped(name, file(path)));
   const scripts = [...libraries, `"use strict";\n${modules.join("")}`].map((script) => `<script>${script}</script>\n`).join("").trimEnd();
-  return file("page/index.html").replace("/* style.css */", () => styles.join("")).replace("<!-- scripts -->", () => scripts);
+  return file("page/index.html").replace("/* style.css */", () => styles.join("") + font).replace("<!-- scripts -->", () => scripts);
 }
 
 function scoped(name, text) {

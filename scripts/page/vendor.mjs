@@ -11,6 +11,14 @@ const out = new URL("../../crates/tandem-serve/page/vendor/", import.meta.url);
 const LANGUAGES = ["bash", "c", "cpp", "css", "diff", "go", "ini", "java", "javascript", "json", "python", "rust", "sql", "typescript", "xml", "yaml"];
 const read = (name) => readFileSync(`${modules}/${name}`, "utf8");
 
+/** The font comes from Debian's fonts-texgyre-math, by scripts/page/font.sh; a browser reads a part of it. */
+const FONT = `## math.woff2: TeX Gyre Termes Math 1.543 (a subset), Copyright 2012-2014 B. Jackowski, P. Strzelczyk, P. Pianowski (on behalf of TeX Users Groups)
+
+GUST Font License: this work may be distributed and modified under the conditions of the LaTeX Project Public License, version 1.3c or
+later, https://www.latex-project.org/lppl/; http://www.gust.org.pl/projects/e-foundry/licenses. This file is a subset of
+texgyretermes-math.otf, made by scripts/page/font.sh; the page uses it under the name "Page Math".
+`;
+
 async function bundle(contents) {
   const { outputFiles } = await build({ stdin: { contents, resolveDir: modules }, bundle: true, minify: true, format: "iife", write: false });
   return outputFiles[0].text;
@@ -22,7 +30,7 @@ function licences() {
     const file = [licence, `${licence}.md`, `${licence}.txt`].find((one) => existsSync(`${modules}/${name}/${one}`));
     return `## ${files}: ${name} ${version}, ${license}, https://www.npmjs.com/package/${name}\n\n${read(`${name}/${file}`).trim()}\n`;
   });
-  return `# Libraries of the chat page, built by scripts/page/vendor.mjs\n\n${parts.join("\n")}`;
+  return `# Libraries of the chat page, built by scripts/page/vendor.mjs\n\n${parts.join("\n")}\n${FONT}`;
 }
 
 const files = {

@@ -19,6 +19,8 @@ use sha2::{Digest, Sha256};
 
 const DOCUMENT: &str = include_str!("../page/index.html");
 const STYLE: &str = concat!(include_str!("../page/style.css"), include_str!("../page/vendor/temml.css"));
+/// TeX Gyre Termes Math, the characters that formulas use: many systems have no font for them.
+const FONT: &[u8] = include_bytes!("../page/vendor/math.woff2");
 /// Libraries, as scripts/page/vendor.mjs built them; licences are in page/vendor/LICENSES.
 const LIBRARIES: &[&str] = &[
     include_str!("../page/vendor/marked.js"),
@@ -57,13 +59,17 @@ impl Page {
         let own = format!("\"use strict\";\n{own}");
         let scripts: Vec<&str> = LIBRARIES.iter().copied().chain([own.as_str()]).collect();
         let elements: String = scripts.iter().map(|script| format!("<script>{script}</script>\n")).collect();
-        let html = DOCUMENT.replacen(STYLE_PLACE, STYLE, 1).replacen(SCRIPTS_PLACE, elements.trim_end(), 1);
+        let font = BASE64_STANDARD.encode(FONT);
+        let style = format!(
+            "{STYLE}@font-face {{ font-family: \"Page Math\"; src: url(data:font/woff2;base64,{font}) format(\"woff2\"); }}\n"
+        );
+        let html = DOCUMENT.replacen(STYLE_PLACE, &style, 1).replacen(SCRIPTS_PLACE, elements.trim_end(), 1);
         let digests: Vec<String> = scripts.iter().map(|script| digest(script)).collect();
         let policy = format!(
             "default-src 'none'; script-src {}; style-src {}; img-src data: blob:; font-src data:; base-uri 'none'; \
              form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
             digests.join(" "),
-            digest(STYLE),
+            digest(&style),
         );
         Page { html, policy }
     }

@@ -358,7 +358,7 @@ fn memory_that_may_not_be_pinned_is_named() {
     }
     let limited = |args: &[&str]| finish(&mut behind(&["sh", "-c", script, "sh"], args));
     let (level, said) = found(&limited(&["doctor", "--json", "--model", &path]), "memory.locked");
-    assert!(level == "warning" && said.contains("ulimit -l allows 65.54 KB"), "{said}");
+    assert!(level == "warning" && said.contains("ulimit -l allows 65.54 kB"), "{said}");
     let state = temporary();
     let mut locked = behind(&["sh", "-c", script, "sh"], &run(&path, "10", &["--lock"]));
     let said = finish(locked.env("XDG_STATE_HOME", state.path())).stderr;
@@ -395,6 +395,15 @@ fn hidden_features_of_the_processor_are_named() {
         let (_, said) = found(&tandem(&["doctor", "--json", "--isa", isa]), "processor.kernels");
         assert!(said.contains(isa) && (*isa == "scalar" || said.contains("avx512")), "{isa}: {said}");
     }
+}
+
+/// This build is for the processor; a GPU's has other tests.
+#[test]
+#[cfg(not(feature = "cuda"))]
+fn a_device_that_is_not_there_is_named() {
+    let done = tandem(&["doctor", "--json", "--backend", "cuda"]);
+    let (level, said) = found(&done, "device");
+    assert!(done.code == Some(1) && level == "problem" && said.contains("CUDA"), "{said}");
 }
 
 /// An ssh that runs the command here.

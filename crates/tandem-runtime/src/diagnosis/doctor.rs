@@ -101,6 +101,18 @@ pub fn doctor(options: &DoctorOptions, say: &mut dyn FnMut(&str)) -> Report {
     say("processor and memory");
     let machine = Machine::look(options.device.threads, options.device.isa);
     let mut findings = [machine.findings(model.as_ref().map(|model| model.resident)), gpus(), findings].concat();
+    let refusal = match DeviceKind::choose(&options.device) {
+        Err(error) => Some(format!("{error:#}")),
+        Ok(kind) => {
+            let is_there = kind == DeviceKind::Cpu || findings.iter().any(|found| found.what.ends_with(kind.name()));
+            (!is_there).then(|| format!("no device for --backend {} was found", kind.name()))
+        }
+    };
+    if let Some(refusal) = refusal {
+        let what = "the device that was asked for cannot be used";
+        let found = Finding::new("device", Level::Problem, what, refusal);
+        findings.push(found.with_remedy("leave --backend out; `tandem devices` shows what this build finds"));
+    }
     let mut prediction = None;
     if let Some(model) = &model {
         findings.extend(model.fit(&options.device, &machine));
@@ -144,7 +156,8 @@ pub fn doctor(options: &DoctorOptions, say: &mut dyn FnMut(&str)) -> Report {
         }
     }
     if let (Some(model), Some(prediction)) = (&model, &mut prediction) {
-        prediction.plans = plans(prediction, &model.config, &model.weights, &machine, network.as_ref());
+        let host = (machine.memory.map_or(u64::MAX >> 8, |(_, free)| free), machine.bandwidth);
+        prediction.plans = plans(prediction, &model.config, &model.weights, host, network.as_ref());
         findings.extend(prediction.plans.iter().skip(1).map(PlanSpeed::finding));
     }
     Report { findings, prediction }

@@ -218,10 +218,12 @@ impl Case<'_> {
         (rank.run_delay_ms / self.record.facts.threads.max(1) as f64).max(rank.throttled_ms)
     }
 
-    /// The part of it in this rank's work; nothing tells when in a step it was.
+    /// The part of it in this rank's work. Nothing tells when in a step it was: a thread that wants to run is taken to be
+    /// as often without a core in work as in sums, where it may also sleep.
     fn starved(&self, rank: &RankRecord) -> f64 {
-        let share = rank.working_ms / (rank.working_ms + rank.summing_ms).max(1e-9);
-        (self.lost(rank) * share).min(MOST_STARVED * rank.working_ms)
+        let (lost, had) = (self.lost(rank), rank.cpu_ms / self.record.facts.threads.max(1) as f64);
+        let runnable = if had > 0.0 { lost + had } else { rank.working_ms + rank.summing_ms };
+        (rank.working_ms * lost / runnable.max(1e-9)).min(lost).min(MOST_STARVED * rank.working_ms)
     }
 
     /// Time in sums in which no rank had a core.

@@ -27,8 +27,12 @@ pub struct Overhead {
     pub pairs: usize,
     /// See `pairs`.
     pub steps_per_run: usize,
-    /// Milliseconds of a step without timings: the median of the runs.
+    /// Milliseconds of a step without timings: the median of all.
     pub step_ms: f64,
+    /// Of the quarter of all steps that took least: what other programs take is in the rest.
+    pub overhead_quartile: f64,
+    /// Of the medians of all steps.
+    pub overhead_of_medians: f64,
     /// Median over the pairs.
     pub overhead_median: f64,
     /// Mean over the pairs, the outer tenths left out.
@@ -57,29 +61,34 @@ pub fn timing_overhead(options: &ModelOptions, pairs: usize, on_news: OnNews<'_>
     let residency_share = start.elapsed().as_secs_f64() / LOOKS_EVERY;
     loaded.engine.submit(Request { prompt: vec![0; 4], max_tokens: usize::MAX, ..Request::default() })?;
     let mut outputs = vec![];
-    let mut run = |on: bool| -> anyhow::Result<f64> {
+    let mut run = |on: bool| -> anyhow::Result<[f64; N_STEPS]> {
         loaded.engine.set_timings(on);
-        let start = Instant::now();
-        for _ in 0..N_STEPS {
+        let mut times = [0.0; N_STEPS];
+        for time in &mut times {
+            let start = Instant::now();
             loaded.engine.step(&mut outputs)?;
             outputs.clear();
+            *time = start.elapsed().as_secs_f64() * 1e3;
         }
-        Ok(start.elapsed().as_secs_f64() * 1e3 / N_STEPS as f64)
+        Ok(times)
     };
     // The prompt, and the first steps after it.
     run(true)?;
     run(false)?;
-    let (mut without, mut ratios) = (vec![], vec![]);
+    let (mut with, mut without, mut ratios) = (vec![], vec![], vec![]);
     for i in 0..pairs {
         // Each goes first in half of the pairs: steps become longer with the context.
         let first = run(i % 2 == 0)?;
         let second = run(i % 2 == 1)?;
         let (on, off) = if i % 2 == 0 { (first, second) } else { (second, first) };
-        without.push(off);
-        ratios.push(on / off - 1.0);
+        ratios.push(on.iter().sum::<f64>() / off.iter().sum::<f64>() - 1.0);
+        with.extend(on);
+        without.extend(off);
     }
-    without.sort_by(f64::total_cmp);
-    ratios.sort_by(f64::total_cmp);
+    for list in [&mut with, &mut without, &mut ratios] {
+        list.sort_by(f64::total_cmp);
+    }
+    let more_at = |share: usize| with[with.len() / share] / without[without.len() / share] - 1.0;
     let inner = &ratios[pairs / 10..pairs - pairs / 10];
     let n = inner.len() as f64;
     let mean = inner.iter().sum::<f64>() / n;
@@ -89,7 +98,9 @@ pub fn timing_overhead(options: &ModelOptions, pairs: usize, on_news: OnNews<'_>
         device: loaded.device.clone(),
         pairs,
         steps_per_run: N_STEPS,
-        step_ms: without[pairs / 2],
+        step_ms: without[without.len() / 2],
+        overhead_quartile: more_at(4),
+        overhead_of_medians: more_at(2),
         overhead_median: ratios[pairs / 2],
         overhead_mean: mean,
         overhead_standard_error: (variance / n).sqrt(),

@@ -7,7 +7,6 @@ use tandem_engine::Operation;
 use tandem_model::{Planner, RankResources, Request};
 
 use super::finding::{Finding, Level};
-use super::machine::Machine;
 use super::pairs::PairSpeed;
 use super::predict::Prediction;
 use crate::units::bytes;
@@ -80,12 +79,13 @@ fn is_divided(name: &str, by_experts: bool) -> bool {
     }
 }
 
-/// One process here, and every way to divide the model among the hosts of a network that are as fast as this one.
+/// One process here, and every way to divide the model among the hosts of a network that have as much free memory as this one,
+/// of the same bandwidth.
 pub(super) fn plans(
     prediction: &Prediction,
     config: &ModelConfig,
     weights: &[Weight],
-    machine: &Machine,
+    (memory, bandwidth): (u64, f64),
     network: Option<&Network>,
 ) -> Vec<PlanSpeed> {
     let mut list = vec![PlanSpeed {
@@ -96,12 +96,7 @@ pub(super) fn plans(
     }];
     let Some(network) = network.filter(|network| network.hosts > 1) else { return list };
     let n = network.hosts;
-    let rank = RankResources {
-        host: "a host".to_string(),
-        memory: machine.memory.map_or(u64::MAX >> 8, |(_, free)| free),
-        bandwidth: machine.bandwidth,
-        round_trip: 2e-3 * network.latency_ms,
-    };
+    let rank = RankResources { host: "a host".to_string(), memory, bandwidth, round_trip: 2e-3 * network.latency_ms };
     let (ranks, cache_bytes) = (vec![rank; n], |_, width| 4 * width);
     let planner = Planner { config, weights, n_slots: prediction.context, cache_bytes: &cache_bytes, ranks: &ranks };
     let none = Request::default();
@@ -200,10 +195,9 @@ mod tests {
         let config = ModelConfig::parse(&text).unwrap();
         let weights =
             DummyWeights::new(&config, &Recipe::parse("mxfp4-q8").unwrap(), Stacks::Distinct).weights().to_vec();
-        let machine = Machine { memory: Some((memory, memory)), ..Machine::look(Some(1), None) };
         let pair = PairSpeed { from: 0, to: 1, latency_us, bytes_per_second };
         let network = Network::of(2, &[pair]);
-        let plans = plans(&made_up(), &config, &weights, &machine, Some(&network));
+        let plans = plans(&made_up(), &config, &weights, (memory, 1e11), Some(&network));
         let speed = |p: PlanSpeed| {
             (p.plan, p.decode_tokens_per_second.unwrap_or(0.0), p.prefill_tokens_per_second.unwrap_or(0.0))
         };

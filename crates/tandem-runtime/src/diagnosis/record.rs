@@ -63,6 +63,9 @@ pub struct Facts {
     pub rank_bytes: Vec<u64>,
     /// By rank: bytes per second that its memory was measured to deliver at the start.
     pub rank_bandwidth: Vec<f64>,
+    /// By rank: microseconds for a message to the others and back, measured at the start; a record of before has none.
+    #[serde(default)]
+    pub rank_round_trip_us: Vec<f64>,
     /// Milliseconds that messages were planned to take for a token, from round trips at the start.
     pub planned_communication_ms: f64,
 }
@@ -106,6 +109,7 @@ impl Facts {
         self.tensor_size = plan.tensor_size;
         self.rank_bytes = plan.ranks.iter().map(|rank| rank.read_bytes).collect();
         self.rank_bandwidth = plan.ranks.iter().map(|rank| rank.tokens_per_second * rank.read_bytes as f64).collect();
+        self.rank_round_trip_us = plan.ranks.iter().map(|rank| rank.round_trip * 1e6).collect();
         let slowest = |stage: &[RankPlan]| stage.iter().map(|rank| 1.0 / rank.tokens_per_second).fold(0.0, f64::max);
         let work: f64 = plan.ranks.chunks(plan.tensor_size).map(slowest).sum();
         self.planned_communication_ms = (1e3 * (1.0 / plan.tokens_per_second - work)).max(0.0);
