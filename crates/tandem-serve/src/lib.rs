@@ -97,7 +97,7 @@ pub fn router(app: Arc<App>) -> Router {
 
 /// Lets requests with a right key pass, or all if the server has none.
 async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    if app.keys.is_empty() {
+    if app.keys.is_empty() || app.open_metrics && request.uri().path() == "/metrics" {
         return next.run(request).await;
     }
     let headers = request.headers();

@@ -226,6 +226,7 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         request_timeout: Duration::from_secs(args.request_timeout),
         stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
+        open_metrics: args.metrics_without_key,
         return_memory: system::return_freed_memory,
     })
 }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use tandem_engine::RankStatus;
 
 use super::Server;
+use crate::Options;
 use crate::worker::Status;
 
 /// Metrics that a query names.
@@ -68,4 +69,29 @@ async fn the_board_asks_for_metrics_that_there_are() {
         assert!(page.contains(expected), "{expected} in\n{page}");
     }
     assert!(metrics("rate(up[5m])").is_empty() && !samples.contains("vllm:no_such"));
+}
+
+/// Kubernetes' endpoint picker reads these, and sends no key.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_picker_reads_the_metrics_without_a_key() {
+    let keyed = Options { api_keys: vec!["secret".into()], ..Options::default() };
+    for open_metrics in [false, true] {
+        let server = Server::with(&Options { open_metrics, ..keyed.clone() });
+        for path in ["/info", "/timings", "/v1/models", "/metrics/"] {
+            assert_ne!(server.get(path).await.0, 200, "{path}");
+        }
+        let (status, page) = server.get("/metrics").await;
+        assert_eq!(status, if open_metrics { 200 } else { 401 });
+        let Some(page) = page.as_str().filter(|_| open_metrics) else { continue };
+        for sample in [
+            "vllm:num_requests_waiting{model_name=\"fable\"} 0",
+            "vllm:num_requests_running{model_name=\"fable\"} 0",
+            "vllm:kv_cache_usage_perc{model_name=\"fable\"} 0.0",
+        ] {
+            assert!(page.lines().any(|line| line == sample), "{sample} in\n{page}");
+        }
+        let config = "vllm:cache_config_info{model_name=\"fable\",block_size=\"64\",num_gpu_blocks=\"";
+        let configs: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix(config)).collect();
+        assert!(configs.len() == 1 && configs[0].ends_with("\"} 1"), "{configs:?} in\n{page}");
+    }
 }

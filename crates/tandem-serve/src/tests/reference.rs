@@ -76,7 +76,7 @@ fn page(document: &Value) -> String {
                 })
             });
             let answers: Vec<String> = answers.collect();
-            let does = operation["summary"].as_str().unwrap();
+            let does = operation["summary"].as_str().unwrap().replace('\n', " ");
             writeln!(page, "| `{method} {path}` | {does} | {takes} | {} |", answers.join("; ")).unwrap();
         }
     }
