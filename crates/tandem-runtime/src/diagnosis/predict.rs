@@ -38,8 +38,9 @@ const FEWEST_EXPERTS: usize = 32;
 /// Decode steps, and the time for them.
 const STEPS: (usize, usize) = (8, 64);
 const DECODE_SECONDS: f64 = 1.5;
-/// Prompts measured.
-const N_PROMPTS: usize = 3;
+/// Prompts measured, and the time for more than the fewest.
+const PROMPTS: (usize, usize) = (3, 15);
+const PREFILL_SECONDS: f64 = 1.5;
 
 /// What is expected.
 #[derive(Clone, Debug, Serialize)]
@@ -312,7 +313,10 @@ impl Timed {
     /// The same of a prompt.
     fn prefill(&mut self, n: usize) -> anyhow::Result<Vec<f64>> {
         self.step(0, n)?;
-        let times = (0..N_PROMPTS).map(|_| self.step(0, n)).collect::<anyhow::Result<Vec<f64>>>()?;
+        let (mut times, start) = (vec![], Instant::now());
+        while times.len() < PROMPTS.0 || (times.len() < PROMPTS.1 && start.elapsed().as_secs_f64() < PREFILL_SECONDS) {
+            times.push(self.step(0, n)?);
+        }
         self.profiled(median(times), 1, 0, n)
     }
 
