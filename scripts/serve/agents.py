@@ -33,14 +33,15 @@ ELSEWHERE = "http://127.0.0.1:9"
 
 PACKAGES = {"claude": "@anthropic-ai/claude-code", "codex": "@openai/codex", "opencode": "opencode-ai"}
 ARGUMENTS = {
-    "claude": ["-p", QUESTION],
+    # Its own instructions and all of its tools are some 80,000 tokens to a tokenizer of 2,880 words.
+    "claude": ["--system-prompt", "You are brief.", "--tools", "Bash", "-p", QUESTION],
     "codex": ["exec", "--skip-git-repo-check", QUESTION],
     "opencode": ["run", QUESTION],
 }
-# What the user has set: another server.
+# What the user has set: another server. (Claude Code itself takes a "model" like "opus" out of its settings, however it is started.)
 OWN = {
     ".claude/settings.json": json.dumps({
-        "model": "opus", "env": {"ANTHROPIC_BASE_URL": ELSEWHERE, "ANTHROPIC_MODEL": "opus", "ANTHROPIC_AUTH_TOKEN": "mine"},
+        "model": "mine", "env": {"ANTHROPIC_BASE_URL": ELSEWHERE, "ANTHROPIC_MODEL": "mine", "ANTHROPIC_AUTH_TOKEN": "mine"},
     }),
     ".codex/config.toml": f"""model = "gpt-5"
 model_provider = "mine"
@@ -154,10 +155,12 @@ def main():
         for client in given.clients or PACKAGES:
             version = json.loads((node / PACKAGES[client] / "package.json").read_text())["version"]
             server = Server(given.binary, str(large))
-            problems, summary, done = start(given.binary, client, ["--url", server.url], scratch, bin_folder, given.timeout)
-            answered, tokens = server.metric("tandem_requests_finished_total"), server.metric("tandem_prompt_tokens_total")
-            server.stop()
-            if answered < 1 or tokens < 1000:
+            try:
+                problems, summary, done = start(given.binary, client, ["--url", server.url], scratch, bin_folder, given.timeout)
+                answered, tokens = server.metric("tandem_requests_finished_total"), server.metric("tandem_prompt_tokens_total")
+            finally:
+                server.stop()
+            if answered < 1 or tokens < 100:
                 problems.append(f"the server answered {answered:.0f} requests with {tokens:.0f} tokens of prompt: {done.stderr[-800:]}")
             print(f"{client} {version}, running server: {summary}; {answered:.0f} requests, {tokens:.0f} tokens of prompt", flush=True)
             flags = ["--model", str(large), "--context", str(CONTEXT), "--port", "9"]

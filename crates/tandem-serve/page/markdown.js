@@ -63,12 +63,11 @@ function restyle(node) {
 
 // --- tokens to elements ---
 
+/** Tokens of a text in which the addresses in `links`, by name, are known from before. */
 function lex(text, links) {
   const lexer = new marked.Lexer({ gfm: true, breaks: true, extensions: EXTENSIONS });
   Object.assign(lexer.tokens.links, links);
-  const tokens = lexer.lex(text);
-  Object.assign(links, lexer.tokens.links);
-  return tokens;
+  return lexer.lex(text);
 }
 
 /** A web address or mail address; anything else (javascript:, file:) leads nowhere. */
@@ -322,6 +321,8 @@ export class Growing {
     const into = this.open && this.open.kind === token.type ? this.open.node : null;
     if (isFinal) {
       this.nDrawn += raw.length;
+      // The first one counts; before it is complete its address is not either.
+      if (token.type === "def") this.links[token.tag] ??= { href: token.href, title: token.title };
       if (into) this.more(into, token, partsOf(token));
       else this.block(token);
       if (token.type !== "space") this.open = null;

@@ -17,10 +17,10 @@
 #else
         let v = decode_${part*PART_VECTORS+i}(${q}) * POST * (c * a.pre);
 #end
-        let number = vec4<f16>(v);
-        w_0[to + ${part*PART_VECTORS+i}u] = number;
+        let number = half_number(v);
+        w_0[to + ${part*PART_VECTORS+i}u] = vec4<f16>(number);
 #if SPLIT_W
-        w_1[to + ${part*PART_VECTORS+i}u] = vec4<f16>(v - vec4<f32>(number));
+        w_1[to + ${part*PART_VECTORS+i}u] = vec4<f16>(v - number);
 #end
     }
 #end

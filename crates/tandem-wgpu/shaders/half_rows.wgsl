@@ -2,6 +2,7 @@
 // to 2^14 .. 2^15, as a number and (X_PARTS 2) what that leaves of it. A row of `to` has n_parts slices of `width` columns,
 // those past `cols` zero, and all numbers before all remainders; `scales` takes the power back.
 #include common
+#include half_number
 @group(0) @binding(0) var<storage, read> x: array<f32>;
 @group(0) @binding(1) var<storage, read_write> to: array<vec4<f16>>;
 @group(0) @binding(2) var<storage, read_write> scales: array<f32>;
@@ -32,10 +33,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         for (var j = 0u; j < 4u; j++) {
             if (column + j < a.cols) { v[j] = x[at + j] * factor; }
         }
-        let number = vec4<f16>(v);
-        to[row * quads * ${X_PARTS}u + i] = number;
+        let number = half_number(v);
+        to[row * quads * ${X_PARTS}u + i] = vec4<f16>(number);
 #if SPLIT_X
-        to[(row * 2u + 1u) * quads + i] = vec4<f16>(v - vec4<f32>(number));
+        to[(row * 2u + 1u) * quads + i] = vec4<f16>(v - number);
 #end
     }
 }

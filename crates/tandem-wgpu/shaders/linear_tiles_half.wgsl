@@ -4,6 +4,7 @@
 // blocks of 16 rows (PAIR: one of gate and the same of up) for ${TOKENS/32} blocks of 16 tokens. COOPERATIVE: a group is a
 // subgroup, and its blocks are cooperative matrices; else every thread takes its elements by itself, for tests.
 #include format
+#include half_number
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> s: array<u32>;
 #if PAIR

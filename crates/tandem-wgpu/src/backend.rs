@@ -59,11 +59,11 @@ pub struct Options {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Tiles {
     /// Products in single precision.
-    #[default]
     Single,
     /// Numbers as the sum of two of half precision, which together have 22 bits; sums in single precision.
     Split,
     /// `Split` where the adapter has cooperative matrices, else `Single`.
+    #[default]
     Fitting,
     /// Numbers rounded to half precision, with a power of two for each row; sums in single precision.
     Half,

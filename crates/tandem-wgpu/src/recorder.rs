@@ -72,13 +72,22 @@ pub struct SubmissionStats {
     pub longest_seconds: f64,
 }
 
+/// A kernel's part of a submission.
+#[derive(Clone, Copy, Default)]
+struct Share {
+    /// Estimated.
+    seconds: f64,
+    /// The factor in the estimate.
+    factor: f64,
+}
+
 struct Open {
     encoder: wgpu::CommandEncoder,
     pass: Option<wgpu::ComputePass<'static>>,
     seconds: f64,
     dispatches: usize,
-    /// Estimated seconds, by number of the kernel.
-    shares: Vec<f64>,
+    /// By number of the kernel.
+    shares: Vec<Share>,
     timer: Option<usize>,
     /// The pipeline set last.
     pipeline: u32,
@@ -92,7 +101,7 @@ struct Timer {
     resolved: wgpu::Buffer,
     host: wgpu::Buffer,
     state: Arc<AtomicU8>,
-    shares: Vec<f64>,
+    shares: Vec<Share>,
     stamped: Vec<(&'static str, u64)>,
 }
 
@@ -210,14 +219,15 @@ impl Recorder {
         state.bytes += cost.bytes;
         for first in (0..grid[0]).step_by(per_piece as usize) {
             let n = per_piece.min(grid[0] - first);
-            let share = f64::from(n) / f64::from(grid[0]);
-            if state.open.as_ref().is_some_and(|open| open.seconds + seconds * share > state.budget) {
+            let part = f64::from(n) / f64::from(grid[0]);
+            if state.open.as_ref().is_some_and(|open| open.seconds + seconds * part > state.budget) {
                 self.submit(state);
             }
-            self.record(state, pipeline, buffers, args, [first, n, grid[1], grid[2]], seconds * share);
+            let share = Share { seconds: seconds * part, factor };
+            self.record(state, pipeline, buffers, args, [first, n, grid[1], grid[2]], share);
             if let Some(open) = &mut state.open {
                 if state.profiled {
-                    open.stamped.push((pipeline.name, (cost.bytes as f64 * share) as u64));
+                    open.stamped.push((pipeline.name, (cost.bytes as f64 * part) as u64));
                 }
                 open.dispatches += 1;
                 if open.dispatches >= state.most_dispatches {
@@ -235,7 +245,7 @@ impl Recorder {
         buffers: &[&Memory],
         args: &[u8],
         [first, x, y, z]: [u32; 4],
-        seconds: f64,
+        share: Share,
     ) {
         let mut key: BindGroupKey = [0; MOST_BUFFERS + 1];
         key[0] = pipeline.id.into();
@@ -294,8 +304,9 @@ impl Recorder {
         pass.set_immediates(0, &bytemuck::cast_slice::<u32, u8>(&arguments)[..args.len()]);
         pass.dispatch_workgroups(x, y, z);
         state.stats.dispatches += 1;
-        open.seconds += seconds;
-        *place(&mut open.shares, pipeline.kernel, 0.0) += seconds;
+        open.seconds += share.seconds;
+        let of_kernel = place(&mut open.shares, pipeline.kernel, Share::default());
+        *of_kernel = Share { seconds: of_kernel.seconds + share.seconds, ..share };
         if state.profiled
             && let Some(timer) = open.timer
         {
@@ -400,11 +411,14 @@ impl Recorder {
             state.stats.timed += 1;
             state.stats.timed_seconds += seconds;
             state.stats.longest_seconds = state.stats.longest_seconds.max(seconds);
-            let estimated: f64 = timer.shares.iter().sum();
+            let estimated: f64 = timer.shares.iter().map(|share| share.seconds).sum();
             if estimated > 0.0 && seconds > 0.0 {
-                for (kernel, share) in timer.shares.iter().enumerate().filter(|(_, share)| **share > 0.0) {
+                // Many submissions are recorded before the first has run: each tells what the factor of its estimate
+                // should have been, not what is to be done to the present one.
+                for (kernel, share) in timer.shares.iter().enumerate().filter(|(_, share)| share.seconds > 0.0) {
+                    let (told, weight) = (share.factor * seconds / estimated, share.seconds / estimated);
                     let factor = place(&mut state.factors, kernel, 1.0);
-                    *factor = (*factor * (seconds / estimated).powf(share / estimated)).clamp(1e-4, 1e4);
+                    *factor = learnt(*factor, told, weight).clamp(1e-4, 1e4);
                 }
             }
             let mut before = stamps[0];
@@ -420,8 +434,15 @@ impl Recorder {
     }
 }
 
-/// A number kept under a kernel's, which `missing` stands for until then.
-fn place(numbers: &mut Vec<f64>, kernel: usize, missing: f64) -> &mut f64 {
+/// A factor after a submission that `told` one, of which the kernel was the part `weight`. A budget is kept by believing
+/// long times at once and short ones slowly: the same kernel is slower on some shapes than on others.
+fn learnt(factor: f64, told: f64, weight: f64) -> f64 {
+    let weight = if told < factor { weight / 4.0 } else { weight };
+    factor.powf(1.0 - weight) * told.powf(weight)
+}
+
+/// A value kept under a kernel's number, which `missing` stands for until then.
+fn place<T: Copy>(numbers: &mut Vec<T>, kernel: usize, missing: T) -> &mut T {
     if numbers.len() <= kernel {
         numbers.resize(kernel + 1, missing);
     }

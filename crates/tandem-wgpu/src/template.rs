@@ -35,6 +35,7 @@ sources!(
     "fetch",
     "decode_half",
     "fetch_half",
+    "half_number",
     "half_rows",
     "linear_tiles_half",
     "embed",

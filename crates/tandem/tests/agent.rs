@@ -132,7 +132,7 @@ fn files(folder: &Path, found: &mut Vec<PathBuf>) {
 }
 
 /// Notes that it is ready, and waits for [`Place::go`].
-const WAITS: &str = "touch \"$notes/ready\"\nwhile [ ! -e \"$notes/go\" ]; do sleep 0.05; done";
+const WAITS: &str = "touch \"$notes/ready\"\nwhile [ -d \"$notes\" ] && [ ! -e \"$notes/go\" ]; do sleep 0.05; done";
 
 struct Agent {
     child: Child,
