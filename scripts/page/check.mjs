@@ -1,4 +1,5 @@
 // Tests the chat page in Chromium and Firefox: check.mjs [--server ADDRESS] [--browser NAME] [--only WORDS] [--shots DIR]
+//   [--frame-ms 100]    what 99 of 100 frames may take while a long answer comes: more where other programs run too
 //
 // Canned answers come from mock.mjs; with --server the same document is also tried on a real server with the bundled model.
 // Three sizes, light and dark, axe on each; what a user does, once per browser.
@@ -11,7 +12,8 @@ import { parseArgs } from "node:util";
 import { compose } from "./compose.mjs";
 import { LARGE, startMock } from "./mock.mjs";
 
-const { values: flags } = parseArgs({ options: { server: { type: "string" }, browser: { type: "string" }, only: { type: "string", default: "" }, shots: { type: "string" }, modules: { type: "string" } } });
+const { values: flags } = parseArgs({ options: { server: { type: "string" }, browser: { type: "string" }, only: { type: "string", default: "" }, shots: { type: "string" }, modules: { type: "string" }, "frame-ms": { type: "string", default: "100" } } });
+const FRAME_MS = Number(flags["frame-ms"]);
 const require = createRequire(flags.modules ? `${flags.modules}/` : import.meta.url);
 const { default: puppeteer } = await import(require.resolve("puppeteer-core"));
 const AXE = readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
@@ -435,13 +437,13 @@ const TESTS = {
     const again = Date.now();
     await waitFor(page, () => document.querySelectorAll("article").length === 2000 && document.querySelector("article:last-child .actions"));
     const opened = Date.now() - again;
-    assert.ok(opened < 3000, `opened in ${opened} ms`);
+    assert.ok(opened < 30 * FRAME_MS, `opened in ${opened} ms`);
     assert.ok(await page.$eval("#talk", (node) => node.scrollHeight - node.scrollTop - node.clientHeight < 80), "it does not begin at its end");
     const { p99 } = await frames(page, async () => {
       assert.match(await ask(page, "slow many"), /many59/);
       for (let i = 0; i < 20; i += 1) { await page.$eval("#talk", (node) => { node.scrollTop -= 3000; }); await new Promise((resolve) => setTimeout(resolve, 30)); }
     });
-    assert.ok(p99 < 100, `99 % of the frames within ${p99.toFixed(0)} ms`);
+    assert.ok(p99 < FRAME_MS, `99 % of the frames within ${p99.toFixed(0)} ms`);
     return `imported and opened in ${again - start} ms, again in ${opened} ms, p99 ${p99.toFixed(0)} ms`;
   },
 };
@@ -451,7 +453,7 @@ for (const kind of Object.keys(LARGE)) {
     const { n, p99, most } = await frames(page, () => ask(page, `large ${kind}`));
     const got = await page.evaluate(() => document.querySelector(".assistant").textContent.length);
     assert.ok(got > 100_000, `${got} characters are shown`);
-    assert.ok(p99 < 100, `99 % of ${n} frames within ${p99.toFixed(0)} ms`);
+    assert.ok(p99 < FRAME_MS, `99 % of ${n} frames within ${p99.toFixed(0)} ms`);
     return `${n} frames, p99 ${p99.toFixed(0)} ms, longest ${most.toFixed(0)} ms`;
   };
 }

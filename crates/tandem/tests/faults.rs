@@ -232,8 +232,11 @@ fn a_healthy_run_raises_no_alarm() {
         let principal = found["explanation"]["principal"].as_str().expect("a word");
         let others_compute = all - own > 0.1 * cores;
         quiet += usize::from(!others_compute);
+        // Slices of a model this small may wait for their sums more than for memory, and nothing is wrong then.
+        let is_healthy = matches!(principal, "weights" | "attention" | "overheads")
+            || principal == "communication" && !flags.is_empty();
         // Where others compute, that they do is the truth; and what it delays.
-        if !matches!(principal, "weights" | "attention" | "overheads") && !others_compute {
+        if !is_healthy && !others_compute {
             alarms.push(found["explanation"]["verdict"].to_string());
         }
         if quiet == 4 {
