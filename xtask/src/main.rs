@@ -1,6 +1,7 @@
 //! Repository chores: `cargo xtask <command>`.
 
 mod fable;
+mod scaling;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -11,6 +12,8 @@ usage: cargo xtask COMMAND
   ci              every check: .ci/run (formatting, clippy, tests, the full fixture set if it is there)
   fixtures [DIR]  golden model test on every checkpoint of DIR as well [../shared/fixtures/models]
   fable DIR       compare DIR/fable-30m and DIR/fable-30m-MXFP4-Q8 with their goldens; archives bench/runs/<date>-fable-30m
+  scaling [NAME=VALUE ...]
+                  GLM-5.1 on 1 to 64 machines, on paper: tok/s, time to first token, cost (docs/scaling.md)
 ";
 
 /// What went wrong, for a person.
@@ -24,6 +27,7 @@ fn main() -> ExitCode {
         ["fixtures"] => fixtures(&root().join("../shared/fixtures/models")),
         ["fixtures", dir] => fixtures(Path::new(dir)),
         ["fable", dir] => fable::fable(Path::new(dir)),
+        ["scaling", ref words @ ..] => scaling::scaling(words).map(|text| print!("{text}")),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             Ok(())

@@ -4,20 +4,28 @@
 //! Prints nothing: news go to the caller. Leaves the client's own files alone.
 
 mod client;
+#[cfg(unix)]
 mod foreground;
+#[cfg(unix)]
 mod server;
 
 use std::ffi::OsString;
+#[cfg(unix)]
 use std::os::unix::fs::PermissionsExt;
+#[cfg(unix)]
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
 use std::process::Command;
 
+#[cfg(unix)]
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+#[cfg(unix)]
 use signal_hook::iterator::Signals;
 use thiserror::Error;
 
 pub use client::{Client, Endpoint, Setup};
 
+#[cfg(unix)]
 use crate::server::Server;
 
 /// What to start.
@@ -82,6 +90,9 @@ pub enum AgentError {
     /// The server ended while it loaded.
     #[error("the server did not start: {0}")]
     Start(String),
+    /// Terminals and signals are Unix's here.
+    #[error("tandem agent runs on Linux and macOS only; start {} by itself, with the address of a server", .0.title())]
+    System(Client),
     /// A file or a process.
     #[error("cannot {what}: {error}")]
     Io {
@@ -92,6 +103,7 @@ pub enum AgentError {
     },
 }
 
+#[cfg(unix)]
 impl AgentError {
     fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
         let what = what.into();
@@ -100,6 +112,7 @@ impl AgentError {
 }
 
 /// Tokens of the longest first prompts: instructions and tools, before anything is asked.
+#[cfg(unix)]
 const FIRST_PROMPT: u64 = 24_000;
 
 /// Runs the client to its end, and returns its exit code, 128 and the signal if one ended it; `news` gets lines for the user
@@ -107,6 +120,7 @@ const FIRST_PROMPT: u64 = 24_000;
 ///
 /// # Errors
 /// The client is not installed, or there is no server with the model.
+#[cfg(unix)]
 pub fn run(options: &Options, news: &mut dyn FnMut(&str)) -> Result<u8, AgentError> {
     let client = options.client;
     // Before a server loads for minutes.
@@ -152,7 +166,17 @@ pub fn run(options: &Options, news: &mut dyn FnMut(&str)) -> Result<u8, AgentErr
     Ok(code)
 }
 
+/// Not on this system.
+///
+/// # Errors
+/// Always.
+#[cfg(not(unix))]
+pub fn run(options: &Options, _: &mut dyn FnMut(&str)) -> Result<u8, AgentError> {
+    Err(AgentError::System(options.client))
+}
+
 /// The client's program in the folders of PATH.
+#[cfg(unix)]
 fn program(client: Client, path: OsString) -> Result<PathBuf, AgentError> {
     let is_program =
         |path: &PathBuf| path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
@@ -161,6 +185,7 @@ fn program(client: Client, path: OsString) -> Result<PathBuf, AgentError> {
 }
 
 /// A file that nobody else reads.
+#[cfg(unix)]
 fn write_private(file: &Path, text: &str) -> Result<(), AgentError> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
@@ -170,7 +195,7 @@ fn write_private(file: &Path, text: &str) -> Result<(), AgentError> {
         .map_err(AgentError::io(format!("write {}", file.display())))
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
 

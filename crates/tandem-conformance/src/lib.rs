@@ -35,6 +35,8 @@ type Oracle = Subject<CpuBackend>;
 pub enum Scale {
     /// One row and the smallest shapes: for emulators and sanitizers.
     OneRow,
+    /// Products and experts in batches of more than 64 rows: for kernels that only those take.
+    ManyRows,
     /// Ragged shapes and all batches: for `cargo test`.
     Small,
     /// The shapes of GLM-5.1 and DeepSeek-V3.2, up to three rows, sampled outputs: for scripts.
@@ -42,7 +44,7 @@ pub enum Scale {
 }
 
 impl Scale {
-    /// `TANDEM_CONFORMANCE` as `one-row`, `small` or `full`; small when it is not set.
+    /// `TANDEM_CONFORMANCE` as `one-row`, `many-rows`, `small` or `full`; small when it is not set.
     ///
     /// # Panics
     /// When it is set to anything else.
@@ -50,8 +52,9 @@ impl Scale {
         match std::env::var("TANDEM_CONFORMANCE").as_deref() {
             Err(_) | Ok("small") => Scale::Small,
             Ok("one-row") => Scale::OneRow,
+            Ok("many-rows") => Scale::ManyRows,
             Ok("full") => Scale::Full,
-            Ok(other) => panic!("TANDEM_CONFORMANCE is one-row, small or full, found {other:?}"),
+            Ok(other) => panic!("TANDEM_CONFORMANCE is one-row, many-rows, small or full, found {other:?}"),
         }
     }
 }

@@ -7,6 +7,7 @@ mod gguf;
 mod gguf_tokenizer;
 mod mixed;
 mod plan;
+mod positioned;
 mod rules;
 mod source;
 mod text;

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, SyncSender};
@@ -23,6 +22,7 @@ use tandem_runtime::Meter;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::plan::{Plan, Shard, Task};
+use super::positioned::{read_exact_at, write_all_at};
 use super::source::Source;
 
 /// Elements that are decoded and quantised at once, so that they stay in a core's cache.
@@ -162,7 +162,7 @@ fn fill_files(
         let cannot = || format!("cannot write {}", temporary.display());
         let file = create(&temporary).with_context(cannot)?;
         file.set_len(shard.bytes).with_context(cannot)?;
-        file.write_all_at(&shard.header, 0).with_context(cannot)?;
+        write_all_at(&file, &shard.header, 0).with_context(cannot)?;
         let make = |task: &Task, later: Option<&Task>| -> anyhow::Result<u64> {
             let weight = |task: &Task| shard.items[task.item].weight;
             if let Some(later) = later {
@@ -174,7 +174,7 @@ fn fill_files(
             for (bytes, at) in
                 [&pieces.weight, &pieces.scales, &pieces.biases].into_iter().zip(places(plan, shard, task))
             {
-                file.write_all_at(bytes, at).with_context(cannot)?;
+                write_all_at(&file, bytes, at).with_context(cannot)?;
                 digest = digest.wrapping_add(xxh3_64_with_seed(bytes, at));
             }
             drop(pieces);
@@ -292,7 +292,7 @@ fn places(plan: &Plan, shard: &Shard, task: &Task) -> [u64; 3] {
 /// The first bytes of a file that is there.
 fn read_header(path: &Path, length: usize) -> std::io::Result<Vec<u8>> {
     let mut header = vec![0; length];
-    File::open(path)?.read_exact_at(&mut header, 0)?;
+    read_exact_at(&File::open(path)?, &mut header, 0)?;
     Ok(header)
 }
 
@@ -314,7 +314,7 @@ fn read_back(path: &Path, plan: &Plan, shard: &Shard, task: &Task) -> anyhow::Re
     let mut digest = 0u64;
     for (size, at) in sizes.into_iter().zip(places(plan, shard, task)) {
         let mut bytes = vec![0; size];
-        if file.read_exact_at(&mut bytes, at).is_err() {
+        if read_exact_at(&file, &mut bytes, at).is_err() {
             return Ok(0); // shorter than it was: not the digest
         }
         digest = digest.wrapping_add(xxh3_64_with_seed(&bytes, at));

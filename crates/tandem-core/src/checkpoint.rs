@@ -9,10 +9,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use crate::shrink::check_mapped;
+pub use crate::shrink::{check_mapped, release_mapped};
 
 use bytes::Bytes;
-use memmap2::{Advice, Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -485,19 +485,25 @@ impl MappedPages {
         self.end - self.start
     }
 
-    /// Starts reading it.
+    /// Starts reading it, where the system can be asked to.
     pub fn prefetch(&self) {
-        let _ = self.map.advise_range(Advice::WillNeed, self.start, self.bytes());
+        #[cfg(unix)]
+        let _ = self.map.advise_range(memmap2::Advice::WillNeed, self.start, self.bytes());
     }
 
+    /// Unmaps the pages that lie wholly in it until they are read again, where the system does that when it is asked.
+    #[cfg(not(unix))]
+    pub fn release(&self) {}
+
     /// Unmaps the pages that lie wholly in it until they are read again.
+    #[cfg(unix)]
     pub fn release(&self) {
         let (start, end) = (self.start, self.end);
         const PAGE: usize = 16 << 10; // at least the system's
         let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
         if start < end {
             // SAFETY: the mapping is of a file and never written to, so dropped pages come back with the same bytes.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
         }
     }
 }

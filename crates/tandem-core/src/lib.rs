@@ -10,6 +10,7 @@ pub mod gguf;
 pub mod json;
 mod numerics;
 pub mod quant;
+#[cfg_attr(not(unix), path = "shrink_never.rs")]
 mod shrink;
 pub mod weights;
 

@@ -75,6 +75,22 @@ pub fn check_mapped() -> Result<(), CheckpointError> {
     }
 }
 
+/// Lets the system take the memory of a part of a mapped file, which comes back from the file when it is read again. Anything
+/// else stays as it is.
+pub fn release_mapped(bytes: &[u8]) {
+    let page = PAGE_BYTES.load(Ordering::Relaxed);
+    let first = bytes.as_ptr() as usize;
+    let (start, end) = (first.next_multiple_of(page), (first + bytes.len()) / page * page);
+    let holds = |place: &Place| {
+        place.end.load(Ordering::Acquire) >= end && place.start.load(Ordering::Relaxed) <= start && start < end
+    };
+    if PLACES.iter().any(holds) {
+        // SAFETY: the pages lie in a mapping of a file that is there while `bytes` is borrowed, and that nobody writes to, so
+        // that they come back with the same bytes. What the advice fails with changes nothing.
+        let _ = unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+    }
+}
+
 fn install() {
     // SAFETY: sysconf only reads; the action is zeroed plain data, then filled in, and the handler does what a handler may
     // (see there).
@@ -150,6 +166,9 @@ mod tests {
         assert_eq!(bytes.iter().skip(10).map(|byte| u64::from(*byte)).sum::<u64>(), 0);
         let error = check_mapped().expect_err("noticed").to_string();
         assert!(error.contains(&file.path().display().to_string()), "{error}");
+        release_mapped(&bytes);
+        assert_eq!(bytes[3], 7, "what is released is read again");
+        release_mapped(&[1; 9000]);
         drop((bytes, mapped));
         assert!(check_mapped().is_ok(), "nobody uses it any more");
     }

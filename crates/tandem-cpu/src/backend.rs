@@ -188,6 +188,12 @@ impl CpuBackend {
         self.pool.n_threads()
     }
 
+    /// Formats of loaded matrices whose rows are decoded at every use, having no kernel here.
+    pub fn slow_formats(&self) -> Vec<String> {
+        let slow = self.slow.lock().unwrap_or_else(|e| e.into_inner());
+        slow.iter().map(DType::to_string).collect()
+    }
+
     /// Says once for each format that a matrix has no kernel that reads it as it is.
     fn say_if_slow(&self, name: &str, matrix: &CpuMatrix) {
         let dtype = matrix.dtype();

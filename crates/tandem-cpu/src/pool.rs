@@ -70,7 +70,11 @@ impl Pool {
             .filter_map(|worker| {
                 let shared = Arc::clone(&shared);
                 let thread = std::thread::Builder::new().name(format!("tandem-{worker}"));
-                thread.spawn(move || work(&shared)).ok()
+                let work = move || {
+                    crate::system::prefer_fast_cores();
+                    work(&shared);
+                };
+                thread.spawn(work).ok()
             })
             .collect();
         Pool { shared, handles, running: Mutex::new(()) }

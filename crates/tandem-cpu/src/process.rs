@@ -23,10 +23,13 @@ pub fn own_run_delay() -> Duration {
     Duration::from_nanos(text.split_ascii_whitespace().nth(1).and_then(|ns| ns.parse().ok()).unwrap_or(0))
 }
 
-/// Bytes that this process may pin in memory; `None` without a limit.
+/// Bytes that this process may pin in memory; `None` without a limit, which is so for those with the right to ignore it.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub fn lockable_bytes() -> Option<u64> {
+    if may_pin_all() {
+        return None;
+    }
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes the struct that it is given.
     let done = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
@@ -37,6 +40,15 @@ pub fn lockable_bytes() -> Option<u64> {
 #[cfg(not(unix))]
 pub fn lockable_bytes() -> Option<u64> {
     None
+}
+
+/// Whether this process has CAP_IPC_LOCK of Linux.
+#[cfg(unix)]
+fn may_pin_all() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let word = text.lines().find_map(|line| line.strip_prefix("CapEff:")).map(str::trim);
+    word.and_then(|word| u64::from_str_radix(word, 16).ok()).is_some_and(|set| set >> CAP_IPC_LOCK & 1 == 1)
 }
 
 /// Bytes of this process that are swapped out.
@@ -132,8 +144,10 @@ pub fn throttled() -> Duration {
 }
 
 /// Windows of mapped files that are looked at: the whole of a large model would take seconds.
+#[cfg(target_os = "linux")]
 const N_WINDOWS: usize = 2048;
 /// Bytes of a window.
+#[cfg(target_os = "linux")]
 const WINDOW: usize = 1 << 20;
 
 /// The share of these files' mappings that is in memory; `None` if none is mapped, or the system does not tell. The paths
@@ -179,23 +193,14 @@ fn mapped_file(line: &str, files: &[PathBuf]) -> Option<(usize, usize)> {
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 fn pages_in_memory(start: usize, bytes: usize) -> Option<Vec<u8>> {
-    // SAFETY: sysconf only answers.
-    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
+    let page = crate::system::page_bytes();
     let mut pages = vec![0u8; bytes.div_ceil(page)];
     // SAFETY: mincore reads no memory at the address, which it checks, and writes one byte a page into `pages`.
     let done = unsafe { libc::mincore(start as *mut libc::c_void, bytes, pages.as_mut_ptr()) };
     (done == 0).then_some(pages)
 }
 
-/// Gives the calling thread the lowest priority, so that it never takes a core from one that computes.
-pub fn lower_priority() {
-    #[cfg(target_os = "linux")]
-    #[allow(unsafe_code)]
-    // SAFETY: this changes the priority of a thread, on Linux of the calling one, and no memory.
-    unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, 19);
-    }
-}
+pub use crate::system::lower_priority;
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {

@@ -31,10 +31,10 @@ pub fn cpu_time() -> std::time::Duration {
     resource_usage().map_or_else(Default::default, |usage| time(usage.ru_utime) + time(usage.ru_stime))
 }
 
-/// Processor time of all threads of this process so far: not known on this system.
+/// Processor time of all threads of this process so far; zero where the system does not tell.
 #[cfg(not(unix))]
 pub fn cpu_time() -> std::time::Duration {
-    std::time::Duration::ZERO
+    platform::cpu_time()
 }
 
 #[cfg(unix)]
@@ -123,13 +123,50 @@ pub fn return_freed_memory() {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn return_freed_memory() {}
 
-/// Threads to use when nobody says: one per core this process may run on.
+/// Threads to use when nobody says: one per core this process may run on, and of Apple's cores only the fast ones: a fork is
+/// done when its slowest thread is.
 pub fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    platform::performance_cores().map_or(all, |fast| all.min(fast).max(1))
 }
 
-#[cfg(not(target_os = "macos"))]
+/// Bytes of a page of memory.
+pub fn page_bytes() -> usize {
+    platform::page_bytes().unwrap_or(4096)
+}
+
+/// Asks the system to run the calling thread on fast cores, where it tells threads apart.
+pub fn prefer_fast_cores() {
+    platform::prefer_fast_cores();
+}
+
+/// Gives the calling thread the lowest priority, so that it never takes a core from one that computes.
+pub fn lower_priority() {
+    platform::lower_priority();
+}
+
+#[cfg(all(unix, not(target_os = "macos")))]
+#[allow(unsafe_code)]
 mod platform {
+    pub(super) fn performance_cores() -> Option<usize> {
+        None
+    }
+
+    pub(super) fn page_bytes() -> Option<usize> {
+        // SAFETY: sysconf only answers.
+        usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
+    }
+
+    pub(super) fn prefer_fast_cores() {}
+
+    pub(super) fn lower_priority() {
+        // SAFETY: this changes the priority of a thread, on Linux of the calling one, and no memory.
+        #[cfg(target_os = "linux")]
+        unsafe {
+            libc::setpriority(libc::PRIO_PROCESS, 0, 19);
+        }
+    }
+
     pub(super) fn peak_memory_bytes() -> Option<u64> {
         kilobytes("/proc/self/status", "VmHWM:")
     }
@@ -159,6 +196,28 @@ mod platform {
 mod platform {
     use std::ffi::CStr;
 
+    pub(super) fn performance_cores() -> Option<usize> {
+        sysctl(c"hw.perflevel0.logicalcpu").and_then(|n| usize::try_from(n).ok())
+    }
+
+    pub(super) fn page_bytes() -> Option<usize> {
+        // SAFETY: sysconf only answers.
+        usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
+    }
+
+    pub(super) fn prefer_fast_cores() {
+        set_quality(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE);
+    }
+
+    pub(super) fn lower_priority() {
+        set_quality(libc::qos_class_t::QOS_CLASS_BACKGROUND);
+    }
+
+    fn set_quality(class: libc::qos_class_t) {
+        // SAFETY: this changes how the calling thread is scheduled, and no memory.
+        let _ = unsafe { libc::pthread_set_qos_class_self_np(class, 0) };
+    }
+
     pub(super) fn peak_memory_bytes() -> Option<u64> {
         None
     }
@@ -181,8 +240,7 @@ mod platform {
         let free = sysctl(c"vm.page_free_count")?;
         let reusable = sysctl(c"vm.page_pageable_external_count").unwrap_or(0);
         let purgeable = sysctl(c"vm.page_purgeable_count").unwrap_or(0);
-        // SAFETY: sysconf only answers.
-        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
+        let page = page_bytes()? as u64;
         Some(((free + reusable + purgeable) * page).min(total))
     }
 
@@ -203,5 +261,74 @@ mod platform {
             unsafe { libc::sysctlbyname(name.as_ptr(), value.as_mut_ptr().cast(), &mut size, std::ptr::null_mut(), 0) };
         // Little-endian on every machine of theirs, so that a shorter number is a prefix.
         (done == 0 && (size == 4 || size == 8)).then(|| u64::from_le_bytes(value))
+    }
+}
+
+#[cfg(windows)]
+#[allow(unsafe_code)]
+mod platform {
+    use std::time::Duration;
+
+    use windows_sys::Win32::Foundation::FILETIME;
+    use windows_sys::Win32::System::ProcessStatus::{K32GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
+    use windows_sys::Win32::System::SystemInformation::{
+        GetSystemInfo, GlobalMemoryStatusEx, MEMORYSTATUSEX, SYSTEM_INFO,
+    };
+    use windows_sys::Win32::System::Threading::{
+        GetCurrentProcess, GetCurrentThread, GetProcessTimes, SetThreadPriority, THREAD_PRIORITY_LOWEST,
+    };
+
+    pub(super) fn performance_cores() -> Option<usize> {
+        None
+    }
+
+    pub(super) fn page_bytes() -> Option<usize> {
+        let mut info = SYSTEM_INFO::default();
+        // SAFETY: the call writes the struct that it is given.
+        unsafe { GetSystemInfo(&mut info) };
+        usize::try_from(info.dwPageSize).ok().filter(|bytes| *bytes > 0)
+    }
+
+    pub(super) fn prefer_fast_cores() {}
+
+    pub(super) fn lower_priority() {
+        // SAFETY: this changes the priority of the calling thread, and no memory.
+        unsafe { SetThreadPriority(GetCurrentThread(), THREAD_PRIORITY_LOWEST) };
+    }
+
+    pub(super) fn peak_memory_bytes() -> Option<u64> {
+        memory().map(|memory| memory.PeakWorkingSetSize as u64)
+    }
+
+    pub(super) fn resident_memory_bytes() -> Option<u64> {
+        memory().map(|memory| memory.WorkingSetSize as u64)
+    }
+
+    pub(super) fn available_memory_bytes() -> Option<u64> {
+        let mut status = MEMORYSTATUSEX { dwLength: size_of::<MEMORYSTATUSEX>() as u32, ..Default::default() };
+        // SAFETY: the call writes the struct that it is given, whose size it is told.
+        let done = unsafe { GlobalMemoryStatusEx(&mut status) };
+        (done != 0).then_some(status.ullAvailPhys)
+    }
+
+    pub(super) fn wired_limit_bytes() -> Option<u64> {
+        None
+    }
+
+    pub(super) fn cpu_time() -> Duration {
+        let [mut begun, mut ended, mut kernel, mut user] = [FILETIME::default(); 4];
+        // SAFETY: the call writes the four structs that it is given.
+        let done = unsafe { GetProcessTimes(GetCurrentProcess(), &mut begun, &mut ended, &mut kernel, &mut user) };
+        // In units of 100 ns.
+        let time = |t: FILETIME| (u64::from(t.dwHighDateTime) << 32 | u64::from(t.dwLowDateTime)) * 100;
+        if done == 0 { Duration::ZERO } else { Duration::from_nanos(time(kernel) + time(user)) }
+    }
+
+    fn memory() -> Option<PROCESS_MEMORY_COUNTERS> {
+        let mut memory = PROCESS_MEMORY_COUNTERS::default();
+        let size = size_of::<PROCESS_MEMORY_COUNTERS>() as u32;
+        // SAFETY: the call writes at most `size` bytes of the struct.
+        let done = unsafe { K32GetProcessMemoryInfo(GetCurrentProcess(), &mut memory, size) };
+        (done != 0).then_some(memory)
     }
 }

@@ -17,7 +17,7 @@
 
 use std::sync::Mutex;
 
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use tandem_core::quant::minifloat::{E2M1, E4M3, e8m0};
 use tandem_core::weights::{MatrixData, MatrixPart};
 use tandem_core::{CheckpointError, DType, Float};
@@ -197,7 +197,7 @@ impl Tiles {
         };
         // Fewer page faults and look-ups; a system without huge pages says no, and nothing is lost.
         #[cfg(target_os = "linux")]
-        let _ = tiles.memory.advise(Advice::HugePage);
+        let _ = tiles.memory.advise(memmap2::Advice::HugePage);
         let (tile_bytes, n_tiles, height) = (tiles.tile_bytes(), tiles.n_tiles(), tiles.height);
         let (codes, scales, biases) = layout.lengths(height, data.cols);
         let target = SharedMut::new(&mut tiles.memory[..]);

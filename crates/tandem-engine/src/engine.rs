@@ -316,6 +316,12 @@ impl Engine {
         self
     }
 
+    /// Leaves the timings of steps out, or notes them again: to see what they cost.
+    pub fn set_timings(&mut self, on: bool) {
+        self.clock.set_on(on);
+        self.runner.set_timings(on);
+    }
+
     /// The last steps and where their time went; they stay up to date.
     pub fn timings(&self) -> &Arc<Timings> {
         self.clock.timings()
@@ -659,7 +665,9 @@ impl Engine {
         let n_generated = (self.counters.generated_tokens - n_before) as usize;
         let (n_decoding, n_prefilled) = (if all_decode { n_generated } else { n_decode }, n_prefill);
         let step = StepTimes { n_decoding, n_prefilled, context, ..StepTimes::default() };
-        self.clock.end(step, device, self.runner.spent(), !self.running.is_empty());
+        if self.clock.is_on() {
+            self.clock.end(step, device, self.runner.spent(), !self.running.is_empty());
+        }
         Ok(())
     }
 

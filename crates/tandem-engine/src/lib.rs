@@ -7,6 +7,7 @@ mod draft_control;
 mod engine;
 mod generation_config;
 mod page_store;
+mod private;
 mod profiled;
 mod request;
 mod runner;

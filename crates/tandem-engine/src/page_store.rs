@@ -8,9 +8,8 @@
 //! files is read.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,6 +19,7 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use crate::block_manager::PageHash;
+use crate::private::{self, is_own};
 
 /// Pages that may wait to be written; more are dropped. Removals never wait: they are names, of pages that are there.
 const QUEUE: usize = 64;
@@ -51,13 +51,13 @@ impl PageStore {
     /// The folder cannot be made or listed, is a link, or belongs to somebody else.
     pub fn open(dir: &Path, fingerprint: &str, max_bytes: u64) -> std::io::Result<PageStore> {
         let dir = dir.join(fingerprint);
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        private::create_dir_all(&dir)?;
         let meta = dir.symlink_metadata()?;
         if !meta.is_dir() || !is_own(&meta) {
             let message = format!("{} is a link or belongs to another user; choose another folder", dir.display());
             return Err(Error::new(ErrorKind::PermissionDenied, message));
         }
-        std::fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
+        private::make_private(&dir, &meta)?;
         let mut found: Vec<(SystemTime, PageHash, u64)> = vec![];
         for entry in std::fs::read_dir(&dir)? {
             let entry = entry?;
@@ -72,9 +72,7 @@ impl PageStore {
                 tracing::warn!("{} is no regular file of this user: it is not read", path.display());
                 continue;
             }
-            if meta.mode() & 0o077 != 0 {
-                std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
-            }
+            private::make_private(&path, &meta)?;
             found.push((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), hash, meta.len()));
         }
         found.sort();
@@ -226,14 +224,13 @@ fn write_file(path: &Path, bytes: Vec<u8>) -> std::io::Result<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?.write_all(&bytes)?;
+    private::create_new(&beside)?.write_all(&bytes)?;
     std::fs::rename(beside, path)
 }
 
 /// Reads a file of `size` bytes; neither a link nor a pipe, of which the end may never come.
 fn read_file(path: &Path, size: u64) -> std::io::Result<Vec<u8>> {
-    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+    let file = private::open_itself(path)?;
     check_file(&file, size)?;
     let mut bytes = Vec::with_capacity(size as usize);
     file.take(size).read_to_end(&mut bytes)?;
@@ -248,12 +245,11 @@ fn check_file(file: &File, size: u64) -> std::io::Result<()> {
     }
 }
 
-fn is_own(meta: &std::fs::Metadata) -> bool {
-    meta.uid() == rustix::process::geteuid().as_raw()
-}
-
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
     use super::*;
 
     #[test]

@@ -176,7 +176,7 @@ impl<B: Backend> Profiled<B> {
 
     fn timed<R>(&self, operation: Operation, call: impl FnOnce(&B) -> R) -> R {
         if !self.on.get() {
-            let Some(times) = &self.times else { return call(&self.inner) };
+            let Some(times) = self.times.as_ref().filter(|times| times.is_on()) else { return call(&self.inner) };
             let start = Instant::now();
             let result = call(&self.inner);
             times.add(operation, start.elapsed());

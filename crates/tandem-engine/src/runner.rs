@@ -52,6 +52,8 @@ pub trait Runner {
     fn spent(&self) -> Spent {
         Spent::default()
     }
+    /// Whether this process times the operations of a step, as it does at first where it can.
+    fn set_timings(&mut self, _on: bool) {}
     /// What a user should know of the device now: it has lost memory.
     fn warning(&self) -> Option<String> {
         None
@@ -305,6 +307,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
             operations: self.times.as_ref().map_or_else(Default::default, |times| times.read()),
             ..Spent::default()
         }
+    }
+
+    fn set_timings(&mut self, on: bool) {
+        self.times.iter().for_each(|times| times.set_on(on));
     }
 
     fn warning(&self) -> Option<String> {

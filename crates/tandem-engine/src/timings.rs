@@ -4,7 +4,7 @@
 //! for others to say.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -17,18 +17,30 @@ pub type ByOperation = [Duration; N_OPERATIONS];
 
 /// Nanoseconds by operation. One thread adds, any may read.
 #[derive(Debug, Default)]
-pub struct OperationTimes([AtomicU64; N_OPERATIONS]);
+pub struct OperationTimes {
+    sums: [AtomicU64; N_OPERATIONS],
+    is_off: AtomicBool,
+}
 
 impl OperationTimes {
+    /// Whether calls are timed; they are at first.
+    pub(crate) fn is_on(&self) -> bool {
+        !self.is_off.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_on(&self, on: bool) {
+        self.is_off.store(!on, Ordering::Relaxed);
+    }
+
     pub(crate) fn add(&self, operation: Operation, time: Duration) {
-        let sum = &self.0[operation as usize];
+        let sum = &self.sums[operation as usize];
         // Only one thread writes, so that this needs no locked instruction.
         sum.store(sum.load(Ordering::Relaxed) + time.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// The sums so far.
     pub fn read(&self) -> ByOperation {
-        std::array::from_fn(|i| Duration::from_nanos(self.0[i].load(Ordering::Relaxed)))
+        std::array::from_fn(|i| Duration::from_nanos(self.sums[i].load(Ordering::Relaxed)))
     }
 }
 
@@ -199,12 +211,25 @@ pub(crate) struct StepClock {
     last_end: Option<Instant>,
     entered: Instant,
     spent: Spent,
+    is_off: bool,
 }
 
 impl StepClock {
     pub(crate) fn new() -> StepClock {
         let timings = Arc::default();
-        StepClock { timings, major_faults: || 0, last_end: None, entered: Instant::now(), spent: Spent::default() }
+        let spent = Spent::default();
+        StepClock { timings, major_faults: || 0, last_end: None, entered: Instant::now(), spent, is_off: false }
+    }
+
+    /// Whether steps are noted; they are at first.
+    pub(crate) fn set_on(&mut self, on: bool) {
+        self.is_off = !on;
+        self.last_end = None;
+    }
+
+    /// Whether steps are noted.
+    pub(crate) fn is_on(&self) -> bool {
+        !self.is_off
     }
 
     pub(crate) fn with_major_faults(self, major_faults: fn() -> u64) -> StepClock {
@@ -217,7 +242,9 @@ impl StepClock {
 
     /// The engine is asked for a step.
     pub(crate) fn enter(&mut self) {
-        self.entered = Instant::now();
+        if self.is_on() {
+            self.entered = Instant::now();
+        }
     }
 
     /// A step ended whose device worked, or was waited for, during `device`. `spent` is what the rank has done in all.

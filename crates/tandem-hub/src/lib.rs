@@ -571,7 +571,14 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> anyhow::Resul
     results.into_iter().map(|(_, result)| result).collect()
 }
 
+/// Refuses what the disk cannot hold, before anything is got, where the system tells how much that is.
+#[cfg(not(unix))]
+fn check_space(_: &Path, _: u64) -> anyhow::Result<()> {
+    Ok(())
+}
+
 /// Refuses what the disk cannot hold, before anything is got.
+#[cfg(unix)]
 fn check_space(folder: &Path, missing: u64) -> anyhow::Result<()> {
     let Ok(disk) = rustix::fs::statvfs(folder) else { return Ok(()) };
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -584,6 +591,11 @@ fn check_space(folder: &Path, missing: u64) -> anyhow::Result<()> {
     );
     Ok(())
 }
+
+#[cfg(unix)]
+use std::os::unix::fs::symlink;
+#[cfg(windows)]
+use std::os::windows::fs::symlink_file as symlink;
 
 /// Makes `pointer` a link to a blob of the same repository, as other programs expect it.
 fn link(pointer: &Path, blob: &Path, name: &str) -> anyhow::Result<()> {
@@ -598,7 +610,7 @@ fn link(pointer: &Path, blob: &Path, name: &str) -> anyhow::Result<()> {
         if pointer.symlink_metadata().is_ok() {
             std::fs::remove_file(pointer)?;
         }
-        std::os::unix::fs::symlink(&target, pointer)
+        symlink(&target, pointer)
     };
     make().with_context(|| format!("cannot write {}", pointer.display()))
 }

@@ -61,6 +61,8 @@ pub struct RankPlan {
     pub read_bytes: u64,
     /// Tokens per second of its own work, by its bandwidth.
     pub tokens_per_second: f64,
+    /// Seconds for a message to the others and back, as measured at the start.
+    pub round_trip: f64,
 }
 
 /// A division of a model among ranks.
@@ -197,6 +199,7 @@ impl Planner<'_> {
                 weight_bytes: end_bytes + sum(&|l| layers[tensor_rank][l].0),
                 cache_bytes: sum(&|l| cache[tensor_rank][l]),
                 tokens_per_second: self.ranks[rank].bandwidth / read_bytes.max(1) as f64,
+                round_trip: self.ranks[rank].round_trip,
                 read_bytes,
                 part,
             }

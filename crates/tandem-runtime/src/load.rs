@@ -145,8 +145,8 @@ pub fn load(
             kind.with(Alone { options, source: &source, to_hold, mapped: &mapped, on_news })?
         }
     };
-    let Running { runner, numerics, device, bandwidth, residency, plan, host_expert_bytes } = running;
-    facts.host_expert_bytes = host_expert_bytes;
+    let Running { runner, numerics, device, bandwidth, residency, plan, host_expert_bytes, slow_formats } = running;
+    (facts.host_expert_bytes, facts.slow_formats) = (host_expert_bytes, slow_formats);
     let engine = Engine::new(runner, blocks, context, config.max_position_embeddings)
         .with_drafts(depth)
         .with_major_faults(system::major_page_faults);
@@ -213,6 +213,7 @@ struct Running {
     /// Of several ranks.
     plan: Option<Plan>,
     host_expert_bytes: u64,
+    slow_formats: Vec<String>,
 }
 
 /// Rank 0 of several.
@@ -236,7 +237,9 @@ impl WithDevice for Lead<'_, '_> {
         let device = format!("{} ranks, {device} each", plan.ranks.len());
         let bandwidth = Some(plan.bandwidth());
         let (plan, host_expert_bytes) = (Some(plan), 0);
-        Ok(Running { runner: Box::new(runner), numerics, device, bandwidth, residency, plan, host_expert_bytes })
+        let slow_formats = runner.backend().inner().slow_formats();
+        let runner = Box::new(runner);
+        Ok(Running { runner, numerics, device, bandwidth, residency, plan, host_expert_bytes, slow_formats })
     }
 }
 
@@ -264,9 +267,10 @@ impl WithDevice for Alone<'_, '_> {
         if options.lock {
             lock_memory(on_news);
         }
+        let slow_formats = runner.backend().inner().slow_formats();
         let residency = Residency::watch(mapped, to_hold.resident);
         let runner = Box::new(runner.with_times(times, residency.usage()));
-        Ok(Running { runner, numerics, device, bandwidth, residency, plan: None, host_expert_bytes })
+        Ok(Running { runner, numerics, device, bandwidth, residency, plan: None, host_expert_bytes, slow_formats })
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Model {
 pub struct Options {
     /// Keys of which a request needs one; none: open to all who reach it.
     pub api_keys: Vec<String>,
+    /// Whether /metrics is answered without one of them, to schedulers that cannot send one.
+    pub open_metrics: bool,
     /// Names besides localhost that requests may be for, `*` for any; `None` does not look at the name.
     pub allowed_hosts: Option<Vec<String>>,
     /// Origins of web pages that may use it besides its own, `*` for any.
@@ -74,6 +76,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             api_keys: vec![],
+            open_metrics: false,
             allowed_hosts: Some(vec![]),
             cors_origins: vec![],
             max_body_bytes: 16 << 20,
@@ -151,6 +154,8 @@ pub struct App {
     pub(crate) stall_timeout: Duration,
     /// SHA-256 of the keys, none if the server is open.
     pub(crate) keys: Vec<[u8; 32]>,
+    /// Whether /metrics needs none of them.
+    pub(crate) open_metrics: bool,
     /// Whether prompts and answers may be logged.
     pub(crate) log_text: bool,
     pub(crate) max_body_bytes: usize,
@@ -197,6 +202,7 @@ impl App {
             timeout: options.request_timeout,
             stall_timeout: options.stall_timeout,
             keys: options.api_keys.iter().map(|key| Sha256::digest(key.trim()).into()).collect(),
+            open_metrics: options.open_metrics,
             log_text: options.log_text,
             max_body_bytes: options.max_body_bytes,
             access: options.access()?,

@@ -1,7 +1,7 @@
 //! OpenAI's, Anthropic's and Ollama's interfaces to one model, as an axum router; or to several, each a process ([`Models`]).
 //!
 //! The engine lives in a thread of its own ([`Worker`]); handlers turn requests into prompts, and tokens into answers. One
-//! file per interface: chat (with completions), responses, messages, ollama, pages. [`router`] can be mounted in any axum program;
+//! file per interface: chat (with completions), responses, messages, ollama, pages; page is the chat page. [`router`] can be mounted in any axum program;
 //! [`App`] holds what its handlers need.
 
 mod api;
@@ -21,6 +21,7 @@ mod metrics;
 #[cfg(unix)]
 mod models;
 mod ollama;
+mod page;
 mod pages;
 mod process;
 mod read;
@@ -84,9 +85,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/info", get(pages::info))
         .route("/timings", get(pages::timings))
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() });
-    let router = protected(keyed, app.keys.as_slice().into())
-        .route("/", get(pages::page))
-        .route("/favicon.ico", get(pages::no_icon))
+    let router = protected(keyed, app.keys.as_slice().into(), app.open_metrics)
+        .route("/", get(page::page))
+        .route("/favicon.ico", get(page::no_icon))
         .route("/health", get(pages::health))
         .route("/ready", get(pages::ready))
         .route("/openapi.json", get(pages::openapi))
@@ -96,9 +97,13 @@ pub fn router(app: Arc<App>) -> Router {
     guarded(router, &access)
 }
 
-/// Routes that want a key, if there are any.
-fn protected<S: Clone + Send + Sync + 'static>(router: Router<S>, keys: Arc<[[u8; 32]]>) -> Router<S> {
-    router.route_layer(from_fn(move |request, next| check_key(Arc::clone(&keys), request, next)))
+/// Routes that want a key, if there are any; /metrics does not if `open_metrics`.
+fn protected<S: Clone + Send + Sync + 'static>(
+    router: Router<S>,
+    keys: Arc<[[u8; 32]]>,
+    open_metrics: bool,
+) -> Router<S> {
+    router.route_layer(from_fn(move |request, next| check_key(Arc::clone(&keys), open_metrics, request, next)))
 }
 
 /// Errors in the form of each interface, for whoever may ask.
@@ -112,8 +117,8 @@ fn guarded(mut router: Router, access: &Access) -> Router {
 }
 
 /// Lets requests with a right key pass, or all if the server has none.
-async fn check_key(keys: Arc<[[u8; 32]]>, request: Request, next: Next) -> Response {
-    if keys.is_empty() {
+async fn check_key(keys: Arc<[[u8; 32]]>, open_metrics: bool, request: Request, next: Next) -> Response {
+    if keys.is_empty() || open_metrics && request.uri().path() == "/metrics" {
         return next.run(request).await;
     }
     let headers = request.headers();

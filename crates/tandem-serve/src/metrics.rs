@@ -8,12 +8,20 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::{AtomicU64, Ordering};
+use tandem_core::backend::PAGE_SIZE;
 use tandem_engine::RankStatus;
 
 use crate::worker::Status;
 
 type FloatGauge = Gauge<f64, AtomicU64>;
 type FloatCounter = Counter<f64, AtomicU64>;
+
+/// As vLLM's `cache_config_info` says it; endpoint pickers make blocks of a prompt of this size.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CacheConfig {
+    block_size: u64,
+    num_gpu_blocks: u64,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
@@ -59,6 +67,7 @@ pub(crate) struct Metrics {
     pub(crate) prefill: Histogram,
     pub(crate) decode: Histogram,
     cache_usage: FloatGauge,
+    cache_config: Family<CacheConfig, Gauge>,
     requests: Family<Reason, Counter>,
     /// Calls that could not be read and were passed on as text.
     pub(crate) malformed_calls: Counter,
@@ -84,6 +93,7 @@ pub(crate) struct Metrics {
     all_drafts: [Counter; 3],
     accepted_by_position: Family<Position, Counter>,
     restarts: Counter,
+    memory_lost: Gauge,
     tokens_per_second: FloatGauge,
     bytes_per_second: FloatGauge,
     bandwidth_fraction: FloatGauge,
@@ -125,6 +135,7 @@ impl Metrics {
             all_drafts: Default::default(),
             accepted_by_position: Family::default(),
             restarts: Counter::default(),
+            memory_lost: Gauge::default(),
             tokens_per_second: Gauge::default(),
             bytes_per_second: Gauge::default(),
             bandwidth_fraction: Gauge::default(),
@@ -145,6 +156,7 @@ impl Metrics {
             prefill: seconds(0.001, 18),
             decode: seconds(0.01, 18),
             cache_usage: Gauge::default(),
+            cache_config: Family::default(),
             registry: Registry::default(),
             vllm: Registry::with_labels([("model_name".into(), model_name.to_owned().into())].into_iter()),
         };
@@ -164,6 +176,11 @@ impl Metrics {
             ("cache_pages", "Pages of the key-value cache", &metrics.pages),
             ("cache_pages_used", "Pages that requests hold", &metrics.pages_used),
             ("cache_pages_idle", "Pages kept for prompts to come", &metrics.pages_cached),
+            (
+                "device_memory_lost",
+                "1 while the device reads weights far more slowly than at first: the system took memory back",
+                &metrics.memory_lost,
+            ),
         ];
         for (name, help, gauge) in gauges {
             registry.register(name, help, gauge.clone());
@@ -226,6 +243,7 @@ impl Metrics {
         vllm.register("vllm:num_requests_running", "Requests that run", self.running.clone());
         vllm.register("vllm:num_requests_waiting", "Requests that wait for a place", self.waiting.clone());
         vllm.register("vllm:kv_cache_usage_perc", "Share of the cache that requests hold", self.cache_usage.clone());
+        vllm.register("vllm:cache_config_info", "Pages of the cache and their tokens", self.cache_config.clone());
         let counters = [
             ("prompt_tokens", "Prompt tokens", &self.vllm_prompt_tokens),
             ("generation_tokens", "Tokens generated", &self.generated_tokens),
@@ -286,7 +304,11 @@ impl Metrics {
         let counters = &status.counters;
         self.running.set(status.running as i64);
         self.waiting.set(status.waiting as i64);
-        self.pages.set(status.pages as i64);
+        let config = CacheConfig { block_size: PAGE_SIZE as u64, num_gpu_blocks: status.pages as u64 };
+        if self.pages.set(status.pages as i64) != status.pages as i64 {
+            self.cache_config.clear();
+        }
+        self.cache_config.get_or_create(&config).set(1);
         self.pages_used.set(status.pages_used as i64);
         self.pages_cached.set(status.pages_cached as i64);
         set(&self.prompt_tokens, counters.prompt_tokens);
@@ -297,6 +319,7 @@ impl Metrics {
         set(&self.generated_tokens, counters.generated_tokens);
         set(&self.preemptions, counters.preemptions);
         set(&self.restarts, status.restarts);
+        self.memory_lost.set(status.device_warns.into());
         for (source, counts) in [("ngram", counters.ngram_drafts), ("mtp", counters.mtp_drafts)] {
             for (family, value) in self.drafts.iter().zip([counts.drafts, counts.tokens, counts.accepted_tokens()]) {
                 set(&family.get_or_create(&Source { source }), value);

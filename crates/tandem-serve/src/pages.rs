@@ -1,10 +1,10 @@
-//! Everything beside generation: models, tokens, health, metrics, the chat page and the OpenAPI document.
+//! Everything beside generation: models, tokens, health, metrics and the OpenAPI document.
 
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse, Response};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tandem_engine::RankStatus;
@@ -16,13 +16,6 @@ use crate::body::{Body, Fields};
 use crate::error::{ApiError, ErrorResponse};
 use crate::fields::Table;
 use crate::strict::objects;
-
-/// The chat page, without parts from elsewhere.
-const PAGE: &str = include_str!("page.html");
-
-/// What the browser may load for the page: nothing but the page and this server.
-const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
-                           img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Media type of /metrics.
 pub(crate) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -276,7 +269,10 @@ pub(crate) async fn info(State(app): State<Arc<App>>) -> axum::Json<Value> {
     axum::Json(info)
 }
 
-/// Where the time of the last steps went, for `tandem explain`; no text is in it.
+/// Where the time of the last steps went, for `tandem explain`.
+///
+/// Under `explanation` is what that means: the verdict, the parts of a step in ms, causes with their cost, and what would help.
+/// No text of anybody is in it.
 #[utoipa::path(get, path = "/timings", tag = "Server", responses(
     (status = 200, description = "The timings", body = Object),
     (status = "4XX", description = "No key, or a wrong one", body = ErrorResponse),
@@ -348,21 +344,6 @@ fn up_to(largest: u32) -> String {
         }
     }
     format!("^({})$", parts.join("|"))
-}
-
-/// The chat page.
-pub(crate) async fn page() -> Response {
-    let headers = [
-        (header::CONTENT_SECURITY_POLICY, PAGE_POLICY),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (header::REFERRER_POLICY, "no-referrer"),
-    ];
-    (headers, Html(PAGE)).into_response()
-}
-
-/// The browser's question for an icon.
-pub(crate) async fn no_icon() -> StatusCode {
-    StatusCode::NO_CONTENT
 }
 
 #[cfg(test)]

@@ -44,12 +44,21 @@ pub async fn end_signal() {
             return;
         }
     }
+    #[cfg(unix)]
     let _ = tokio::signal::ctrl_c().await;
+    #[cfg(not(unix))]
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = STDIN_ENDED.notified() => {}
+    }
 }
+
+/// Where no signal ends a process: [`end_signal`] waits for it too.
+#[cfg(not(unix))]
+static STDIN_ENDED: tokio::sync::Notify = tokio::sync::Notify::const_new();
 
 /// Sends this process the system's request to end once its standard input ends: whoever holds the other end of a pipe takes
 /// this process along, however it ends itself.
-#[cfg(unix)]
 pub fn end_with_stdin() {
     std::thread::spawn(|| {
         let mut input = std::io::stdin().lock();
@@ -59,7 +68,10 @@ pub fn end_with_stdin() {
             Ok(n) => n > 0,
             Err(error) => error.kind() == std::io::ErrorKind::Interrupted,
         } {}
+        #[cfg(unix)]
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM);
+        #[cfg(not(unix))]
+        STDIN_ENDED.notify_one();
     });
 }
 

@@ -107,6 +107,8 @@ pub(crate) struct Status {
     pub(crate) bytes_per_second: f64,
     /// Times that the engine was made again.
     pub(crate) restarts: u64,
+    /// The device has lost memory, as far as it can tell.
+    pub(crate) device_warns: bool,
 }
 
 impl Status {
@@ -458,6 +460,7 @@ fn serve(engine: &mut Engine, jobs: &Receiver<Job>, shared: &Shared, step_bytes:
             tokens_per_second,
             bytes_per_second,
             restarts: status.restarts,
+            device_warns: engine.warning().is_some(),
         };
     }
 }
@@ -509,10 +512,13 @@ impl Rates {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
-    use tandem_core::Batch;
-    use tandem_engine::{BlockManager, Runner};
+    use tandem_core::{Batch, Checkpoint, ModelConfig};
+    use tandem_engine::{BlockManager, ModelRunner, Runner};
     use tandem_model::Limits;
+    use tandem_wgpu::WgpuBackend;
 
     /// Fails at its third step while `is_broken`, by an error or a panic. A step begins when `gate` is free.
     struct Fragile {
@@ -540,6 +546,10 @@ mod tests {
 
         fn vocab_size(&self) -> usize {
             2
+        }
+
+        fn warning(&self) -> Option<String> {
+            (self.n_steps > 2).then(|| "the GPU reads weights more slowly".into())
         }
     }
 
@@ -591,6 +601,82 @@ mod tests {
             // The two requests may fail in one step or in two.
             assert!((1..=2).contains(&worker.status().restarts), "{}", worker.status().restarts);
         }
+    }
+
+    #[test]
+    fn a_device_that_lost_memory_is_in_the_metrics() {
+        let metrics = crate::metrics::Metrics::new("model", 1e9);
+        let worker = start(false, &Arc::default(), &Arc::default(), 2);
+        let lost = |worker: &Worker| metrics.render(&worker.status(), &[]).contains("tandem_device_memory_lost 1\n");
+        assert!(!lost(&worker), "before the first step");
+        assert_eq!(read(worker.submit(vec![request()]).unwrap().remove(0)), (5, None));
+        let start = Instant::now();
+        while !lost(&worker) {
+            assert!(start.elapsed() < Duration::from_secs(10), "after some steps");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Loses its device before its second step, once for all engines.
+    struct Losing {
+        inner: ModelRunner<WgpuBackend>,
+        n_steps: usize,
+        is_lost: Arc<AtomicBool>,
+    }
+
+    impl Runner for Losing {
+        fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+            self.n_steps += 1;
+            if self.n_steps == 2 && !self.is_lost.swap(true, Ordering::Relaxed) {
+                self.inner.backend().lose();
+            }
+            self.inner.step(batch, logits)
+        }
+
+        fn limits(&self) -> Limits {
+            self.inner.limits()
+        }
+
+        fn vocab_size(&self) -> usize {
+            self.inner.vocab_size()
+        }
+    }
+
+    fn losing_engine(is_lost: &Arc<AtomicBool>) -> Result<(Engine, StepBytes), BoxError> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/fable-30m-MXFP4-Q8");
+        let (config, checkpoint) = (ModelConfig::load(&dir)?, Checkpoint::open(&dir)?);
+        let backend = WgpuBackend::new(&Default::default())?;
+        let limits = Limits { max_rows: 16, max_logits_rows: 4 };
+        let model = tandem_model::load(&backend, &config, &checkpoint, limits, &mut |_| {})?;
+        let blocks = BlockManager::for_tokens(256);
+        let inner = ModelRunner::new(backend, model, limits, config.vocab_size, blocks.n_slots());
+        let runner = Losing { inner, n_steps: 0, is_lost: Arc::clone(is_lost) };
+        Ok((Engine::new(Box::new(runner), blocks, 256, 256), Box::new(|_| 0u64) as StepBytes))
+    }
+
+    /// As after a time-out of the driver: those who wait get one error that names the operation, and the next is served.
+    #[test]
+    fn a_lost_gpu_is_one_error_and_a_new_one_is_opened() {
+        if !tandem_wgpu::device_present() {
+            assert!(std::env::var_os("TANDEM_REQUIRE_VULKAN").is_none(), "no Vulkan or Metal device was found");
+            return;
+        }
+        let is_lost = Arc::new(AtomicBool::new(false));
+        let worker = Worker::start(move || losing_engine(&is_lost), 4).unwrap();
+        let waiting = worker.submit(vec![request(), request()]).unwrap();
+        for replies in waiting {
+            let (_, error) = read(replies);
+            let error = error.unwrap();
+            assert!(error.contains("was lost during"), "{error}");
+        }
+        let again = loop {
+            match worker.submit(vec![request()]) {
+                Ok(mut replies) => break replies.remove(0),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        assert_eq!(read(again), (5, None));
+        assert_eq!(worker.status().restarts, 1);
     }
 
     #[test]

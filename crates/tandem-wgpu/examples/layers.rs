@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release -p tandem-llm-wgpu --example layers -- CONFIG.json LAYERS [--device N] [--context N] [--prefill N]
 //!         [--steps N] [--batch N] [--recipe NAME] [--budget-ms N]
-//!         [--staged N] [--groups N] [--rows N] [--gate-rows N]
+//!         [--staged N] [--groups N] [--rows N] [--gate-rows N] [--tiles single|split|half]
 //!
 //! CONFIG.json gives the shapes (crates/tandem/src/presets); dense layers are left out and the vocabulary is 1024.
 
@@ -15,7 +15,7 @@ use tandem_core::backend::{Backend, PAGE_SIZE};
 use tandem_core::{Batch, ModelConfig};
 use tandem_engine::{ModelRunner, Runner};
 use tandem_model::{DummyWeights, Limits, Recipe, Stacks};
-use tandem_wgpu::{Options, Tuning, WgpuBackend};
+use tandem_wgpu::{Options, Tiles, Tuning, WgpuBackend};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -35,8 +35,16 @@ fn main() -> Result<()> {
         most_rows: number("--rows", usual.most_rows)?,
         most_gate_rows: number("--gate-rows", usual.most_gate_rows)?,
     };
+    let tiles = match flag("--tiles").map(String::as_str) {
+        None => Tiles::default(),
+        Some("single") => Tiles::Single,
+        Some("split") => Tiles::Split,
+        Some("half") => Tiles::Half,
+        Some(other) => return Err(format!("--tiles {other}").into()),
+    };
     let options = Options {
         tuning,
+        tiles,
         device: flag("--device").cloned(),
         budget: Duration::from_millis(budget as u64),
         ..Options::default()
@@ -49,7 +57,8 @@ fn main() -> Result<()> {
         "{}",
         json!({"adapter": info.name, "api": info.api, "driver": info.driver, "kind": info.kind, "features": info.features,
             "subgroup": [info.subgroup.0, info.subgroup.1], "max_binding_bytes": info.max_binding_bytes,
-            "copy_gb_per_s": backend.bandwidth() / 1e9})
+            "copy_gb_per_s": backend.bandwidth() / 1e9, "tiles": format!("{tiles:?}"),
+            "cooperative": backend.is_cooperative()})
     );
     let copy = backend.bandwidth();
     let recipe = Recipe::parse(flag("--recipe").map_or("mxfp4-q8", String::as_str))?;

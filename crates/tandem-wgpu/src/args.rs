@@ -36,11 +36,14 @@ pub(crate) const MAX_ARGS_BYTES: u32 = 96;
 args! {
     /// Of every product with a matrix, and of the embedding. Pitches, parts and units of weights count 16 bytes, of scales
     /// words; those of `x` and `y` count elements. `post` takes back what the scales were lifted by.
+    /// For x in half precision, pitches count vectors of four and `x_width` is that of a slice; weights are multiplied by `pre`.
     MatrixArgs {
         rows: u32, cols: u32, units: u32, weight_pitch: u32, weight_part: u32, scale_pitch: u32, scale_part: u32,
         x_pitch: u32, x_offset: u32, x_stride: u32, y_pitch: u32, y_offset: u32, y_stride: u32, n_tokens: u32,
-        first_part: u32, n_parts: u32, top_k: u32, plan_order: u32, post: f32,
+        first_part: u32, n_parts: u32, top_k: u32, plan_order: u32, post: f32, pre: f32, x_width: u32,
     }
+    /// Of half_rows; `width` is that of a padded slice.
+    HalfArgs { cols: u32, n_parts: u32, x_pitch: u32, x_offset: u32, x_stride: u32, width: u32 }
     /// Of the products of one input with several matrices of one format; `first` and `blocks` are the workgroups of each.
     SeveralArgs {
         units: u32, cols: u32, scale_pitch: u32, x_pitch: u32, x_offset: u32, n_tokens: u32,

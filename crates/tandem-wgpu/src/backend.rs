@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tandem_core::Batch;
@@ -48,8 +48,25 @@ pub struct Options {
     pub plain: bool,
     /// Most bytes of a matrix in one buffer, below the adapter's own limit.
     pub binding_limit: Option<u64>,
+    /// How batches of many rows meet matrices.
+    pub tiles: Tiles,
     /// Shapes of kernels.
     pub tuning: Tuning,
+}
+
+/// How batches of more than 64 rows meet quantised matrices. Halves are for adapters with cooperative matrices; on others
+/// the same kernel does without, slowly, for tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tiles {
+    /// Products in single precision.
+    Single,
+    /// Numbers as the sum of two of half precision, which together have 22 bits; sums in single precision.
+    Split,
+    /// `Split` where the adapter has cooperative matrices, else `Single`.
+    #[default]
+    Fitting,
+    /// Numbers rounded to half precision, with a power of two for each row; sums in single precision.
+    Half,
 }
 
 /// Shapes of the kernels for few rows; results differ by the order of sums.
@@ -78,6 +95,7 @@ impl Default for Options {
             budget: Duration::from_millis(250),
             plain: false,
             binding_limit: None,
+            tiles: Tiles::default(),
             tuning: Tuning::default(),
         }
     }
@@ -94,6 +112,7 @@ pub struct WgpuBackend {
     staging: RefCell<Option<wgpu::Buffer>>,
     residency: RefCell<ResidencyMeter>,
     matrix_limit: u64,
+    pub(crate) tiles: Tiles,
     pub(crate) tuning: Tuning,
     encoding: Cell<f64>,
 }
@@ -105,13 +124,18 @@ impl WgpuBackend {
     /// No adapter, a choice that names none or several, or an adapter that cannot run the kernels.
     pub fn new(options: &Options) -> Result<WgpuBackend, WgpuError> {
         let start = Instant::now();
-        let device = Arc::new(Device::open(options.device.as_deref())?);
+        let device = Arc::new(Device::open(options.device.as_deref(), options.tiles)?);
+        let tiles = match options.tiles {
+            Tiles::Fitting if device.cooperative => Tiles::Split,
+            Tiles::Fitting => Tiles::Single,
+            tiles => tiles,
+        };
         let lanes = Lanes::of(&device, options.plain);
         let limit = device.info.max_binding_bytes.min(device.info.max_buffer_bytes).saturating_sub(1024);
         let limit = options.binding_limit.unwrap_or(limit).min(limit);
         let pipelines = Arc::new(Pipelines::new(Arc::clone(&device), lanes));
         // A guess until it is measured.
-        let mut backend = WgpuBackend::with(device, pipelines, options.budget, 1e10, limit, options.tuning);
+        let mut backend = WgpuBackend::with(device, pipelines, options.budget, 1e10, limit, (tiles, options.tuning));
         let bandwidth = backend.measure_bandwidth();
         backend.recorder.set_bandwidth(bandwidth);
         backend.sync()?;
@@ -135,7 +159,7 @@ impl WgpuBackend {
             self.recorder.budget(),
             self.recorder.bandwidth(),
             self.matrix_limit,
-            self.tuning,
+            (self.tiles, self.tuning),
         )
     }
 
@@ -145,7 +169,7 @@ impl WgpuBackend {
         budget: Duration,
         bandwidth: f64,
         matrix_limit: u64,
-        tuning: Tuning,
+        (tiles, tuning): (Tiles, Tuning),
     ) -> WgpuBackend {
         WgpuBackend {
             pipelines,
@@ -156,6 +180,7 @@ impl WgpuBackend {
             staging: RefCell::default(),
             residency: RefCell::default(),
             matrix_limit,
+            tiles,
             tuning,
             encoding: Cell::new(0.0),
             device,
@@ -170,6 +195,11 @@ impl WgpuBackend {
     /// Bytes per second of a copy on the device, read and written bytes counted.
     pub fn bandwidth(&self) -> f64 {
         self.recorder.bandwidth()
+    }
+
+    /// True if products in half precision go through cooperative matrices.
+    pub fn is_cooperative(&self) -> bool {
+        self.device.cooperative
     }
 
     /// True where the processor and the GPU share memory.
@@ -210,6 +240,11 @@ impl WgpuBackend {
     /// Seconds that the host took to enqueue the last step.
     pub fn encoding_seconds(&self) -> f64 {
         self.encoding.get()
+    }
+
+    /// Submissions that the device has not finished, counted from here on; any thread may read the number.
+    pub fn watch_submissions(&self) -> Arc<AtomicUsize> {
+        self.recorder.watch()
     }
 
     /// Loses the device, to see what happens then.

@@ -7,12 +7,15 @@ use std::task::{Context, Poll, Waker};
 
 use crate::WgpuError;
 use crate::args::MAX_ARGS_BYTES;
+use crate::backend::Tiles;
 use crate::memory;
 
 /// Threads of a workgroup.
 pub(crate) const WORKGROUP: u32 = 256;
 /// Workgroup memory that the largest kernel takes.
 const WORKGROUP_BYTES: u32 = 30 << 10;
+/// The same with cooperative matrices.
+const COOPERATIVE_BYTES: u32 = 46 << 10;
 /// Storage buffers of the kernel with most of them.
 const STORAGE_BUFFERS: u32 = 8;
 
@@ -105,6 +108,19 @@ fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
         wgpu::DeviceType::Cpu => 4,
     });
     adapters
+}
+
+/// True if linear_tiles_half.wgsl can use cooperative matrices: of its shapes, for subgroups of 32, with enough workgroup memory.
+fn has_cooperative_matrices(adapter: &wgpu::Adapter) -> bool {
+    let info = adapter.get_info();
+    let fits = |p: &wgpu::CooperativeMatrixProperties| {
+        let types = (p.ab_type, p.cr_type) == (wgpu::CooperativeScalarType::F16, wgpu::CooperativeScalarType::F32);
+        [p.m_size, p.n_size, p.k_size] == [16; 3] && types && !p.saturating_accumulation
+    };
+    adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16)
+        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
+        && adapter.limits().max_compute_workgroup_storage_size >= COOPERATIVE_BYTES
+        && adapter.cooperative_matrix_properties().iter().any(fits)
 }
 
 /// The adapter that `wanted` names: its number, or a part of its name in any case. The first one without a name.
@@ -200,11 +216,14 @@ pub(crate) struct Device {
     pub(crate) errors: Errors,
     /// True where the processor and the GPU share memory.
     pub(crate) unified: bool,
+    /// True if kernels may use cooperative matrices of 16 x 16, of half-precision numbers with sums in single precision.
+    pub(crate) cooperative: bool,
     staged: AtomicUsize,
 }
 
 impl Device {
-    pub(crate) fn open(wanted: Option<&str>) -> Result<Device, WgpuError> {
+    /// Opens the adapter that `wanted` names; `tiles` says whether for products in half precision.
+    pub(crate) fn open(wanted: Option<&str>, tiles: Tiles) -> Result<Device, WgpuError> {
         let adapters = enumerate(&instance());
         let index = choose(&adapters, wanted)?;
         let adapter = &adapters[index];
@@ -231,11 +250,26 @@ impl Device {
             | wgpu::Features::SHADER_F16
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES;
-        let features = features & wanted;
+        let cooperative = tiles != Tiles::Single && has_cooperative_matrices(adapter);
+        let needs_halves = matches!(tiles, Tiles::Split | Tiles::Half);
+        if needs_halves && !features.contains(wgpu::Features::SHADER_F16) {
+            return Err(unsuitable("it has no half-precision numbers".into()));
+        }
+        let mut features = features & wanted;
+        let mut experimental_features = wgpu::ExperimentalFeatures::disabled();
+        if cooperative {
+            features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+            // SAFETY: they are used in one kernel, which keeps to what they are specified for: whole subgroups of 32, in
+            // uniform control flow, on memory that the kernel declares.
+            #[allow(unsafe_code)]
+            let enabled = unsafe { wgpu::ExperimentalFeatures::enabled() };
+            experimental_features = enabled;
+        }
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("tandem"),
             required_features: features,
             required_limits: limits,
+            experimental_features,
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..wgpu::DeviceDescriptor::default()
         };
@@ -255,7 +289,7 @@ impl Device {
             sink.set(WgpuError::Lost { operation: sink.operation(), reason });
         });
         let unified = matches!(info.kind, "integrated" | "cpu");
-        Ok(Device { device, queue, info, features, errors, unified, staged: AtomicUsize::new(0) })
+        Ok(Device { device, queue, info, features, errors, unified, cooperative, staged: AtomicUsize::new(0) })
     }
 }
 

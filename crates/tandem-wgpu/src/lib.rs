@@ -13,6 +13,7 @@ mod error;
 mod linear;
 mod matrix;
 mod memory;
+mod mixing;
 mod pipelines;
 mod recorder;
 mod residency;
@@ -20,7 +21,7 @@ mod residency;
 mod shader_tests;
 mod template;
 
-pub use backend::{Options, Tuning, WgpuBackend};
+pub use backend::{Options, Tiles, Tuning, WgpuBackend};
 pub use batch::WgpuBatch;
 pub use buffer::{WgpuBuffer, WgpuCache, WgpuIndices};
 pub use device::{AdapterInfo, adapters, device_present};

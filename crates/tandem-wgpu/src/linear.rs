@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use tandem_core::backend::{EXACT_ROWS, Heads, Mlp};
 
-use crate::args::{Args, CombineArgs, MatrixArgs, PlanArgs, RowArgs, SeveralArgs};
-use crate::backend::WgpuBackend;
+use crate::args::{Args, CombineArgs, HalfArgs, MatrixArgs, PlanArgs, RowArgs, SeveralArgs};
+use crate::backend::{Tiles, WgpuBackend};
 use crate::buffer::{Memory, WgpuBuffer, WgpuIndices};
 use crate::device::WORKGROUP;
 use crate::matrix::{Chunk, SEGMENT_ELEMENTS, WgpuMatrix};
@@ -28,6 +28,8 @@ const SHARED_SUMS: usize = 448;
 const SEVERAL: usize = 3;
 /// Rows of a tile of linear_tiles.
 const TILE_ROWS: usize = 128;
+/// Columns to a multiple of which rows in half precision are padded: those of any step.
+const HALF_PADDING: usize = 64;
 /// Slots of a tile of routed experts.
 const ROUTED_TILE: usize = 32;
 /// Bytes that the products of routed experts may take at once; longer batches go in parts.
@@ -81,23 +83,21 @@ impl WgpuBackend {
     }
 
     fn products(&self, x: &Memory, from: View, w: &WgpuMatrix, n: usize, y: &Memory, to: View) {
+        let tile = if n <= EXACT_ROWS { None } else { Some(self.tile((x, from), &[w], n, None)) };
         for chunk in &w.chunks {
             let mut args = matrix_args(w, chunk, from, to, n);
             args.x_offset += (chunk.parts.start * from.stride) as u32;
             args.y_offset += (chunk.parts.start * to.stride) as u32;
             let buffers = [&chunk.weight, chunk.scales(), x, y];
             let cost = cost(w, chunk.rows.len() * chunk.parts.len(), n);
-            if n <= EXACT_ROWS {
-                let shape = self.rows_shape(RowsKernel::Linear, w, n, chunk.rows.len(), chunk.parts.len());
-                let pipeline = self.rows_kernel::<MatrixArgs>("linear_rows", RowsKernel::Linear, w, from, &shape);
-                let grid = [shape.blocks(chunk.rows.len()), n.div_ceil(shape.tokens), chunk.parts.len()];
-                self.run(&pipeline, &buffers, &args, grid, cost);
-            } else {
-                let tokens = tile_tokens(n);
-                let pipeline = self.tiles_kernel(w, from, tokens, false, false);
-                let grid = [chunk.rows.len().div_ceil(TILE_ROWS), n.div_ceil(tokens), chunk.parts.len()];
-                self.run(&pipeline, &buffers, &args, grid, cost);
+            if let Some(tile) = &tile {
+                self.run_tile(tile, (w, chunk), None, args, y, cost);
+                continue;
             }
+            let shape = self.rows_shape(RowsKernel::Linear, w, n, chunk.rows.len(), chunk.parts.len());
+            let pipeline = self.rows_kernel::<MatrixArgs>("linear_rows", RowsKernel::Linear, w, from, &shape);
+            let grid = [shape.blocks(chunk.rows.len()), n.div_ceil(shape.tokens), chunk.parts.len()];
+            self.run(&pipeline, &buffers, &args, grid, cost);
         }
     }
 
@@ -248,15 +248,119 @@ impl WgpuBackend {
         })
     }
 
-    fn tiles_kernel(&self, w: &WgpuMatrix, from: View, tokens: usize, pair: bool, planned: bool) -> Arc<Pipeline> {
-        let aligned = from.is_aligned() && w.cols.is_multiple_of(4);
-        let flags = aligned as u64 | (pair as u64) << 1 | (planned as u64) << 2;
-        let variant = w.format.number() | flags << 16 | (tokens as u64) << 20;
-        self.pipelines.get::<MatrixArgs>("linear_tiles", variant, |d| {
-            w.format.define(d);
-            define(d, &[("ALIGNED", aligned.into()), ("PAIR", pair.into()), ("PLANNED", planned.into())]);
-            tiles_define(w.format.unit(), tokens, d);
+    /// How products of many rows of x with matrices of one format run; rows in half precision are made here.
+    fn tile<'a>(
+        &self,
+        x: (&'a Memory, View),
+        matrices: &[&WgpuMatrix],
+        n: usize,
+        plan: Option<Planned<'a>>,
+    ) -> Tile<'a> {
+        let halves = self.halves(x, matrices, n);
+        let tokens = match (plan, &halves) {
+            (Some(_), _) => ROUTED_TILE,
+            (None, Some(_)) if !self.device.cooperative => 32,
+            (None, _) => tile_tokens(n),
+        };
+        let blocks = plan.map_or(n.div_ceil(tokens), |plan| plan.most_tiles);
+        Tile { x: x.0, from: x.1, halves, tokens, blocks, plan: plan.map(|plan| plan.memory) }
+    }
+
+    /// The rows of x in half precision, if this product is to have them.
+    fn halves(&self, (x, from): (&Memory, View), matrices: &[&WgpuMatrix], n: usize) -> Option<Halves> {
+        let w = matrices[0];
+        let exponent = matrices.iter().map(|w| w.to_half()).min().flatten()?;
+        let parts = match self.tiles {
+            Tiles::Single | Tiles::Fitting => return None,
+            Tiles::Split => 2,
+            Tiles::Half => 1,
+        };
+        let width = w.cols.next_multiple_of(HALF_PADDING);
+        // A stack's matrices read slices of their own, or all the same rows.
+        let slices = if from.stride == 0 { 1 } else { w.parts };
+        let pitch = slices * width / 4;
+        let bytes = n * pitch * parts * 8;
+        if bytes as u64 > self.device.info.max_binding_bytes.min(self.device.info.max_buffer_bytes) - 1024 {
+            return None;
+        }
+        let (rows, scales) = (self.scratch("half_rows", bytes), self.scratch("half_scales", n * 4));
+        let pipeline = self.pipelines.get::<HalfArgs>("half_rows", parts as u64, |d| {
+            define(d, &[("X_PARTS", parts), ("SPLIT_X", (parts == 2).into())]);
+        });
+        let args = HalfArgs {
+            base: 0,
+            cols: w.cols as u32,
+            n_parts: slices as u32,
+            x_pitch: from.pitch as u32,
+            x_offset: from.offset as u32,
+            x_stride: from.stride as u32,
+            width: width as u32,
+        };
+        let cost = Cost { bytes: (n * slices * w.cols * 4 + bytes) as u64, products: 0 };
+        self.run(&pipeline, &[x, &*rows, &*scales], &args, [n, 1, 1], cost);
+        Some(Halves {
+            rows,
+            scales,
+            parts,
+            pitch,
+            width: width / 4,
+            stride: if slices > 1 { width / 4 } else { 0 },
+            exponent,
         })
+    }
+
+    /// Runs a chunk of a matrix, and of a second one of the same shape for gate and up.
+    fn run_tile(
+        &self,
+        tile: &Tile<'_>,
+        (w, chunk): (&WgpuMatrix, &Chunk),
+        second: Option<&Chunk>,
+        mut args: MatrixArgs,
+        y: &Memory,
+        cost: Cost,
+    ) {
+        let tile_rows = if second.is_some() { TILE_ROWS / 2 } else { TILE_ROWS };
+        let mut buffers = vec![&chunk.weight, chunk.scales()];
+        if let Some(second) = second {
+            buffers.extend([&second.weight, second.scales()]);
+        }
+        let (pair, planned) = (second.is_some(), tile.plan.is_some());
+        let flags = (pair as u64) << 1 | (planned as u64) << 2;
+        let variant = w.format.number() | (tile.tokens as u64) << 20;
+        let pipeline = if let Some(halves) = &tile.halves {
+            args.pre = 2f32.powi(halves.exponent);
+            args.post *= 2f32.powi(-halves.exponent);
+            (args.x_pitch, args.x_stride) = (halves.pitch as u32, halves.stride as u32);
+            args.x_offset = (chunk.parts.start * halves.stride) as u32;
+            args.x_width = halves.width as u32;
+            buffers.extend([&*halves.rows, &*halves.scales]);
+            let shape = HalfTile {
+                tokens: tile.tokens,
+                x_parts: halves.parts,
+                w_parts: if w.format.is_exact_in_half() { 1 } else { halves.parts },
+                cooperative: self.device.cooperative,
+            };
+            let variant = variant | (flags | (halves.parts as u64) << 3) << 32;
+            self.pipelines.get::<MatrixArgs>("linear_tiles_half", variant, |d| {
+                w.format.define(d);
+                define(d, &[("PAIR", pair.into()), ("PLANNED", planned.into())]);
+                shape.define(w.format.unit(), d);
+            })
+        } else {
+            buffers.push(tile.x);
+            let aligned = tile.from.is_aligned() && w.cols.is_multiple_of(4);
+            let variant = variant | (flags | aligned as u64) << 32;
+            self.pipelines.get::<MatrixArgs>("linear_tiles", variant, |d| {
+                w.format.define(d);
+                define(d, &[("ALIGNED", aligned.into()), ("PAIR", pair.into()), ("PLANNED", planned.into())]);
+                tiles_define(w.format.unit(), tile.tokens, d);
+            })
+        };
+        buffers.push(y);
+        buffers.extend(tile.plan);
+        let parts = if planned { 1 } else { chunk.parts.len() };
+        let grid = [chunk.rows.len().div_ceil(tile_rows), tile.blocks, parts];
+        self.run(&pipeline, &buffers, &args, grid, cost);
     }
 
     /// `out = down(silu(gate(x)) * up(x))`
@@ -271,21 +375,20 @@ impl WgpuBackend {
             self.products(&x.memory, from, &mlp.up, n, &up, to);
             self.silu_mul(&hidden, &up, n * width);
         } else {
+            let matrices = [&mlp.gate, &mlp.up];
+            let tile = if n <= EXACT_ROWS { None } else { Some(self.tile((&x.memory, from), &matrices, n, None)) };
             for (gate, up) in mlp.gate.chunks.iter().zip(&mlp.up.chunks) {
                 let args = matrix_args(&mlp.gate, gate, from, to, n);
-                let buffers = [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden];
                 let cost = cost(&mlp.gate, 2 * gate.rows.len(), n);
-                if n <= EXACT_ROWS {
-                    let (kind, rows) = (RowsKernel::GateUp { routed: false }, gate.rows.len());
-                    let shape = self.rows_shape(kind, &mlp.gate, n, rows, 1);
-                    let pipeline = self.rows_kernel::<MatrixArgs>("gate_up_rows", kind, &mlp.gate, from, &shape);
-                    self.run(&pipeline, &buffers, &args, [shape.blocks(rows), n.div_ceil(shape.tokens), 1], cost);
-                } else {
-                    let tokens = tile_tokens(n);
-                    let pipeline = self.tiles_kernel(&mlp.gate, from, tokens, true, false);
-                    let grid = [gate.rows.len().div_ceil(TILE_ROWS / 2), n.div_ceil(tokens), 1];
-                    self.run(&pipeline, &buffers, &args, grid, cost);
+                if let Some(tile) = &tile {
+                    self.run_tile(tile, (&mlp.gate, gate), Some(up), args, &hidden, cost);
+                    continue;
                 }
+                let buffers = [&gate.weight, gate.scales(), &up.weight, up.scales(), &x.memory, &*hidden];
+                let (kind, rows) = (RowsKernel::GateUp { routed: false }, gate.rows.len());
+                let shape = self.rows_shape(kind, &mlp.gate, n, rows, 1);
+                let pipeline = self.rows_kernel::<MatrixArgs>("gate_up_rows", kind, &mlp.gate, from, &shape);
+                self.run(&pipeline, &buffers, &args, [shape.blocks(rows), n.div_ceil(shape.tokens), 1], cost);
             }
         }
         self.products(&hidden, to, &mlp.down, n, &out.memory, View::whole(out));
@@ -396,35 +499,34 @@ impl WgpuBackend {
 
             let from = View { offset: first_row * x.width, ..View::whole(x) };
             let between = View { pitch: width, offset: 0, stride: 0 };
-            let tiles =
-                |w: &WgpuMatrix, second: Option<&WgpuMatrix>, x: (&Memory, View), y: (&Memory, View), top_k: usize| {
-                    for (i, chunk) in w.chunks.iter().enumerate() {
-                        let mut args = matrix_args(w, chunk, x.1, y.1, n_slots);
-                        (args.top_k, args.plan_order) = (top_k as u32, plan_order as u32);
-                        let pipeline = self.tiles_kernel(w, x.1, ROUTED_TILE, second.is_some(), true);
-                        let tile_rows = if second.is_some() { TILE_ROWS / 2 } else { TILE_ROWS };
-                        let grid = [chunk.rows.len().div_ceil(tile_rows), max_tiles, 1];
-                        let mut buffers = vec![&chunk.weight, chunk.scales()];
-                        if let Some(second) = second {
-                            buffers.extend([&second.chunks[i].weight, second.chunks[i].scales()]);
-                        }
-                        buffers.extend([x.0, y.0, &*plan]);
-                        let matrices = if second.is_some() { 2 } else { 1 };
-                        let mut cost = cost(w, matrices * chunk.rows.len() * n_experts.min(n_slots), 1);
-                        cost.products = (matrices * chunk.rows.len() * w.cols * n_slots) as u64;
-                        self.run(&pipeline, &buffers, &args, grid, cost);
-                    }
-                };
+            // `n_x` rows of x, each for `top_k` slots.
+            let tiles = |w: &WgpuMatrix,
+                         second: Option<&WgpuMatrix>,
+                         x: (&Memory, View),
+                         y: (&Memory, View),
+                         (n_x, top_k): (usize, usize)| {
+                let matrices: Vec<&WgpuMatrix> = [Some(w), second].into_iter().flatten().collect();
+                let tile = self.tile(x, &matrices, n_x, Some(Planned { memory: &plan, most_tiles: max_tiles }));
+                for (i, chunk) in w.chunks.iter().enumerate() {
+                    let mut args = matrix_args(w, chunk, x.1, y.1, n_slots);
+                    (args.top_k, args.plan_order) = (top_k as u32, plan_order as u32);
+                    let rows = matrices.len() * chunk.rows.len();
+                    let mut cost = cost(w, rows * n_experts.min(n_slots), 1);
+                    cost.products = (rows * w.cols * n_slots) as u64;
+                    let second = second.map(|second| &second.chunks[i]);
+                    self.run_tile(&tile, (w, chunk), second, args, y.0, cost);
+                }
+            };
             if alike(experts) {
-                tiles(&experts.gate, Some(&experts.up), (&x.memory, from), (&hidden, between), top_k);
+                tiles(&experts.gate, Some(&experts.up), (&x.memory, from), (&hidden, between), (n, top_k));
             } else {
                 let up = self.scratch("routed_up", n_slots * width * 4);
-                tiles(&experts.gate, None, (&x.memory, from), (&hidden, between), top_k);
-                tiles(&experts.up, None, (&x.memory, from), (&up, between), top_k);
+                tiles(&experts.gate, None, (&x.memory, from), (&hidden, between), (n, top_k));
+                tiles(&experts.up, None, (&x.memory, from), (&up, between), (n, top_k));
                 self.silu_mul(&hidden, &up, n_slots * width);
             }
             let to = View { pitch: hidden_size, offset: 0, stride: 0 };
-            tiles(&experts.down, None, (&hidden, between), (&parts, to), 1);
+            tiles(&experts.down, None, (&hidden, between), (&parts, to), (n_slots, 1));
 
             let pipeline = self.pipelines.get::<CombineArgs>("moe_combine", adds.into(), |d| {
                 d.insert("ADD".into(), u32::from(adds).to_string());
@@ -435,6 +537,69 @@ impl WgpuBackend {
             let cost = Cost { bytes: (n_slots * hidden_size * 4) as u64, products: 0 };
             self.run(&pipeline, &buffers, &args, [self.blocks(hidden_size), n, 1], cost);
         }
+    }
+}
+
+/// Rows of x for a product of many, in blocks of `tokens`; `plan` gives the blocks of routed experts.
+struct Tile<'a> {
+    x: &'a Memory,
+    from: View,
+    halves: Option<Halves>,
+    tokens: usize,
+    blocks: usize,
+    plan: Option<&'a Memory>,
+}
+
+/// Blocks of routed experts, as moe_plan.wgsl makes them: never more than `most_tiles`.
+#[derive(Clone, Copy)]
+struct Planned<'a> {
+    memory: &'a Memory,
+    most_tiles: usize,
+}
+
+/// What half_rows.wgsl makes of rows of x; pitch, width and stride count vectors of four.
+struct Halves {
+    rows: Arc<Memory>,
+    scales: Arc<Memory>,
+    /// Numbers that an element is the sum of.
+    parts: usize,
+    pitch: usize,
+    width: usize,
+    stride: usize,
+    /// Power of two that the weights are to be multiplied by.
+    exponent: i32,
+}
+
+/// What linear_tiles_half.wgsl knows of a tile.
+pub(crate) struct HalfTile {
+    pub(crate) tokens: usize,
+    pub(crate) x_parts: usize,
+    pub(crate) w_parts: usize,
+    pub(crate) cooperative: bool,
+}
+
+impl HalfTile {
+    pub(crate) fn define(&self, unit: usize, d: &mut Defines) {
+        let HalfTile { tokens, x_parts, w_parts, cooperative } = *self;
+        // Columns of a step: what gives each thread a unit, and as much as there is room for.
+        let depth = if cooperative && unit == 32 && w_parts == 1 { 64 } else { 32 };
+        let fills = |n: usize| n.div_ceil(WORKGROUP as usize);
+        define(
+            d,
+            &[
+                ("TOKENS", tokens),
+                ("DEPTH", depth),
+                // Cooperative matrices want rows to begin at multiples of 16 bytes; without them memory is scarce.
+                ("PITCH", depth / 4 + if cooperative { 2 } else { 1 }),
+                ("FILLS", fills(TILE_ROWS * depth / unit)),
+                ("X_FILLS", fills(tokens * depth / 4)),
+                ("X_PARTS", x_parts),
+                ("SPLIT_X", (x_parts == 2).into()),
+                ("W_PARTS", w_parts),
+                ("SPLIT_W", (w_parts == 2).into()),
+                ("COOPERATIVE", cooperative.into()),
+            ],
+        );
     }
 }
 
@@ -552,6 +717,8 @@ fn matrix_args(w: &WgpuMatrix, chunk: &Chunk, from: View, to: View, n: usize) ->
         top_k: 1,
         plan_order: 0,
         post: w.post(),
+        pre: 1.0,
+        x_width: 0,
     }
 }
 

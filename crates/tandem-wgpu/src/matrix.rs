@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tandem_core::DType;
+use tandem_core::checkpoint::release_mapped;
 use tandem_core::dtype::{FP8_BLOCK, Float};
 use tandem_core::quant::minifloat::E4M3;
 use tandem_core::weights::{MatrixData, MatrixPart};
@@ -28,6 +29,8 @@ const MOST_LIFT: u32 = 32;
 const LARGEST_LIFTED: i32 = 64;
 /// NVFP4's global scales are relative to the largest product of its element and scale, 6 * 448.
 const NVFP4_LARGEST: f32 = 2688.0;
+/// Half-precision numbers below 2^15 have room for rounding.
+const HALF_EXPONENT: i32 = 15;
 
 /// Codes of a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +85,12 @@ impl Format {
         Format { code, scale, group: dtype.group_size() }
     }
 
+    /// True if groups of its weights share a scale.
+    #[cfg(test)]
+    pub(crate) fn is_scaled(self) -> bool {
+        self.scale != Scale::None
+    }
+
     /// Elements of a unit.
     pub(crate) fn unit(self) -> usize {
         match self.code {
@@ -110,6 +119,23 @@ impl Format {
             Scale::F32 | Scale::Pair16 => groups,
             Scale::Pair32 => groups * 2,
         }
+    }
+
+    /// Exponent of a power of two above every code, in units of a power of two above the scale: of affine formats the shift
+    /// is counted in.
+    fn code_exponent(self) -> i32 {
+        1 + match self.code {
+            Code::Fp4 => 3,
+            Code::Fp8 => 9,
+            Code::Q4 => 5,
+            Code::Q8 => 9,
+            Code::F32 | Code::F16 | Code::Bf16 => 0,
+        }
+    }
+
+    /// True if a weight has no more digits than a half-precision number: short codes times powers of two.
+    pub(crate) fn is_exact_in_half(self) -> bool {
+        matches!(self.code, Code::Fp4 | Code::Fp8) && self.scale == Scale::E8m0
     }
 
     /// What the shaders' `#if`s ask for.
@@ -183,9 +209,17 @@ pub struct WgpuMatrix {
     /// Power of two that the scales on the device are larger by. Devices may flush subnormal numbers: small scales become
     /// normal ones, and the kernels take the factor back from the finished sum.
     lift: u32,
+    /// Exponent of a power of two above all weights on the device; None without scales.
+    ceiling: Option<i32>,
 }
 
 impl WgpuMatrix {
+    /// The exponent of a power of two that brings the largest weights on the device near the largest of half precision, but
+    /// not above; None where they are not known.
+    pub(crate) fn to_half(&self) -> Option<i32> {
+        self.ceiling.map(|ceiling| (HALF_EXPONENT - ceiling).clamp(-100, 100))
+    }
+
     /// What takes the lift back.
     pub(crate) fn post(&self) -> f32 {
         2f32.powi(-(self.lift as i32))
@@ -209,8 +243,10 @@ impl WgpuMatrix {
         let scale_pitch = format.scale_pitch(cols);
         let row_bytes = (units * 16).max(scale_pitch * 4).max(1);
         let rows_at_once = (limit as usize / row_bytes).max(1);
-        let lift = lift(data);
-        let mut matrix = WgpuMatrix { format, rows, cols, parts, chunks: vec![], units, scale_pitch, lift };
+        let largest = largest_scale(data);
+        let lift = lift(largest);
+        let ceiling = largest.map(|largest| largest + lift as i32 + format.code_exponent());
+        let mut matrix = WgpuMatrix { format, rows, cols, parts, chunks: vec![], units, scale_pitch, lift, ceiling };
         let ranges: Vec<(Range<usize>, Range<usize>)> = if rows <= rows_at_once {
             let parts_at_once = rows_at_once / rows.max(1);
             (0..parts).step_by(parts_at_once).map(|p| (p..parts.min(p + parts_at_once), 0..rows)).collect()
@@ -248,6 +284,8 @@ impl WgpuMatrix {
                     pack_scales(dtype, self.cols, part, row, self.lift, out);
                 });
             }
+            // Where the GPU shares memory with the file's pages, a stack of experts would be there twice.
+            [&part.weight, &part.scales, &part.biases].iter().for_each(|bytes| release_mapped(bytes));
         }
         let repeated: Vec<usize> = parts.clone().filter(repeats).map(|part| part - parts.start).collect();
         repeat_first(device, &chunk.weight, weight_bytes as u64, &repeated);
@@ -392,9 +430,13 @@ fn fp4_word(natural: u32) -> u32 {
 }
 
 /// The power of two by which a matrix's scales are made larger: as much as leaves the largest of them room.
-fn lift(data: &MatrixData) -> u32 {
-    let largest = data.parts.iter().map(|part| largest_exponent(data.dtype, part)).max().flatten();
-    largest.map_or(0, |largest| (LARGEST_LIFTED - largest).clamp(0, MOST_LIFT as i32) as u32)
+fn lift(largest_scale: Option<i32>) -> u32 {
+    largest_scale.map_or(0, |largest| (LARGEST_LIFTED - largest).clamp(0, MOST_LIFT as i32) as u32)
+}
+
+/// Exponent of the largest scale (or shift) of all parts.
+fn largest_scale(data: &MatrixData) -> Option<i32> {
+    data.parts.iter().map(|part| largest_exponent(data.dtype, part)).max().flatten()
 }
 
 /// Exponent of the largest scale (or shift) that is a number; None without scales.
@@ -500,7 +542,7 @@ mod tests {
     fn packed(data: &MatrixData) -> Vec<u32> {
         let pitch = Format::of(data.dtype).scale_pitch(data.cols);
         let mut out = vec![0u8; pitch * 4];
-        pack_scales(data.dtype, data.cols, &data.parts[0], 0, lift(data), &mut out);
+        pack_scales(data.dtype, data.cols, &data.parts[0], 0, lift(largest_scale(data)), &mut out);
         out.as_chunks::<4>().0.iter().map(|w| u32::from_le_bytes(*w)).collect()
     }
 
@@ -516,11 +558,11 @@ mod tests {
         let pair32 = |bits: [u32; 4]| bits.map(f32::from_bits).map(|v| v * 2f32.powi(-(MOST_LIFT as i32)));
 
         let data = one_group(DType::Mxfp4, vec![0, 1, 127, 255], vec![], None);
-        assert_eq!((lift(&data), packed(&data)), (32, vec![u32::from_le_bytes([32, 33, 159, 255])]));
+        assert_eq!((lift(largest_scale(&data)), packed(&data)), (32, vec![u32::from_le_bytes([32, 33, 159, 255])]));
         let data = one_group(DType::Mxfp8, vec![0, 1, 2, 191], vec![], None);
-        assert_eq!((lift(&data), packed(&data)), (0, vec![u32::from_le_bytes([0, 1, 2, 191])]));
+        assert_eq!((lift(largest_scale(&data)), packed(&data)), (0, vec![u32::from_le_bytes([0, 1, 2, 191])]));
         let data = one_group(DType::Mxfp4, vec![0, 1, 2, 181], vec![], None);
-        assert_eq!((lift(&data), packed(&data)), (10, vec![u32::from_le_bytes([10, 11, 12, 191])]));
+        assert_eq!((lift(largest_scale(&data)), packed(&data)), (10, vec![u32::from_le_bytes([10, 11, 12, 191])]));
 
         let data = one_group(DType::Fp8Block, bytes(&[tiny]), vec![], None);
         assert_eq!(f32::from_bits(packed(&data)[0]), tiny * 2f32.powi(32));

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::args::Args;
 use crate::device::{Device, WORKGROUP};
+use crate::mixing::Mixing;
 use crate::template::{Defines, expand};
 
 /// Most experts and choices that the router's kernels hold.
@@ -45,7 +46,9 @@ impl Lanes {
 /// A compiled kernel.
 pub(crate) struct Pipeline {
     pub(crate) name: &'static str,
-    pub(crate) id: u64,
+    pub(crate) id: u32,
+    /// A number for the name, from 0 up: what is known of all its variants is kept under it.
+    pub(crate) kernel: usize,
     pub(crate) pipeline: wgpu::ComputePipeline,
     pub(crate) layout: wgpu::BindGroupLayout,
 }
@@ -54,7 +57,7 @@ pub(crate) struct Pipeline {
 pub(crate) struct Pipelines {
     device: Arc<Device>,
     pub(crate) lanes: Lanes,
-    compiled: Mutex<HashMap<(&'static str, u64), Arc<Pipeline>>>,
+    compiled: Mutex<Compiled>,
 }
 
 impl Pipelines {
@@ -70,17 +73,43 @@ impl Pipelines {
         defines: impl FnOnce(&mut Defines),
     ) -> Arc<Pipeline> {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = compiled.get(&(name, variant)) {
+        let kernel = compiled.kernel(name);
+        if let Some(pipeline) = compiled.variants[kernel].get(&variant) {
             return Arc::clone(pipeline);
         }
         self.device.errors.enter(name);
         let mut all = common_defines(self.lanes);
         defines(&mut all);
         let text = shader_text::<A>(name, &all);
-        let id = compiled.len() as u64;
-        let pipeline = Arc::new(compile(&self.device, name, id, &text, size_of::<A>() as u32));
-        compiled.insert((name, variant), Arc::clone(&pipeline));
+        compiled.n += 1;
+        let numbers = (compiled.n, kernel);
+        let pipeline = Arc::new(compile(&self.device, name, numbers, &text, size_of::<A>() as u32));
+        compiled.variants[kernel].insert(variant, Arc::clone(&pipeline));
         pipeline
+    }
+}
+
+#[derive(Default)]
+struct Compiled {
+    names: Vec<&'static str>,
+    /// By number of the name.
+    variants: Vec<HashMap<u64, Arc<Pipeline>, Mixing>>,
+    n: u32,
+}
+
+impl Compiled {
+    fn kernel(&mut self, name: &'static str) -> usize {
+        // A name has one address nearly always, and there are few of them.
+        let known = self
+            .names
+            .iter()
+            .position(|n| std::ptr::eq(*n, name))
+            .or_else(|| self.names.iter().position(|n| *n == name));
+        known.unwrap_or_else(|| {
+            self.names.push(name);
+            self.variants.push(HashMap::default());
+            self.names.len() - 1
+        })
     }
 }
 
@@ -107,10 +136,14 @@ pub(crate) fn common_defines(lanes: Lanes) -> Defines {
 
 /// A whole shader: arguments and body.
 pub(crate) fn shader_text<A: Args>(name: &str, defines: &Defines) -> String {
-    format!("{}{}", A::WGSL, expand(name, defines))
+    let body = expand(name, defines);
+    // Extensions come before everything else.
+    let half = if body.contains("f16>") { "enable f16;\n" } else { "" };
+    let cooperative = if body.contains("coop_mat") { "enable wgpu_cooperative_matrix;\n" } else { "" };
+    format!("{half}{cooperative}{}{body}", A::WGSL)
 }
 
-fn compile(device: &Device, name: &'static str, id: u64, text: &str, args_bytes: u32) -> Pipeline {
+fn compile(device: &Device, name: &'static str, (id, kernel): (u32, usize), text: &str, args_bytes: u32) -> Pipeline {
     let descriptor = wgpu::ShaderModuleDescriptor { label: Some(name), source: wgpu::ShaderSource::Wgsl(text.into()) };
     // SAFETY: the shaders are ours; every index is bounded by their arguments, which the dispatching functions derive from
     // the sizes of the buffers, and every loop ends.
@@ -149,7 +182,7 @@ fn compile(device: &Device, name: &'static str, id: u64, text: &str, args_bytes:
         },
         cache: None,
     });
-    Pipeline { name, id, pipeline, layout }
+    Pipeline { name, id, kernel, pipeline, layout }
 }
 
 /// Number of each storage buffer of a shader, and whether it is only read.

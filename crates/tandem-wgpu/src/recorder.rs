@@ -8,12 +8,13 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::WgpuError;
 use crate::buffer::Memory;
 use crate::device::Device;
+use crate::mixing::Mixing;
 use crate::pipelines::Pipeline;
 
 /// Most workgroups of a dispatch in one dimension.
@@ -28,6 +29,9 @@ const TIMERS: usize = 16;
 const PROFILE_STAMPS: u32 = 2048;
 /// Bind groups kept; beyond, all are made anew, so that none keeps freed memory for long.
 const MAX_BIND_GROUPS: usize = 1 << 15;
+/// Most buffers of a kernel, and what a bind group is found by: the numbers of pipeline and buffers.
+const MOST_BUFFERS: usize = 13;
+type BindGroupKey = [u64; MOST_BUFFERS + 1];
 /// Longest wait for the device before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -68,14 +72,25 @@ pub struct SubmissionStats {
     pub longest_seconds: f64,
 }
 
+/// A kernel's part of a submission.
+#[derive(Clone, Copy, Default)]
+struct Share {
+    /// Estimated.
+    seconds: f64,
+    /// The factor in the estimate.
+    factor: f64,
+}
+
 struct Open {
     encoder: wgpu::CommandEncoder,
     pass: Option<wgpu::ComputePass<'static>>,
     seconds: f64,
     dispatches: usize,
-    /// Estimated seconds by kernel.
-    shares: Vec<(&'static str, f64)>,
+    /// By number of the kernel.
+    shares: Vec<Share>,
     timer: Option<usize>,
+    /// The pipeline set last.
+    pipeline: u32,
     /// Dispatches between timestamps, under a profile.
     stamped: Vec<(&'static str, u64)>,
 }
@@ -86,7 +101,7 @@ struct Timer {
     resolved: wgpu::Buffer,
     host: wgpu::Buffer,
     state: Arc<AtomicU8>,
-    shares: Vec<(&'static str, f64)>,
+    shares: Vec<Share>,
     stamped: Vec<(&'static str, u64)>,
 }
 
@@ -98,9 +113,9 @@ const LOST: u8 = 3;
 struct State {
     open: Option<Open>,
     timers: Vec<Timer>,
-    /// Seconds of a kernel over what bytes and products suggest.
-    factors: HashMap<&'static str, f64>,
-    bind_groups: HashMap<(u64, Vec<u64>), wgpu::BindGroup>,
+    /// Seconds of a kernel over what bytes and products suggest, by its number; 1 until it is known.
+    factors: Vec<f64>,
+    bind_groups: HashMap<BindGroupKey, wgpu::BindGroup, Mixing>,
     stats: SubmissionStats,
     kernels: HashMap<&'static str, KernelTime>,
     bytes: u64,
@@ -108,6 +123,8 @@ struct State {
     /// Dispatches of the next submission.
     most_dispatches: usize,
     profiled: bool,
+    /// Submissions under way, where somebody wants to know.
+    under_way: Option<Arc<AtomicUsize>>,
 }
 
 /// Records and submits.
@@ -125,14 +142,15 @@ impl Recorder {
         let state = State {
             open: None,
             timers: vec![],
-            factors: HashMap::new(),
-            bind_groups: HashMap::new(),
+            factors: vec![],
+            bind_groups: HashMap::default(),
             stats: SubmissionStats::default(),
             kernels: HashMap::new(),
             bytes: 0,
             budget: budget.as_secs_f64(),
             most_dispatches: FIRST_DISPATCHES,
             profiled: false,
+            under_way: None,
         };
         Recorder { device, state: RefCell::new(state), bandwidth, seconds_per_stamp }
     }
@@ -147,6 +165,11 @@ impl Recorder {
 
     pub(crate) fn set_bandwidth(&mut self, bandwidth: f64) {
         self.bandwidth = bandwidth;
+    }
+
+    pub(crate) fn watch(&self) -> Arc<AtomicUsize> {
+        self.wait();
+        Arc::clone(self.state.borrow_mut().under_way.get_or_insert_default())
     }
 
     pub(crate) fn stats(&self) -> SubmissionStats {
@@ -189,20 +212,23 @@ impl Recorder {
         self.device.errors.enter(pipeline.name);
         let mut state = self.state.borrow_mut();
         let state = &mut *state;
-        let factor = state.factors.get(pipeline.name).copied().unwrap_or(1.0);
+        let factor = state.factors.get(pipeline.kernel).copied().unwrap_or(1.0);
         let seconds = (cost.bytes as f64 + cost.products as f64) / self.bandwidth * factor;
         let pieces = ((seconds / state.budget).ceil() as u32).clamp(1, grid[0]).max(grid[0].div_ceil(MAX_GROUPS));
         let per_piece = grid[0].div_ceil(pieces);
         state.bytes += cost.bytes;
         for first in (0..grid[0]).step_by(per_piece as usize) {
             let n = per_piece.min(grid[0] - first);
-            let share = f64::from(n) / f64::from(grid[0]);
-            if state.open.as_ref().is_some_and(|open| open.seconds + seconds * share > state.budget) {
+            let part = f64::from(n) / f64::from(grid[0]);
+            if state.open.as_ref().is_some_and(|open| open.seconds + seconds * part > state.budget) {
                 self.submit(state);
             }
-            self.record(state, pipeline, buffers, args, [first, n, grid[1], grid[2]], seconds * share);
+            let share = Share { seconds: seconds * part, factor };
+            self.record(state, pipeline, buffers, args, [first, n, grid[1], grid[2]], share);
             if let Some(open) = &mut state.open {
-                open.stamped.push((pipeline.name, (cost.bytes as f64 * share) as u64));
+                if state.profiled {
+                    open.stamped.push((pipeline.name, (cost.bytes as f64 * part) as u64));
+                }
                 open.dispatches += 1;
                 if open.dispatches >= state.most_dispatches {
                     self.submit(state);
@@ -219,9 +245,12 @@ impl Recorder {
         buffers: &[&Memory],
         args: &[u8],
         [first, x, y, z]: [u32; 4],
-        seconds: f64,
+        share: Share,
     ) {
-        let key = (pipeline.id, buffers.iter().map(|b| b.id).collect::<Vec<u64>>());
+        let mut key: BindGroupKey = [0; MOST_BUFFERS + 1];
+        key[0] = pipeline.id.into();
+        key.iter_mut().skip(1).zip(buffers).for_each(|(key, buffer)| *key = buffer.id);
+        assert!(buffers.len() <= MOST_BUFFERS, "{} has {} buffers", pipeline.name, buffers.len());
         if state.bind_groups.len() >= MAX_BIND_GROUPS {
             state.bind_groups.clear();
         }
@@ -246,10 +275,14 @@ impl Recorder {
                 dispatches: 0,
                 shares: vec![],
                 timer,
+                pipeline: 0,
                 stamped: vec![],
             });
         }
         let Some(open) = &mut state.open else { return };
+        if open.pass.is_none() {
+            open.pipeline = 0;
+        }
         let pass = open.pass.get_or_insert_with(|| {
             // A submission of one pass, as nearly all are, has its begin and end stamped.
             let writes = open.timer.filter(|_| open.shares.is_empty()).map(|t| wgpu::ComputePassTimestampWrites {
@@ -263,16 +296,17 @@ impl Recorder {
         let mut arguments = [0u32; 24];
         bytemuck::cast_slice_mut::<u32, u8>(&mut arguments)[..args.len()].copy_from_slice(args);
         arguments[0] = first;
-        pass.set_pipeline(&pipeline.pipeline);
+        if open.pipeline != pipeline.id {
+            pass.set_pipeline(&pipeline.pipeline);
+            open.pipeline = pipeline.id;
+        }
         pass.set_bind_group(0, Some(&*group), &[]);
         pass.set_immediates(0, &bytemuck::cast_slice::<u32, u8>(&arguments)[..args.len()]);
         pass.dispatch_workgroups(x, y, z);
         state.stats.dispatches += 1;
-        open.seconds += seconds;
-        match open.shares.iter_mut().find(|(name, _)| *name == pipeline.name) {
-            Some((_, sum)) => *sum += seconds,
-            None => open.shares.push((pipeline.name, seconds)),
-        }
+        open.seconds += share.seconds;
+        let of_kernel = place(&mut open.shares, pipeline.kernel, Share::default());
+        *of_kernel = Share { seconds: of_kernel.seconds + share.seconds, ..share };
         if state.profiled
             && let Some(timer) = open.timer
         {
@@ -298,6 +332,7 @@ impl Recorder {
                 dispatches: 0,
                 shares: vec![],
                 timer: None,
+                pipeline: 0,
                 stamped: vec![],
             });
         }
@@ -323,7 +358,14 @@ impl Recorder {
             timer.stamped = stamped;
             timer.state.store(WRITING, Ordering::Release);
         }
+        if let Some(under_way) = &state.under_way {
+            under_way.fetch_add(1, Ordering::Release);
+        }
         self.device.queue.submit([encoder.finish()]);
+        if let Some(under_way) = &state.under_way {
+            let under_way = Arc::clone(under_way);
+            self.device.queue.on_submitted_work_done(move || _ = under_way.fetch_sub(1, Ordering::Release));
+        }
         state.stats.submissions += 1;
         if let Some(timer) = timer.and_then(|t| state.timers.get(t)) {
             let readable = Arc::clone(&timer.state);
@@ -369,11 +411,14 @@ impl Recorder {
             state.stats.timed += 1;
             state.stats.timed_seconds += seconds;
             state.stats.longest_seconds = state.stats.longest_seconds.max(seconds);
-            let estimated: f64 = timer.shares.iter().map(|(_, s)| s).sum();
+            let estimated: f64 = timer.shares.iter().map(|share| share.seconds).sum();
             if estimated > 0.0 && seconds > 0.0 {
-                for (name, share) in &timer.shares {
-                    let factor = state.factors.entry(name).or_insert(1.0);
-                    *factor = (*factor * (seconds / estimated).powf(share / estimated)).clamp(1e-4, 1e4);
+                // Many submissions are recorded before the first has run: each tells what the factor of its estimate
+                // should have been, not what is to be done to the present one.
+                for (kernel, share) in timer.shares.iter().enumerate().filter(|(_, share)| share.seconds > 0.0) {
+                    let (told, weight) = (share.factor * seconds / estimated, share.seconds / estimated);
+                    let factor = place(&mut state.factors, kernel, 1.0);
+                    *factor = learnt(*factor, told, weight).clamp(1e-4, 1e4);
                 }
             }
             let mut before = stamps[0];
@@ -387,6 +432,21 @@ impl Recorder {
             }
         }
     }
+}
+
+/// A factor after a submission that `told` one, of which the kernel was the part `weight`. A budget is kept by believing
+/// long times at once and short ones slowly: the same kernel is slower on some shapes than on others.
+fn learnt(factor: f64, told: f64, weight: f64) -> f64 {
+    let weight = if told < factor { weight / 4.0 } else { weight };
+    factor.powf(1.0 - weight) * told.powf(weight)
+}
+
+/// A value kept under a kernel's number, which `missing` stands for until then.
+fn place<T: Copy>(numbers: &mut Vec<T>, kernel: usize, missing: T) -> &mut T {
+    if numbers.len() <= kernel {
+        numbers.resize(kernel + 1, missing);
+    }
+    &mut numbers[kernel]
 }
 
 /// The number of a timer that is not in use; none where the device has no timestamps or too many are under way.

@@ -1,11 +1,13 @@
 //! Every kernel, in the variants that the backend asks for, through naga's validator and to Metal's language.
 
-use naga::back::msl;
+use std::process::Command;
+
+use naga::back::{msl, spv};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use tandem_core::{DType, Float};
 
 use crate::args::*;
-use crate::linear::{RowsShape, tiles_define};
+use crate::linear::{HalfTile, RowsShape, tiles_define};
 use crate::matrix::{Format, SEGMENT_ELEMENTS};
 use crate::pipelines::{Lanes, common_defines, shader_text};
 use crate::template::Defines;
@@ -62,9 +64,23 @@ fn shaders(lanes: Lanes) -> Vec<(String, String)> {
             tiles_define(unit, [64, 32, 16][pair + planned], &mut defines);
             let text = shader_text::<MatrixArgs>("linear_tiles", &defines);
             add(&format!("linear_tiles {pair}{planned}"), text);
+            if Format::of(dtype).is_scaled() {
+                for (x_parts, w_parts, cooperative) in
+                    [(1, 1, true), (2, 1, true), (2, 2, true), (2, 2, false), (1, 1, false)]
+                {
+                    let mut defines = with(&[("PAIR", pair), ("PLANNED", planned)], Some(dtype));
+                    HalfTile { tokens: [64, 32][planned], x_parts, w_parts, cooperative }.define(unit, &mut defines);
+                    let text = shader_text::<MatrixArgs>("linear_tiles_half", &defines);
+                    add(&format!("linear_tiles_half {pair}{planned} {x_parts}{w_parts} {cooperative}"), text);
+                }
+            }
         }
     }
     let mut add = |kernel: &str, text: String| all.push((kernel.to_string(), text));
+    for parts in [1, 2] {
+        let defines = with(&[("X_PARTS", parts), ("SPLIT_X", parts - 1)], None);
+        add("half_rows", shader_text::<HalfArgs>("half_rows", &defines));
+    }
     for adds in [0, 1] {
         for vectors in [0, 6] {
             let mut defines = with(&[("ADD", adds), ("VECTORS", vectors)], None);
@@ -110,14 +126,48 @@ fn shaders(lanes: Lanes) -> Vec<(String, String)> {
 
 /// The kernel in Metal's language, or what is wrong with it.
 fn metal(text: &str) -> Result<String, String> {
-    let module = naga::front::wgsl::parse_str(text).map_err(|e| e.emit_to_string(text))?;
-    let capabilities = Capabilities::SUBGROUP | Capabilities::IMMEDIATES | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    let mut validator = Validator::new(ValidationFlags::all(), capabilities);
-    let info = validator.validate(&module).map_err(|e| e.emit_to_string(text))?;
+    let (module, info) = valid(text)?;
     let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..msl::Options::default() };
     let (metal, _) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
         .map_err(|e| format!("no translation to Metal: {e}"))?;
     Ok(metal)
+}
+
+fn valid(text: &str) -> Result<(naga::Module, naga::valid::ModuleInfo), String> {
+    let module = naga::front::wgsl::parse_str(text).map_err(|e| e.emit_to_string(text))?;
+    let capabilities = Capabilities::SUBGROUP
+        | Capabilities::IMMEDIATES
+        | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+        | Capabilities::SHADER_FLOAT16
+        | Capabilities::COOPERATIVE_MATRIX;
+    let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+    let info = validator.validate(&module).map_err(|e| e.emit_to_string(text))?;
+    Ok((module, info))
+}
+
+/// Kernels with cooperative matrices have run on few devices: their translation to Vulkan's language is looked at by
+/// `spirv-val`, where it is installed.
+#[test]
+fn kernels_with_cooperative_matrices_translate_to_vulkan() {
+    let dir = std::env::temp_dir().join(format!("tandem-shaders-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("a folder");
+    let mut n = 0;
+    for (name, text) in shaders(SUBGROUPS).into_iter().filter(|(_, text)| text.contains("coop_mat")) {
+        let (module, info) = valid(&text).expect("valid");
+        let options = spv::Options { lang_version: (1, 3), capabilities: None, ..spv::Options::default() };
+        let words = spv::write_vec(&module, &info, &options, None).expect("translates");
+        let path = dir.join(format!("{n}.spv"));
+        std::fs::write(&path, words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>()).expect("written");
+        n += 1;
+        let Ok(checked) = Command::new("spirv-val").args(["--target-env", "vulkan1.3"]).arg(&path).output() else {
+            continue;
+        };
+        let said = String::from_utf8_lossy(&checked.stderr);
+        // Validators of before 2023-10 do not know these matrices.
+        assert!(checked.status.success() || said.contains("Invalid capability operand"), "{name}: {said}");
+    }
+    assert!(n > 0);
+    let _ = std::fs::remove_dir_all(&dir);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use tandem_core::{Backend, Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics};
 use tandem_engine::{BlockManager, Engine, ModelRunner, Request};
 use tandem_model::Limits;
-use tandem_wgpu::{Options, WgpuBackend};
+use tandem_wgpu::{Options, Tiles, WgpuBackend};
 
 #[test]
 fn single_precision_matches_the_reference_logits() {
@@ -25,6 +25,16 @@ fn single_precision_matches_the_reference_logits() {
     let some = [ROUTES[0], ROUTES[4]];
     let routes = if backend.info().kind == "cpu" { &some[..] } else { &ROUTES[..] };
     check_some(|| backend.another(), routes);
+}
+
+#[test]
+fn cooperative_matrices_match_the_reference_logits() {
+    if device::skipped() {
+        return;
+    }
+    let backend = WgpuBackend::new(&Options { tiles: Tiles::Split, ..Options::default() }).expect("a device");
+    let software = backend.info().kind == "cpu";
+    check_some(|| backend.another(), if software { &ROUTES[..1] } else { &ROUTES[..] });
 }
 
 /// The bundled model's likeliest continuation of its README's prompt.
@@ -46,6 +56,20 @@ fn story<B: Backend + 'static>(backend: B, n: usize) -> Vec<u32> {
         })
         .expect("runs");
     tokens
+}
+
+#[test]
+#[ignore = "takes software minutes"]
+fn the_bundled_model_tells_the_processors_story_to_its_end() {
+    if device::skipped() {
+        return;
+    }
+    let (there, here) = (
+        story(WgpuBackend::new(&Options::default()).expect("a device"), 250),
+        story(CpuBackend::new(2, Numerics::F32), 250),
+    );
+    println!("{} tokens: {here:?}", here.len());
+    assert_eq!(there, here);
 }
 
 #[test]

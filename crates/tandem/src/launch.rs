@@ -249,14 +249,13 @@ impl Launcher<'_> {
         let mut pipe: Option<Box<dyn Write + Send>> = None;
         let mut command = if host.is_local() {
             // Standard input is the user's; orders come on a pipe of their own.
-            let (read, write) =
-                rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot make a pipe")?;
+            let (read, write) = std::io::pipe().context("cannot make a pipe")?;
             rustix::io::fcntl_setfd(&read, rustix::io::FdFlags::empty()).context("cannot pass a pipe on")?;
             let mut command = Command::new(&exe);
             command.args(["--launch-fd", &read.as_raw_fd().to_string()]).args(&self.args.command);
             command.stdin(if rank == 0 { Stdio::inherit() } else { Stdio::null() });
-            inherited = Some(read);
-            pipe = Some(Box::new(std::fs::File::from(write)));
+            inherited = Some(read.into());
+            pipe = Some(Box::new(write));
             command
         } else {
             let binary = self.args.remote_binary.clone().unwrap_or(exe);

@@ -13,6 +13,7 @@ mod devices;
 mod diagnosis;
 mod eval;
 mod inspect;
+#[cfg_attr(not(unix), path = "launch_nowhere.rs")]
 mod launch;
 mod news;
 mod pull;

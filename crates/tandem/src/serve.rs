@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use serde_json::json;
 use tandem_core::backend::PAGE_SIZE;
 use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
@@ -250,7 +249,7 @@ fn start(
     // Of the engine as it is now: it may have been made again.
     let worker = worker.with_timings(Arc::new(move |ranks, warning| {
         let recorder = recorder.lock().unwrap_or_else(|e| e.into_inner());
-        recorder.as_ref().map_or_else(Default::default, |recorder| json!(recorder.record(ranks, warning)))
+        recorder.as_ref().map_or_else(Default::default, |recorder| recorder.live(ranks, warning))
     }));
     let Some(facts) = slot.lock().unwrap_or_else(|e| e.into_inner()).take() else {
         anyhow::bail!("the engine did not say what it loaded");
@@ -277,6 +276,7 @@ fn options(args: &ServeArgs) -> anyhow::Result<Options> {
         request_timeout: Duration::from_secs(args.request_timeout),
         stall_timeout: Options::default().stall_timeout,
         log_text: args.log_text,
+        open_metrics: args.metrics_without_key,
         return_memory: system::return_freed_memory,
     })
 }

@@ -1,7 +1,6 @@
 //! Signs of life: one thread per rank that sends and expects them, and passes on why a rank stops.
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::failure_of;
+use super::waker::{Waker, wake, waker};
 use super::wire::Wire;
 use crate::error::{CommError, Failure};
 
@@ -25,8 +25,8 @@ pub(super) struct Health {
     failed: Condvar,
     stopped: AtomicBool,
     /// Readable once the group has failed.
-    wake: OwnedFd,
-    wake_sender: OwnedFd,
+    wake: Waker,
+    wake_sender: Waker,
     /// For writing; the thread reads from clones.
     controls: Vec<Option<Mutex<Wire>>>,
 }
@@ -48,7 +48,7 @@ impl Health {
         on_failure: Box<dyn Fn(&CommError) + Send>,
     ) -> Result<Arc<Health>, CommError> {
         let broken = |e: std::io::Error| CommError::setup(format!("cannot prepare a connection: {e}"));
-        let (wake, wake_sender) = rustix::pipe::pipe().map_err(|e| broken(e.into()))?;
+        let (wake, wake_sender) = waker().map_err(broken)?;
         let mut watched = vec![];
         for (rank, stream) in controls.iter().enumerate() {
             if let Some(stream) = stream {
@@ -85,7 +85,7 @@ impl Health {
     }
 
     /// Readable once the group has failed.
-    pub(super) fn wake(&self) -> &OwnedFd {
+    pub(super) fn wake(&self) -> &Waker {
         &self.wake
     }
 
@@ -123,7 +123,7 @@ impl Health {
         let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
         if failure.is_none() && !self.stopped.load(Ordering::Relaxed) {
             *failure = Some(error);
-            let _ = rustix::io::write(&self.wake_sender, &[1]);
+            wake(&self.wake_sender);
             self.failed.notify_all();
         }
     }
@@ -147,7 +147,7 @@ impl Health {
             }
             let mut fds: Vec<PollFd<'_>> =
                 watched.iter().filter(|w| w.open).map(|w| PollFd::new(&w.stream, PollFlags::IN)).collect();
-            let nanoseconds = beat.as_nanos().min(999_999_999) as i64;
+            let nanoseconds = beat.as_nanos().min(999_999_999) as _;
             let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: nanoseconds }));
             drop(fds);
             let now = Instant::now();

@@ -6,6 +6,7 @@
 
 mod handshake;
 mod health;
+mod waker;
 mod wire;
 
 use std::collections::VecDeque;
@@ -409,7 +410,7 @@ impl Tcp {
             std::thread::yield_now();
         }
         let asleep = if asleep.is_zero() { turn } else { asleep };
-        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: asleep.as_nanos() as i64 })) {
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: asleep.as_nanos() as _ })) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(e.into()),
         }

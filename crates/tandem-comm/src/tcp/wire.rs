@@ -7,9 +7,9 @@
 
 use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use rustix::fd::{AsFd, BorrowedFd};
 use snow::StatelessTransportState;
 
 /// ChaCha20-Poly1305 is fast on every processor, and has no limit on frames that a run could reach (docs/decisions/0013).

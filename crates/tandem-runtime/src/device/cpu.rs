@@ -27,6 +27,7 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 const RANK_BANDWIDTH_BYTES: usize = 512 << 20;
 
 impl Device for CpuBackend {
+    const HOLDS_IN_PROCESS: bool = true;
     /// Threads and kernels.
     type Opened = (usize, Isa);
 
@@ -121,6 +122,10 @@ impl Device for CpuBackend {
 
     fn index_agreement(&self, n_heads: usize, dim: usize, n_keys: usize, k: usize) -> Option<f64> {
         (self.numerics() != Numerics::F32).then(|| agreement(self.isa(), n_heads, dim, n_keys, k))
+    }
+
+    fn slow_formats(&self) -> Vec<String> {
+        CpuBackend::slow_formats(self)
     }
 
     fn memory_bytes(&self) -> u64 {

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -134,6 +135,22 @@ pub(super) fn found() -> Option<FoundDevice> {
     json.insert("memory_bytes".into(), total.into());
     let name = format!("{}, {} free of {}", backend.info().name, bytes(free), bytes(total));
     Some(FoundDevice { backend: "cuda", name, json })
+}
+
+/// As [`super::copy_speed`].
+pub(super) fn copy_speed() -> Option<(f64, f64)> {
+    const ROWS: usize = 4096;
+    const WIDTH: usize = 8192;
+    let backend = CudaBackend::new(Options::new(Numerics::Bf16)).ok()?;
+    let (rows, mut buffer) = (vec![1.0f32; ROWS * WIDTH], backend.alloc(ROWS, WIDTH));
+    let mut from_host = 0.0f64;
+    for _ in 0..4 {
+        let start = Instant::now();
+        backend.write_rows(&rows, &mut buffer);
+        backend.sync().ok()?;
+        from_host = from_host.max(4.0 * (ROWS * WIDTH) as f64 / start.elapsed().as_secs_f64());
+    }
+    Some((CudaBackend::bandwidth(&backend), from_host))
 }
 
 /// The numerics that `--activations` asks for.

@@ -5,7 +5,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", target_os = "macos"))]
 mod wgpu;
 
 use std::sync::Arc;
@@ -101,9 +101,9 @@ impl DeviceKind {
             DeviceKind::Cuda => work.run::<tandem_cuda::CudaBackend>(),
             #[cfg(not(feature = "cuda"))]
             DeviceKind::Cuda => bail!("this tandem was built without CUDA"),
-            #[cfg(feature = "wgpu")]
+            #[cfg(any(feature = "wgpu", target_os = "macos"))]
             DeviceKind::Wgpu => work.run::<tandem_wgpu::WgpuBackend>(),
-            #[cfg(not(feature = "wgpu"))]
+            #[cfg(not(any(feature = "wgpu", target_os = "macos")))]
             DeviceKind::Wgpu => bail!("{NO_WGPU}"),
         }
     }
@@ -123,17 +123,17 @@ fn cuda_device_present() -> bool {
     false
 }
 
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", target_os = "macos"))]
 const HAS_WGPU: bool = true;
-#[cfg(not(feature = "wgpu"))]
+#[cfg(not(any(feature = "wgpu", target_os = "macos")))]
 const HAS_WGPU: bool = false;
 const NO_WGPU: &str = "this tandem was built without Vulkan and Metal; build it with --features wgpu";
 
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", target_os = "macos"))]
 fn wgpu_device_present() -> bool {
     wgpu::device_present()
 }
-#[cfg(not(feature = "wgpu"))]
+#[cfg(not(any(feature = "wgpu", target_os = "macos")))]
 fn wgpu_device_present() -> bool {
     false
 }
@@ -165,13 +165,28 @@ pub fn found() -> Vec<FoundDevice> {
     let mut found = vec![FoundDevice { backend: "cpu", name, json }];
     #[cfg(feature = "cuda")]
     found.extend(cuda::found());
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", target_os = "macos"))]
     found.extend(wgpu::found());
     found
 }
 
+/// Whether there are NVIDIA GPUs that this build can use.
+pub fn has_cuda_devices() -> bool {
+    HAS_CUDA && cuda_device_present()
+}
+
+/// Bytes per second that the first device of a backend copies on itself, both ways counted, and gets from the host; `None`
+/// where that is not measured.
+pub fn copy_speed(backend: &str) -> Option<(f64, f64)> {
+    match backend {
+        #[cfg(feature = "cuda")]
+        "cuda" => cuda::copy_speed(),
+        _ => None,
+    }
+}
+
 /// Bytes that one token takes in the cache.
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[cfg(any(feature = "cuda", feature = "wgpu", target_os = "macos"))]
 fn cache_bytes_per_token<B: Backend>(backend: &B, shape: Shape<'_>) -> usize {
     let layers = 0..shape.config.num_hidden_layers;
     let specs = layers.flat_map(|layer| tandem_model::cache_specs(shape.config, layer));
@@ -228,6 +243,8 @@ pub struct SumTimes {
 pub trait Device: Backend + Sized + 'static {
     /// A rank's device before the ranks have agreed on numerics.
     type Opened;
+    /// Whether the weights lie in the process's memory, which says then whether they are all there.
+    const HOLDS_IN_PROCESS: bool = false;
 
     /// Opens the device of one rank.
     ///
@@ -303,6 +320,10 @@ pub trait Device: Backend + Sized + 'static {
     }
     /// Peak memory of the process, or memory in use on the device.
     fn memory_bytes(&self) -> u64;
+    /// Formats of loaded matrices that it has no kernel for, and decodes at every use.
+    fn slow_formats(&self) -> Vec<String> {
+        vec![]
+    }
     /// The device in one line.
     fn name(&self) -> String;
     /// The device in JSON.

@@ -2,28 +2,26 @@
 
 use std::fmt::Write as _;
 use std::io::{Read, Seek, SeekFrom};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
 use serde::Serialize;
-use serde_json::Value;
 use tandem_core::weights::Weight;
 use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::{Accounting, cache_specs};
 
 use super::finding::{Finding, Level};
-use super::machine::{Machine, devices};
-use super::pairs::{self, PairSpeed};
+use super::gpus::gpus;
+use super::hosts::{between, check_hosts};
+use super::machine::Machine;
+use super::pairs;
+use super::plans::{Network, PlanSpeed, plans};
 use super::predict::{Prediction, predict};
 use crate::device::DeviceKind;
 use crate::load::resident_bytes;
 use crate::model_dir::model_dir;
 use crate::options::DeviceOptions;
 use crate::presets;
-use crate::ranks::{Host, hosts};
 use crate::units::bytes;
 
 /// Context that predictions are for.
@@ -81,6 +79,12 @@ impl Report {
             p.reasoning.iter().for_each(|line| {
                 let _ = writeln!(out, "  {line}");
             });
+            for plan in p.plans.iter().skip(1) {
+                let _ = writeln!(out, "{}: {}", plan.plan, plan.expected());
+                plan.reasoning.iter().for_each(|line| {
+                    let _ = writeln!(out, "  {line}");
+                });
+            }
         }
         out
     }
@@ -96,7 +100,19 @@ pub fn doctor(options: &DoctorOptions, say: &mut dyn FnMut(&str)) -> Report {
     let model = model.flatten();
     say("processor and memory");
     let machine = Machine::look(options.device.threads, options.device.isa);
-    let mut findings = [machine.findings(model.as_ref().map(|model| model.resident)), devices(), findings].concat();
+    let mut findings = [machine.findings(model.as_ref().map(|model| model.resident)), gpus(), findings].concat();
+    let refusal = match DeviceKind::choose(&options.device) {
+        Err(error) => Some(format!("{error:#}")),
+        Ok(kind) => {
+            let is_there = kind == DeviceKind::Cpu || findings.iter().any(|found| found.what.ends_with(kind.name()));
+            (!is_there).then(|| format!("no device for --backend {} was found", kind.name()))
+        }
+    };
+    if let Some(refusal) = refusal {
+        let what = "the device that was asked for cannot be used";
+        let found = Finding::new("device", Level::Problem, what, refusal);
+        findings.push(found.with_remedy("leave --backend out; `tandem devices` shows what this build finds"));
+    }
     let mut prediction = None;
     if let Some(model) = &model {
         findings.extend(model.fit(&options.device, &machine));
@@ -120,14 +136,29 @@ pub fn doctor(options: &DoctorOptions, say: &mut dyn FnMut(&str)) -> Report {
             ),
         }
     }
+    let mut network = None;
     if let Some(file) = &options.hostfile {
-        let hosts = check_hosts(file, say);
-        let all_are_there = hosts.iter().all(|found| found.level < Level::Problem);
-        findings.extend(hosts);
+        let (hosts, found) = check_hosts(file, say);
+        let all_are_there = found.iter().all(|found| found.level < Level::Problem);
+        findings.extend(found);
         if let (Some(program), true) = (&options.program, all_are_there) {
             say("the way between every two hosts");
-            findings.extend(between(program, file));
+            match between(program, file) {
+                Ok(pairs) => {
+                    findings.extend(pairs::findings(&pairs));
+                    network = Some(Network::of(hosts.len(), &pairs));
+                }
+                Err(error) => findings.push(
+                    Finding::new("hosts.ranks", Level::Problem, "the ranks cannot be started", format!("{error:#}"))
+                        .with_remedy("`tandem launch --hostfile FILE -- bench comm` shows what each rank says"),
+                ),
+            }
         }
+    }
+    if let (Some(model), Some(prediction)) = (&model, &mut prediction) {
+        let host = (machine.memory.map_or(u64::MAX >> 8, |(_, free)| free), machine.bandwidth);
+        prediction.plans = plans(prediction, &model.config, &model.weights, host, network.as_ref());
+        findings.extend(prediction.plans.iter().skip(1).map(PlanSpeed::finding));
     }
     Report { findings, prediction }
 }
@@ -277,134 +308,9 @@ fn read_speed(path: &Path) -> std::io::Result<(f64, bool)> {
     Ok((speed, speed > 8e9))
 }
 
-/// Reads a hostfile, and sees whether each host is there.
-fn check_hosts(file: &Path, say: &mut dyn FnMut(&str)) -> Vec<Finding> {
-    let read = || -> anyhow::Result<Vec<Host>> { hosts(&presets::read(file)?, &file.display().to_string()) };
-    let list = match read() {
-        Ok(list) => list,
-        Err(error) => {
-            let found = Finding::new("hosts.file", Level::Problem, "the hostfile cannot be used", format!("{error:#}"));
-            return vec![
-                found.with_remedy("write it as mlx.launch has it: [{\"ssh\": \"name\", \"ips\": [\"10.0.0.1\"]}]"),
-            ];
-        }
-    };
-    let mut findings = vec![];
-    for (rank, host) in list.iter().enumerate() {
-        say(&format!("host {} of rank {rank}", host.name));
-        findings.push(if host.is_local() { local_host(rank, host) } else { remote_host(rank, host) });
-    }
-    let mut seen: Vec<&Host> = vec![];
-    for host in &list {
-        let same_ip = seen.iter().any(|other| other.ip == host.ip && other.name != host.name);
-        if same_ip {
-            let evidence = format!("{} has the address {} of another host", host.name, host.ip);
-            let found = Finding::new("hosts.entry", Level::Problem, "two hosts have one address", evidence);
-            findings.push(found.with_remedy("give each host its own address of the network between them"));
-        }
-        seen.push(host);
-    }
-    findings
-}
-
-/// Starts a rank on every host, and measures each direction between every two.
-fn between(program: &Path, hostfile: &Path) -> Vec<Finding> {
-    let measure = || -> anyhow::Result<Vec<PairSpeed>> {
-        let mut command = Command::new(program);
-        command.args(["launch", "--hostfile"]).arg(hostfile);
-        let output = command.args(["--", "bench", "comm", "--pairs", "--json"]).stdin(Stdio::null()).output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{}", said.lines().last().unwrap_or("the ranks did not start"));
-        let mut value: Value = serde_json::from_slice(&output.stdout).context("the measurement's JSON")?;
-        Ok(serde_json::from_value(value["pairs"].take())?)
-    };
-    match measure() {
-        Ok(pairs) => pairs::findings(&pairs),
-        Err(error) => vec![
-            Finding::new("hosts.ranks", Level::Problem, "the ranks cannot be started", format!("{error:#}"))
-                .with_remedy("`tandem launch --hostfile FILE -- bench comm` shows what each rank says"),
-        ],
-    }
-}
-
-/// Whether this machine has the address that its rank is to listen on.
-fn local_host(rank: usize, host: &Host) -> Finding {
-    let what = format!("rank {rank} on this machine at {}", host.ip);
-    match TcpListener::bind((host.ip, 0)) {
-        Ok(_) => Finding::new("hosts.entry", Level::Ok, what, "the address can be listened on"),
-        Err(error) => Finding::new("hosts.entry", Level::Problem, what, format!("{}: {error}", host.ip))
-            .with_remedy("write one of this machine's own addresses (`ip addr`) in the hostfile"),
-    }
-}
-
-/// Whether a host lets this user in, has this program, agrees on the time, and has the address.
-fn remote_host(rank: usize, host: &Host) -> Finding {
-    let what = format!("rank {rank} on {} at {}", host.name, host.ip);
-    let problem = |evidence: String, remedy: &str| {
-        Finding::new("hosts.entry", Level::Problem, what.clone(), evidence).with_remedy(remedy)
-    };
-    let program = std::env::current_exe().map_or_else(|_| "tandem".to_string(), |path| path.display().to_string());
-    let asked = format!("date +%s.%N; '{}' --version; hostname -I", program.replace('\'', "'\\''"));
-    let ssh = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=5", &host.name, &asked];
-    let start = unix_seconds();
-    let output = match Command::new("ssh").args(ssh).stdin(Stdio::null()).output() {
-        Ok(output) => output,
-        Err(error) => return problem(format!("ssh: {error}"), "install an ssh client"),
-    };
-    let middle = (start + unix_seconds()) / 2.0;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut lines = text.lines();
-    let Some(clock) = lines.next().and_then(|line| line.trim().parse::<f64>().ok()) else {
-        let said = String::from_utf8_lossy(&output.stderr).trim().to_string();
-        let said = if said.is_empty() { "ssh gave no answer".to_string() } else { said };
-        return problem(said, "check the name, and that `ssh NAME true` works without a question");
-    };
-    let own = format!("tandem {}", env!("CARGO_PKG_VERSION"));
-    let version = lines.next().unwrap_or_default().trim().to_string();
-    if version != own {
-        let remedy = "install the same version at the same path, or name its place with --remote-binary";
-        return problem(format!("{program} --version says {version:?} and here it is {own:?}"), remedy);
-    }
-    let addresses = lines.next().unwrap_or_default();
-    if !addresses.split_whitespace().any(|address| address == host.ip.to_string()) {
-        let remedy = "write one of that host's addresses in the hostfile";
-        return problem(format!("it has the addresses {} and not {}", addresses.trim(), host.ip), remedy);
-    }
-    let evidence = format!("{version}; clocks differ by {:.0} ms", 1e3 * (clock - middle).abs());
-    Finding::new("hosts.entry", Level::Ok, what, evidence)
-}
-
-fn unix_seconds() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn found(text: &str) -> Vec<Finding> {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("hosts.json");
-        std::fs::write(&file, text).unwrap();
-        check_hosts(&file, &mut |_| ())
-    }
-
-    #[test]
-    fn wrong_entries_of_a_hostfile_are_found() {
-        // 203.0.113.0/24 is nobody's (RFC 5737).
-        let cases = [
-            (r#"[{"ssh": "localhost"}, {"ssh": "localhost"}]"#, None),
-            ("{", Some("hosts.file")),
-            (r#"[{"ssh": "a"}]"#, Some("hosts.file")),
-            (r#"[{"ssh": "localhost", "ips": ["203.0.113.7"]}]"#, Some("hosts.entry")),
-            (r#"[{"ssh": "localhost"}, {"ssh": "no such host.invalid", "ips": ["127.0.0.1"]}]"#, Some("hosts.entry")),
-        ];
-        for (text, expected) in cases {
-            let problems = found(text).into_iter().filter(|f| f.level == Level::Problem);
-            let problems: Vec<&str> = problems.map(|f| f.id).collect();
-            assert_eq!(problems.first().copied(), expected, "{text}");
-        }
-    }
 
     #[test]
     fn a_truncated_shard_is_a_problem_of_the_model() {

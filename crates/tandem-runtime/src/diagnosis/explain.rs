@@ -10,7 +10,7 @@ use serde::Serialize;
 use tandem_core::weights::ModuleKind;
 use tandem_engine::Operation;
 
-use super::record::{Phase, RankRecord, RunRecord};
+use super::record::{KindBytes, Phase, RankRecord, RunRecord};
 use crate::units::bytes;
 
 /// From this share of a token's time on, a fault is worth a verdict.
@@ -24,6 +24,9 @@ const KERNEL_BOUND: f64 = 0.45;
 
 /// Share of a time that delays may explain: threads add up, and something ran.
 const MOST_STARVED: f64 = 0.95;
+
+/// Tokens of a step that verifies one draft, if half of the drafts are right.
+const EXPECTED_OF_A_DRAFT: f64 = 1.5;
 
 /// Something that takes time from a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -159,10 +162,14 @@ impl Case<'_> {
         } else {
             (decode.operations_ms.clone(), decode.working_ms, 0.0, 0.0)
         };
-        let weight_bytes: f64 = Operation::ALL.iter().map(|o| record.facts.read_bytes(n_rows, kinds_of(*o))).sum();
+        let weight_bytes = bytes_of(record, n_rows);
         let floor = record.facts.bandwidth.filter(|b| *b > 0.0).map(|bandwidth| weight_bytes / bandwidth * 1e3);
         let paging = paging_of(record, decode);
         Case { record, decode, n_rows, operations, working, communication, waiting, weight_bytes, floor, paging }
+    }
+
+    fn bytes_of(&self, n_rows: f64) -> f64 {
+        bytes_of(self.record, n_rows)
     }
 
     fn time_of(&self, operations: &[Operation]) -> f64 {
@@ -205,18 +212,55 @@ impl Case<'_> {
         Cause { kind, rank: None, cost_ms, share: cost_ms / self.decode.ms.max(1e-9), evidence, remedy }
     }
 
-    /// This rank's time without cores per step, threads taken together.
+    /// This rank's time without cores per step, threads taken together. Threads that a quota holds wait for a core too,
+    /// where the system tells.
+    fn lost(&self, rank: &RankRecord) -> f64 {
+        (rank.run_delay_ms / self.record.facts.threads.max(1) as f64).max(rank.throttled_ms)
+    }
+
+    /// The part of it in this rank's work. Nothing tells when in a step it was: a thread that wants to run is taken to be
+    /// as often without a core in work as in sums, where it may also sleep.
     fn starved(&self, rank: &RankRecord) -> f64 {
-        let delay = rank.run_delay_ms / self.record.facts.threads.max(1) as f64;
-        (delay + rank.throttled_ms).min(MOST_STARVED * rank.working_ms)
+        let (lost, had) = (self.lost(rank), rank.cpu_ms / self.record.facts.threads.max(1) as f64);
+        let runnable = if had > 0.0 { lost + had } else { rank.working_ms + rank.summing_ms };
+        (rank.working_ms * lost / runnable.max(1e-9)).min(lost).min(MOST_STARVED * rank.working_ms)
+    }
+
+    /// Time in sums in which no rank had a core.
+    fn starved_in_sums(&self) -> f64 {
+        let ranks = &self.record.ranks;
+        if ranks.len() < 2 {
+            return 0.0;
+        }
+        let in_sums = |rank: &RankRecord| (self.lost(rank) - self.starved(rank)).min(rank.summing_ms);
+        ranks.iter().map(in_sums).fold(self.communication, f64::min).max(0.0)
+    }
+
+    /// How much slower a rank works than the others, whose page faults are left out.
+    fn excess(&self, rank: usize) -> Option<f64> {
+        Some(self.record.ranks[rank].working_ms - self.paging[rank] - expected(self.record, &self.paging, rank)?)
+    }
+
+    /// How long a rank without a core was in sums, for which the others waited, beyond what all lack.
+    fn held_in_sums(&self, rank: usize) -> f64 {
+        let lost = |rank: &RankRecord| self.lost(rank);
+        let least = self.record.ranks.iter().map(lost).fold(f64::INFINITY, f64::min);
+        let held = lost(&self.record.ranks[rank]) - least - self.excess(rank).unwrap_or(0.0).max(0.0);
+        held.min(self.communication - self.starved_in_sums()).max(0.0)
     }
 
     /// Time between steps in which rank 0 had no core: what is left of its threads' delay beside its work.
     fn starved_between(&self) -> f64 {
         let between = self.decode.outside_ms + self.decode.host_ms;
-        let left = |rank: &RankRecord| rank.run_delay_ms - self.starved(rank) * self.record.facts.threads as f64;
-        self.record.ranks.first().map_or(0.0, left).clamp(0.0, MOST_STARVED * between)
+        let counted = |rank: &RankRecord| self.starved(rank) + self.starved_in_sums();
+        let left = |rank: &RankRecord| rank.run_delay_ms - counted(rank) * self.record.facts.threads as f64;
+        self.record.ranks.first().map_or(0.0, left).min(MOST_STARVED * between).max(0.0)
     }
+}
+
+/// Bytes of weights that a step of so many rows reads.
+fn bytes_of(record: &RunRecord, n_rows: f64) -> f64 {
+    Operation::ALL.iter().map(|o| record.facts.read_bytes(n_rows, kinds_of(*o))).sum()
 }
 
 /// Operations, work, communication and waiting of several ranks, ms per step.
@@ -308,7 +352,7 @@ fn paging_of(record: &RunRecord, decode: &Phase) -> Vec<f64> {
         Some(clean) => decode.working_ms - clean,
         // Not one step without: what good kernels would not take.
         None => {
-            let bytes: f64 = Operation::ALL.iter().map(|o| record.facts.read_bytes(1.0, kinds_of(*o))).sum();
+            let bytes = bytes_of(record, 1.0);
             let share = record.facts.rank_bytes.first().map_or(1.0, |own| *own as f64 / bytes.max(1.0));
             let per_rank = record.facts.bandwidth.map(|bandwidth| bandwidth / record.facts.tensor_size.max(1) as f64);
             per_rank.map_or(decode.working_ms / 2.0, |b| decode.working_ms - bytes * share / b * 1e3 / REACHABLE)
@@ -359,10 +403,10 @@ fn paging(case: &Case<'_>) -> Option<Cause> {
 
 fn slow_rank(case: &Case<'_>) -> Option<Cause> {
     let ranks = &case.record.ranks;
-    let excess = |i: usize| Some((i, ranks[i].working_ms - case.paging[i] - expected(case.record, &case.paging, i)?));
-    let (rank, cost) = (0..ranks.len()).filter_map(excess).max_by(|a, b| a.1.total_cmp(&b.1))?;
+    let cost = |i: usize| Some((i, case.excess(i)?.max(0.0) + case.held_in_sums(i)));
+    let (rank, cost) = (0..ranks.len()).filter_map(cost).max_by(|a, b| a.1.total_cmp(&b.1))?;
     let slow = &ranks[rank];
-    let rate = |i: usize| case.record.facts.rank_bytes[i] as f64 / ranks[i].working_ms / 1e6;
+    let rate = |i: usize| *case.record.facts.rank_bytes.get(i).unwrap_or(&0) as f64 / ranks[i].working_ms / 1e6;
     let others = (0..ranks.len()).filter(|i| *i != rank).map(rate).fold(0.0, f64::max);
     let host = if slow.host.is_empty() { String::new() } else { format!(" ({})", slow.host) };
     let why = if slow.throttled_ms > 0.1 * slow.working_ms {
@@ -375,7 +419,7 @@ fn slow_rank(case: &Case<'_>) -> Option<Cause> {
     let evidence =
         format!("rank {rank}{host} reads its weights at {:.1} GB/s and the others at {others:.1}{why}", rate(rank));
     let remedy = format!("stop what else runs on the host of rank {rank}, lift its quota, or give it a smaller part");
-    Some(Cause { rank: Some(rank), ..case.cause(CauseKind::SlowRank, cost.max(0.0), evidence, &remedy) })
+    Some(Cause { rank: Some(rank), ..case.cause(CauseKind::SlowRank, cost, evidence, &remedy) })
 }
 
 fn communication(case: &Case<'_>) -> Option<Cause> {
@@ -394,7 +438,9 @@ fn communication(case: &Case<'_>) -> Option<Cause> {
     );
     let remedy = "use a network with shorter round trips (`tandem doctor --hostfile` measures every pair in both \
                   directions), or a pipeline (--pp), which sends far less than slices (--tp)";
-    Some(case.cause(CauseKind::Communication, case.communication, evidence, remedy))
+    // While a rank in a sum has no core, it is no message that the others wait for.
+    let held = (0..case.record.ranks.len()).map(|rank| case.held_in_sums(rank)).fold(0.0, f64::max);
+    Some(case.cause(CauseKind::Communication, case.communication - held - case.starved_in_sums(), evidence, remedy))
 }
 
 /// Cores that others have, or that more threads than cores share.
@@ -408,9 +454,10 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
         .map(|(rank, paging)| (rank.working_ms - paging, case.starved(rank)))
         .min_by(|a, b| a.0.total_cmp(&b.0))?;
     let share = (starved / working.max(1e-9)).min(MOST_STARVED);
-    let starved = starved + case.starved_between();
+    let elsewhere = case.starved_between() + case.starved_in_sums();
+    let starved = starved + elsewhere;
     let local = ranks.iter().filter(|rank| rank.host.is_empty() || rank.host == ranks[0].host).count().max(1);
-    let threads = facts.threads * local;
+    let threads = facts.threads.saturating_mul(local);
     let (kind, remedy) = if threads > facts.cores {
         (CauseKind::TooManyThreads, "run with as many threads as there are cores: leave --threads out")
     } else {
@@ -422,7 +469,7 @@ fn cores(case: &Case<'_>) -> Option<Cause> {
         "threads that could run waited {starved:.1} ms of every token for one of {} cores ({threads} threads compute){quota}",
         facts.cores
     );
-    let cost = case.healthy_ms() * share / (1.0 - share) + case.starved_between();
+    let cost = case.healthy_ms() * share / (1.0 - share) + elsewhere;
     Some(case.cause(kind, cost, evidence, remedy))
 }
 
@@ -434,19 +481,37 @@ fn kernels(case: &Case<'_>) -> Option<Cause> {
     if ms <= 0.0 || (isa == best && floor / ms > KERNEL_BOUND) {
         return None;
     }
-    let is_old = matches!(isa, "scalar" | "avx2");
-    let remedy = match (isa == best, is_old) {
-        (false, _) => format!("leave --isa out: this processor has kernels for {best}"),
-        (true, true) => "a processor with AVX-512 (VNNI and VBMI), or a virtual machine that shows it".to_string(),
+    let without = (isa == best).then(|| format_without_kernels(case)).flatten();
+    let remedy = match (isa, &without) {
+        _ if isa != best => format!("leave --isa out: this processor has kernels for {best}"),
+        (_, Some(format)) => format!(
+            "`tandem convert` writes formats that have kernels: bf16, affine and mxfp4; each row of {format} is decoded \
+             at every use"
+        ),
+        ("scalar" | "avx2", None) => {
+            "a processor with AVX-512 (VNNI and VBMI), or a virtual machine that shows it".to_string()
+        }
         // The best kernels on this processor: nothing is known to be wrong with them.
-        (true, false) => return None,
+        _ => return None,
     };
     let evidence = format!(
-        "products of weights run at {:.1} GB/s of {:.1} GB/s with {isa} kernels",
+        "products of weights run at {:.1} GB/s of {:.1} GB/s with {}",
         case.weight_bytes / ms / 1e6,
-        facts.bandwidth? / 1e9
+        facts.bandwidth? / 1e9,
+        without.map_or(format!("{isa} kernels"), |format| format!("no kernel for {format} as it is in the file"))
     );
     Some(case.cause(CauseKind::Kernels, (ms - floor / REACHABLE).max(0.0), evidence, &remedy))
+}
+
+/// The format of most bytes that a step reads, if it has no kernel of its own.
+fn format_without_kernels(case: &Case<'_>) -> Option<String> {
+    let facts = &case.record.facts;
+    let slow = |k: &&KindBytes| k.formats.first().is_some_and(|format| facts.slow_formats.contains(format));
+    let slow: Vec<&KindBytes> = facts.kinds.iter().filter(slow).collect();
+    let sum = |kinds: &[&KindBytes]| kinds.iter().map(|k| k.read_bytes as f64).sum::<f64>();
+    let is_most = 2.0 * sum(&slow) > sum(&facts.kinds.iter().collect::<Vec<_>>());
+    let largest = slow.into_iter().max_by_key(|k| k.read_bytes)?;
+    is_most.then(|| largest.formats[0].clone())
 }
 
 fn device(case: &Case<'_>) -> Option<Cause> {
@@ -516,7 +581,11 @@ fn without_fault(case: &Case<'_>, unknown: &mut Vec<String>) -> Cause {
     ];
     let [first, rest @ ..] = candidates;
     let (kind, cost, evidence) = rest.into_iter().fold(first, |a, b| if b.1 > a.1 { b } else { a });
+    let is_read = of_bandwidth.is_none_or(|percent| percent > 100.0 * KERNEL_BOUND);
     let remedy = match kind {
+        CauseKind::Weights if !is_read => {
+            "the kernels compute longer than memory takes to deliver: more cores or a faster clock help, bandwidth does not"
+        }
         CauseKind::Weights => "nothing is wrong: fewer bytes per token, or more bandwidth, make it faster",
         CauseKind::Attention => "a shorter context; other weight formats do not help",
         _ => "several sequences at once; a faster memory does not help",
@@ -532,6 +601,11 @@ fn verdict(case: &Case<'_>, cause: &Cause) -> String {
         (CauseKind::Communication, _) => "messages between the ranks".to_string(),
         (CauseKind::CpuContention, _) => "other work takes the cores".to_string(),
         (CauseKind::TooManyThreads, _) => "there are more threads than cores".to_string(),
+        (CauseKind::Kernels, _)
+            if case.record.facts.isa == case.record.facts.best_isa && format_without_kernels(case).is_some() =>
+        {
+            "the weights' format has no kernel on this processor".to_string()
+        }
         (CauseKind::Kernels, _) => "the kernels are of an older instruction set".to_string(),
         (CauseKind::HostExperts, _) => "experts are on the host".to_string(),
         (CauseKind::DeviceMemoryLost, _) => "the GPU has lost memory".to_string(),
@@ -589,26 +663,49 @@ fn advice(case: &Case<'_>, principal: &Cause) -> Vec<Advice> {
     if is_fault {
         add(&principal.remedy, ms - principal.cost_ms, format!("{:.1} ms less", principal.cost_ms));
     }
-    if weights > 0.3 * ms {
+    let is_read = case.floor.is_some_and(|floor| floor > KERNEL_BOUND * weights);
+    if is_read && weights > 0.3 * ms {
         add("memory with twice the bandwidth", ms - weights / 2.0, "half the time of products of weights".to_string());
+    }
+    if weights > 0.3 * ms {
         if case.record.ranks.len() < 2 {
             let sums = 2.0 * case.record.facts.n_layers as f64 * 0.05;
             let estimate = format!("half of that time, and {sums:.1} ms for sums at 50 us each");
             add("a second machine, --tp 2", ms - weights / 2.0 + sums, estimate);
         }
-        let eight_bit: u64 = case.record.facts.kinds.iter().filter(|k| is_wide(k)).map(|k| k.read_bytes).sum();
-        if eight_bit > 0 {
-            let saved = weights * eight_bit as f64 / 2.0 / case.weight_bytes.max(1.0);
-            let estimate = format!("half of the {} that are wider than 4 bits", bytes(eight_bit));
+        let eight_bit: f64 = case.record.facts.kinds.iter().filter(|k| is_wide(k)).map(|k| k.read_bytes as f64).sum();
+        if eight_bit > 0.0 {
+            let saved = weights * eight_bit / 2.0 / case.weight_bytes.max(1.0);
+            let estimate = format!("half of the {} that are wider than 4 bits", bytes(eight_bit as u64));
             add("4 bits for all matrices (`tandem convert`; quality changes)", ms - saved, estimate);
         }
+    }
+    let ranks = case.record.ranks.len();
+    if ranks > 1 && case.record.facts.tensor_size == 1 {
+        // A pipeline was planned with a message for each stage.
+        let message = case.record.facts.planned_communication_ms / ranks as f64;
+        let sums = 2.0 * case.record.facts.n_layers as f64 * message;
+        let estimate =
+            format!("the work of all ranks at the same time, and {sums:.1} ms for sums as long as a message");
+        add(
+            &format!("--tp {ranks} instead of a pipeline"),
+            ms - case.working * (1.0 - 1.0 / ranks as f64) + sums,
+            estimate,
+        );
+    }
+    // A step that verifies a draft reads the experts of two tokens.
+    let more = case.bytes_of(n + 1.0) / case.weight_bytes.max(1.0);
+    if !is_fault && n < 1.05 && weights > 0.5 * ms {
+        let new_ms = (ms + weights * (more - 1.0)) / EXPECTED_OF_A_DRAFT;
+        let estimate = format!("half of the drafts right, {:.0} % more bytes a step", 100.0 * (more - 1.0));
+        add("drafting (--draft-depth 1, or auto)", new_ms, estimate);
     }
     list.sort_by(|a, b| b.tokens_per_second.total_cmp(&a.tokens_per_second));
     list
 }
 
 /// Whether most of a kind's weights have more than about four bits.
-fn is_wide(kind: &super::record::KindBytes) -> bool {
+fn is_wide(kind: &KindBytes) -> bool {
     let is_matrix = !matches!(kind.kind.as_str(), "norms" | "router" | "embed");
     let narrow = ["mxfp4", "nvfp4", "affine-2", "affine-3", "affine-4", "affine2", "affine3", "affine4"];
     is_matrix && kind.formats.first().is_some_and(|format| !narrow.iter().any(|name| format.starts_with(name)))

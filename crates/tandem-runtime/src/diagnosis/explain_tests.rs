@@ -285,3 +285,97 @@ fn a_record_survives_its_file_and_a_page_needs_nothing_else() {
     }
     assert!(explanation.text(&record).contains("rank 1: works"));
 }
+
+/// Every number of a record by itself becomes something that no run wrote: whatever is said then, it is said.
+#[test]
+fn a_damaged_record_is_explained_without_a_panic() {
+    use serde_json::{Value, json};
+    fn leaves(value: &Value, at: &str, out: &mut Vec<String>) {
+        match value {
+            Value::Object(map) => map.iter().for_each(|(key, value)| leaves(value, &format!("{at}/{key}"), out)),
+            Value::Array(list) => {
+                list.iter().enumerate().for_each(|(i, value)| leaves(value, &format!("{at}/{i}"), out))
+            }
+            _ => out.push(at.to_string()),
+        }
+    }
+    let mut record = run(Faults { link: 30.0, contention: 0.3, paging: 20.0, ..Faults::default() }, 2, 1);
+    record.steps = vec![(1.0, 0), (2.0, 3)];
+    record.ranks[1].throttled_ms = 3.0;
+    record.facts.experts = Some((8, 64));
+    let whole = json!(record);
+    let mut paths = vec![];
+    leaves(&whole, "", &mut paths);
+    assert!(paths.len() > 80, "{}", paths.len());
+    let mut n_read = 0;
+    for path in &paths {
+        for damage in
+            [json!(0), json!(-1.5), json!(1), json!(1e300), json!(u64::MAX), Value::Null, json!("text"), json!([])]
+        {
+            let mut damaged = whole.clone();
+            *damaged.pointer_mut(path).unwrap() = damage;
+            if let Ok(record) = RunRecord::parse(&damaged.to_string()) {
+                let explanation = explain(&record);
+                assert!(explanation.text(&record).contains("bottleneck:"));
+                assert!(explanation.html(&record).contains("</html>"));
+                n_read += 1;
+            }
+        }
+    }
+    assert!(n_read > paths.len(), "{n_read}");
+    // Lists that do not belong together.
+    for (list, n) in
+        [("/ranks", 0), ("/ranks", 1), ("/facts/rank_bytes", 0), ("/facts/rank_bytes", 1), ("/facts/kinds", 0)]
+    {
+        let mut damaged = whole.clone();
+        damaged.pointer_mut(list).and_then(Value::as_array_mut).unwrap().truncate(n);
+        let record = RunRecord::parse(&damaged.to_string()).unwrap();
+        assert!(!explain(&record).text(&record).is_empty(), "{list}");
+    }
+    for (text, words) in
+        [("", "JSON"), ("[]", "JSON"), ("{}", "form"), (r#"{"form": 7}"#, "form 7"), (r#"{"form": 1}"#, "timings")]
+    {
+        let error = format!("{:#}", RunRecord::parse(text).unwrap_err());
+        assert!(error.contains(words), "{text}: {error}");
+    }
+}
+
+#[test]
+fn formats_without_kernels_and_what_they_cost_are_named() {
+    // A tenth of the speed, with the kernels that the processor has.
+    let mut record = run(Faults { kernels: 9.0, ..Faults::default() }, 1, 1);
+    record.facts.isa = record.facts.best_isa.clone();
+    let plain = explain(&record);
+    assert_eq!(plain.principal, CauseKind::Weights);
+    // More bandwidth would not help, and nobody says so.
+    assert!(plain.verdict.contains("bandwidth does not") && !plain.advice.iter().any(|a| a.what.contains("bandwidth")));
+    record.facts.slow_formats = vec!["mxfp4".to_string()];
+    let slow = explain(&record);
+    assert_eq!(slow.principal, CauseKind::Kernels);
+    assert!(
+        slow.verdict.contains("no kernel for mxfp4") && slow.verdict.contains("tandem convert"),
+        "{}",
+        slow.verdict
+    );
+}
+
+/// A rank that a quota stops is stopped in sums too, and the others see only that messages take long.
+#[test]
+fn a_rank_that_is_held_in_sums_is_no_slow_network() {
+    let mut record = run(Faults { slow_rank: 0.4, link: 40.0, ..Faults::default() }, 2, 1);
+    assert_eq!(explain(&record).principal, CauseKind::Communication);
+    let rank = &mut record.ranks[1];
+    (rank.throttled_ms, rank.run_delay_ms) = (48.0, 96.0);
+    let explanation = explain(&record);
+    assert_eq!(
+        (explanation.principal, explanation.causes[0].rank),
+        (CauseKind::SlowRank, Some(1)),
+        "{:?}",
+        explanation.causes
+    );
+    // Where all ranks lack cores, it is neither.
+    for rank in &mut record.ranks {
+        (rank.throttled_ms, rank.run_delay_ms) = (0.0, 160.0);
+    }
+    assert_eq!(explain(&record).principal, CauseKind::CpuContention);
+}

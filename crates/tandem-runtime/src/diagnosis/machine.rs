@@ -8,7 +8,6 @@ use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::{Isa, Pool, process, system};
 
 use super::finding::{Finding, Level};
-use crate::device;
 use crate::units::bytes;
 
 /// Read for the bandwidth.
@@ -252,12 +251,6 @@ impl Machine {
             _ => found,
         })
     }
-}
-
-/// What is found of the GPUs that this build can use, and of those that it cannot.
-pub(super) fn devices() -> Vec<Finding> {
-    let gpus = device::found().into_iter().filter(|device| device.backend != "cpu");
-    gpus.map(|gpu| Finding::new("device", Level::Ok, format!("--backend {}", gpu.backend), gpu.name)).collect()
 }
 
 fn numa_nodes() -> usize {

@@ -9,24 +9,38 @@ use serde_json::{Map, Value, json};
 use tandem_core::backend::PAGE_SIZE;
 use tandem_core::weights::{ModuleKind, Weight};
 use tandem_core::{Batch, DType, ModelConfig};
+use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::Operation;
 use tandem_model::{Limits, Recipe, Target};
 
-use crate::measured::{MeasuredModel, MeasuredOptions};
+use super::plans::PlanSpeed;
+use crate::device::DeviceKind;
+use crate::measured::{MeasuredModel, MeasuredOptions, times_ahead};
 use crate::news::ignore_news;
 use crate::options::{DeviceOptions, ParallelOptions, ShapeOptions};
 
-/// A step must read this much, far more than caches hold, unless the model reads less.
-const LEAST_READ: u64 = 256 << 20;
-/// Memory that the sample's weights may take, unless one layer of each kind takes more.
-const MOST_RESIDENT: u64 = 3 << 30;
+/// How large a sample is.
+#[derive(Clone, Copy)]
+struct Size {
+    /// A step must read this much, far more than caches hold, unless the model reads less.
+    least_read: u64,
+    /// Memory that the sample's weights may take, unless one layer of each kind takes more.
+    most_resident: u64,
+}
+
+const ON_PROCESSOR: Size = Size { least_read: 512 << 20, most_resident: 3 << 30 };
+/// What a step costs besides its layers must not count much, and weights are made fast.
+const ON_GPU: Size = Size { least_read: 2 << 30, most_resident: 12 << 30 };
+/// Read between two steps, as `bench` does: other memory than the model's is in the processor's caches then.
+const PASS_BYTES: usize = 256 << 20;
 /// Experts of a sampled layer, where the model has more: a token still meets others in every step.
 const FEWEST_EXPERTS: usize = 32;
 /// Decode steps, and the time for them.
 const STEPS: (usize, usize) = (8, 64);
 const DECODE_SECONDS: f64 = 1.5;
-/// Prompts measured.
-const N_PROMPTS: usize = 3;
+/// Prompts measured, and the time for more than the fewest.
+const PROMPTS: (usize, usize) = (3, 15);
+const PREFILL_SECONDS: f64 = 1.5;
 
 /// What is expected.
 #[derive(Clone, Debug, Serialize)]
@@ -43,6 +57,10 @@ pub struct Prediction {
     pub reasoning: Vec<String>,
     /// Expected milliseconds of a decode step by operation.
     pub decode_ms: Vec<(String, f64)>,
+    /// Expected milliseconds of a whole chunk of a prompt by operation.
+    pub prefill_ms: Vec<(String, f64)>,
+    /// The ways to run it, with what they make one expect; on this machine alone comes first.
+    pub plans: Vec<PlanSpeed>,
 }
 
 /// Counts that scale operations.
@@ -94,7 +112,8 @@ pub fn predict(
     chunk: usize,
 ) -> anyhow::Result<Prediction> {
     let whole = ModelConfig::parse(text)?;
-    let sample = sample(text, &whole, weights)?;
+    let size = if DeviceKind::choose(device)? == DeviceKind::Cpu { ON_PROCESSOR } else { ON_GPU };
+    let sample = sample(text, &whole, weights, size)?;
     let (of_model, of_sample) = (Counts::of(&whole), Counts::of(&sample.config));
     // Rows per expert as in the model, where the sample has fewer experts.
     let fewer = of_sample.experts / of_model.experts;
@@ -123,12 +142,12 @@ pub fn predict(
     let name = |i: usize| Operation::ALL[i].name().to_string();
     let scaled = |times: &[f64], i: usize| times[i] * of_model.factor(&of_sample, Operation::ALL[i]);
     let decode_ms: Vec<(String, f64)> = (0..decode.len()).map(|i| (name(i), scaled(&decode, i))).collect();
-    let prefill_ms: f64 = (0..prefill.len())
-        .map(|i| match Operation::ALL[i] {
-            Operation::Experts => scaled(&expert_prefill, i) / fewer,
-            _ => scaled(&prefill, i),
-        })
-        .sum();
+    let of_prompt = |i: usize| match Operation::ALL[i] {
+        Operation::Experts => scaled(&expert_prefill, i) / fewer,
+        _ => scaled(&prefill, i),
+    };
+    let by_operation: Vec<(String, f64)> = (0..prefill.len()).map(|i| (name(i), of_prompt(i))).collect();
+    let prefill_ms: f64 = by_operation.iter().map(|(_, ms)| ms).sum();
     let step_ms: f64 = decode_ms.iter().map(|(_, ms)| ms).sum();
     let largest = decode_ms.iter().max_by(|a, b| a.1.total_cmp(&b.1)).context("there are operations")?;
     let reasoning = vec![
@@ -146,11 +165,13 @@ pub fn predict(
         prefill_tokens_per_second: chunk as f64 * 1e3 / prefill_ms,
         reasoning,
         decode_ms,
+        prefill_ms: by_operation,
+        plans: vec![],
     })
 }
 
 /// Cuts a model down to layers of each kind that are worth timing, in the formats of its weights.
-fn sample(text: &str, whole: &ModelConfig, weights: &[Weight]) -> anyhow::Result<Sample> {
+fn sample(text: &str, whole: &ModelConfig, weights: &[Weight], size: Size) -> anyhow::Result<Sample> {
     let n = whole.num_hidden_layers;
     let bytes = |layer: usize| -> (u64, u64) {
         let of_layer = weights.iter().filter(|w| w.spec.layer == Some(layer));
@@ -167,7 +188,7 @@ fn sample(text: &str, whole: &ModelConfig, weights: &[Weight]) -> anyhow::Result
     // Fewer experts make a layer small enough; groups of experts stay whole.
     let mut n_experts = experts;
     if let (Some(all), Some(moe)) = (experts, &whole.moe)
-        && moe_held > MOST_RESIDENT / 2
+        && moe_held > size.most_resident / 2
     {
         let step = all / FEWEST_EXPERTS.min(all).max(1);
         n_experts = Some(all / step.max(1)).filter(|n| *n >= 2 * moe.num_experts_per_tok && all.is_multiple_of(*n));
@@ -180,7 +201,7 @@ fn sample(text: &str, whole: &ModelConfig, weights: &[Weight]) -> anyhow::Result
         let (read, held) =
             (dense as u64 * dense_read + moe as u64 * moe_read, dense as u64 * dense_held + moe as u64 * moe_held);
         let is_whole = dense == n_dense && moe == n_moe;
-        if is_whole || read >= LEAST_READ || (held >= MOST_RESIDENT && dense + moe >= 2) {
+        if is_whole || read >= size.least_read || (held >= size.most_resident && dense + moe >= 2) {
             break;
         }
         // In the model's own proportion.
@@ -265,17 +286,37 @@ impl Timed {
         for _ in 0..3 {
             self.step(context, 1)?;
         }
+        let samples = self.model.runner.device_sampler().is_some();
+        let times = if samples { self.steps_ahead(context)? } else { self.steps_between_passes(context)? };
+        self.profiled(median(times), STEPS.0, context, 1)
+    }
+
+    /// Of a device that has the next step before the token of the last is known.
+    fn steps_ahead(&mut self, context: usize) -> anyhow::Result<Vec<f64>> {
+        let mut batches: Vec<Batch> = (0..STEPS.1 + 2 * STEPS.0).map(|_| self.batch(context, 1)).collect();
+        let sampler = self.model.runner.device_sampler().context("the device samples")?;
+        times_ahead(sampler, STEPS.0, STEPS.1, || batches.pop().unwrap_or_default())
+    }
+
+    /// Of one that begins with the token: other memory is read in between.
+    fn steps_between_passes(&mut self, context: usize) -> anyhow::Result<Vec<f64>> {
+        let pool = self.model.runner.pool();
+        let meter = pool.as_deref().map(|pool| ReadMeter::new(pool, PASS_BYTES));
         let (mut times, start) = (vec![], Instant::now());
         while times.len() < STEPS.0 || (times.len() < STEPS.1 && start.elapsed().as_secs_f64() < DECODE_SECONDS) {
+            meter.as_ref().map(ReadMeter::pass);
             times.push(self.step(context, 1)?);
         }
-        self.profiled(median(times), STEPS.0, context, 1)
+        Ok(times)
     }
 
     /// The same of a prompt.
     fn prefill(&mut self, n: usize) -> anyhow::Result<Vec<f64>> {
         self.step(0, n)?;
-        let times = (0..N_PROMPTS).map(|_| self.step(0, n)).collect::<anyhow::Result<Vec<f64>>>()?;
+        let (mut times, start) = (vec![], Instant::now());
+        while times.len() < PROMPTS.0 || (times.len() < PROMPTS.1 && start.elapsed().as_secs_f64() < PREFILL_SECONDS) {
+            times.push(self.step(0, n)?);
+        }
         self.profiled(median(times), 1, 0, n)
     }
 
@@ -309,7 +350,7 @@ mod tests {
             let config = ModelConfig::parse(&text).unwrap();
             let recipe = Recipe::parse(quant).unwrap();
             let weights = DummyWeights::new(&config, &recipe, Stacks::Distinct).weights().to_vec();
-            let sample = sample(&text, &config, &weights).unwrap();
+            let sample = sample(&text, &config, &weights, ON_PROCESSOR).unwrap();
             let (model, part) = (Counts::of(&config), Counts::of(&sample.config));
             assert!(part.layers < model.layers && (part.moe > 0.0) == (model.moe > 0.0), "{preset}: {part:?}");
             assert!((part.dense > 0.0) == (model.dense > 0.0), "{preset}: {part:?}");

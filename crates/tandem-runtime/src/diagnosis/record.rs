@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tandem_core::ModelConfig;
 use tandem_core::weights::ModuleKind;
 use tandem_engine::{Operation, RankStatus, Spent, StepTimes, Timings};
@@ -46,6 +46,9 @@ pub struct Facts {
     pub weight_bytes: u64,
     /// Whether they stay mapped from their files.
     pub weights_are_mapped: bool,
+    /// Formats whose rows the processor decodes at every use, having no kernel for them.
+    #[serde(default)]
+    pub slow_formats: Vec<String>,
     /// Bytes by kind of module.
     pub kinds: Vec<KindBytes>,
     /// Bytes of experts that one token reads on the host, beside a GPU.
@@ -60,6 +63,9 @@ pub struct Facts {
     pub rank_bytes: Vec<u64>,
     /// By rank: bytes per second that its memory was measured to deliver at the start.
     pub rank_bandwidth: Vec<f64>,
+    /// By rank: microseconds for a message to the others and back, measured at the start; a record of before has none.
+    #[serde(default)]
+    pub rank_round_trip_us: Vec<f64>,
     /// Milliseconds that messages were planned to take for a token, from round trips at the start.
     pub planned_communication_ms: f64,
 }
@@ -103,6 +109,7 @@ impl Facts {
         self.tensor_size = plan.tensor_size;
         self.rank_bytes = plan.ranks.iter().map(|rank| rank.read_bytes).collect();
         self.rank_bandwidth = plan.ranks.iter().map(|rank| rank.tokens_per_second * rank.read_bytes as f64).collect();
+        self.rank_round_trip_us = plan.ranks.iter().map(|rank| rank.round_trip * 1e6).collect();
         let slowest = |stage: &[RankPlan]| stage.iter().map(|rank| 1.0 / rank.tokens_per_second).fold(0.0, f64::max);
         let work: f64 = plan.ranks.chunks(plan.tensor_size).map(slowest).sum();
         self.planned_communication_ms = (1e3 * (1.0 / plan.tokens_per_second - work)).max(0.0);
@@ -287,6 +294,14 @@ impl Recorder {
         *self.mark.lock().unwrap_or_else(|e| e.into_inner()) = ranks.iter().map(|rank| rank.spent).collect();
     }
 
+    /// The same as JSON, with what it means under `explanation`: for whoever watches a server.
+    pub fn live(&self, ranks: &[RankStatus], warning: Option<String>) -> Value {
+        let record = self.record(ranks, warning);
+        let mut value = json!(record);
+        value["explanation"] = json!(super::explain(&record));
+        value
+    }
+
     /// A record of the last steps; `ranks` are as of now, `warning` is the device's.
     pub fn record(&self, ranks: &[RankStatus], warning: Option<String>) -> RunRecord {
         let steps = self.timings.last();
@@ -297,6 +312,13 @@ impl Recorder {
             decoding.remove(0);
         }
         let mark = self.mark.lock().unwrap_or_else(|e| e.into_inner());
+        let decode = Phase::new(&decoding);
+        // A server's sums hold steps with prompts too; all ranks' times are to those of decoding as rank 0's work is.
+        let mean = ranks.first().map(|rank| rank.spent.working.as_secs_f64() * 1e3 / rank.spent.n_steps.max(1) as f64);
+        let scale = match (&decode, mean) {
+            (Some(decode), Some(mean)) if mark.is_empty() && mean > 0.0 => decode.working_ms / mean,
+            _ => 1.0,
+        };
         let ranks = ranks.iter().enumerate();
         let charted = decoding.len().saturating_sub(N_CHARTED);
         RunRecord {
@@ -304,22 +326,23 @@ impl Recorder {
             tandem_version: env!("CARGO_PKG_VERSION").to_string(),
             unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             facts: self.facts.clone(),
-            ranks: ranks.map(|(i, rank)| rank_record(rank, mark.get(i).unwrap_or(&Spent::default()))).collect(),
+            ranks: ranks.map(|(i, rank)| rank_record(rank, mark.get(i).unwrap_or(&Spent::default()), scale)).collect(),
             warning: warning.or_else(|| self.residency.warning()),
             steps: decoding[charted..]
                 .iter()
                 .map(|step| (step.total.as_secs_f64() * 1e3, step.rank.usage.major_faults))
                 .collect(),
-            decode: Phase::new(&decoding),
+            decode,
             prefill: Phase::new(&prefilling),
         }
     }
 }
 
-fn rank_record(rank: &RankStatus, mark: &Spent) -> RankRecord {
+/// `scale` is the part of a mean step that counts.
+fn rank_record(rank: &RankStatus, mark: &Spent, scale: f64) -> RankRecord {
     let spent = rank.spent.since(mark);
     let n = spent.n_steps.max(1) as f64;
-    let ms = |time: Duration| time.as_secs_f64() * 1e3 / n;
+    let ms = |time: Duration| time.as_secs_f64() * 1e3 / n * scale;
     RankRecord {
         host: rank.host.clone(),
         layers: (rank.layers.start, rank.layers.end),
@@ -362,9 +385,11 @@ impl RunRecord {
     pub fn parse(text: &str) -> anyhow::Result<RunRecord> {
         let value: Map<String, Value> = serde_json::from_str(text).context("this is not a JSON object")?;
         let form = value.get("form").and_then(Value::as_u64);
+        ensure!(form.is_some(), "these are no timings of a tandem: they have no number \"form\"");
         ensure!(
             form == Some(u64::from(FORM)),
-            "the timings have form {form:?} and this tandem reads form {FORM}; use the version that wrote them"
+            "the timings have form {} and this tandem reads form {FORM}; use the version that wrote them",
+            form.unwrap_or(0)
         );
         serde_json::from_value(Value::Object(value)).context("timings of a run")
     }
@@ -401,7 +426,9 @@ impl RunRecord {
     /// which must be this one.
     pub fn measure_bandwidth(&mut self) {
         if self.facts.bandwidth.is_none() && self.facts.backend == "cpu" && self.ranks.len() <= 1 {
-            let pool = tandem_cpu::Pool::new(self.facts.threads.clamp(1, self.facts.cores.max(1)));
+            // A file may say anything.
+            let most = tandem_cpu::system::default_threads();
+            let pool = tandem_cpu::Pool::new(self.facts.threads.clamp(1, most));
             self.facts.bandwidth = Some(tandem_cpu::bandwidth::measure_read_bandwidth(&pool, BANDWIDTH_BYTES));
         }
     }

@@ -57,7 +57,9 @@ impl Explanation {
             }
             line(format!("  {:.1} tokens/s: {} ({})", advice.tokens_per_second, advice.what, advice.estimate));
         }
-        self.unknown.iter().for_each(|text| line(format!("not known: {text}")));
+        // A verdict that says nothing has said why.
+        let others = self.unknown.iter().filter(|text| !self.verdict.ends_with(text.as_str()));
+        others.for_each(|text| line(format!("not known: {text}")));
         out
     }
 

@@ -12,7 +12,7 @@ use tandem_engine::{ReadUsage, Usage};
 use crate::units::bytes;
 
 /// Between two looks.
-const EVERY: Duration = Duration::from_secs(3);
+pub(super) const EVERY: Duration = Duration::from_secs(3);
 /// Stands for a share that nobody knows.
 const UNKNOWN: u64 = u64::MAX;
 /// Share of the weights, in parts in a million, that may leave memory without a word: the ends of files are never read.

@@ -28,7 +28,7 @@ use crate::units::bytes;
 
 pub use bytes_read::{BytesRead, prefill_flop};
 pub use ranks::{RankReport, by_stage};
-pub use runner::MeasuredRunner;
+pub use runner::{MeasuredRunner, times_ahead};
 
 /// Read for the bandwidth before a model is loaded.
 const BANDWIDTH_BYTES: usize = 1 << 30;

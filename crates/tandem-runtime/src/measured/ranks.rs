@@ -50,12 +50,12 @@ pub struct RankReport {
     pub sending: f64,
     /// Pages read from a disk.
     pub major_faults: u64,
-    /// Memory of the process at the end.
-    pub resident_bytes: u64,
+    /// Memory of the process at the end, where the weights lie in it and the system tells.
+    pub resident_bytes: Option<u64>,
 }
 
 impl RankReport {
-    pub(super) fn new(profile: &Profile, times: &RankTimes, faults_before: u64) -> RankReport {
+    pub(super) fn new<D: Device>(profile: &Profile, times: &RankTimes, faults_before: u64) -> RankReport {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         RankReport {
             stage: 0,
@@ -66,7 +66,7 @@ impl RankReport {
             receiving: ms(times.receiving),
             sending: ms(times.sending),
             major_faults: system::major_page_faults() - faults_before,
-            resident_bytes: system::resident_memory_bytes().unwrap_or(0),
+            resident_bytes: system::resident_memory_bytes().filter(|_| D::HOLDS_IN_PROCESS),
         }
     }
 }
@@ -128,7 +128,7 @@ impl<D: Device> RankBackend for Profiled<D> {
                     }
                 }
                 Ok(Question::Stop) => {
-                    let report = RankReport::new(&backend.stop(), times, faults);
+                    let report = RankReport::new::<D>(&backend.stop(), times, faults);
                     return serde_json::to_vec(&report).unwrap_or_default();
                 }
                 Err(error) => tracing::error!("rank 0 asked something else than expected: {error}"),

@@ -1,9 +1,10 @@
 //! A model that can be measured: with a stopwatch around every operation.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Map, Value};
-use tandem_core::backend::{Backend, CacheKind};
+use tandem_core::backend::{Backend, CacheKind, Sampling};
 use tandem_core::{Batch, ModelConfig};
 use tandem_cpu::Pool;
 use tandem_cpu::system::major_page_faults;
@@ -70,7 +71,7 @@ impl<B: Device> MeasuredRunner for Alone<B> {
 
     fn stop(&mut self) -> anyhow::Result<Vec<RankReport>> {
         let profile = self.runner.backend().stop();
-        Ok(vec![RankReport::new(&profile, &RankTimes::default(), self.faults_before)])
+        Ok(vec![RankReport::new::<B>(&profile, &RankTimes::default(), self.faults_before)])
     }
 
     fn fill_cache(&mut self, config: &ModelConfig, n_slots: usize) -> anyhow::Result<()> {
@@ -108,4 +109,32 @@ impl<B: Device> MeasuredRunner for Alone<B> {
     fn describe(&self) -> Map<String, Value> {
         self.runner.backend().inner().describe()
     }
+}
+
+/// Milliseconds from the end of a step to the end of the next, where the device samples tokens and has the next step while
+/// it works on one, as in the engine: `n` of them after `warmup` others.
+///
+/// # Errors
+/// The device failed, or the logits make no sense.
+pub fn times_ahead(
+    sampler: &mut dyn DeviceSampler,
+    warmup: usize,
+    n: usize,
+    mut batch: impl FnMut() -> Batch,
+) -> anyhow::Result<Vec<f64>> {
+    let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, unit: 0.0 };
+    let mut next = || {
+        let batch = batch();
+        Batch { sampling: vec![greedy; batch.logits_rows.len()], ..batch }
+    };
+    let mut ends = vec![];
+    sampler.submit(next())?;
+    for step in 0..=warmup + n {
+        if step < warmup + n {
+            sampler.submit(next())?;
+        }
+        sampler.collect()?.into_iter().collect::<Result<Vec<u32>, _>>()?;
+        ends.push(Instant::now());
+    }
+    Ok(ends[warmup..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect())
 }

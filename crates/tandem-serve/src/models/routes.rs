@@ -22,7 +22,7 @@ use super::{Models, keep_alive};
 use crate::body::read;
 use crate::error::ApiError;
 use crate::read::expected;
-use crate::{guarded, ollama, pages, protected};
+use crate::{guarded, ollama, page, pages, protected};
 
 /// Header with the seconds that a request waits for its model.
 const LOAD_TIMEOUT: &str = "x-tandem-load-timeout";
@@ -55,9 +55,9 @@ pub(super) fn router(models: &Arc<Models>) -> Router {
         .route("/info", get(by_query))
         .route("/timings", get(by_query))
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() });
-    let router = protected(keyed, models.keys.as_slice().into())
-        .route("/", get(pages::page))
-        .route("/favicon.ico", get(pages::no_icon))
+    let router = protected(keyed, models.keys.as_slice().into(), models.open_metrics)
+        .route("/", get(page::page))
+        .route("/favicon.ico", get(page::no_icon))
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/openapi.json", get(openapi))

@@ -7,6 +7,7 @@ mod clients;
 mod dialects;
 mod others;
 mod protocol;
+mod reference;
 
 use std::sync::{Arc, Mutex};
 

@@ -32,6 +32,8 @@ struct Args {
     uint top_k;
     uint plan_order;
     float post;
+    float pre;
+    uint x_width;
 };
 struct type_2 {
     float inner[256];

@@ -207,10 +207,10 @@ fn print(rows: &[Value]) {
         print!("{name:<34}{:>8.2}", number(&row["tokens_per_second"]));
         print!("{:>6.0} %", 100.0 * number(&row["bandwidth_fraction"]));
         SHARES.iter().for_each(|(share, _)| print!("{:>13.1} %", 100.0 * number(&row["share"][share])));
+        print!("{:>8}", row["major_page_faults"].as_u64().unwrap_or(0));
         println!(
-            "{:>8}{:>8.0} %",
-            row["major_page_faults"].as_u64().unwrap_or(0),
-            100.0 * number(&row["resident_share"])
+            "{:>10}",
+            row["resident_share"].as_f64().map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
         );
     }
 }

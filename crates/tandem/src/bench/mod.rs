@@ -14,14 +14,16 @@ use std::time::Instant;
 use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
 use tandem_core::Batch;
-use tandem_core::backend::{PAGE_SIZE, Sampling};
+use tandem_core::backend::PAGE_SIZE;
 use tandem_cpu::bandwidth::ReadMeter;
-use tandem_engine::{DeviceSampler, EXACT_ROWS, Operation};
+use tandem_engine::{EXACT_ROWS, Operation};
 
 use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs, OutputArgs};
 use tandem_model::Limits;
+use tandem_runtime::ModelOptions;
+use tandem_runtime::diagnosis::timing_overhead;
 use tandem_runtime::measured::{
-    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, plot, prefill_flop,
+    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, plot, prefill_flop, times_ahead,
 };
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::units::{bytes, count};
@@ -93,6 +95,10 @@ pub(crate) fn bench(args: &BenchArgs, joined: Option<Joined>) -> anyhow::Result<
         BenchCommand::Serve(args) => serve::serve(args),
         BenchCommand::Comm(args) => comm::comm(args, joined),
         BenchCommand::Matrix(args) => matrix::matrix(args),
+        BenchCommand::Timings(args) => {
+            let cost = timing_overhead(&ModelOptions::from(&args.model), args.pairs, &mut on_terminal())?;
+            print_json(&json!({ "command": "timings", "overhead": cost }))
+        }
     }
 }
 
@@ -560,31 +566,6 @@ impl Peak {
     }
 }
 
-/// Milliseconds from the end of a step to the end of the next, where the device samples tokens and has the next step while
-/// it works on one, as in the engine.
-fn times_ahead(
-    sampler: &mut dyn DeviceSampler,
-    warmup: usize,
-    n: usize,
-    mut batch: impl FnMut() -> Batch,
-) -> anyhow::Result<Vec<f64>> {
-    let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, unit: 0.0 };
-    let mut next = || {
-        let batch = batch();
-        Batch { sampling: vec![greedy; batch.logits_rows.len()], ..batch }
-    };
-    let mut ends = vec![];
-    sampler.submit(next())?;
-    for step in 0..=warmup + n {
-        if step < warmup + n {
-            sampler.submit(next())?;
-        }
-        sampler.collect()?.into_iter().collect::<Result<Vec<u32>, _>>()?;
-        ends.push(Instant::now());
-    }
-    Ok(ends[warmup..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect())
-}
-
 /// Sequences with consecutive pages.
 struct Sequences {
     block_tables: Vec<Vec<u32>>,
@@ -710,19 +691,19 @@ struct RankTotals {
     /// Time of a step outside of the work of the stages: the way between them.
     between: f64,
     n_steps: f64,
-    /// At least this share of all ranks' weights is in memory.
-    resident_share: f64,
+    /// At least this share of all ranks' weights is in memory; unknown where a device holds them.
+    resident_share: Option<f64>,
 }
 
 impl RankTotals {
     fn new(reports: &[RankReport], total_ms: f64, n_steps: usize, model: &MeasuredModel) -> RankTotals {
         let (busy, _) = by_stage(reports, |r| r.working + r.summing);
-        let resident: u64 = reports.iter().map(|r| r.resident_bytes).sum();
+        let resident: Option<u64> = reports.iter().map(|r| r.resident_bytes).sum();
         RankTotals {
             reports: reports.to_vec(),
             between: (total_ms - busy) / n_steps as f64,
             n_steps: n_steps as f64,
-            resident_share: (resident as f64 / model.resident_bytes as f64).min(1.0),
+            resident_share: resident.map(|bytes| (bytes as f64 / model.resident_bytes as f64).min(1.0)),
         }
     }
 

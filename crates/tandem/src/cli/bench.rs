@@ -9,7 +9,7 @@ use tandem_model::Recipe;
 use tandem_runtime::DeviceOptions;
 use tandem_runtime::measured::MeasuredOptions;
 
-use super::model::{ActivationsArg, BackendArg};
+use super::model::{ActivationsArg, BackendArg, ModelArgs};
 use super::parallel::ParallelArgs;
 use super::shapes::ShapeArgs;
 use super::values::{real, token_count, tokens, whole};
@@ -38,6 +38,18 @@ pub(crate) enum BenchCommand {
     Comm(BenchCommArgs),
     /// What limits decoding: formats, one rank and several, transports and sums compared in one table, on random weights.
     Matrix(BenchMatrixArgs),
+    /// What the timings that every run keeps cost: steps with and without them in turns.
+    #[command(hide = true)]
+    Timings(BenchTimingsArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchTimingsArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Pairs of runs of four steps each.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole::<usize>(10, 100_000))]
+    pub(crate) pairs: usize,
 }
 
 #[derive(Debug, Args)]

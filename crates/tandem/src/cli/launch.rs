@@ -44,6 +44,7 @@ pub(crate) struct LaunchArgs {
     pub(crate) command: Vec<String>,
 }
 
+#[cfg_attr(not(unix), allow(dead_code))]
 impl LaunchArgs {
     /// `--ranks N` of a command, without a launch.
     pub(crate) fn short_form(command: Vec<String>) -> LaunchArgs {

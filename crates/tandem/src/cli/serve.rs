@@ -26,6 +26,9 @@ pub(crate) struct ServeArgs {
     /// File with API keys, one a line; requests need one of them. Open to all who reach it if not given.
     #[arg(long, value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
+    /// Answer /metrics without a key: endpoint pickers of Kubernetes cannot send one.
+    #[arg(long, hide_short_help = true)]
+    pub(crate) metrics_without_key: bool,
     /// Name of the model in requests and answers; may be given several times. The directory's name if not given.
     #[arg(long, value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
