@@ -183,10 +183,11 @@ fn start(
 ) -> anyhow::Result<(Worker, Facts)> {
     let inter_token = args.inter_token_ms.map(|ms| Duration::from_secs_f64(ms / 1e3));
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
-    let load_options = args.drafts.apply(ModelOptions::from(&args.model));
+    let model_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
-    let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
-    let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));
+    let is_cpu = !is_group && DeviceKind::choose(&model_options.device)? == DeviceKind::Cpu;
+    let measured =
+        is_cpu.then(|| measure_read_bandwidth(cpu_backend(&model_options.device, 0).pool(), BANDWIDTH_BYTES));
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
     let recorder: Arc<Mutex<Option<Recorder>>> = Arc::default();
     let (made_facts, made_recorder, made_args) = (Arc::clone(&slot), Arc::clone(&recorder), args.clone());
@@ -207,7 +208,7 @@ fn start(
             }
             show(news);
         };
-        let loaded = load(&load_options, what, joined, &mut on_news)?;
+        let loaded = load(&model_options, what, joined, &mut on_news)?;
         let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, load_time, device, .. } =
             loaded;
         let mut recorder = loaded.recorder;
