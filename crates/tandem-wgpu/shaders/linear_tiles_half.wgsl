@@ -40,25 +40,7 @@ var<workgroup> slots: array<u32, TOKENS>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) li: u32) {
-#if PAIR
-    let first_row = (wid.x + a.base) * 64u;
-#else
-    let first_row = (wid.x + a.base) * 128u;
-#end
-#if PLANNED
-    if (wid.y >= plan[0]) { return; }
-    let id = i32(plan[1u + wid.y * 3u]) - i32(a.first_part);
-    if ((id < 0) | (id >= i32(a.n_parts))) { return; }
-    let part = u32(id);
-    let first_token = 0u;
-    let n_tokens = plan[3u + wid.y * 3u];
-    let order = a.plan_order + plan[2u + wid.y * 3u];
-    if (li < TOKENS) { slots[li] = plan[order + min(li, n_tokens - 1u)]; }
-#else
-    let part = wid.z;
-    let first_token = wid.y * TOKENS;
-    let n_tokens = a.n_tokens;
-#end
+#include tile_place
 #for i 8
     blocks[li + ${i}u * WG] = 0.0;
 #end
@@ -78,28 +60,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 #end
 #end
 #end
-    let weight_at = part * a.weight_part;
-    let scale_at = part * a.scale_part;
-    // What this thread fetches of each step: units of rows, and vectors of x.
-#for i FILLS
-    let fill_row_${i} = (li + ${i}u * WG) % (ROWS * STEP_UNITS) / STEP_UNITS;
-    let fill_unit_${i} = (li + ${i}u * WG) % STEP_UNITS;
-#if PAIR
-    let fill_matrix_row_${i} = min(first_row + fill_row_${i} % 64u, a.rows - 1u);
-#else
-    let fill_matrix_row_${i} = min(first_row + fill_row_${i}, a.rows - 1u);
-#end
-    let fill_at_${i} = weight_at + fill_matrix_row_${i} * a.weight_pitch;
-    let fill_s${i} = scale_at + fill_matrix_row_${i} * a.scale_pitch;
-    var fill_q${i}: vec4<u32>;
-#if AHEAD
-#if PAIR32
-    var fill_k${i}: vec2<u32>;
-#else
-    var fill_k${i}: u32;
-#end
-#end
-#end
+#include tile_fills
 #for i X_FILLS
     let x_quad_${i} = (li + ${i}u * WG) % (DEPTH / 4u);
     let x_token_${i} = (li + ${i}u * WG) / (DEPTH / 4u) % TOKENS;

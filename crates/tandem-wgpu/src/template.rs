@@ -38,6 +38,8 @@ sources!(
     "half_number",
     "half_rows",
     "linear_tiles_half",
+    "tile_fills",
+    "tile_place",
     "embed",
     "gather_rows",
     "norm_row",

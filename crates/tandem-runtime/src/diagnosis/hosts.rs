@@ -1,5 +1,6 @@
 //! What a doctor finds of the hosts of a hostfile: each by itself, and the way between them.
 
+use std::cell::LazyCell;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -28,9 +29,10 @@ pub(super) fn check_hosts(file: &Path, say: &mut dyn FnMut(&str)) -> (Vec<Host>,
         }
     };
     let (mut findings, mut units) = (vec![], vec![]);
+    let here = LazyCell::new(Here::new);
     for (rank, host) in list.iter().enumerate() {
         say(&format!("host {} of rank {rank}", host.name));
-        let (found, mtu) = if host.is_local() { local_host(rank, host) } else { remote_host(rank, host) };
+        let (found, mtu) = if host.is_local() { local_host(rank, host) } else { remote_host(rank, host, &here) };
         findings.extend(found);
         units.push(mtu);
     }
@@ -101,6 +103,26 @@ fn mtu_of(ip: IpAddr) -> String {
     )
 }
 
+/// What a host's answers are compared with.
+struct Here {
+    program: String,
+    /// SHA-256 of the program.
+    digest: Option<String>,
+    /// System and processor.
+    platform: String,
+}
+
+impl Here {
+    fn new() -> Here {
+        let own = std::env::current_exe().ok();
+        Here {
+            program: own.as_ref().map_or_else(|| "tandem".to_string(), |path| path.display().to_string()),
+            digest: own.as_deref().and_then(digest_of),
+            platform: platform(),
+        }
+    }
+}
+
 /// What a host says of itself.
 struct Answers {
     clock: f64,
@@ -137,14 +159,13 @@ impl Answers {
 }
 
 /// Whether a host lets this user in, has this program, agrees on the time, and has the address.
-fn remote_host(rank: usize, host: &Host) -> (Vec<Finding>, Option<u32>) {
+fn remote_host(rank: usize, host: &Host, here: &Here) -> (Vec<Finding>, Option<u32>) {
     let what = format!("rank {rank} on {} at {}", host.name, host.ip);
     let problem = |evidence: String, remedy: &str| {
         (vec![Finding::new("hosts.entry", Level::Problem, what.clone(), evidence).with_remedy(remedy)], None)
     };
-    let own = std::env::current_exe().ok();
-    let program = own.as_ref().map_or_else(|| "tandem".to_string(), |path| path.display().to_string());
-    let asked = Answers::asked(&program, host.ip);
+    let program = &here.program;
+    let asked = Answers::asked(program, host.ip);
     let ssh = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=5", &host.name, &asked];
     let start = unix_seconds();
     let output = match Command::new("ssh").args(ssh).stdin(Stdio::null()).output() {
@@ -181,12 +202,11 @@ fn remote_host(rank: usize, host: &Host) -> (Vec<Finding>, Option<u32>) {
         let found = Finding::new("hosts.clock", Level::Warning, format!("the clock of {} is wrong", host.name), clocks);
         findings.push(found.with_remedy("synchronise the clocks (NTP): lines of their logs cannot be put in order"));
     }
-    let digest = own.as_deref().and_then(digest_of);
-    if let (Some(own), false) = (digest, answers.digest.is_empty())
-        && own != answers.digest
-        && answers.platform == platform()
+    if let (Some(own), false) = (&here.digest, answers.digest.is_empty())
+        && *own != answers.digest
+        && answers.platform == here.platform
     {
-        let evidence = format!("{program} is {} there and {} here (SHA-256)", short(&answers.digest), short(&own));
+        let evidence = format!("{program} is {} there and {} here (SHA-256)", short(&answers.digest), short(own));
         let what = format!("another build of the same version on {}", host.name);
         findings.push(
             Finding::new("hosts.build", Level::Warning, what, evidence)
