@@ -62,6 +62,8 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
             );
             return serve_models(args, dir, options).await;
         }
+        let is_of_several = args.models_memory.is_some() || !args.pin.is_empty();
+        ensure!(!is_of_several, "--models-memory and --pin are for several models: give --models-dir too");
         if joined.is_some() {
             // Within it the ranks find a lost one themselves; two that wait for each other only show here.
             options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;

@@ -44,7 +44,9 @@ fn folders(folder: &Path) -> std::io::Result<Vec<(String, PathBuf)>> {
     let mut found = vec![];
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let Some(name) = path.file_name() else { continue };
+        // Two names that are not UTF-8 stay two.
+        let name = name.to_str().map_or_else(|| format!("{name:?}"), str::to_owned);
         if path.is_dir() && !name.starts_with('.') && !name.ends_with(".partial") {
             found.push((name, path));
         }

@@ -70,6 +70,16 @@ pub enum ModelsError {
     /// It has nothing in it.
     #[error("--models-dir {} has no models; expected a folder for each, such as NAME or OWNER/NAME, with its files", .0.display())]
     Empty(PathBuf),
+    /// None of its models can be loaded.
+    #[error("no model of --models-dir {} can be loaded; {name:?}: {why}", .dir.display())]
+    NoneLoadable {
+        /// The folder.
+        dir: PathBuf,
+        /// The model that needs least memory, or the first one if all are broken.
+        name: String,
+        /// Why.
+        why: String,
+    },
     /// A pinned model is not there, or cannot be loaded.
     #[error("--pin {name:?}: {why}")]
     Pin {
@@ -114,6 +124,11 @@ impl Models {
         if specs.is_empty() {
             return Err(ModelsError::Empty(models.dir));
         }
+        let limit = models.memory_bytes;
+        let smallest = specs.iter().min_by_key(|spec| spec.bytes.as_ref().map_or(u64::MAX, |bytes| *bytes));
+        if let Some((name, why)) = smallest.and_then(|spec| Some((spec.name.clone(), spec.never(limit)?))) {
+            return Err(ModelsError::NoneLoadable { dir: models.dir, name, why });
+        }
         let mut pinned = models.pinned;
         pinned.sort();
         pinned.dedup();
@@ -125,11 +140,11 @@ impl Models {
                 return Err(refuse(format!("there is no such model; there are {}", names.join(", "))));
             };
             pinned_bytes += *spec.bytes.as_ref().map_err(|why| refuse(why.clone()))?;
-            if pinned_bytes > models.memory_bytes {
+            if pinned_bytes > limit {
                 return Err(refuse(format!(
                     "pinned models need {}, and all models together may have {} (--models-memory)",
                     pool::size(pinned_bytes),
-                    pool::size(models.memory_bytes)
+                    pool::size(limit)
                 )));
             }
         }
@@ -137,7 +152,7 @@ impl Models {
         let key_file = key_file(&key).map_err(ModelsError::Key)?;
         let processes =
             Processes { command: models.command, key, key_file, cache_dir: models.cache_dir, on_line: models.on_line };
-        let limits = Limits { memory_bytes: models.memory_bytes, keep_alive: models.keep_alive, pinned };
+        let limits = Limits { memory_bytes: limit, keep_alive: models.keep_alive, pinned };
         Ok(Arc::new(Models {
             pool: Pool::new(processes, limits, specs.clone()),
             dir: models.dir,
@@ -160,7 +175,9 @@ impl Models {
 
     /// Names of all models, and of those that cannot be loaded the reasons.
     pub fn names(&self) -> Vec<(String, Option<String>)> {
-        self.pool.list().into_iter().map(|model| (model.name, model.error)).collect()
+        let specs = self.specs.lock().unwrap_or_else(|e| e.into_inner());
+        let limit = self.pool.memory().0;
+        specs.0.iter().map(|spec| (spec.name.clone(), spec.never(limit))).collect()
     }
 
     /// Ends every model's process, and returns when all are gone.

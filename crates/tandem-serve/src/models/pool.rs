@@ -17,6 +17,8 @@ const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 /// A model that was loaded for a request that is to come again stays at least this long for it.
 const UNUSED: Duration = Duration::from_secs(60);
+/// For the end of a process to be known at most.
+const NOTICED: Duration = Duration::from_secs(3);
 /// Between two looks at the memory of models and at the clock.
 const TICK: Duration = Duration::from_millis(500);
 
@@ -29,6 +31,16 @@ pub(crate) struct Spec {
     pub(crate) dir: PathBuf,
     /// Bytes of memory that it will probably take, or why it cannot be loaded.
     pub(crate) bytes: Result<u64, String>,
+}
+
+impl Spec {
+    /// Why it can never be loaded, if that is so.
+    pub(crate) fn never(&self, memory_bytes: u64) -> Option<String> {
+        match &self.bytes {
+            Ok(bytes) => (*bytes > memory_bytes).then(|| too_large(*bytes, memory_bytes)),
+            Err(why) => Some(why.clone()),
+        }
+    }
 }
 
 /// Brings models into memory and out of it.
@@ -195,8 +207,13 @@ impl<L: Launcher> Entry<L> {
         }
     }
 
+    /// Measured where it is loaded; else what it will take, a load's passing needs too, which a measured one no longer has.
     fn bytes(&self) -> u64 {
-        self.measured.or(self.spec.bytes.as_ref().ok().copied()).unwrap_or(0)
+        let expected = self.spec.bytes.as_ref().ok().copied();
+        match self.state {
+            State::Loaded | State::Stopping => self.measured.or(expected).unwrap_or(0),
+            State::Unloaded | State::Loading | State::Failed => self.measured.max(expected).unwrap_or(0),
+        }
     }
 
     /// Place in the queue for memory, if it is in it.
@@ -270,8 +287,29 @@ pub(crate) struct Pool<L: Launcher> {
 pub(crate) struct Lease<L: Launcher> {
     pool: Arc<Pool<L>>,
     place: usize,
+    n_loads: u64,
     /// Where to send the request.
     pub(crate) address: L::Address,
+}
+
+impl<L: Launcher> Lease<L> {
+    /// Waits a little for the end of a model that does not answer to be known, so that the next request loads it again.
+    /// Returns whether it has ended.
+    pub(crate) async fn has_ended(&self) -> bool {
+        let begin = Instant::now();
+        while begin.elapsed() < NOTICED {
+            let is_as_before = {
+                let inner = self.pool.lock();
+                let entry = &inner.entries[self.place];
+                entry.state == State::Loaded && entry.n_loads == self.n_loads
+            };
+            if !is_as_before {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        false
+    }
 }
 
 impl<L: Launcher> Drop for Lease<L> {
@@ -514,7 +552,8 @@ impl<L: Launcher> Pool<L> {
                 entry.n_running += 1;
                 entry.is_unused = false;
                 entry.last_used = Instant::now();
-                let lease = Lease { pool: Arc::clone(self), place, address: address.clone() };
+                let (pool, n_loads) = (Arc::clone(self), entry.n_loads);
+                let lease = Lease { pool, place, n_loads, address: address.clone() };
                 actions.push(Action::Answer(waiter.sender, Ok(lease)));
             }
         }
@@ -528,11 +567,7 @@ impl<L: Launcher> Pool<L> {
         let pinned: u64 =
             others().filter(|entry| entry.is_pinned && entry.state == State::Loaded).map(Entry::bytes).sum();
         if needed > budget {
-            return Room::Never(format!(
-                "it needs {} of memory, and all models together may have {} (--models-memory)",
-                size(needed),
-                size(budget)
-            ));
+            return Room::Never(too_large(needed, budget));
         }
         if needed + pinned > budget {
             return Room::Never(format!(
@@ -675,6 +710,11 @@ fn stop<L: Launcher>(entry: &mut Entry<L>) {
             let _ = stop.send(());
         }
     }
+}
+
+fn too_large(needed: u64, budget: u64) -> String {
+    let (needed, budget) = (size(needed), size(budget));
+    format!("it needs {needed} of memory, and all models together may have {budget} (--models-memory)")
 }
 
 /// Bytes for people.

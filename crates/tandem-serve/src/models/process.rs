@@ -112,7 +112,7 @@ impl Launcher for Processes {
     async fn ended(&self, running: &mut Running) -> String {
         let status = running.child.wait().await;
         // Its last words may still be in the pipe.
-        let _ = tokio::time::timeout(Duration::from_millis(500), async {
+        let _ = tokio::time::timeout(Duration::from_millis(200), async {
             while running.last_error.borrow().is_empty() && running.last_error.changed().await.is_ok() {}
         })
         .await;

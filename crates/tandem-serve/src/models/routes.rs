@@ -10,6 +10,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
@@ -26,8 +27,8 @@ use crate::{guarded, ollama, page, pages, protected};
 
 /// Header with the seconds that a request waits for its model.
 const LOAD_TIMEOUT: &str = "x-tandem-load-timeout";
-/// Models that end just when a request has found them are looked for again.
-const N_TRIES: usize = 3;
+/// A request whose model ends before the first word of an answer is sent again. Once: it may be the reason.
+const N_TRIES: usize = 2;
 
 type Held = Lease<Processes>;
 
@@ -160,29 +161,32 @@ impl Models {
     async fn forward(&self, name: &str, wait: Duration, parts: &Parts, body: Bytes) -> Result<Response, ApiError> {
         for _ in 0..N_TRIES {
             let lease = self.pool.acquire(name, wait).await.map_err(|refusal| refused(name, refusal))?;
-            // Nothing is sent yet: a model that has just ended is loaded again.
-            let Ok(stream) = TcpStream::connect(&lease.address.address).await else {
-                drop(lease);
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            };
-            return answer(stream, lease, parts, body).await;
+            match answer(&lease.address, parts, body.clone()).await {
+                Ok(response) => return Ok(held(response, lease)),
+                Err(error) => tracing::warn!("the model {name:?} did not answer: {error}"),
+            }
+            if !lease.has_ended().await {
+                break;
+            }
         }
-        Err(ApiError::unavailable(format!("the model {name:?} ends as soon as it is loaded")))
+        Err(ApiError::unavailable(format!("the process of the model {name:?} ended before it answered; try again")))
     }
 }
 
-/// The answer of a loaded model, which stays until its end.
-async fn answer(stream: TcpStream, lease: Held, parts: &Parts, body: Bytes) -> Result<Response, ApiError> {
-    let target = lease.address.clone();
+type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The answer of a loaded model, once it begins.
+async fn answer(target: &Target, parts: &Parts, body: Bytes) -> Result<axum::http::Response<Incoming>, AnyError> {
+    let stream = TcpStream::connect(&target.address).await?;
     let mut request = axum::http::Request::new(Body::from(body));
     *request.method_mut() = parts.method.clone();
     *request.uri_mut() = path_of(&parts.uri);
     *request.headers_mut() = parts.headers.clone();
-    let response = send::send(stream, &target, request).await.map_err(|error| {
-        tracing::warn!("a model did not answer: {error}");
-        ApiError::unavailable("the model's process ended before it answered; try again")
-    })?;
+    Ok(send::send(stream, target, request).await?)
+}
+
+/// The answer for the client; its model stays until the end of it.
+fn held(response: axum::http::Response<Incoming>, lease: Held) -> Response {
     let (from, body) = response.into_parts();
     let mut response = Response::new(Body::new(Holding { body, _held: lease }));
     *response.status_mut() = from.status;
@@ -191,7 +195,7 @@ async fn answer(stream: TcpStream, lease: Held, parts: &Parts, body: Bytes) -> R
     if let Some(length) = from.headers.get(header::CONTENT_LENGTH) {
         response.headers_mut().insert(header::CONTENT_LENGTH, length.clone());
     }
-    Ok(response)
+    response
 }
 
 fn path_of(uri: &Uri) -> Uri {

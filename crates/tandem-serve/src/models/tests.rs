@@ -340,6 +340,22 @@ async fn measured_memory_counts_more_than_what_was_expected() {
     assert_eq!(state(&pool, "a"), State::Loaded, "the last one stays");
 }
 
+/// A load's passing needs are gone once it is done, and come again with the next load.
+#[tokio::test(start_paused = true)]
+async fn a_load_needs_what_was_expected_even_if_the_model_then_takes_less() {
+    for (budget, n_loads) in [(9, 6), (10, 2)] {
+        let (world, pool) = pool(limits(budget, &[]), &[("a", 8), ("b", 8)]);
+        for name in ["a", "b"] {
+            world.real.lock().unwrap().insert(name.into(), 2);
+        }
+        for name in ["a", "b", "a", "b", "a", "b"] {
+            request(Arc::clone(&world), Arc::clone(&pool), name, Duration::from_secs(1)).await.expect("answered");
+            assert!(pool.memory().1 <= budget);
+        }
+        assert_eq!(loads(&world).len(), n_loads, "{budget}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn models_come_and_go_in_the_folder() {
     let (world, pool) = pool(limits(10, &[]), &[("a", 4), ("b", 4)]);
