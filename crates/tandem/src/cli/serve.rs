@@ -39,7 +39,13 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "SIZE", value_parser = byte_count, conflicts_with = "model", help_heading = "Several models", hide_short_help = true)]
     pub(crate) models_memory: Option<u64>,
     /// Model that is loaded at the start and never leaves; may be given several times.
-    #[arg(long, value_name = "NAME", conflicts_with = "model", help_heading = "Several models", hide_short_help = true)]
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "model",
+        help_heading = "Several models",
+        hide_short_help = true
+    )]
     pub(crate) pin: Vec<String>,
     /// Time that an idle model stays, such as 5m or 1h30m; -1: until its memory is needed, 0: not at all.
     #[arg(long, value_name = "TIME", default_value = "-1", value_parser = keep_alive, help_heading = "Several models", hide_short_help = true)]
