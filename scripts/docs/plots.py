@@ -226,7 +226,7 @@ def full_size_shares(steps=None):
     for (plan, context, _), row in sorted(full_size_points(steps, lambda row: row["batch"] == 1).items()):
         parts, total = row["breakdown_ms"], row["breakdown_total_ms"]
         if plan in ("tp", "one") and total > 0:
-            groups.append((f"{number(context)} tokens", [100 * sum(parts.get(name, 0) for name in names) / total for names in PARTS.values()]))
+            groups.append((f"{context:,} tokens", [100 * sum(parts.get(name, 0) for name in names) / total for names in PARTS.values()]))
     if not groups:
         raise ValueError("no such point was measured")
     return bars(groups, list(PARTS), "% of a step with a stopwatch", "Where the time of a decode step goes", lambda v: f"{v:.0f}")
