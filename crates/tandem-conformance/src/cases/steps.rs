@@ -3,8 +3,8 @@
 use tandem_core::Backend;
 use tandem_core::DType;
 use tandem_core::backend::{
-    AddRmsNorm, Batch, CacheKind, HeadLinear, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope, RopeIndexSelect,
-    RopeLayout, RopeMlaAttention, Route, Routing, WriteIndexKey, WriteLatent,
+    AddRmsNorm, Batch, CacheKind, HeadLinear, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope,
+    RopeIndexSelect, RopeLayout, RopeMlaAttention, Route, Routing, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::ModuleKind;
 
