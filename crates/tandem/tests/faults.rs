@@ -266,9 +266,9 @@ fn weights_that_are_evicted_during_a_run_are_named() {
         // Pages count for the group that reads them first.
         assert!(succeeds("dd", &[&of, "oflag=nocache", "conv=notrunc,fdatasync", "count=0", "status=none"]));
         let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", group.0.display());
-        let child = started(behind(&["sh", "-c", &enter, "sh"], &run(&path, "250", &[])), state);
+        let child = started(behind(&["sh", "-c", &enter, "sh"], &run(&path, "150", &[])), state);
         wait_for("the weights in memory", || (group.number(USES) > bytes).then_some(()));
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(100));
         let limit = (bytes * 6 / 10).to_string();
         group.set(&LIMITS.map(|file| (file, limit.as_str())));
         ended(child);
