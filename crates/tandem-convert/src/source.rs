@@ -55,14 +55,15 @@ impl CheckpointSource {
         let mut config = ModelConfig::load(dir)?;
         let mut config_json = json_object(&presets::read(&dir.join("config.json"))?)?;
         if mtp_only {
-            let what = || format!("--mtp-only {}: the layer is missing", dir.display());
-            ensure!(!config.mtp_layers().is_empty(), "{}, config.json has no num_nextn_predict_layers", what());
+            let what = || {
+                format!(
+                    "--mtp-only {}: the layer is missing; `tandem pull OWNER/NAME --mtp` gets that of the original model",
+                    dir.display()
+                )
+            };
+            ensure!(!config.mtp_layers().is_empty(), "{} (config.json has no num_nextn_predict_layers)", what());
             let checkpoint = Checkpoint::open_mtp(dir, &config).with_context(what)?;
-            ensure!(
-                checkpoint.names().any(|name| is_of_mtp(name, &config)),
-                "{}; `tandem pull OWNER/NAME --mtp` gets that of the original model",
-                what()
-            );
+            ensure!(checkpoint.names().any(|name| is_of_mtp(name, &config)), what());
             let weights = tandem_model::resolve_mtp(&checkpoint, &config)?;
             let open = weights.iter().map(|_| Mutex::default()).collect();
             return Ok(CheckpointSource { config_json, config, checkpoint, weights, open });

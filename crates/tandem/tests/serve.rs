@@ -114,8 +114,9 @@ fn drafted_tokens_are_counted_where_an_interface_has_a_place_for_them() {
     let server = Server::start(&["--draft-depth", "3"]);
     let (prompt, last) = ("Tell me a story about a brave fox named Lily.", json!({"include_usage": true}));
     let chat = json!({"messages": user(prompt), "max_tokens": 40, "temperature": 0, "stream_options": last});
-    let text = json!({"prompt": "The fox", "max_tokens": 40, "temperature": 0, "stream_options": last});
-    let two = json!({"prompt": ["The fox", "One day"], "max_tokens": 40, "temperature": 0, "n": 2});
+    let text =
+        json!({"prompt": "The fox", "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stream_options": last});
+    let two = json!({"prompt": ["The fox", "One day"], "max_tokens": 40, "temperature": 0, "ignore_eos": true, "n": 2});
     let responses = json!({"input": prompt, "max_output_tokens": 40, "temperature": 0});
     let messages = json!({"messages": user(prompt), "max_tokens": 40, "temperature": 0});
     let whole = |body: &Value| {
