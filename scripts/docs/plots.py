@@ -176,7 +176,72 @@ def gpu_layer():
     return bars(groups, names, "microseconds", "Launches of one GLM-5.1 layer on an H100 at context 4096", lambda v: f"{v:.0f}")
 
 
-PLOTS = {"formats": formats, "threads": threads, "messages": messages, "peers": peers, "gpu-layer": gpu_layer}
+FULL_SIZE = "2026-11-26-full-size/results.json"
+PLANS = {"tp": "slices (tp)", "ep": "experts (ep)", "pp": "layers (pp)", "mixed": "tp and pp", "one": "one device"}
+PARTS = {
+    "weights": ("attention_projections", "router", "experts", "dense_mlp", "lm_head"),
+    "attention": ("sparse_attention",),
+    "indexer": ("indexer",),
+    "sums": ("communication", "waiting"),
+    "the rest": ("norms", "other"),
+}
+
+
+def full_size_points(steps, find):
+    """Points of decoding of scripts/full-size, each with its division; without the run that leaves sums out."""
+    points = {}
+    for step in steps if steps is not None else json.loads(read(FULL_SIZE)):
+        plan = re.match(r"decode (\w+)", step["step"])
+        result = step.get("result")
+        if plan and isinstance(result, dict) and "without sums" not in step["step"]:
+            for row in result.get("sweep") or [result]:
+                if "tokens_per_second" in row and find(row):
+                    points[plan[1], row["context"], row["batch"]] = row
+    if not points:
+        raise ValueError("no such point was measured")
+    return points
+
+
+def full_size_context(steps=None):
+    series = {}
+    for (plan, context, _), row in sorted(full_size_points(steps, lambda row: row["batch"] == 1).items()):
+        series.setdefault(plan, []).append((context, row["tokens_per_second"]))
+    lines = [(PLANS[plan], series[plan]) for plan in PLANS if plan in series]
+    title = "One sequence of the full-size model: tokens per second by length of context"
+    return curves(lines, "tokens of context", "tokens per second", title, (), (True, False))
+
+
+def full_size_batch(steps=None):
+    points = full_size_points(steps, lambda row: True)
+    first = min(context for _, context, _ in points)
+    plan = "tp" if any(key[0] == "tp" for key in points) else next(iter(points))[0]
+    found = sorted((batch, row["tokens_per_second"]) for (own, context, batch), row in points.items() if (own, context) == (plan, first))
+    groups = [(f"{batch} sequence{'s' * (batch > 1)}", [rate]) for batch, rate in found]
+    title = f"Sequences of {first} tokens that decode together: tokens per second of all"
+    return bars(groups, [PLANS[plan]], "tokens per second", title, lambda v: f"{v:.0f}")
+
+
+def full_size_shares(steps=None):
+    groups = []
+    for (plan, context, _), row in sorted(full_size_points(steps, lambda row: row["batch"] == 1).items()):
+        parts, total = row["breakdown_ms"], row["breakdown_total_ms"]
+        if plan in ("tp", "one") and total > 0:
+            groups.append((f"{context:,} tokens", [100 * sum(parts.get(name, 0) for name in names) / total for names in PARTS.values()]))
+    if not groups:
+        raise ValueError("no such point was measured")
+    return bars(groups, list(PARTS), "% of a step with a stopwatch", "Where the time of a decode step goes", lambda v: f"{v:.0f}")
+
+
+PLOTS = {
+    "full-size-context": full_size_context,
+    "full-size-batch": full_size_batch,
+    "full-size-shares": full_size_shares,
+    "formats": formats,
+    "threads": threads,
+    "messages": messages,
+    "peers": peers,
+    "gpu-layer": gpu_layer,
+}
 
 
 def figure(name):

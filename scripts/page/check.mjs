@@ -172,6 +172,50 @@ const TESTS = {
     assert.equal(await page.$$eval(".assistant .body", (all) => all.at(-1).innerHTML), streamed);
   },
 
+  async "several models: where each is, one that is being loaded, a conversation's own"({ page, mock }) {
+    let condition = "unloaded";
+    const one = (id, state, more) => ({ id, owned_by: "tandem", state, pinned: false, memory_bytes: 2e9, requests_running: 0, requests_waiting: 0, ...more });
+    mock.options.models = () => [one("first", "loaded", { pinned: true }), one("second", condition), one("third", "failed", { error: "config.json is damaged" })];
+    mock.options.before = async (asked) => {
+      if (asked.model !== "second") return;
+      condition = "loading";
+      while (condition !== "loaded") await new Promise((resolve) => setTimeout(resolve, 20));
+    };
+    await page.reload();
+    await waitFor(page, () => /first \(loaded\).*second \(unloaded\)/.test(document.querySelector("#model").textContent));
+    await page.select("#model", "first");
+    await ask(page, "hello one");
+    await page.select("#model", "second");
+    await type(page, "hello two");
+    await waitFor(page, () => /second is being loaded, \d/.test([...document.querySelectorAll(".assistant")].at(-1).textContent));
+    await waitFor(page, () => /second is being loaded/.test(document.querySelector("#status").textContent));
+    await waitFor(page, () => /second \(loading\)/.test(document.querySelector("#model").textContent));
+    await axe(page, "a model that is being loaded");
+    condition = "loaded";
+    await idle(page);
+    assert.match(await page.$$eval(".assistant", (all) => all.at(-1).textContent), /You said: hello two/);
+    await waitFor(page, () => /second \(loaded\)/.test(document.querySelector("#model").textContent));
+    // Each conversation has its own, through a reload too; a new one takes the last.
+    const model = () => page.$eval("#model", (node) => node.value);
+    await click(page, "#new");
+    assert.equal(await model(), "second");
+    await page.select("#model", "first");
+    await ask(page, "hello three");
+    assert.deepEqual(mock.requests.map((asked) => asked.model), ["first", "second", "first"]);
+    await click(page, "#list li:last-child .open-one");
+    await waitFor(page, () => document.querySelectorAll("article").length === 4);
+    assert.equal(await model(), "second");
+    await page.reload();
+    await waitFor(page, () => document.querySelectorAll("article").length === 4 && document.querySelector("#model").value === "second");
+    await click(page, "#open-server");
+    await waitFor(page, () => /first\s*loaded, pinned, 2.*third\s*failed, 2.*config\.json is damaged/.test(document.querySelector("#server").textContent));
+    await axe(page, "the panel of several models");
+    // A server that does not let it wait says when to come again.
+    condition = "unloaded";
+    mock.options.before = async (asked, answer) => { answer(503, { error: { message: "the model is not loaded yet" } }, { "retry-after": "9" }); return true; };
+    assert.match(await ask(page, "hello four"), /not loaded yet.*wait 9 s/);
+  },
+
   async "kept, found, renamed, exported, imported"({ page, mock }) {
     await ask(page, "hello zebra");
     await page.reload();
@@ -566,7 +610,7 @@ for (const name of flags.browser ? [flags.browser] : ["chrome", "firefox"]) {
     if (theme === "light") {
       for (const [words, test] of Object.entries(TESTS)) {
         await attempt(`${name}: ${words}`, async () => {
-          mock.options = Object.assign(mock.options, { key: undefined, info: undefined, timings: undefined });
+          mock.options = Object.assign(mock.options, { key: undefined, info: undefined, timings: undefined, models: undefined, before: undefined });
           mock.requests.length = 0;
           const other = await startMock(canned, 0, { isOther: true });
           const { page, close } = await open(browser, mock.url);

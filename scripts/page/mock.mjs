@@ -51,12 +51,13 @@ export async function startMock(page, port = 0, options = {}) {
     for await (const piece of request) body += piece;
     const key = request.headers.authorization;
     if (options.key && url.pathname.startsWith("/v1") && key !== `Bearer ${options.key}`) return json(response, 401, { error: { message: "no key, or a wrong one" } });
-    if (url.pathname === "/v1/models") return json(response, 200, { data: [{ id: "canned", owned_by: "mock" }, { id: "second", owned_by: "mock", state: "unloaded" }] });
+    if (url.pathname === "/v1/models") return json(response, 200, { data: options.models?.() ?? [{ id: "canned", owned_by: "mock" }, { id: "second", owned_by: "mock", state: "unloaded" }] });
     if (url.pathname === "/info" && options.info) return json(response, 200, options.info());
     if (url.pathname === "/timings" && options.timings) return json(response, 200, options.timings);
     if (url.pathname !== "/v1/chat/completions") return json(response, 404, { error: { message: "no such path" } });
     const asked = JSON.parse(body);
     requests.push(asked);
+    if (await options.before?.(asked, (...what) => json(response, ...what))) return;
     await answer(asked, response).catch(() => response.destroy());
   });
   await new Promise((resolve) => server.listen(port, "127.0.0.1", resolve));

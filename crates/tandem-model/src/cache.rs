@@ -5,8 +5,8 @@ use tandem_core::backend::{
     Backend, Batch, CacheKind, CacheSpec, PAGE_SIZE, Rope, RopeLayout, WriteIndexKey, WriteLatent,
 };
 
-/// Different vectors in use by [`KvCache::fill_random`]; slots cycle through them, rotated by their place in a page.
-const N_VECTORS: usize = 61;
+/// Different pages of vectors in use by [`KvCache::fill_random`]; a layer's pages take turns with them.
+const N_PAGES: usize = 5;
 
 /// The cache of one decoder layer, each kind of vector in a cache of its own, in the order of the layer's
 /// [`CacheSpec`]s.
@@ -49,10 +49,13 @@ impl<B: Backend> KvCache<B> {
     /// backend has it and cached values have the magnitudes of real ones.
     pub fn fill_random(&mut self, backend: &B, config: &ModelConfig, n_slots: usize, seed: u64) {
         let mut random = Random(seed | 1);
-        let mut vectors = |width: usize| -> Vec<B::Buffer> {
-            (0..N_VECTORS)
-                .map(|_| backend.load_vector(&(0..width).map(|_| random.next()).collect::<Vec<f32>>()))
-                .collect()
+        let mut pages = |width: usize| -> Vec<B::Buffer> {
+            let mut page = |_| {
+                let mut rows = backend.alloc(PAGE_SIZE, width);
+                backend.write_rows(&(0..PAGE_SIZE * width).map(|_| random.next()).collect::<Vec<f32>>(), &mut rows);
+                rows
+            };
+            (0..N_PAGES).map(&mut page).collect()
         };
         let ones = |width: usize| backend.load_vector(&vec![1.0; width]);
         let (latent_width, rope_dim) = config.mla.as_ref().map_or((0, 0), |m| (m.kv_lora_rank, m.qk_rope_head_dim));
@@ -62,7 +65,7 @@ impl<B: Backend> KvCache<B> {
             scaling: config.rope.attention_scaling(),
             layout: RopeLayout::Interleaved,
         };
-        // A family has few different specs: their vectors, norm and bias.
+        // A family has few different specs: their pages of vectors, norm and bias.
         let mut specs: Vec<CacheSpec> = vec![];
         for spec in self.layers.iter().flat_map(|layer| &layer.specs) {
             if !specs.contains(spec) {
@@ -71,28 +74,29 @@ impl<B: Backend> KvCache<B> {
         }
         let material: Vec<_> = specs
             .iter()
-            .map(|spec| (vectors(spec.width), ones(spec.width), backend.load_vector(&vec![0.0; spec.width])))
+            .map(|spec| (pages(spec.width), ones(spec.width), backend.load_vector(&vec![0.0; spec.width])))
             .collect();
-        for slot in 0..n_slots {
+        for page in 0..n_slots.div_ceil(PAGE_SIZE) {
+            let n_rows = PAGE_SIZE.min(n_slots - page * PAGE_SIZE);
             // A page is a sequence of its own here: one short table reaches any slot.
             let batch = &backend.upload(Batch {
-                tokens: vec![0],
-                positions: vec![(slot % PAGE_SIZE) as u32],
-                sequences: vec![0],
-                block_tables: vec![vec![(slot / PAGE_SIZE) as u32]],
+                tokens: vec![0; n_rows],
+                positions: (0..n_rows as u32).collect(),
+                sequences: vec![0; n_rows],
+                block_tables: vec![vec![page as u32]],
                 logits_rows: vec![],
                 sampling: vec![],
             });
             for (idx, layer) in self.layers.iter_mut().enumerate() {
                 for (i, (spec, cache)) in layer.specs.iter().zip(&mut layer.caches).enumerate() {
                     let Some(which) = specs.iter().position(|s| s == spec) else { continue };
-                    let (vectors, ones, zeros) = &material[which];
-                    let vector = &vectors[slot.wrapping_mul(31).wrapping_add(idx + 7 * i) % N_VECTORS];
+                    let (pages, ones, zeros) = &material[which];
+                    let rows = &pages[(page + 2 * idx + i) % N_PAGES];
                     let (eps, rope) = (1e-6, &rope);
                     match spec.kind {
                         CacheKind::Latent => {
                             backend.write_latent(WriteLatent {
-                                kv_a: vector,
+                                kv_a: rows,
                                 norm: &latent_norm,
                                 eps,
                                 rope,
@@ -101,10 +105,10 @@ impl<B: Backend> KvCache<B> {
                             });
                         }
                         CacheKind::IndexKey => {
-                            let (k, norm, norm_bias) = (vector, ones, zeros);
+                            let (k, norm, norm_bias) = (rows, ones, zeros);
                             backend.write_index_key(WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache });
                         }
-                        CacheKind::KeyValue => backend.write_cache(vector, batch, cache),
+                        CacheKind::KeyValue => backend.write_cache(rows, batch, cache),
                     }
                 }
             }

@@ -71,8 +71,18 @@ impl ShapeOptions {
         }
         if let Some(n) = self.vocab {
             config.insert("vocab_size".into(), json!(n));
+            // A smaller vocabulary ends before the model's special tokens.
+            config.retain(|key, value| !key.ends_with("_token_id") || is_below(value, n));
         }
         Ok(serde_json::to_string(&config)?)
+    }
+}
+
+/// Whether every token id, of one or of a list, is below `n`.
+fn is_below(ids: &Value, n: usize) -> bool {
+    match ids {
+        Value::Array(ids) => ids.iter().all(|id| is_below(id, n)),
+        id => id.as_u64().is_none_or(|id| id < n as u64),
     }
 }
 
@@ -82,6 +92,14 @@ mod tests {
     use tandem_model::{Accounting, DummyWeights, Recipe, Stacks};
 
     use super::*;
+
+    #[test]
+    fn a_smaller_vocabulary_has_no_special_tokens_beyond_it() {
+        let text = r#"{"vocab_size": 100, "eos_token_id": [98, 5], "bos_token_id": 1, "pad_token_id": 99, "cls_token_id": null}"#;
+        let shapes = ShapeOptions { vocab: Some(64), ..ShapeOptions::default() };
+        let config: Value = serde_json::from_str(&shapes.apply(text).expect("an object")).expect("JSON");
+        assert_eq!(config, json!({"vocab_size": 64, "bos_token_id": 1, "cls_token_id": null}));
+    }
 
     #[test]
     fn presets_are_valid() {

@@ -3,14 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
-use tandem_core::ModelConfig;
+use tandem_core::backend::PAGE_SIZE;
 use tandem_core::weights::ModuleKind;
+use tandem_core::{Checkpoint, ModelConfig};
 use tandem_engine::{GenerationConfig, RankStatus};
 use tandem_model::Accounting;
 use tandem_text::{ChatFormat, Dialect, Tokenizer};
 
+use crate::load::{resident_bytes, settle_tie};
 use crate::model_dir::model_dir;
-use crate::options::ModelOptions;
+use crate::options::{Activations, LoadOptions, ModelOptions};
 
 /// A model's small files, read and checked before its weights are.
 pub struct ModelFiles {
@@ -80,4 +82,29 @@ pub fn page_fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> any
         hasher.update(format!("{:?} {} {modified}\n", file.file_name(), meta.len()));
     }
     Ok(hasher.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Bytes that a process takes besides weights and cache: the program, its threads, room to work; and the 256 MB that it reads to
+/// measure the memory's bandwidth when it starts.
+const PROCESS_BYTES: u64 = (64 + 256) << 20;
+/// Bytes of a cached number at most, as backends keep them; f32 if the numerics are.
+const CACHED_NUMBER_BYTES: u64 = 2;
+
+/// Bytes of memory that the options' model will about take in a process of its own, by its configuration and the headers of its
+/// files, which are checked as loading would; its weights are looked at when they are loaded.
+///
+/// # Errors
+/// As [`ModelFiles::read`], or a tensor is missing or not as it should be.
+pub fn memory_needed(options: &ModelOptions, what: LoadOptions) -> anyhow::Result<u64> {
+    let mut files = ModelFiles::read(options, None, None)?;
+    let context = options.context(&files.config)?;
+    let checkpoint = Checkpoint::open(&files.dir)?;
+    settle_tie(&mut files.config, &checkpoint);
+    let weights = tandem_model::resolve(&checkpoint, &files.config)?;
+    let resident = resident_bytes(&Accounting::new(&weights, &files.config));
+    let n_tokens = what.cache_tokens.unwrap_or(what.n_contexts * context).max(context).next_multiple_of(PAGE_SIZE);
+    let specs = (0..files.config.num_hidden_layers).flat_map(|layer| tandem_model::cache_specs(&files.config, layer));
+    let numbers: u64 = specs.map(|spec| spec.width as u64).sum();
+    let number_bytes = if options.device.activations == Activations::F32 { 4 } else { CACHED_NUMBER_BYTES };
+    Ok(resident + numbers * number_bytes * n_tokens as u64 + PROCESS_BYTES)
 }

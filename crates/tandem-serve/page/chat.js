@@ -8,7 +8,7 @@ import { TAB, state, tellOthers } from "./state.js";
 import { actions, add, finish, grow, redraw, say, showAll, tick } from "./talk.js";
 
 /** Set by the page's beginning: what else shows conversations and answers. */
-export const on = { list: () => {}, running: () => {}, failed: () => {}, shown: () => {} };
+export const on = { list: () => {}, running: () => {}, failed: () => {}, shown: () => {}, model: () => {} };
 
 export function headers() {
   const key = apiKey();
@@ -44,6 +44,7 @@ export async function openConversation(id) {
   state.conversation = conversation;
   on.shown(id);
   state.messages = job?.messages ?? new Map(list.map((message) => [message.id, message]));
+  on.model();
   showAll();
   on.list();
   on.running();
@@ -115,10 +116,11 @@ async function answer(parent, continued) {
   const { conversation, messages } = state;
   const path = pathTo(messages, continued ? continued.id : parent);
   const message = continued ?? newMessage("assistant", parent, {});
-  Object.assign(message, { state: "writing", tab: TAB, touched: Date.now() });
+  Object.assign(message, { state: "writing", tab: TAB, touched: Date.now(), asked: Date.now() });
   for (const name of ["error", "status", "finish_reason", "usage", "rate"]) delete message[name];
   const body = requestBody(path, Boolean(continued));
   message.model = body.model;
+  conversation.model = body.model;
   const job = { conversation, messages, message, controller: new AbortController() };
   state.jobs.set(conversation.id, job);
   if (continued) {

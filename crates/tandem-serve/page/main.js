@@ -4,7 +4,7 @@ import { download, find, make, newId } from "./elements.js";
 import { openStore, read, renamed, write } from "./store.js";
 import { asMarkdown, pathTo } from "./conversation.js";
 import { addressFor, apiKey, base, keep, remembered, savePreset, setting, showDefaults, startSettings } from "./settings.js";
-import { onOthers, state, tellOthers } from "./state.js";
+import { conditionOf, onOthers, state, tellOthers } from "./state.js";
 import { actions, editor, grow, say, showAll, startTalk, toEnd } from "./talk.js";
 import { headers, newConversation, on, openConversation, send, startActions, stop } from "./chat.js";
 import { look, showServer } from "./panel.js";
@@ -312,14 +312,34 @@ async function loadModels() {
   }
   banner("");
   state.models = Array.isArray(list) ? list.filter((model) => typeof model?.id === "string") : [];
-  const options = state.models.map((model) => {
-    const condition = model.state ?? model.status?.value ?? model.status;
-    return make("option", { value: model.id, text: `${model.id}${typeof condition === "string" ? ` (${condition})` : ""}` });
-  });
-  const wanted = find("model").value || remembered("tandem-model");
-  find("model").replaceChildren(...options);
-  if (state.models.some((model) => model.id === wanted)) find("model").value = wanted;
-  find("models").hidden = !options.length;
+  const texts = state.models.map(({ id }) => `${id}${conditionOf(id) ? ` (${conditionOf(id)})` : ""}`);
+  const before = [...find("model").options];
+  // A list that is open stays open while only conditions change.
+  if (before.length === texts.length && before.every((option, n) => option.value === state.models[n].id)) {
+    before.forEach((option, n) => { if (option.text !== texts[n]) option.text = texts[n]; });
+  } else {
+    const value = find("model").value;
+    find("model").replaceChildren(...texts.map((text, n) => make("option", { value: state.models[n].id, text })));
+    choose([value, remembered("tandem-model")]);
+    chooseOwn();
+  }
+  find("models").hidden = !texts.length;
+}
+
+/** Chooses the first of some models that there is. */
+function choose(wanted) {
+  const found = wanted.find((id) => state.models.some((model) => model.id === id));
+  if (found) find("model").value = found;
+}
+
+/** A conversation goes on with the model that it had. */
+const chooseOwn = () => choose([state.conversation?.model]);
+
+function chosen() {
+  keep("tandem-model", find("model").value);
+  state.conversation.model = find("model").value;
+  if (state.messages.size) state.store.save({ ...state.conversation });
+  lastLook = 0;
 }
 
 function banner(text, isKey) {
@@ -345,7 +365,7 @@ async function tick() {
   const { speed, requests } = info ?? {};
   find("live").textContent = requests?.running ? `${speed.tokens_per_second.toFixed(0)} tokens/s` : "";
   if (isShown) showServer();
-  if (!state.models.length || find("banner").dataset.text) loadModels();
+  if (!state.models.length || find("banner").dataset.text || state.models.some(({ id }) => conditionOf(id))) loadModels();
 }
 
 /** Goes where the page's policy lets it reach the chosen server. */
@@ -368,7 +388,7 @@ async function start() {
   });
   if (reach()) return;
   state.store = await openStore();
-  Object.assign(on, { list: showList, running, shown: (id) => keep("tandem-shown", id), failed: (message) => { if ([401, 403].includes(message.status)) banner("This server wants an API key.", true); } });
+  Object.assign(on, { list: showList, running, model: chooseOwn, shown: (id) => keep("tandem-shown", id), failed: (message) => { if ([401, 403].includes(message.status)) banner("This server wants an API key.", true); } });
   Object.assign(actions, { enterKey });
   startActions(editor);
   startTalk();
@@ -384,7 +404,7 @@ async function start() {
   find("stop").addEventListener("click", stop);
   find("new").addEventListener("click", begin);
   find("search").addEventListener("input", search);
-  find("model").addEventListener("change", () => keep("tandem-model", find("model").value));
+  find("model").addEventListener("change", chosen);
   find("open-left").addEventListener("click", () => open("left"));
   for (const side of ["left", "right"]) find(`close-${side}`).addEventListener("click", () => close(side));
   for (const tab of ["settings", "server"]) {

@@ -3,7 +3,7 @@
 import { bytes, draw, find, make } from "./elements.js";
 import { base } from "./settings.js";
 import { headers } from "./chat.js";
-import { state } from "./state.js";
+import { conditionOf, state } from "./state.js";
 
 const N_SAMPLES = 120;
 const COLOURS = ["#0b7a6e", "#c2740a", "#7a52c7", "#2a6fd1", "#b8336a", "#5f7a1f", "#8a6d3b", "#3d8f9e", "#a04000", "#4f5fa8"];
@@ -13,8 +13,14 @@ const speeds = [];
 /** Where a Tandem server tells about itself: beside /v1. */
 const place = (path) => `${base().replace(/\/v1$/, "")}${path}`;
 
+/** The model whose state is shown: the chosen one, where the server has several. */
+const chosen = () => (conditionOf(find("model").value) ? find("model").value : undefined);
+/** A model that is not in memory has nothing to tell. */
+const isAway = () => !["loaded", undefined].includes(conditionOf(find("model").value));
+
 async function get(path) {
-  const response = await fetch(place(path), { headers: headers() });
+  if (isAway()) return null;
+  const response = await fetch(`${place(path)}${chosen() ? `?model=${encodeURIComponent(chosen())}` : ""}`, { headers: headers() });
   return response.ok ? response.json() : null;
 }
 
@@ -128,14 +134,28 @@ export async function showServer() {
   const parts = [make("h2", { text: "Speed" }), history()];
   if (!info) {
     parts.push(table([["this page's answers", `${(speeds.at(-1) ?? 0).toFixed(0)} tokens/s`], ["models", state.models.length]]),
-      make("p", { class: "soft", text: "This server tells nothing of its ranks, its memory and its queue." }));
+      make("p", { class: "soft", text: isAway() ? `${chosen()} is not loaded. A question loads it.` : "This server tells nothing of its ranks, its memory and its queue." }));
   } else {
     parts.push(...told(info, timings));
   }
+  parts.push(...models());
   // Nothing jumps under a reader who has scrolled or selected something.
   const selection = document.getSelection();
   if (selection && !selection.isCollapsed && find("server").contains(selection.anchorNode)) return;
   find("server").replaceChildren(...parts);
+}
+
+/** The models of a server that has several and says where each is. */
+function models() {
+  const several = state.models.filter((model) => conditionOf(model.id));
+  if (!several.length) return [];
+  const rows = several.map((model) => {
+    const { id, pinned, memory_bytes, requests_running, requests_waiting, error } = model;
+    const about = [conditionOf(id), pinned && "pinned", memory_bytes && bytes(memory_bytes), requests_running && `${requests_running} running`,
+      requests_waiting && `${requests_waiting} waiting`, error];
+    return [id, about.filter(Boolean).join(", ")];
+  });
+  return [make("h2", { text: "Models" }), table(rows)];
 }
 
 function told(info, timings) {

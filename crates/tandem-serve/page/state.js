@@ -15,6 +15,13 @@ export const state = {
   info: null,
 };
 
+/** Where a model is, if its server says so: "loaded", "loading", and so on. */
+export function conditionOf(id) {
+  const model = state.models.find((one) => one.id === id);
+  const condition = model?.state ?? model?.status?.value ?? model?.status;
+  return typeof condition === "string" ? condition : undefined;
+}
+
 /** Another page of this browser has its own name, which stays through a reload. */
 export const TAB = (() => {
   try {

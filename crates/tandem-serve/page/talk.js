@@ -3,7 +3,7 @@
 import { copy, find, make, seconds } from "./elements.js";
 import { Growing, GrowingText, markdown } from "./markdown.js";
 import { fullText, pathTo, siblings } from "./conversation.js";
-import { state } from "./state.js";
+import { conditionOf, state } from "./state.js";
 
 /** What a button of a message does; set by the page's beginning. */
 export const actions = {};
@@ -179,7 +179,7 @@ function note(view) {
   if (message.role !== "assistant") return;
   const { usage } = message;
   const parts = [];
-  if (message.state === "writing" && !message.content && !message.reasoning && !message.tool_calls) parts.push(`waiting ${seconds(Date.now() - message.created)}`);
+  if (message.state === "writing" && !message.content && !message.reasoning && !message.tool_calls) parts.push(waiting(view));
   if (message.rate) parts.push(`${message.rate.toFixed(message.rate < 10 ? 1 : 0)} tokens/s`);
   if (usage?.completion_tokens !== undefined) parts.push(`${usage.completion_tokens} generated`);
   if (usage?.prompt_tokens !== undefined) {
@@ -189,6 +189,19 @@ function note(view) {
   if (message.model && state.models.length > 1) parts.push(message.model);
   if (message.state === "stopped") parts.push("stopped");
   view.note.textContent = parts.join(", ");
+}
+
+/** For the model, while its server brings it into memory; else for the first word. */
+function waiting(view) {
+  const { message } = view;
+  const condition = conditionOf(message.model) ?? "loaded";
+  const time = seconds(Date.now() - (message.asked ?? message.created));
+  if (condition === "loaded") return `waiting ${time}`;
+  const what = `${message.model} is ${condition === "loading" ? "being loaded" : "not loaded yet"}`;
+  // Once for each condition to those who listen.
+  if (view.said !== what) say(`${what}.`);
+  view.said = what;
+  return `${what}, ${time}`;
 }
 
 /** Why an answer is not whole, and what can be done. */

@@ -100,7 +100,7 @@ impl Options {
         self.access().map(|_| ())
     }
 
-    fn access(&self) -> Result<Access, ServeError> {
+    pub(crate) fn access(&self) -> Result<Access, ServeError> {
         Access::new(self.allowed_hosts.as_deref(), &self.cors_origins)
     }
 }

@@ -108,7 +108,7 @@ impl Memory {
 }
 
 /// A body that is large. After its end memory is given back.
-struct Large(Memory);
+pub(crate) struct Large(Memory);
 
 impl Drop for Large {
     fn drop(&mut self) {
@@ -181,7 +181,8 @@ fn is_argument(keys: &[&[u8]]) -> bool {
     matches!(*first, b"messages" | b"input") && rest.iter().any(|key| matches!(*key, b"input" | b"arguments"))
 }
 
-async fn read(
+/// Reads a whole body within its bounds; its bytes count among those in flight until the permit is dropped.
+pub(crate) async fn read(
     request: Request,
     limit: usize,
     admission: &Admission,

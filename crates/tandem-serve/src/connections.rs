@@ -14,9 +14,12 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, Sleep, sleep};
 use tower::ServiceExt;
+
+use crate::process::{end_signal, max_connections};
 
 /// What a client may make wait, and how many there may be.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +99,49 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
     }
     drop(listener);
     graceful.shutdown().await;
+}
+
+/// A server that answers in a task of its own.
+pub struct Serving {
+    task: JoinHandle<()>,
+    stop: oneshot::Sender<()>,
+}
+
+impl Serving {
+    /// Begins to serve, with as many connections as there are descriptors for. Needs tokio's runtime.
+    pub fn start(listener: TcpListener, router: Router) -> Serving {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let limits = Limits { max_connections: max_connections(), ..Limits::default() };
+        let stop_waiting = async {
+            let _ = stopped.await;
+        };
+        Serving { task: tokio::spawn(serve(listener, router, limits, stop_waiting)), stop }
+    }
+
+    /// Waits until the process is asked to end.
+    ///
+    /// # Errors
+    /// The server has panicked.
+    pub async fn until_end_signal(&mut self) -> Result<(), JoinError> {
+        tokio::select! {
+            result = &mut self.task => result,
+            () = end_signal() => Ok(()),
+        }
+    }
+
+    /// Takes no more connections, and completes answers for this long, or until the process is asked to end again; whether
+    /// all are complete.
+    ///
+    /// # Errors
+    /// The server has panicked.
+    pub async fn drain(self, time: Duration) -> Result<bool, JoinError> {
+        let _ = self.stop.send(());
+        tokio::select! {
+            result = self.task => result.map(|()| true),
+            () = end_signal() => Ok(false),
+            () = sleep(time) => Ok(false),
+        }
+    }
 }
 
 /// A connection that ends when its reader takes nothing for a while.

@@ -85,6 +85,13 @@ impl ApiError {
         }
     }
 
+    /// 404: none of several models.
+    pub(crate) fn unknown_among(asked: &str, served: &[&str]) -> ApiError {
+        let served = served.join(", ");
+        let message = format!("the model {asked:?} does not exist here; this server has {served}");
+        ApiError { message, ..ApiError::unknown_model(asked, "") }
+    }
+
     /// 404: no such path.
     pub(crate) fn not_found() -> ApiError {
         ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this path; /openapi.json lists what there is")

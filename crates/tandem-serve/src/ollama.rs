@@ -181,7 +181,7 @@ pub(crate) async fn generate(State(app): State<Arc<App>>, body: Body<GenerateReq
 
 /// The answer where nothing is asked for but to load the model.
 fn loaded(app: &App, is_chat: bool) -> Response {
-    let mut done = json!({"model": app.model_name(), "created_at": time(), "done": true, "done_reason": "load"});
+    let mut done = json!({"model": app.model_name(), "created_at": time(now()), "done": true, "done_reason": "load"});
     match is_chat {
         true => done["message"] = json!({"role": "assistant", "content": ""}),
         false => done["response"] = json!(""),
@@ -193,7 +193,7 @@ fn loaded(app: &App, is_chat: bool) -> Response {
 pub(crate) async fn tags(State(app): State<Arc<App>>) -> axum::Json<Value> {
     let model = |name: &String| {
         json!({
-            "name": name, "model": name, "modified_at": time(), "size": 0, "digest": "",
+            "name": name, "model": name, "modified_at": time(now()), "size": 0, "digest": "",
             "details": details(&app),
         })
     };
@@ -315,8 +315,7 @@ fn with_options(ask: Ask, options: Option<&Map<String, Value>>, notes: &mut Note
 }
 
 /// The time as Ollama writes it.
-fn time() -> String {
-    let seconds = now();
+pub(crate) fn time(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Days since 0000-03-01, in years that begin in March.
     let days = days + 719_468;
@@ -343,7 +342,7 @@ struct Writer {
 
 impl Writer {
     fn frame(&self, key: &str, value: &Value) -> Value {
-        let mut frame = json!({"model": self.model, "created_at": time(), "done": false});
+        let mut frame = json!({"model": self.model, "created_at": time(now()), "done": false});
         match (self.is_chat, key) {
             (true, "thinking") => frame["message"] = json!({"role": "assistant", "content": "", "thinking": value}),
             (true, "tool_calls") => frame["message"] = json!({"role": "assistant", "content": "", "tool_calls": value}),

@@ -17,6 +17,9 @@ use crate::error::{ApiError, ErrorResponse};
 use crate::fields::Table;
 use crate::strict::objects;
 
+/// Media type of /metrics.
+pub(crate) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Tandem", description = "OpenAI- and Anthropic-compatible server of one model"),
@@ -225,7 +228,7 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<axum::Json<Heal
 ))]
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let text = app.metrics.render(&app.worker.status(), &app.worker.ranks());
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+    ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response()
 }
 
 /// The model, its ranks and the state of the cache, for the page.
@@ -282,17 +285,22 @@ pub(crate) async fn timings(State(app): State<Arc<App>>) -> Result<axum::Json<Va
 
 /// The OpenAPI document, with the names and the vocabulary of this model.
 pub(crate) async fn openapi(State(app): State<Arc<App>>) -> axum::Json<Value> {
+    axum::Json(document(&app.model_names, Some(app.vocab_size as u32 - 1)))
+}
+
+/// The document for models of these names; without a largest token any number is one.
+pub(crate) fn document(names: &[String], largest_id: Option<u32>) -> Value {
     let mut document = json!(Document::openapi());
     document["info"]["version"] = json!(env!("CARGO_PKG_VERSION"));
     let schemas = &mut document["components"]["schemas"];
     add_bounds(schemas);
-    let largest_id = app.vocab_size as u32 - 1;
+    let largest_id = largest_id.unwrap_or(i32::MAX as u32);
     schemas["TokenId"]["maximum"] = json!(largest_id);
     for (name, schema) in schemas.as_object_mut().into_iter().flatten().filter(|(name, _)| name.ends_with("Request")) {
         let Some(properties) = schema["properties"].as_object_mut() else { continue };
         if let Some(model) = properties.get_mut("model") {
             let is_optional = !matches!(name.as_str(), "MessagesRequest" | "CountRequest");
-            let names = app.model_names.iter().map(|name| json!(name));
+            let names = names.iter().map(|name| json!(name));
             model["enum"] = names.chain(is_optional.then_some(Value::Null)).collect();
         }
         if let Some(bias) = properties.get_mut("logit_bias") {
@@ -300,7 +308,7 @@ pub(crate) async fn openapi(State(app): State<Arc<App>>) -> axum::Json<Value> {
             bias["additionalProperties"] = json!({"type": "number", "minimum": -100, "maximum": 100});
         }
     }
-    axum::Json(document)
+    document
 }
 
 /// Whole numbers have the bounds of what they are read into.

@@ -1,6 +1,7 @@
 //! `tandem serve`: loads the model and puts it behind tandem-serve's interfaces.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,14 +13,17 @@ use tandem_engine::{Engine, PageStore, Scheduling};
 use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::diagnosis::{Recorder, RunRecord};
 use tandem_runtime::ranks::{Joined, Quit};
-use tandem_runtime::serving::{ModelFiles, bytes_of_step, page_fingerprint};
+use tandem_runtime::serving::{ModelFiles, bytes_of_step, memory_needed, page_fingerprint};
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load};
 use tandem_serve::{
-    App, Limits, Loading, Model, Options, StepBytes, Worker, end_signal, max_connections, read_keys, router,
+    App, Loading, Model, Models, ModelsOptions, Options, Serving, StepBytes, Worker, arguments_of_model, end_signal,
+    read_keys, router,
 };
+use tokio::net::TcpListener;
 
 use crate::cli::ServeArgs;
 use crate::news::on_terminal;
+use crate::report::plain;
 use crate::telemetry::below_the_caller;
 
 /// Bytes over which the memory's bandwidth is measured at the start.
@@ -31,6 +35,9 @@ const DEFAULT_CONTEXTS: usize = 4;
 
 /// Bytes of all requests together that are being read; a single larger one is read all the same.
 const IN_FLIGHT_BYTES: usize = 64 << 20;
+
+/// Said at the first request to end.
+const STOPPING: &str = "stopping: answers in flight are completed; a second signal ends them";
 
 /// Runs the command.
 pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> anyhow::Result<()> {
@@ -48,25 +55,24 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         if let Some(dir) = &args.cache_dir {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot use --cache-dir {}", dir.display()))?;
         }
+        if let Some(dir) = &args.models_dir {
+            ensure!(
+                joined.is_none(),
+                "--models-dir starts the ranks of its models itself; give it --ranks, without launch"
+            );
+            return serve_models(args, dir, options).await;
+        }
+        let is_of_several = args.models_memory.is_some() || !args.pin.is_empty();
+        ensure!(!is_of_several, "--models-memory and --pin are for several models: give --models-dir too");
         if joined.is_some() {
             // Within it the ranks find a lost one themselves; two that wait for each other only show here.
             options.stall_timeout = ModelOptions::from(&args.model).parallel.deadline()?;
         }
         let files =
             ModelFiles::read(&ModelOptions::from(&args.model), args.chat_template.as_deref(), args.chat_format)?;
-        let listener = tokio::net::TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| {
-            format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
-        })?;
-        let address = listener.local_addr()?;
-        let is_checked = address.ip().is_loopback() || !args.allowed_host.is_empty();
-        let options = Options { allowed_hosts: is_checked.then(|| args.allowed_host.clone()), ..options };
+        let (listener, address) = listen(args, &mut options).await?;
         let loading = Loading::begin();
-        let (stop, stopping) = tokio::sync::oneshot::channel::<()>();
-        let limits = Limits { max_connections: max_connections(), ..Limits::default() };
-        let server = tandem_serve::serve(listener, loading.router(), limits, async {
-            let _ = stopping.await;
-        });
-        let mut server = tokio::spawn(server);
+        let mut server = Serving::start(listener, loading.router());
         eprintln!("listening on {address}; loading {} (/health says how far it is)", files.name());
         let (worker, facts) = tokio::select! {
             loaded = in_thread(args.clone(), joined, quit, Arc::clone(&loading)) => loaded?,
@@ -75,21 +81,11 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         };
         let app = App::new(worker, model(args, files, facts), &options)?;
         loading.done(below_the_caller(router(Arc::clone(&app))));
-        announce(address, &app, options.api_keys.is_empty());
-        tokio::select! {
-            result = &mut server => return result.context("the server failed"),
-            () = end_signal() => {}
-        }
-        eprintln!("stopping: answers in flight are completed; a second signal ends them");
+        announce(address, app.model_name(), options.api_keys.is_empty());
+        server.until_end_signal().await.context("the server failed")?;
+        eprintln!("{STOPPING}");
         app.worker().stop();
-        let _ = stop.send(());
-        let drained = Duration::from_secs(args.drain_timeout);
-        tokio::select! {
-            result = server => result.context("the server failed")?,
-            () = async { tokio::select! { () = end_signal() => {}, () = tokio::time::sleep(drained) => {} } } => {
-                eprintln!("stopped with answers in flight");
-            }
-        }
+        drain(server, args).await?;
         let record = app.worker().timings().map(|record| RunRecord::parse(&record.to_string()));
         if let Some(Err(error)) = record.map(|record| record.and_then(|record| record.keep())) {
             tracing::debug!("{error:#}");
@@ -97,6 +93,66 @@ pub(crate) fn serve(args: &ServeArgs, joined: Option<Joined>, quit: Quit) -> any
         tokio::task::block_in_place(|| app.worker().end());
         Ok(())
     })
+}
+
+/// Several models, each a process of its own.
+async fn serve_models(args: &ServeArgs, dir: &Path, mut options: Options) -> anyhow::Result<()> {
+    let (of_model, what) = (args.drafts.apply(ModelOptions::from(&args.model)), load_options(args));
+    let mut command = vec![std::env::current_exe()?.into_os_string()];
+    command.extend(arguments_of_model(std::env::args_os().skip(1)));
+    let models = ModelsOptions {
+        dir: dir.to_owned(),
+        memory_bytes: args.models_memory.unwrap_or(system::available_memory_bytes().unwrap_or(u64::MAX) / 10 * 9),
+        keep_alive: args.keep_alive,
+        pinned: args.pin.clone(),
+        load_timeout: Duration::from_secs(args.load_timeout),
+        command,
+        cache_dir: args.cache_dir.clone(),
+        check: Box::new(move |dir| {
+            let options = ModelOptions { model: Some(dir.to_string_lossy().into_owned()), ..of_model.clone() };
+            memory_needed(&options, what).map_err(|error| format!("{error:#}"))
+        }),
+        on_line: Arc::new(|name, line| eprintln!("[{}] {}", plain(name), plain(line))),
+    };
+    let (listener, address) = listen(args, &mut options).await?;
+    let models = Models::new(models, &options)?;
+    for (name, error) in models.names() {
+        if let Some(error) = error {
+            eprintln!("warning: the model {} cannot be loaded: {}", plain(&name), plain(&error));
+        }
+    }
+    let mut server = Serving::start(listener, below_the_caller(models.router()));
+    eprintln!("listening on {address}; models of {} are loaded when requests name them", dir.display());
+    announce(address, &format!("{} models", models.names().len()), options.api_keys.is_empty());
+    server.until_end_signal().await.context("the server failed")?;
+    eprintln!("{STOPPING}");
+    drain(server, args).await?;
+    models.end().await;
+    Ok(())
+}
+
+/// The server's port, and who may ask there.
+async fn listen(args: &ServeArgs, options: &mut Options) -> anyhow::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind((args.host.as_str(), args.port))
+        .await
+        .with_context(|| format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port))?;
+    let address = listener.local_addr()?;
+    if !address.ip().is_loopback() && args.allowed_host.is_empty() {
+        options.allowed_hosts = None;
+    }
+    Ok((listener, address))
+}
+
+async fn drain(server: Serving, args: &ServeArgs) -> anyhow::Result<()> {
+    if !server.drain(Duration::from_secs(args.drain_timeout)).await.context("the server failed")? {
+        eprintln!("stopped with answers in flight");
+    }
+    Ok(())
+}
+
+fn load_options(args: &ServeArgs) -> LoadOptions {
+    let logits = LogitsRows::Several(args.max_batch);
+    LoadOptions { logits, cache_tokens: args.cache_tokens, n_contexts: DEFAULT_CONTEXTS }
 }
 
 /// Loads in a thread of its own, which the end of the program does not wait for.
@@ -113,8 +169,8 @@ async fn in_thread(
     receive.await.context("loading ended without a result")?
 }
 
-fn announce(address: SocketAddr, app: &App, is_open: bool) {
-    eprintln!("{} on http://{address} (chat page at /, OpenAI at /v1, metrics at /metrics)", app.model_name());
+fn announce(address: SocketAddr, what: &str, is_open: bool) {
+    eprintln!("{what} on http://{address} (chat page at /, OpenAI at /v1, metrics at /metrics)");
     if !address.ip().is_loopback() && is_open {
         eprintln!("warning: every machine that reaches {address} may use it; --api-key-file asks for a key");
     }
@@ -129,10 +185,11 @@ fn start(
 ) -> anyhow::Result<(Worker, Facts)> {
     let inter_token = args.inter_token_ms.map(|ms| Duration::from_secs_f64(ms / 1e3));
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
-    let load_options = args.drafts.apply(ModelOptions::from(&args.model));
+    let model_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
-    let is_cpu = !is_group && DeviceKind::choose(&load_options.device)? == DeviceKind::Cpu;
-    let measured = is_cpu.then(|| measure_read_bandwidth(cpu_backend(&load_options.device, 0).pool(), BANDWIDTH_BYTES));
+    let is_cpu = !is_group && DeviceKind::choose(&model_options.device)? == DeviceKind::Cpu;
+    let measured =
+        is_cpu.then(|| measure_read_bandwidth(cpu_backend(&model_options.device, 0).pool(), BANDWIDTH_BYTES));
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
     let recorder: Arc<Mutex<Option<Recorder>>> = Arc::default();
     let (made_facts, made_recorder, made_args) = (Arc::clone(&slot), Arc::clone(&recorder), args.clone());
@@ -145,11 +202,7 @@ fn start(
             std::thread::sleep(GROUP_GRACE);
             quit("the group of ranks failed; the launcher starts it again if it is asked to");
         }
-        let what = LoadOptions {
-            logits: LogitsRows::Several(args.max_batch),
-            cache_tokens: args.cache_tokens,
-            n_contexts: DEFAULT_CONTEXTS,
-        };
+        let what = load_options(args);
         let mut show = on_terminal();
         let mut on_news = |news| {
             if let News::Progress(Progress { done, total, .. }) = news {
@@ -157,7 +210,7 @@ fn start(
             }
             show(news);
         };
-        let loaded = load(&load_options, what, joined, &mut on_news)?;
+        let loaded = load(&model_options, what, joined, &mut on_news)?;
         let Loaded { dir, config, engine, accounting, prefill_chunk, numerics, bandwidth, load_time, device, .. } =
             loaded;
         let mut recorder = loaded.recorder;

@@ -9,6 +9,7 @@ mod finding;
 mod gpus;
 mod hosts;
 mod machine;
+pub mod matrix;
 mod overhead;
 mod pairs;
 mod plans;

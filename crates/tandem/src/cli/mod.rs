@@ -150,6 +150,8 @@ impl Command {
         match self {
             Command::Bench(BenchArgs { command: BenchCommand::Comm(args) }) => Some(&args.parallel),
             Command::Bench(_) => self.bench_model_args().map(|args| &args.parallel),
+            // Each model has ranks of its own.
+            Command::Serve(args) if args.models_dir.is_some() => None,
             command => command.model_args().map(|args| &args.parallel),
         }
     }

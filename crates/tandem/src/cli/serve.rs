@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use tandem_serve::{KeepAlive, keep_alive};
 use tandem_text::Dialect;
 
 use super::drafts::DraftArgs;
 use super::model::ModelArgs;
-use super::values::{chat_format, real, tokens, whole};
+use super::values::{byte_count, chat_format, real, tokens, whole};
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Server")]
@@ -31,6 +32,27 @@ pub(crate) struct ServeArgs {
     /// Name of the model in requests and answers; may be given several times. The directory's name if not given.
     #[arg(long, value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
+    /// Folder of models, each in a folder of its own (NAME or OWNER/NAME): they are loaded when requests name them.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "served_model_name", "chat_template"], help_heading = "Several models")]
+    pub(crate) models_dir: Option<PathBuf>,
+    /// Memory of all models together, such as 300GB: idle ones leave for others. Nine tenths of what is free if not given.
+    #[arg(long, value_name = "SIZE", value_parser = byte_count, conflicts_with = "model", help_heading = "Several models", hide_short_help = true)]
+    pub(crate) models_memory: Option<u64>,
+    /// Model that is loaded at the start and never leaves; may be given several times.
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "model",
+        help_heading = "Several models",
+        hide_short_help = true
+    )]
+    pub(crate) pin: Vec<String>,
+    /// Time that an idle model stays, such as 5m or 1h30m; -1: until its memory is needed, 0: not at all.
+    #[arg(long, value_name = "TIME", default_value = "-1", value_parser = keep_alive, help_heading = "Several models", hide_short_help = true)]
+    pub(crate) keep_alive: KeepAlive,
+    /// Seconds that a request waits for its model; 0 does not wait. The header x-tandem-load-timeout says it for one.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = whole::<u64>(0, 604800), help_heading = "Several models", hide_short_help = true)]
+    pub(crate) load_timeout: u64,
     /// Chat template to use instead of the model's.
     #[arg(long, value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,

@@ -48,6 +48,7 @@ const EXAMPLES: [(&[&str], &[&str]); 16] = [
         &[
             "tandem serve --port 8000",
             "tandem serve --model OWNER/NAME --context 32k --max-batch 32 --api-key-file keys.txt",
+            "tandem serve --models-dir DIR --models-memory 300GB --pin NAME --keep-alive 1h",
             "tandem serve --log-format json 2>> serve.log",
         ],
     ),
