@@ -69,6 +69,8 @@ pub struct Precision {
     pub bf16: Rounding,
     /// Affine weights in batches of more than 64 rows.
     pub prefill_weights: Rounding,
+    /// Activations that meet packed weights in batches of more than 64 rows, where not as in smaller ones.
+    pub prefill_packed: Option<Rounding>,
     /// Cached latents, keys and values.
     pub cache: Rounding,
     /// Queries that meet cached latents, and shares of the softmax that meet them as values.
@@ -93,6 +95,7 @@ impl Precision {
         fp8: Rounding::None,
         bf16: Rounding::None,
         prefill_weights: Rounding::None,
+        prefill_packed: None,
         cache: Rounding::None,
         mla: Rounding::None,
         gqa: Rounding::None,

@@ -8,18 +8,22 @@ use tandem_core::backend::{
     RouterTopk, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::MatrixData;
-use tandem_core::{Backend, CheckpointError, DType, Numerics};
+use tandem_core::{Backend, CheckpointError, DType, EXACT_ROWS, Numerics};
 
 use crate::cache::{CpuCache, Rows};
 use crate::isa::Isa;
 use crate::kernels::activations::{Activations, Kernel};
 use crate::kernels::attention::{HEAD_BLOCK, attend};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::attention_amx;
 use crate::kernels::index_select::{Int8Query, scores, scores_int8, select};
 use crate::kernels::matrix::matrix_rows;
 use crate::kernels::norm::{layer_norm, rms_norm};
 use crate::kernels::rope::{angles, rotate};
 use crate::kernels::router_topk::router_topk;
 use crate::kernels::silu_mul::silu_mul;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::tile_rows::amx;
 use crate::kernels::vector::Element;
 use crate::matrix::{CpuMatrix, Mapped};
 use crate::pool::Pool;
@@ -32,6 +36,10 @@ use crate::tiles::Tiles;
 const TASK_BYTES: std::ops::RangeInclusive<usize> = 16 << 10..=512 << 10;
 /// Tasks per thread, if their size allows.
 const TASKS_PER_THREAD: usize = 4;
+/// The same where many rows go through AMX: each task reads all activations, which are more than the caches of one core hold.
+const LARGE_TASKS_PER_THREAD: usize = 2;
+/// Tokens whose products take AMX as long as the weights take to unpack.
+const AMX_TOKENS: usize = 32;
 /// Rows of activations that the caller prepares by itself.
 const SERIAL_ROWS: usize = 64;
 /// Rows of a tile: tasks begin at multiples of it.
@@ -93,10 +101,6 @@ impl CpuIndices {
     /// Copies the first rows, as many as `out` holds.
     pub fn read(&self, out: &mut [i32]) {
         out.copy_from_slice(&self.data[..out.len()]);
-    }
-
-    fn row_mut(&mut self, i: usize) -> &mut [i32] {
-        &mut self.data[i * self.width..(i + 1) * self.width]
     }
 }
 
@@ -200,7 +204,7 @@ impl CpuBackend {
         // Plain f32 is read as it is, and the scalar kernels are there to be slow.
         let is_slow = self.isa != Isa::Scalar
             && dtype != DType::F32
-            && Kernel::choose(matrix, self.numerics, self.isa) == Kernel::Generic;
+            && Kernel::choose(matrix, self.numerics, self.isa, 1) == Kernel::Generic;
         if is_slow && self.slow.lock().unwrap_or_else(|e| e.into_inner()).insert(dtype) {
             tracing::warn!(
                 "{name} ({dtype}, {} columns) is not repacked and has no kernel of its own on {}: each row of such \
@@ -224,8 +228,10 @@ impl CpuBackend {
     }
 }
 
-/// One matrix of a stack applied to some tokens.
+/// One matrix of a stack applied to some tokens of a step.
 struct Product<'a> {
+    /// Rows of the step.
+    n_rows: usize,
     matrix: &'a CpuMatrix,
     part: usize,
     /// Rows of the activations.
@@ -239,17 +245,43 @@ struct Task {
     n_rows: usize,
 }
 
+/// A matrix to be cut into tasks.
+#[derive(Clone, Copy)]
+struct Size {
+    rows: usize,
+    row_bytes: usize,
+    tokens: usize,
+}
+
+/// Cuts matrices into tasks of about the same time, `n_tasks` or some more, where unpacking and multiplying take time and the
+/// bytes do not; the longest come first.
+fn large_tasks(matrices: impl Iterator<Item = Size> + Clone, n_tasks: usize) -> Vec<Task> {
+    let cost = |size: &Size| size.row_bytes * (AMX_TOKENS + size.tokens);
+    let total: usize = matrices.clone().map(|size| size.rows * cost(&size)).sum();
+    let mut tasks = vec![];
+    for (item, size) in matrices.enumerate() {
+        let n_pieces = (size.rows * cost(&size) * n_tasks).div_ceil(total.max(1)).max(1);
+        let step = size.rows.div_ceil(n_pieces).next_multiple_of(TILE_ROWS);
+        for first_row in (0..size.rows).step_by(step) {
+            let n_rows = step.min(size.rows - first_row);
+            tasks.push((n_rows * cost(&size), Task { item, first_row, n_rows }));
+        }
+    }
+    tasks.sort_by_key(|(cost, _)| std::cmp::Reverse(*cost));
+    tasks.into_iter().map(|(_, task)| task).collect()
+}
+
 /// Rows of a task for `total` bytes shared by `n_threads`, at `row_bytes` a row: whole tiles.
 fn task_rows(total: usize, row_bytes: usize, n_threads: usize) -> usize {
     let bytes = (total / (TASKS_PER_THREAD * n_threads)).clamp(*TASK_BYTES.start(), *TASK_BYTES.end());
     (bytes / row_bytes.max(1)).max(1).next_multiple_of(TILE_ROWS)
 }
 
-/// Cuts matrices, given as rows and bytes of a row, into tasks.
-fn tasks(matrices: impl Iterator<Item = (usize, usize)> + Clone, n_threads: usize) -> Vec<Task> {
-    let total = matrices.clone().map(|(rows, row_bytes)| rows * row_bytes).sum();
+/// Cuts matrices into tasks.
+fn tasks(matrices: impl Iterator<Item = Size> + Clone, n_threads: usize) -> Vec<Task> {
+    let total = matrices.clone().map(|size| size.rows * size.row_bytes).sum();
     let mut tasks = vec![];
-    for (item, (rows, row_bytes)) in matrices.enumerate() {
+    for (item, Size { rows, row_bytes, .. }) in matrices.enumerate() {
         let step = task_rows(total, row_bytes, n_threads);
         for first_row in (0..rows).step_by(step) {
             tasks.push(Task { item, first_row, n_rows: step.min(rows - first_row) });
@@ -259,16 +291,16 @@ fn tasks(matrices: impl Iterator<Item = (usize, usize)> + Clone, n_threads: usiz
 }
 
 impl CpuBackend {
-    /// Takes rows of `width` elements in the forms that `matrices` need; many rows over the pool.
+    /// Takes rows of `width` elements in the forms that `matrices` need in a step of `step_rows`; many rows over the pool.
     fn prepare<'a>(
         &self,
         to: &mut Activations,
-        n_rows: usize,
+        (n_rows, step_rows): (usize, usize),
         row: impl Fn(usize) -> &'a [f32] + Sync,
         width: usize,
         matrices: impl Iterator<Item = &'a CpuMatrix>,
     ) {
-        let kernels = matrices.map(|m| (Kernel::choose(m, self.numerics, self.isa), m.dtype()));
+        let kernels = matrices.map(|m| (Kernel::choose(m, self.numerics, self.isa, step_rows), m.dtype()));
         let pool = (n_rows > SERIAL_ROWS).then_some(&*self.pool);
         to.prepare(pool, self.isa, n_rows, row, width, kernels);
     }
@@ -276,7 +308,8 @@ impl CpuBackend {
     /// `out [n_tokens, n_rows]`: rows of a matrix for each token.
     fn matrix_rows(&self, p: &Product<'_>, x: &Activations, first_row: usize, n_rows: usize, out: &mut [f32]) {
         self.note(p.matrix.check(p.part, first_row, n_rows));
-        matrix_rows(self.isa, self.numerics, p.matrix, p.part, first_row, n_rows, x, p.tokens, out);
+        let kernel = Kernel::choose(p.matrix, self.numerics, self.isa, p.n_rows);
+        matrix_rows(self.isa, kernel, p.matrix, p.part, first_row, n_rows, x, p.tokens, out);
     }
 
     /// `out = sum over experts of weight * expert(x)`, each expert with the rows and weights that chose it, in the order
@@ -294,16 +327,24 @@ impl CpuBackend {
         intermediate.resize(total, 0.0);
 
         let matrices = experts.iter().flat_map(|e| [&e.mlp.gate, &e.mlp.up]);
-        self.prepare(input, n_rows, |r| x.row(r), x.width, matrices);
+        self.prepare(input, (n_rows, n_rows), |r| x.row(r), x.width, matrices);
         // A task owns a range of rows of both gate and up.
-        let sizes = experts.iter().map(|e| (e.mlp.gate.rows(), e.mlp.gate.bytes_of(1) + e.mlp.up.bytes_of(1)));
-        let gate_tasks = tasks(sizes, self.n_threads());
+        let sizes = experts.iter().map(|e| Size {
+            rows: e.mlp.gate.rows(),
+            row_bytes: e.mlp.gate.bytes_of(1) + e.mlp.up.bytes_of(1),
+            tokens: e.tokens.len(),
+        });
+        let gate_tasks = if self.is_large(n_rows) {
+            large_tasks(sizes, 2 * TASKS_PER_THREAD * self.n_threads())
+        } else {
+            tasks(sizes, self.n_threads())
+        };
         {
             let target = SharedMut::new(intermediate);
             self.pool.chunks(gate_tasks.len(), 1, |range| {
                 for Task { item, first_row, n_rows: n } in &gate_tasks[range] {
                     let e = &experts[*item];
-                    let product = |matrix| Product { matrix, part: e.part, tokens: &e.tokens };
+                    let product = |matrix| Product { n_rows, matrix, part: e.part, tokens: &e.tokens };
                     with_scratch(2 * n * e.tokens.len(), |values| {
                         let (gate, up) = values.split_at_mut(n * e.tokens.len());
                         self.matrix_rows(&product(&e.mlp.gate), input, *first_row, *n, gate);
@@ -329,13 +370,17 @@ impl CpuBackend {
                 let width = e.mlp.down.cols();
                 let inputs = &intermediate[range];
                 let row = |r: usize| &inputs[r * width..(r + 1) * width];
-                self.prepare(to, inputs.len() / width, row, width, experts.iter().map(|e| &e.mlp.down));
+                self.prepare(to, (inputs.len() / width, n_rows), row, width, experts.iter().map(|e| &e.mlp.down));
             }
         }
         // Down projections: a task owns a range of output columns for every expert, so that sums need no lock.
         let hidden = first.mlp.down.rows();
         let row_bytes: usize = experts.iter().map(|e| e.mlp.down.bytes_of(1)).sum();
-        let step = task_rows(row_bytes * hidden, row_bytes, self.n_threads());
+        let step = if self.is_large(n_rows) {
+            hidden.div_ceil(LARGE_TASKS_PER_THREAD * self.n_threads()).next_multiple_of(TILE_ROWS)
+        } else {
+            task_rows(row_bytes * hidden, row_bytes, self.n_threads())
+        };
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
         self.pool.chunks(hidden.div_ceil(step), 1, |range| {
@@ -348,7 +393,7 @@ impl CpuBackend {
                         let first_input = (start - base) / e.mlp.down.cols();
                         let n_tokens = e.tokens.len();
                         let inputs: Vec<u32> = (first_input..first_input + n_tokens).map(|t| t as u32).collect();
-                        let product = Product { matrix: &e.mlp.down, part: e.part, tokens: &inputs };
+                        let product = Product { n_rows, matrix: &e.mlp.down, part: e.part, tokens: &inputs };
                         with_scratch(n * n_tokens, |values| {
                             self.matrix_rows(&product, own, first_row, n, values);
                             for ((t, values), weight) in e.tokens.iter().zip(values.chunks_exact(n)).zip(&e.weights) {
@@ -385,13 +430,48 @@ impl CpuBackend {
         let (q_width, out_width) = (q.width / n_heads, out.width / n_heads);
         let width = out.width;
         let target = SharedMut::new(&mut out.data);
+        let chosen = |row: usize| {
+            let visible = batch.positions[row] as usize + 1;
+            selected.map(|s| s.row(row)).filter(|s| visible > s.len())
+        };
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+        let mut is_done = vec![false; batch.n_rows()];
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Amx
+            && E::IS_BF16
+            && let Some(contexts) = Contexts::of(batch, (q_width, latent), |row| chosen(row).is_none())
+        {
+            contexts.pack(&self.pool, batch, cache, |contexts, lines| {
+                self.head_blocks(batch.n_rows(), n_heads, attention_amx::HEADS, |row, first, n| {
+                    let Some(context) = contexts.of_row(row) else { return };
+                    // SAFETY: one task per (row, block of heads); the processor has AMX.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        let out = target.slice(row * width + first * out_width, n * out_width);
+                        let q = &q.row(row)[first * q_width..(first + n) * q_width];
+                        let n_positions = batch.positions[row] as usize + 1;
+                        attention_amx::attend(
+                            contexts.shape,
+                            &lines[context.lines.clone()],
+                            n_positions,
+                            q,
+                            scale,
+                            out,
+                        );
+                    }
+                });
+                is_done = (0..batch.n_rows()).map(|row| contexts.of_row(row).is_some()).collect();
+            });
+        }
         // Enough tasks to keep every thread busy when few rows have few heads.
         let block = HEAD_BLOCK.min(n_heads.div_ceil(self.n_threads()));
         self.head_blocks(batch.n_rows(), n_heads, block, |row, first, n| {
             let sequence = batch.sequences[row] as usize;
-            let visible = batch.positions[row] as usize + 1;
-            let chosen = selected.map(|s| s.row(row)).filter(|s| visible > s.len());
-            let n_positions = chosen.map_or(visible, <[i32]>::len);
+            if is_done[row] {
+                return;
+            }
+            let chosen = chosen(row);
+            let n_positions = chosen.map_or(batch.positions[row] as usize + 1, <[i32]>::len);
             let slot = |i: usize| batch.slot(sequence, chosen.map_or(i, |c| c[i] as usize));
             // SAFETY: one task per (row, block of heads).
             #[allow(unsafe_code)]
@@ -465,6 +545,25 @@ impl CpuBackend {
         }
     }
 
+    /// Writes to the cache what `row(r, to)` makes of each row, `width` values.
+    fn write_rows(&self, width: usize, batch: &Batch, cache: &mut CpuCache, row: impl Fn(usize, &mut [f32]) + Sync) {
+        let n_rows = batch.n_rows();
+        with_scratch(n_rows * width, |rows| {
+            let target = SharedMut::new(rows);
+            // SAFETY: one task per row.
+            #[allow(unsafe_code)]
+            self.rows(n_rows, |r| row(r, unsafe { target.slice(r * width, width) }));
+            for (r, values) in rows.chunks_exact(width).enumerate() {
+                cache.write(batch.slot(batch.sequences[r] as usize, batch.positions[r] as usize), values);
+            }
+        });
+    }
+
+    /// Whether matrices meet the rows of such a step on AMX.
+    fn is_large(&self, n_rows: usize) -> bool {
+        self.isa == Isa::Amx && self.numerics == Numerics::Bf16 && n_rows > EXACT_ROWS
+    }
+
     /// Rows in parallel when there are many, else on the caller: a fork costs more than a few rows.
     fn rows(&self, n_rows: usize, task: impl Fn(usize) + Sync) {
         if n_rows < 8 {
@@ -472,6 +571,92 @@ impl CpuBackend {
         } else {
             self.pool.chunks(n_rows, n_rows.div_ceil(4 * self.n_threads()), |range| range.for_each(&task));
         }
+    }
+}
+
+/// What the rows of a large step attend to on AMX.
+#[cfg(target_arch = "x86_64")]
+struct Contexts {
+    shape: attention_amx::Shape,
+    contexts: Vec<Context>,
+    /// Of each row; none where it attends to positions of its own choice.
+    of_row: Vec<Option<usize>>,
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Context {
+    sequence: usize,
+    n_positions: usize,
+    lines: std::ops::Range<usize>,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Contexts {
+    /// Rows of a sequence that make it worth while to put its context in order.
+    const LEAST_ROWS: usize = 16;
+
+    /// Contexts of the rows that attend to all, where the batch is large enough.
+    fn of(batch: &Batch, (key, value): (usize, usize), attends_to_all: impl Fn(usize) -> bool) -> Option<Contexts> {
+        let unit = attention_amx::SPAN;
+        if batch.n_rows() <= EXACT_ROWS || !key.is_multiple_of(unit) || !value.is_multiple_of(unit) || value > key {
+            return None;
+        }
+        let shape = attention_amx::Shape { key, value };
+        let mut contexts: Vec<Context> = vec![];
+        let mut of_row: Vec<Option<usize>> = vec![None; batch.n_rows()];
+        let mut n_lines = 0;
+        for sequence in 0..batch.block_tables.len() {
+            let is_own = |row: &usize| batch.sequences[*row] as usize == sequence && attends_to_all(*row);
+            let rows: Vec<usize> = (0..batch.n_rows()).filter(is_own).collect();
+            let n_positions = rows.iter().map(|row| batch.positions[*row] as usize + 1).max().unwrap_or(0);
+            if rows.len() < Contexts::LEAST_ROWS {
+                continue;
+            }
+            let first = n_lines;
+            n_lines += attention_amx::n_blocks(n_positions) * shape.block_lines();
+            rows.iter().for_each(|row| of_row[*row] = Some(contexts.len()));
+            contexts.push(Context { sequence, n_positions, lines: first..n_lines });
+        }
+        (!contexts.is_empty()).then_some(Contexts { shape, contexts, of_row })
+    }
+
+    fn of_row(&self, row: usize) -> Option<&Context> {
+        self.of_row[row].map(|i| &self.contexts[i])
+    }
+
+    /// Calls `body` with the contexts in order.
+    #[allow(unsafe_code)]
+    fn pack<E: Element>(
+        &self,
+        pool: &Pool,
+        batch: &Batch,
+        cache: &Rows<E>,
+        body: impl FnOnce(&Contexts, &[amx::Line]),
+    ) {
+        assert!(E::IS_BF16);
+        let n_lines = self.contexts.last().map_or(0, |c| c.lines.end);
+        let block_lines = self.shape.block_lines();
+        amx::with_lines(n_lines, |lines| {
+            let target = SharedMut::new(lines);
+            pool.chunks(n_lines / block_lines, 1, |blocks| {
+                for block in blocks {
+                    let at = block * block_lines;
+                    let Some(context) = self.contexts.iter().find(|c| c.lines.contains(&at)) else { continue };
+                    let first = (at - context.lines.start) / block_lines * attention_amx::SPAN;
+                    let last = context.n_positions.min(first + attention_amx::SPAN);
+                    let vectors: Vec<&[u16]> = (first..last)
+                        .map(|position| {
+                            let row = cache.row(batch.slot(context.sequence, position));
+                            // SAFETY: bf16, as was checked, is 16 bits.
+                            unsafe { std::slice::from_raw_parts(row.as_ptr().cast::<u16>(), row.len()) }
+                        })
+                        .collect();
+                    // SAFETY: one task per block; the processor has AMX, and AVX-512 with it.
+                    unsafe { attention_amx::pack(self.shape, &vectors, target.slice(at, block_lines)) };
+                }
+            });
+            body(self, lines);
+        });
     }
 }
 
@@ -565,10 +750,15 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&self, table: &CpuMatrix, batch: &Batch, out: &mut CpuBuffer) {
-        for (r, token) in batch.tokens.iter().enumerate() {
-            self.note(table.check(0, *token as usize, 1));
-            table.dequantize_row(0, *token as usize, out.row_mut(r));
-        }
+        let width = out.width;
+        let target = SharedMut::new(&mut out.data);
+        self.rows(batch.tokens.len(), |r| {
+            let token = batch.tokens[r] as usize;
+            self.note(table.check(0, token, 1));
+            // SAFETY: one task per row.
+            #[allow(unsafe_code)]
+            table.dequantize_row(0, token, unsafe { target.slice(r * width, width) });
+        });
     }
 
     fn gather_logits_rows(&self, x: &CpuBuffer, batch: &Batch, out: &mut CpuBuffer) {
@@ -593,16 +783,22 @@ impl Backend for CpuBackend {
         let Linear { x, n_rows, outputs, .. } = op;
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
         let products: Vec<Product<'_>> =
-            outputs.iter().map(|(matrix, _)| Product { matrix, part: 0, tokens: &tokens }).collect();
+            outputs.iter().map(|(matrix, _)| Product { n_rows, matrix, part: 0, tokens: &tokens }).collect();
         let widths: Vec<usize> = outputs.iter().map(|(_, out)| out.width).collect();
         let targets: Vec<SharedMut<'_, f32>> =
             outputs.iter_mut().map(|(_, out)| SharedMut::new(&mut out.data)).collect();
         let mut work = self.work();
         let width = products.first().map_or(0, |p| p.matrix.cols());
         let row = |r: usize| &x.row(r)[..width];
-        self.prepare(&mut work.input, n_rows, row, width, products.iter().map(|p| p.matrix));
+        self.prepare(&mut work.input, (n_rows, n_rows), row, width, products.iter().map(|p| p.matrix));
         let input = &work.input;
-        let tasks = tasks(products.iter().map(|p| (p.matrix.rows(), p.matrix.bytes_of(1))), self.n_threads());
+        let sizes =
+            products.iter().map(|p| Size { rows: p.matrix.rows(), row_bytes: p.matrix.bytes_of(1), tokens: n_rows });
+        let tasks = if self.is_large(n_rows) {
+            large_tasks(sizes, LARGE_TASKS_PER_THREAD * self.n_threads())
+        } else {
+            tasks(sizes, self.n_threads())
+        };
         self.pool.chunks(tasks.len(), 1, |range| {
             for Task { item, first_row, n_rows: n } in &tasks[range] {
                 with_scratch(n * n_rows, |values| {
@@ -621,7 +817,7 @@ impl Backend for CpuBackend {
         let HeadLinear { x, from, w, n_rows, out, to } = op;
         let (width, rows) = (out.width, w.rows());
         let tokens: Vec<u32> = (0..n_rows as u32).collect();
-        let kernel = Kernel::choose(w, self.numerics, self.isa);
+        let kernel = Kernel::choose(w, self.numerics, self.isa, n_rows);
         let target = SharedMut::new(&mut out.data);
         self.pool.chunks(from.n, 1, |range| {
             for head in range {
@@ -632,7 +828,7 @@ impl Backend for CpuBackend {
                     let kernels = std::iter::once((kernel, w.dtype()));
                     input.prepare(None, self.isa, n_rows, row, from.width, kernels);
                     with_scratch(rows * n_rows, |values| {
-                        let product = Product { matrix: w, part: head, tokens: &tokens };
+                        let product = Product { n_rows, matrix: w, part: head, tokens: &tokens };
                         self.matrix_rows(&product, input, 0, rows, values);
                         for t in 0..n_rows {
                             // SAFETY: one task per head.
@@ -666,18 +862,29 @@ impl Backend for CpuBackend {
     }
 
     fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer, n_rows: usize) {
-        let n = n_rows * x.width;
-        for (x, y) in x.data[..n].iter_mut().zip(&y.data[..n]) {
-            *x += y;
-        }
+        let width = x.width;
+        let target = SharedMut::new(&mut x.data);
+        self.rows(n_rows, |r| {
+            // SAFETY: one task per row.
+            #[allow(unsafe_code)]
+            let x = unsafe { target.slice(r * width, width) };
+            for (x, y) in x.iter_mut().zip(y.row(r)) {
+                *x += y;
+            }
+        });
     }
 
     fn add_bias(&self, x: &mut CpuBuffer, bias: &CpuBuffer, n_rows: usize) {
-        for r in 0..n_rows {
-            for (x, b) in x.row_mut(r).iter_mut().zip(&bias.data) {
+        let width = x.width;
+        let target = SharedMut::new(&mut x.data);
+        self.rows(n_rows, |r| {
+            // SAFETY: one task per row.
+            #[allow(unsafe_code)]
+            let x = unsafe { target.slice(r * width, width) };
+            for (x, b) in x.iter_mut().zip(&bias.data) {
                 *x += b;
             }
-        }
+        });
     }
 
     fn mlp(&self, x: &CpuBuffer, mlp: &Mlp<CpuMatrix>, n_rows: usize, out: &mut CpuBuffer) {
@@ -686,9 +893,15 @@ impl Backend for CpuBackend {
 
     fn router_topk(&self, op: RouterTopk<'_, CpuBuffer, CpuIndices>) {
         let RouterTopk { logits, bias, routing, n_rows, ids, weights } = op;
-        for r in 0..n_rows {
-            router_topk(logits.row(r), &bias.data, routing, ids.row_mut(r), weights.row_mut(r));
-        }
+        let (n_ids, n_weights) = (ids.width, weights.width);
+        let (to_ids, to_weights) = (SharedMut::new(&mut ids.data), SharedMut::new(&mut weights.data));
+        self.rows(n_rows, |r| {
+            // SAFETY: one task per row.
+            #[allow(unsafe_code)]
+            let (ids, weights) =
+                unsafe { (to_ids.slice(r * n_ids, n_ids), to_weights.slice(r * n_weights, n_weights)) };
+            router_topk(logits.row(r), &bias.data, routing, ids, weights);
+        });
     }
 
     fn moe(&self, op: Moe<'_, CpuBuffer, CpuIndices, CpuMatrix>) {
@@ -715,29 +928,27 @@ impl Backend for CpuBackend {
     fn write_latent(&self, op: WriteLatent<'_, CpuBuffer, Batch, CpuCache>) {
         let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let latent = norm.width;
-        let mut row = vec![0.0; kv_a.width];
-        let mut table = vec![0.0; rope.dim()];
-        for r in 0..batch.n_rows() {
-            let (cos, sin) = table.split_at_mut(rope.dim() / 2);
-            rms_norm(&kv_a.row(r)[..latent], &norm.data, eps, &mut row[..latent]);
-            angles(rope, batch.positions[r], cos, sin);
-            rotate(rope.layout, cos, sin, &kv_a.row(r)[latent..], &mut row[latent..]);
-            cache.write(batch.slot(batch.sequences[r] as usize, batch.positions[r] as usize), &row);
-        }
+        self.write_rows(kv_a.width, batch, cache, |r, row| {
+            with_scratch(rope.dim(), |table| {
+                let (cos, sin) = table.split_at_mut(rope.dim() / 2);
+                rms_norm(&kv_a.row(r)[..latent], &norm.data, eps, &mut row[..latent]);
+                angles(rope, batch.positions[r], cos, sin);
+                rotate(rope.layout, cos, sin, &kv_a.row(r)[latent..], &mut row[latent..]);
+            });
+        });
     }
 
     fn write_index_key(&self, op: WriteIndexKey<'_, CpuBuffer, Batch, CpuCache>) {
         let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
-        let mut normed = vec![0.0; k.width];
-        let mut row = vec![0.0; k.width];
-        let mut table = vec![0.0; rope.dim()];
-        for r in 0..batch.n_rows() {
-            let (cos, sin) = table.split_at_mut(rope.dim() / 2);
-            layer_norm(k.row(r), &norm.data, &norm_bias.data, eps, &mut normed);
-            angles(rope, batch.positions[r], cos, sin);
-            rotate(rope.layout, cos, sin, &normed, &mut row);
-            cache.write(batch.slot(batch.sequences[r] as usize, batch.positions[r] as usize), &row);
-        }
+        self.write_rows(k.width, batch, cache, |r, row| {
+            with_scratch(k.width + rope.dim(), |memory| {
+                let (normed, table) = memory.split_at_mut(k.width);
+                let (cos, sin) = table.split_at_mut(rope.dim() / 2);
+                layer_norm(k.row(r), &norm.data, &norm_bias.data, eps, normed);
+                angles(rope, batch.positions[r], cos, sin);
+                rotate(rope.layout, cos, sin, normed, row);
+            });
+        });
     }
 
     fn write_cache(&self, x: &CpuBuffer, batch: &Batch, cache: &mut CpuCache) {

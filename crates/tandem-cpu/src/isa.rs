@@ -12,17 +12,16 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ with VNNI and VBMI: Ice Lake, Zen 4 and later. Older ones take AVX2.
     Avx512,
-    /// The same with AMX's tiles of bytes for many rows: Sapphire Rapids and later.
+    /// The same with AMX's products of bf16 for many rows: Sapphire Rapids and later.
     Amx,
     /// Arm NEON.
     Neon,
 }
 
 impl Isa {
-    /// The fastest available, as measured: AMX is taken only where it is asked for. On a Sapphire Rapids of 16 cores it
-    /// prefilled 812 tokens a second with 8-bit activations where AVX-512 reached 1,112 (bench/runs/2026-11-26-spr).
+    /// The fastest available.
     pub fn detect() -> Isa {
-        Isa::available().into_iter().rfind(|isa| *isa != Isa::Amx).unwrap_or(Isa::Scalar)
+        Isa::available().pop().unwrap_or(Isa::Scalar)
     }
 
     /// The processor multiplies bf16 pairs (AVX512-BF16; Arm's bf16).
@@ -97,15 +96,15 @@ impl Isa {
     }
 }
 
-/// Whether the processor has AMX with bytes and the system lets this process use its registers, which it must be asked.
+/// Whether the processor has AMX with bf16 and the system lets this process use its registers, which it must be asked.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, unused_unsafe)] // reading the processor's features became safe after rust-version
 fn amx_permitted() -> bool {
     use std::sync::OnceLock;
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
-        // Bits 24 and 25 of EDX: AMX-TILE and AMX-INT8.
-        const AMX: u32 = 3 << 24;
+        // Bits of EDX: AMX-TILE and AMX-BF16.
+        const AMX: u32 = 1 << 24 | 1 << 22;
         // SAFETY: every processor with AVX2 has leaf 7.
         let features = unsafe { std::arch::x86_64::__cpuid_count(7, 0) };
         if features.edx & AMX != AMX {

@@ -13,12 +13,16 @@ fn precision(isa: Isa, numerics: Numerics) -> Precision {
     };
     // Only AVX-512 makes bf16 of 8-bit floats.
     let fp8 = if is_x86 { bf16 } else { Rounding::None };
+    // AMX multiplies bf16, in steps of many rows.
+    let prefill = (isa == Isa::Amx && numerics == Numerics::Bf16).then_some(Rounding::Bf16);
     let queries = if isa.has_bf16() { Rounding::Bf16 } else { Rounding::None };
     Precision {
         packed,
         other_packed: packed,
         fp8,
         bf16,
+        prefill_packed: prefill,
+        prefill_weights: prefill.unwrap_or(Rounding::None),
         cache: Rounding::Bf16,
         mla: queries,
         gqa: queries,

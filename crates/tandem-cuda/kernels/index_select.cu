@@ -1,4 +1,7 @@
 // The lightning indexer: scores sum_h weights[h] * relu(q[h] . key) of cached keys, and the positions of the k highest.
+//
+// The kernels of scores let the next one start only after their own wait: when that of the positions begins, all that came
+// before the scores is there, and what follows may read it without a wait (linear_mma's x_is_there).
 
 struct IndexArgs {
     Pages pages;
@@ -9,14 +12,16 @@ struct IndexArgs {
     int* selected;           // [n, k]
     u32 n_heads, dim, weights_pitch, scores_pitch, k;
     u32 row0;                // first row of this launch; scores start there
+    u32 alone;               // the only row of its batch: all keys but its own were cached by earlier steps
+    u32 unused;
     Rope rope;               // index_scores_mma: rotates queries unless `half` is 0
 };
 
 // One warp a position, any shape.
 template <class T>
 DI void index_scores_f32(const IndexArgs& args) {
-    let_next_start();
     wait_for_previous();
+    let_next_start();
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = args.row0 + blockIdx.y;
     u32 visible = args.pages.positions[r] + 1, sequence = args.pages.sequences[r];
     if (visible <= args.k) return;
@@ -41,12 +46,27 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_f32_bf16(const __
 extern "C" __global__ void __launch_bounds__(256) index_scores_mma(const __grid_constant__ IndexArgs args) {
     __shared__ uint4 queries[INDEX_MAX_HEADS / 16][INDEX_MAX_DIM / 32][2][32];
     __shared__ float weights[INDEX_MAX_HEADS], cosines[INDEX_MAX_DIM / 2], sines[INDEX_MAX_DIM / 2];
-    let_next_start();
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, r = args.row0 + blockIdx.y;
     // What comes with the batch is there before any kernel of the step.
     u32 visible = args.pages.positions[r] + 1, sequence = args.pages.sequences[r], half = args.rope.half;
     if (threadIdx.x < half) angle(args.rope, threadIdx.x, visible - 1, cosines[threadIdx.x], sines[threadIdx.x]);
+    uint4 keys[2][4];
+    auto load_keys = [&](u32 p0) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            u32 p = min(p0 + j * 8 + g, visible - 1);
+            const u16* key = (const u16*)args.keys + u64(args.pages.slot(sequence, p)) * args.dim;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (i * 32 < args.dim) keys[j][i] = *(const uint4*)(key + i * 32 + t * 8);
+        }
+    };
+    // The first keys before the wait, unless one of them is new.
+    u32 start = blockIdx.x * INDEX_TILE + warp * 16;
+    bool loaded = args.alone && start + 16 < visible;
+    if (loaded) load_keys(start);
     wait_for_previous();
+    let_next_start();
     if (visible <= args.k || blockIdx.x * INDEX_TILE >= visible) return;
     __syncthreads();
     u32 pieces = args.dim / 8, n_groups = (args.n_heads + 15) / 16;
@@ -65,16 +85,9 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_mma(const __grid_
             make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
     }
     __syncthreads();
-    for (u32 p0 = blockIdx.x * INDEX_TILE + warp * 16; p0 < visible; p0 += gridDim.x * INDEX_TILE) {
-        uint4 keys[2][4];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            u32 p = min(p0 + j * 8 + g, visible - 1);
-            const u16* key = (const u16*)args.keys + u64(args.pages.slot(sequence, p)) * args.dim;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (i * 32 < args.dim) keys[j][i] = *(const uint4*)(key + i * 32 + t * 8);
-        }
+    for (u32 p0 = start; p0 < visible; p0 += gridDim.x * INDEX_TILE) {
+        if (!loaded) load_keys(p0);
+        loaded = false;
         float low[2] = {}, high[2] = {};     // positions 2t and 2t + 1 of each tile
         for (u32 group = 0; group < n_groups; group++) {
             float acc[2][4] = {};
@@ -255,7 +268,10 @@ DI void index_topk(const IndexArgs& args) {
     });
 }
 
-extern "C" __global__ void __launch_bounds__(1024) index_topk_1(const __grid_constant__ IndexArgs args) { index_topk<1, 8>(args); }
+// By blocks a row, and scores that a lane keeps: each costs time even where it is not needed.
+extern "C" __global__ void __launch_bounds__(1024) index_topk_1_8(const __grid_constant__ IndexArgs args) { index_topk<1, 8>(args); }
+extern "C" __global__ void __launch_bounds__(1024) index_topk_1_16(const __grid_constant__ IndexArgs args) { index_topk<1, 16>(args); }
 #if __CUDA_ARCH__ >= 900
-extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 16>(args); }
+extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8_4(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 4>(args); }
+extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8_16(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 16>(args); }
 #endif

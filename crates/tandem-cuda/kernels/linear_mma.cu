@@ -15,6 +15,8 @@ struct LinearArgs {
     u32 n_jobs, x_pitch, n, split;
     u32 x_offset, x_stride;      // of part p: x_offset + p * x_stride
     u32 out_offset, out_stride;
+    u32 x_is_there;              // x was written before the previous kernel let this one start
+    u32 unused;
 };
 
 template <int NT, bool ONE = false>
@@ -36,7 +38,7 @@ DI void linear_mma(const LinearArgs& args) {
     let_next_start();
     float acc[NT][4];
     const u16* x = ONE ? args.x + args.x_offset + part * args.x_stride : args.x;
-    tile_rows<NT, ONE>(acc, job.m, row, job.m, row + 8, part, split, warp % split, x, columns, false);
+    tile_rows<NT, ONE>(acc, job.m, row, job.m, row + 8, part, split, warp % split, x, columns, args.x_is_there);
     u32 out0 = args.out_offset + part * args.out_stride;
     add_shares<NT>(acc, split, shares, [&](u32 tile, u32 n, u32 r, u32 c, float value) {
         u32 out_row = block_row + tile * 16 + r, column = column0 + n * 8 + c;
@@ -46,6 +48,7 @@ DI void linear_mma(const LinearArgs& args) {
         *out = value;
         if (job.packed) job.packed[u64(column) * job.packed_pitch + packed_place(out0 + out_row)] = to_bf16(value);
     });
+    if (args.x_is_there) wait_for_previous();
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3) linear_mma_one(const __grid_constant__ LinearArgs args) { linear_mma<1, true>(args); }

@@ -96,33 +96,62 @@ struct WriteArgs {
     float eps;
 };
 
-// Waits for the previous kernel. Before that come the angles of the row's position, which is there with the batch, and the
-// norm's weights, which are constant, into L2.
-DI void prepare_write(const WriteArgs& args, float (&cosines)[MAX_ROPE_PAIRS], float (&sines)[MAX_ROPE_PAIRS]) {
-    u32 i = threadIdx.x, normed = args.latent ? args.latent : args.width;
-    if (i < args.rope.half) angle(args.rope, i, args.positions[blockIdx.x], cosines[i], sines[i]);
-    if (i * 32 < normed) prefetch(args.norm + i * 32);
-    if (args.norm_bias && i * 32 < normed) prefetch(args.norm_bias + i * 32);
-    wait_for_previous();
-}
+// Elements of a row that a thread keeps in registers; more are read when they are needed.
+#define WRITE_KEPT 4
+
+// What does not depend on the previous kernel: the norm's weights of the elements that a thread keeps, the row's place in the
+// cache, and the angles of its position, which are there with the batch. Then waits, and loads those elements.
+template <class T>
+struct Written {
+    float w[WRITE_KEPT], bias[WRITE_KEPT], x[WRITE_KEPT];
+    const float* from;
+    T* to;
+
+    DI Written(const WriteArgs& args, u32 normed, float (&cosines)[MAX_ROPE_PAIRS], float (&sines)[MAX_ROPE_PAIRS]) {
+        u32 r = blockIdx.x;
+        from = args.x + u64(r) * args.x_pitch;
+        to = (T*)args.cache + u64(args.slots[r]) * args.width;
+#pragma unroll
+        for (u32 i = 0; i < WRITE_KEPT; i++) {
+            u32 c = i * blockDim.x + threadIdx.x;
+            w[i] = c < normed ? args.norm[c] : 0.0f;
+            bias[i] = args.norm_bias && c < normed ? args.norm_bias[c] : 0.0f;
+        }
+        if (threadIdx.x < args.rope.half) angle(args.rope, threadIdx.x, args.positions[r], cosines[threadIdx.x], sines[threadIdx.x]);
+        wait_for_previous();
+#pragma unroll
+        for (u32 i = 0; i < WRITE_KEPT; i++) {
+            u32 c = i * blockDim.x + threadIdx.x;
+            x[i] = c < normed ? from[c] : 0.0f;
+        }
+    }
+
+    // Calls `f(element, x, weight, bias)` for this thread's first `n` elements.
+    template <class F>
+    DI void for_each(const WriteArgs& args, u32 n, F f) const {
+#pragma unroll
+        for (u32 i = 0; i < WRITE_KEPT; i++)
+            if (i * blockDim.x + threadIdx.x < n) f(i * blockDim.x + threadIdx.x, x[i], w[i], bias[i]);
+        for (u32 c = WRITE_KEPT * blockDim.x + threadIdx.x; c < n; c += blockDim.x)
+            f(c, from[c], args.norm[c], args.norm_bias ? args.norm_bias[c] : 0.0f);
+    }
+};
 
 // [rms_norm(x[..latent]), rope(x[latent..])], once the previous kernel is done.
 template <class T>
 DI void write_latent(const WriteArgs& args, float* scratch) {
     __shared__ float cosines[MAX_ROPE_PAIRS], sines[MAX_ROPE_PAIRS];
-    prepare_write(args, cosines, sines);
-    u32 r = blockIdx.x;
-    const float* x = args.x + u64(r) * args.x_pitch;
-    T* out = (T*)args.cache + u64(args.slots[r]) * args.width;
-    float squares = 0.0f;
-    for (u32 c = threadIdx.x; c < args.latent; c += blockDim.x) squares += x[c] * x[c];
-    float scale = 1.0f / sqrtf(block_sum(squares, scratch) / args.latent + args.eps);
-    for (u32 c = threadIdx.x; c < args.latent; c += blockDim.x) store_element(out + c, x[c] * scale * args.norm[c]);
+    Written<T> row(args, args.latent, cosines, sines);
+    // A thread has its own angles.
     for (u32 i = threadIdx.x; i < args.rope.half; i += blockDim.x)
         rotate_pair(
-            args.rope, i, cosines[i], sines[i], [&](u32 e) { return x[args.latent + e]; },
-            [&](u32 e, float v) { store_element(out + args.latent + e, v); });
-    for (u32 c = args.latent + 2 * args.rope.half + threadIdx.x; c < args.width; c += blockDim.x) store_element(out + c, x[c]);
+            args.rope, i, cosines[i], sines[i], [&](u32 e) { return row.from[args.latent + e]; },
+            [&](u32 e, float v) { store_element(row.to + args.latent + e, v); });
+    float squares = 0.0f;
+    row.for_each(args, args.latent, [&](u32, float x, float, float) { squares += x * x; });
+    float scale = 1.0f / sqrtf(block_sum(squares, scratch) / args.latent + args.eps);
+    row.for_each(args, args.latent, [&](u32 c, float x, float w, float) { store_element(row.to + c, x * scale * w); });
+    for (u32 c = args.latent + 2 * args.rope.half + threadIdx.x; c < args.width; c += blockDim.x) store_element(row.to + c, row.from[c]);
 }
 
 extern "C" __global__ void __launch_bounds__(256) write_latent_f32(const __grid_constant__ WriteArgs args) {
@@ -140,22 +169,20 @@ extern "C" __global__ void __launch_bounds__(256) write_latent_bf16(const __grid
 template <class T>
 DI void write_index_key(const WriteArgs& args, float* scratch) {
     __shared__ float normed[MAX_INDEX_KEY], cosines[MAX_ROPE_PAIRS], sines[MAX_ROPE_PAIRS];
-    prepare_write(args, cosines, sines);
-    u32 r = blockIdx.x, width = args.width;
-    const float* x = args.x + u64(r) * args.x_pitch;
-    T* out = (T*)args.cache + u64(args.slots[r]) * width;
+    u32 width = args.width;
+    Written<T> row(args, width, cosines, sines);
     float sum = 0.0f, squares = 0.0f;
-    for (u32 c = threadIdx.x; c < width; c += blockDim.x) sum += x[c];
+    row.for_each(args, width, [&](u32, float x, float, float) { sum += x; });
     float mean = block_sum(sum, scratch) / width;
-    for (u32 c = threadIdx.x; c < width; c += blockDim.x) squares += (x[c] - mean) * (x[c] - mean);
+    row.for_each(args, width, [&](u32, float x, float, float) { squares += (x - mean) * (x - mean); });
     float scale = 1.0f / sqrtf(block_sum(squares, scratch) / width + args.eps);
-    for (u32 c = threadIdx.x; c < width; c += blockDim.x) normed[c] = (x[c] - mean) * scale * args.norm[c] + args.norm_bias[c];
+    row.for_each(args, width, [&](u32 c, float x, float w, float bias) { normed[c] = (x - mean) * scale * w + bias; });
     __syncthreads();
     for (u32 i = threadIdx.x; i < args.rope.half; i += blockDim.x)
         rotate_pair(
             args.rope, i, cosines[i], sines[i], [&](u32 e) { return normed[e]; },
-            [&](u32 e, float v) { store_element(out + e, v); });
-    for (u32 c = 2 * args.rope.half + threadIdx.x; c < width; c += blockDim.x) store_element(out + c, normed[c]);
+            [&](u32 e, float v) { store_element(row.to + e, v); });
+    for (u32 c = 2 * args.rope.half + threadIdx.x; c < width; c += blockDim.x) store_element(row.to + c, normed[c]);
 }
 
 extern "C" __global__ void __launch_bounds__(128) write_index_key_f32(const __grid_constant__ WriteArgs args) {

@@ -109,6 +109,100 @@ DI void router_row(const RouterArgs& args, u32 row, float* scores, float* choice
     }
 }
 
+// Those of 4 `words` keys that come before key `mine` of index `own`: the larger, then the lower index. The indices of a warp's
+// lanes are 32 in a row; keys past the last expert are 0.
+DI u32 keys_before(const uint4* keys, u32 words, u32 mine, u32 own) {
+    u32 before = 0, same = own / 32 * 8;
+#pragma unroll 4
+    for (u32 i = 0; i < same; i++) {
+        uint4 v = keys[i];
+        before += (v.x >= mine) + (v.y >= mine) + (v.z >= mine) + (v.w >= mine);
+    }
+    for (u32 i = same; i < min(same + 8, words); i++)
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) before += i * 4 + j < own ? word(keys[i], j) >= mine : word(keys[i], j) > mine;
+#pragma unroll 4
+    for (u32 i = same + 8; i < words; i++) {
+        uint4 v = keys[i];
+        before += (v.x > mine) + (v.y > mine) + (v.z > mine) + (v.w > mine);
+    }
+    return before;
+}
+
+// router_row by a block of 256 threads: every expert counts those that come before it.
+DI void router_block(const RouterArgs& args) {
+    constexpr u32 EACH = MAX_EXPERTS / 256;
+    __shared__ float scores[MAX_EXPERTS], first[MAX_GROUPS], second[MAX_GROUPS];
+    __shared__ __align__(16) u32 keys[MAX_EXPERTS];
+    __shared__ u32 group_keys[MAX_GROUPS], chosen[MAX_TOP_K];
+    const float none = -__int_as_float(0x7f800000);
+    u32 n = args.n_experts, lane = threadIdx.x & 31;
+    float choice[EACH], bias[EACH];
+    u32 key[EACH];
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) {
+        u32 e = min(i * 256 + threadIdx.x, n - 1);
+        choice[i] = __ldcg(args.logits + e);
+        bias[i] = __ldg(args.bias + e);
+    }
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) {
+        u32 e = i * 256 + threadIdx.x;
+        keys[e] = 0;
+        if (e >= n) continue;
+        float s = 1.0f / (1.0f + expf(-choice[i]));
+        scores[e] = s;
+        choice[i] = s + bias[i];
+        key[i] = keys[e] = ordered(choice[i]);
+    }
+    if (threadIdx.x < MAX_GROUPS) first[threadIdx.x] = second[threadIdx.x] = none;
+    __syncthreads();
+    if (args.n_group > 1) {
+        u32 size = n / args.n_group;
+#pragma unroll
+        for (u32 i = 0; i < EACH; i++) {
+            u32 e = i * 256 + threadIdx.x, group = e / size;
+            if (group >= args.n_group) break;
+            u32 before = 0;
+            for (u32 j = group * size; j < (group + 1) * size; j++) before += keys[j] > key[i] || (keys[j] == key[i] && j < e);
+            if (before == 0) first[group] = choice[i];
+            if (before == 1) second[group] = choice[i];
+        }
+        __syncthreads();
+        if (threadIdx.x < args.n_group) group_keys[threadIdx.x] = ordered(first[threadIdx.x] + second[threadIdx.x]);
+        __syncthreads();
+#pragma unroll
+        for (u32 i = 0; i < EACH; i++) {
+            u32 e = i * 256 + threadIdx.x, group = e / size;
+            if (group >= args.n_group) break;
+            u32 before = 0, mine = group_keys[group];
+            for (u32 j = 0; j < args.n_group; j++) before += group_keys[j] > mine || (group_keys[j] == mine && j < group);
+            if (before >= args.topk_group) key[i] = keys[e] = ordered(none);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) {
+        u32 e = i * 256 + threadIdx.x;
+        if (e >= n) break;
+        u32 before = keys_before((const uint4*)keys, (n + 3) / 4, key[i], e);
+        if (before < args.top_k) chosen[before] = e;
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    float mine = 0.0f, sum = 0.0f;
+    u32 id = 0;
+    if (lane < args.top_k) {
+        id = chosen[lane];
+        mine = scores[id];
+    }
+    for (u32 k = 0; k < args.top_k; k++) sum += __shfl_sync(FULL, mine, k);
+    if (lane >= args.top_k) return;
+    u32 held = id - args.first_expert;
+    args.ids[lane] = held < args.n_held ? int(held) : -1;
+    args.weights[lane] = (args.normalize ? mine / (sum + 1e-20f) : mine) * args.scale;
+}
+
 extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_constant__ RouterArgs args) {
     __shared__ float scores[MAX_EXPERTS], choice[MAX_EXPERTS];
     let_next_start();
@@ -119,8 +213,6 @@ extern "C" __global__ void __launch_bounds__(32) router_topk(const __grid_consta
 // The router's product and choice in one launch: the last block to finish chooses. Sums are linear_f32's.
 template <int TOKENS>
 DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) {
-    constexpr u32 WARPS = TOKENS == 1 ? 1 : 8;
-    __shared__ float scores[WARPS][MAX_EXPERTS], choice[WARPS][MAX_EXPERTS];
     __shared__ bool last;
     let_next_start();
     // Constants, on their way while the previous kernel finishes.
@@ -145,11 +237,15 @@ DI void route(const LinearF32Args& linear, const RouterArgs& args, u32* ticket) 
     }
     __syncthreads();
     if (!last) return;
-    u32 warp = threadIdx.x >> 5;
-    if (warp >= WARPS) return;
-    for (u32 row = warp; row < linear.n; row += WARPS) {
-        router_row(args, row, scores[warp], choice[warp]);
-        __syncwarp();
+    if constexpr (TOKENS == 1) {
+        router_block(args);
+    } else {
+        __shared__ float scores[8][MAX_EXPERTS], choice[8][MAX_EXPERTS];
+        u32 warp = threadIdx.x >> 5;
+        for (u32 row = warp; row < linear.n; row += 8) {
+            router_row(args, row, scores[warp], choice[warp]);
+            __syncwarp();
+        }
     }
 }
 

@@ -73,6 +73,8 @@ kernel_arguments! {
         x_stride: u32,
         out_offset: u32,
         out_stride: u32,
+        x_is_there: u32,
+        unused: u32,
     }
 
     struct LinearF32Args {
@@ -358,6 +360,8 @@ kernel_arguments! {
         scores_pitch: u32,
         k: u32,
         row0: u32,
+        alone: u32,
+        unused: u32,
         rope: Rope,
     }
 }

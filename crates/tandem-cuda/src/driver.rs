@@ -88,6 +88,8 @@ pub(crate) struct Device {
     copies: sys::CUstream,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
+    /// The kernel that was enqueued last.
+    last: Mutex<&'static str>,
     error: Mutex<Option<CudaError>>,
     /// Kernels may start while their predecessors finish.
     programmatic: bool,
@@ -152,6 +154,7 @@ impl Device {
                 copies,
                 module,
                 functions: Mutex::default(),
+                last: Mutex::default(),
                 error: Mutex::default(),
                 programmatic: programmatic && clusters,
                 max_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
@@ -472,6 +475,12 @@ impl Device {
         // after waiting.
         let launched = unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), null_mut()) };
         self.note(launched, &format!("launch {name}"));
+        *lock(&self.last) = name;
+    }
+
+    /// The kernel that was enqueued last.
+    pub(crate) fn last_launch(&self) -> &'static str {
+        *lock(&self.last)
     }
 
     /// Records what `work` enqueues instead of running it.

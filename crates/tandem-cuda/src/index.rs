@@ -12,8 +12,11 @@ use crate::preamble::*;
 
 /// Blocks of its scoring kernel that fill the device.
 const INDEX_BLOCKS: usize = 528;
-/// Contexts from which on a cluster of 8 blocks selects for a row, and rows up to which that is faster.
-const TOPK_CLUSTER_CONTEXT: usize = 8192;
+/// Contexts of which the lanes of index_topk_1_8, index_topk_1_16 and index_topk_8_4 hold all scores.
+const TOPK_CONTEXT: usize = 8192;
+const TOPK_LONG_CONTEXT: usize = 16384;
+const TOPK_CLUSTER_CONTEXT: usize = 32768;
+/// Rows up to which a cluster of 8 blocks a row is faster in contexts that one block does not hold.
 const TOPK_CLUSTER_ROWS: usize = 16;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
 const SCORE_FLOATS: usize = 64 << 20;
@@ -43,6 +46,8 @@ impl CudaBackend {
             scores_pitch: context as u32,
             k: selected.width() as u32,
             row0: 0,
+            alone: (batch.n_rows == 1).into(),
+            unused: 0,
             rope,
         };
         for first in (0..batch.n_rows).step_by(block) {
@@ -56,11 +61,14 @@ impl CudaBackend {
                 let name = ["index_scores_f32_f32", "index_scores_f32_bf16"][usize::from(cache.bf16)];
                 self.launch(name, (context.div_ceil(INDEX_F32_TILE), n, 1), 256, &mut args![args]);
             }
-            if context > TOPK_CLUSTER_CONTEXT && n <= TOPK_CLUSTER_ROWS && self.device.info.clusters {
-                self.launch("index_topk_8", (TOPK_CLUSTER * n, 1, 1), 1024, &mut args![args]);
-            } else {
-                self.launch("index_topk_1", (n, 1, 1), 1024, &mut args![args]);
-            }
+            let in_clusters = context > TOPK_LONG_CONTEXT && n <= TOPK_CLUSTER_ROWS && self.device.info.clusters;
+            let (name, blocks) = match (in_clusters, context) {
+                (true, ..=TOPK_CLUSTER_CONTEXT) => ("index_topk_8_4", TOPK_CLUSTER),
+                (true, _) => ("index_topk_8_16", TOPK_CLUSTER),
+                (false, ..=TOPK_CONTEXT) => ("index_topk_1_8", 1),
+                (false, _) => ("index_topk_1_16", 1),
+            };
+            self.launch(name, (blocks * n, 1, 1), 1024, &mut args![args]);
         }
     }
 

@@ -66,6 +66,8 @@ impl CudaBackend {
             (args.out_offset, args.out_stride) = (to.offset as u32, to.stride as u32);
             (args.jobs[0].out, args.jobs[0].out_pitch) = (out.pointer(), out.width() as u32);
             (args.jobs[0].packed, args.jobs[0].packed_pitch) = (packed.pointer, packed.pitch as u32);
+            // What came before the indexer is there when its last kernel starts, and nothing here depends on the indexer.
+            args.x_is_there = self.device.last_launch().starts_with("index_topk").into();
             return self.linear_mma(&[w], args);
         }
         let packed = out.packed_output(n_rows);

@@ -133,7 +133,7 @@ impl Case for Route {
 
     fn check<B: Backend>(&self, b: &Subject<B>, expected: &Vec<f32>) -> Result<(), String> {
         let (logits, ids, weights) = b.route(&self.input(), self.n, &self.gate, &self.bias(), &self.routing);
-        let rounding = Budget::rounded(activations(b.precision, self.gate.dtype), EVEN);
+        let rounding = Budget::rounded(activations(b.precision, self.gate.dtype, self.n), EVEN);
         let budget = product(b.precision, self.gate.dtype, self.n, self.gate.cols).and(rounding);
         compare("logits", &logits, expected, (self.gate.cols as f64 / 9.0).sqrt(), budget)?;
         let (expected_ids, expected_weights) = crate::scalar(1).router_topk(&logits, &self.bias(), &self.routing);

@@ -96,8 +96,12 @@ impl Input {
     }
 }
 
-/// How activations are rounded as they meet weights of a format.
-pub(crate) fn activations(precision: Precision, dtype: DType) -> Rounding {
+/// How activations of `n` rows are rounded as they meet weights of a format.
+pub(crate) fn activations(precision: Precision, dtype: DType, n: usize) -> Rounding {
+    let is_packed = matches!(dtype, DType::Mxfp4 | DType::Nvfp4 | DType::Affine { .. });
+    if let Some(rounding) = precision.prefill_packed.filter(|_| is_packed && n > EXACT_ROWS) {
+        return rounding;
+    }
     match dtype {
         DType::Mxfp4 | DType::Affine { bits: 4 | 8, .. } => precision.packed,
         DType::Nvfp4 | DType::Affine { .. } => precision.other_packed,
@@ -121,9 +125,9 @@ pub(crate) fn product(precision: Precision, dtype: DType, n: usize, cols: usize)
 /// values are rounded for the outer one.
 pub(crate) fn mlp_budget(precision: Precision, mlp: &MlpData, n: usize) -> Budget {
     let [gate, _, down] = mlp;
-    let input = Budget::rounded(Input::Coarse.after(activations(precision, gate.dtype)), EVEN);
+    let input = Budget::rounded(Input::Coarse.after(activations(precision, gate.dtype, n)), EVEN);
     let inner = product(precision, gate.dtype, n, gate.cols).and(input).times(2.0);
-    let middle = Budget::steps(8).and(Budget::rounded(activations(precision, down.dtype), GATED));
+    let middle = Budget::steps(8).and(Budget::rounded(activations(precision, down.dtype, n), GATED));
     inner.and(middle).and(product(precision, down.dtype, n, down.cols))
 }
 
@@ -173,7 +177,7 @@ impl Case for Linear {
         let MatrixData { dtype, rows, cols, .. } = self.weights;
         let found = b.linear(&self.input(), self.n, &[&self.weights]).remove(0);
         let found = columns(found, rows, self.only.as_deref());
-        let rounding = self.input.after(activations(b.precision, dtype));
+        let rounding = self.input.after(activations(b.precision, dtype, self.n));
         let budget = product(b.precision, dtype, self.n, cols).and(Budget::rounded(rounding, EVEN));
         // Noise has the mean square 1/3.
         compare("products", &found, expected, (cols as f64 / 9.0).sqrt(), budget)
@@ -220,7 +224,7 @@ impl Case for Several {
 
     fn check<B: Backend>(&self, b: &Subject<B>, expected: &Self::Expected) -> Result<(), String> {
         for ((data, found), expected) in Several::matrices().iter().zip(&self.run(b)).zip(expected) {
-            let rounding = Input::Coarse.after(activations(b.precision, data.dtype));
+            let rounding = Input::Coarse.after(activations(b.precision, data.dtype, self.n));
             let budget = product(b.precision, data.dtype, self.n, data.cols).and(Budget::rounded(rounding, EVEN));
             let what = format!("{} of {} rows", data.name, data.rows);
             compare(&what, found, expected, (data.cols as f64 / 9.0).sqrt(), budget)?;
@@ -280,7 +284,7 @@ impl Case for ByHead {
             return Err(format!("value {i}, between heads, was overwritten"));
         }
         let heads = |values: &[f32]| -> Vec<f32> { (0..values.len()).filter(written).map(|i| values[i]).collect() };
-        let rounding = Input::Coarse.after(activations(b.precision, self.dtype));
+        let rounding = Input::Coarse.after(activations(b.precision, self.dtype, self.n));
         let budget = product(b.precision, self.dtype, self.n, self.cols).and(Budget::rounded(rounding, EVEN));
         compare("heads", &heads(&found), &heads(expected), 0.0, budget)
     }
@@ -361,7 +365,7 @@ impl Case for UniformScale {
             let far = |(found, expected): (&f32, &f32)| f64::from((found - expected).abs()) > 8.0 * size;
             return if found.iter().zip(expected).any(far) { Err(format!("{found:?}")) } else { Ok(()) };
         }
-        let rounding = Input::Coarse.after(activations(b.precision, DType::Mxfp4));
+        let rounding = Input::Coarse.after(activations(b.precision, DType::Mxfp4, 1));
         // Terms below 2^-126 keep fewer bits, down to 2^-149: a step of the smallest for each is lost on both sides.
         let lost = UniformScale::COLS as f64 * 2f64.powi(-149);
         let budget = product(b.precision, DType::Mxfp4, 1, UniformScale::COLS).and(Budget::rounded(rounding, EVEN));

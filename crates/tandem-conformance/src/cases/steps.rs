@@ -3,8 +3,8 @@
 use tandem_core::Backend;
 use tandem_core::DType;
 use tandem_core::backend::{
-    AddRmsNorm, Batch, CacheKind, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope, RopeIndexSelect,
-    RopeLayout, RopeMlaAttention, Route, Routing, WriteIndexKey, WriteLatent,
+    AddRmsNorm, Batch, CacheKind, HeadLinear, Heads, Linear, Mlp, Moe, PrepareAttention, RmsNorm, Rope,
+    RopeIndexSelect, RopeLayout, RopeMlaAttention, Route, Routing, WriteIndexKey, WriteLatent,
 };
 use tandem_core::weights::ModuleKind;
 
@@ -45,6 +45,7 @@ struct Steps {
 struct Layer<B: Backend> {
     table: B::Matrix,
     inputs: Vec<B::Matrix>,
+    embed_q: B::Matrix,
     output: B::Matrix,
     gate: B::Matrix,
     experts: Mlp<B::Matrix>,
@@ -87,6 +88,7 @@ impl<B: Backend> Layer<B> {
         Layer {
             table: load(DType::BF16, VOCAB, HIDDEN, 1),
             inputs: PROJECTED.iter().map(|rows| load(AFFINE8, *rows, HIDDEN, *rows as u64)).collect(),
+            embed_q: b.load(&matrix(AFFINE8, HEADS, LATENT, LATENT, 7)),
             output: load(DType::Mxfp4, HIDDEN, HEADS * LATENT, 8),
             gate: load(DType::BF16, EXPERTS, HIDDEN, 9),
             experts: mlp(DType::Mxfp4, EXPERTS, 10),
@@ -145,6 +147,9 @@ impl<B: Backend> Layer<B> {
             cache: &self.keys,
             selected,
         });
+        let heads = Heads { n: HEADS, stride: WIDTH, offset: 0, width: LATENT };
+        let (w, out) = (&self.embed_q, &mut *q);
+        b.head_linear(HeadLinear { x: unrotated, from: heads, w, n_rows: n, out, to: heads });
         b.rope_mla_attention(RopeMlaAttention {
             x: unrotated,
             from: Heads { n: HEADS, stride: WIDTH, offset: LATENT, width: ROPE },

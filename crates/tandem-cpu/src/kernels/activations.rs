@@ -3,6 +3,8 @@
 use tandem_core::{DType, Numerics};
 
 use super::tile_rows::Operand;
+#[cfg(target_arch = "x86_64")]
+use super::tile_rows::amx;
 use crate::isa::Isa;
 use crate::matrix::CpuMatrix;
 use crate::pool::Pool;
@@ -33,13 +35,14 @@ pub(crate) enum Kernel {
 }
 
 impl Kernel {
-    pub(crate) fn choose(matrix: &CpuMatrix, numerics: Numerics, isa: Isa) -> Kernel {
+    /// `n_rows` are those of the step.
+    pub(crate) fn choose(matrix: &CpuMatrix, numerics: Numerics, isa: Isa, n_rows: usize) -> Kernel {
         let dtype = matrix.dtype();
         if isa == Isa::Scalar {
             return Kernel::Generic;
         }
         if let CpuMatrix::Tiled(tiles) = matrix {
-            return Kernel::Tiles(Operand::choose(tiles.layout, numerics, isa));
+            return Kernel::Tiles(Operand::choose(tiles.layout, numerics, isa, n_rows));
         }
         let int8 = numerics == Numerics::Int8 && isa.has_int8_dot();
         match dtype {
@@ -55,7 +58,7 @@ impl Kernel {
     fn forms(self, dtype: DType) -> Forms {
         let mut forms = Forms::default();
         match self {
-            Kernel::Generic | Kernel::ByteF32 => {}
+            Kernel::Generic | Kernel::ByteF32 => forms.plain = true,
             Kernel::NibbleF32 => forms.nibble_f32 = true,
             Kernel::NibbleInt8 => forms.nibble_q8 = true,
             Kernel::ByteInt8 => forms.q8 = true,
@@ -63,7 +66,9 @@ impl Kernel {
                 Operand::Int8 => forms.q8 = true,
                 Operand::Int16 => forms.pairs_i16 = true,
                 Operand::Bf16 => forms.pairs_bf16 = true,
-                Operand::F32 => {}
+                // Biases are in the weights.
+                Operand::AmxBf16 => return Forms { lines: true, ..forms },
+                Operand::F32 => forms.plain = true,
             },
         }
         forms.half_sums = dtype == DType::Nvfp4;
@@ -77,6 +82,7 @@ impl Kernel {
 /// Forms of activations, see the fields of [`Activations`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Forms {
+    plain: bool,
     sums: [bool; 3],
     nibble_f32: bool,
     nibble_q8: bool,
@@ -84,11 +90,13 @@ struct Forms {
     pairs_bf16: bool,
     pairs_i16: bool,
     half_sums: bool,
+    lines: bool,
 }
 
 impl Forms {
     fn or(self, other: Forms) -> Forms {
         Forms {
+            plain: self.plain || other.plain,
             sums: std::array::from_fn(|i| self.sums[i] || other.sums[i]),
             nibble_f32: self.nibble_f32 || other.nibble_f32,
             nibble_q8: self.nibble_q8 || other.nibble_q8,
@@ -96,6 +104,7 @@ impl Forms {
             pairs_bf16: self.pairs_bf16 || other.pairs_bf16,
             pairs_i16: self.pairs_i16 || other.pairs_i16,
             half_sums: self.half_sums || other.half_sums,
+            lines: self.lines || other.lines,
         }
     }
 }
@@ -124,6 +133,9 @@ pub struct Activations {
     pairs_bf16: Vec<u16>,
     /// In the same order.
     pairs_i16: Integers<i16>,
+    /// `[n_rows and some, pitch]`, see the module `amx`.
+    #[cfg(target_arch = "x86_64")]
+    lines: Vec<amx::Line>,
 }
 
 /// Activations rounded to integers that fill the range of `T`, with a scale per group of 32.
@@ -160,25 +172,28 @@ pub(crate) enum SumsOf {
 
 impl<T: Copy + Default> Integers<T> {
     /// Room for `n_rows` of `width`, of which `per_row` are stored; none if not `wanted`.
-    fn resize(&mut self, wanted: bool, forms: Forms, n_rows: usize, width: usize, per_row: usize) {
+    fn room(
+        &mut self,
+        wanted: bool,
+        forms: Forms,
+        n_rows: usize,
+        width: usize,
+        per_row: usize,
+    ) -> SharedIntegers<'_, T> {
         let length = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
         let groups = width.div_ceil(Q8_GROUP);
-        self.values.resize(length(wanted, per_row), T::default());
-        self.scales.resize(length(wanted, groups), 0.0);
-        self.group_sums.resize(length(wanted, groups), 0);
+        // Empty where it is not wanted, which is how rows know.
         self.half_sums.resize(length(wanted && forms.half_sums, 2 * groups), 0);
-        for (i, sums) in self.sums.iter_mut().enumerate() {
-            sums.resize(length(wanted && forms.sums[i], width / (Q8_GROUP << i)), 0.0);
-        }
-    }
-
-    fn shared(&mut self) -> SharedIntegers<'_, T> {
+        let mut i = 0;
         SharedIntegers {
-            values: SharedMut::new(&mut self.values),
-            scales: SharedMut::new(&mut self.scales),
-            group_sums: SharedMut::new(&mut self.group_sums),
+            values: room(&mut self.values, length(wanted, per_row)),
+            scales: room(&mut self.scales, length(wanted, groups)),
+            group_sums: room(&mut self.group_sums, length(wanted, groups)),
             half_sums: SharedMut::new(&mut self.half_sums),
-            sums: self.sums.each_mut().map(|v| SharedMut::new(v)),
+            sums: self.sums.each_mut().map(|sums| {
+                i += 1;
+                room(sums, length(wanted && forms.sums[i - 1], width / (Q8_GROUP << (i - 1))))
+            }),
         }
     }
 
@@ -212,31 +227,27 @@ impl Activations {
         let lengths = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
         let nibbles = width.div_ceil(NIBBLE_BLOCK) * NIBBLE_BLOCK;
         let bytes = width.div_ceil(BYTE_BLOCK) * BYTE_BLOCK;
-        self.plain.resize(n_rows * width, 0.0);
-        for i in 0..3 {
-            self.sums[i].resize(lengths(forms.sums[i], width / (32 << i)), 0.0);
-        }
-        self.nibble_f32.resize(lengths(forms.nibble_f32, nibbles), 0.0);
-        self.pairs_bf16.resize(lengths(forms.pairs_bf16, width.next_multiple_of(8)), 0);
-        self.nibble_q8.resize(lengths(forms.nibble_q8, nibbles), 0);
-        self.nibble_scales.resize(lengths(forms.nibble_q8, nibbles / 8), 0.0);
-        self.nibble_lane_sums.resize(lengths(forms.nibble_q8, nibbles / 8), 0);
-        self.byte_scales.resize(lengths(forms.q8, bytes / 4), 0.0);
-        self.q8.resize(quantized, forms, n_rows, width, bytes);
-        self.pairs_i16.resize(forms.pairs_i16, forms, n_rows, width, width.next_multiple_of(8));
-
+        let mut i = 0;
         let shared = Shared {
             width,
-            plain: SharedMut::new(&mut self.plain),
-            sums: self.sums.each_mut().map(|v| SharedMut::new(v)),
-            nibble_f32: SharedMut::new(&mut self.nibble_f32),
-            pairs_bf16: SharedMut::new(&mut self.pairs_bf16),
-            nibble_q8: SharedMut::new(&mut self.nibble_q8),
-            nibble_scales: SharedMut::new(&mut self.nibble_scales),
-            nibble_lane_sums: SharedMut::new(&mut self.nibble_lane_sums),
-            byte_scales: SharedMut::new(&mut self.byte_scales),
-            q8: self.q8.shared(),
-            pairs_i16: self.pairs_i16.shared(),
+            plain: room(&mut self.plain, lengths(forms.plain, width)),
+            sums: self.sums.each_mut().map(|sums| {
+                i += 1;
+                room(sums, lengths(forms.sums[i - 1], width / (Q8_GROUP << (i - 1))))
+            }),
+            nibble_f32: room(&mut self.nibble_f32, lengths(forms.nibble_f32, nibbles)),
+            pairs_bf16: room(&mut self.pairs_bf16, lengths(forms.pairs_bf16, width.next_multiple_of(8))),
+            nibble_q8: room(&mut self.nibble_q8, lengths(forms.nibble_q8, nibbles)),
+            nibble_scales: room(&mut self.nibble_scales, lengths(forms.nibble_q8, nibbles / 8)),
+            nibble_lane_sums: room(&mut self.nibble_lane_sums, lengths(forms.nibble_q8, nibbles / 8)),
+            byte_scales: room(&mut self.byte_scales, lengths(forms.q8, bytes / 4)),
+            q8: self.q8.room(quantized, forms, n_rows, width, bytes),
+            pairs_i16: self.pairs_i16.room(forms.pairs_i16, forms, n_rows, width, width.next_multiple_of(8)),
+            #[cfg(target_arch = "x86_64")]
+            lines: {
+                let n = if forms.lines { (n_rows + amx::EXTRA_ROWS) * amx::pitch(width) } else { 0 };
+                room(&mut self.lines, n)
+            },
         };
         let fill = |range: std::ops::Range<usize>| {
             for r in range {
@@ -272,6 +283,12 @@ impl Activations {
         block_row(&self.pairs_bf16, row, self.width, 8, 8)
     }
 
+    /// All rows for AMX, [`amx::pitch`] lines each, and [`amx::EXTRA_ROWS`] more.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn lines(&self) -> &[amx::Line] {
+        &self.lines
+    }
+
     /// 8-bit integers in order.
     pub(crate) fn q8(&self, row: usize) -> IntegerRow<'_, i8> {
         self.q8.row(row, self.width, BYTE_BLOCK)
@@ -297,6 +314,15 @@ impl Activations {
     }
 }
 
+/// The first `n` elements, more memory being taken if it has fewer; it never gives any back, for what comes back is zeros that
+/// one thread writes.
+fn room<T: Copy + Default>(memory: &mut Vec<T>, n: usize) -> SharedMut<'_, T> {
+    if memory.len() < n {
+        memory.resize(n, T::default());
+    }
+    SharedMut::new(&mut memory[..n])
+}
+
 /// Row `row` of data that has `per_block` entries for each block of `block` elements.
 fn block_row<T>(data: &[T], row: usize, width: usize, block: usize, per_block: usize) -> &[T] {
     let n = width.div_ceil(block) * per_block;
@@ -316,6 +342,8 @@ struct Shared<'a> {
     byte_scales: SharedMut<'a, f32>,
     q8: SharedIntegers<'a, i8>,
     pairs_i16: SharedIntegers<'a, i16>,
+    #[cfg(target_arch = "x86_64")]
+    lines: SharedMut<'a, amx::Line>,
 }
 
 struct SharedIntegers<'a, T> {
@@ -377,7 +405,13 @@ impl Shared<'_> {
         match isa {
             // SAFETY: the ISA is only available on processors that have it.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Amx => unsafe { self.fill_avx512(forms, row, n_rows, x) },
+            Isa::Avx512 | Isa::Amx => unsafe {
+                self.fill_avx512(forms, row, n_rows, x);
+                if forms.lines {
+                    let n = self.width / Q8_GROUP;
+                    amx::fill_lines(x, self.lines.slice(row * amx::pitch(self.width), n));
+                }
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { self.fill_avx2(forms, row, n_rows, x) },
@@ -404,7 +438,9 @@ impl Shared<'_> {
     #[inline(always)]
     fn fill_row(&self, forms: Forms, row: usize, n_rows: usize, x: &[f32]) {
         assert_eq!(x.len(), self.width);
-        own(&self.plain, row, n_rows).copy_from_slice(x);
+        if forms.plain {
+            own(&self.plain, row, n_rows).copy_from_slice(x);
+        }
         for (i, sums) in self.sums.iter().enumerate() {
             for (sum, values) in own(sums, row, n_rows).iter_mut().zip(x.chunks_exact(32 << i)) {
                 *sum = sum_of(values);

@@ -1,7 +1,7 @@
 //! Rows of a packed matrix times activations: the work that decides the speed of decoding.
 
+use tandem_core::DType;
 use tandem_core::quant::PackedView;
-use tandem_core::{DType, Numerics};
 
 use super::activations::{Activations, Kernel};
 use super::rows::ROWS;
@@ -19,7 +19,7 @@ use crate::scratch::with_scratch;
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn matrix_rows(
     isa: Isa,
-    numerics: Numerics,
+    kernel: Kernel,
     matrix: &CpuMatrix,
     part: usize,
     first_row: usize,
@@ -28,7 +28,6 @@ pub(crate) fn matrix_rows(
     tokens: &[u32],
     out: &mut [f32],
 ) {
-    let kernel = Kernel::choose(matrix, numerics, isa);
     let view = match matrix {
         CpuMatrix::Mapped(mapped) => mapped.data.view(part),
         CpuMatrix::Tiled(tiles) => {

@@ -4,6 +4,8 @@ pub mod activations;
 mod affine;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod attention_amx;
+#[cfg(target_arch = "x86_64")]
 mod attention_avx2;
 #[cfg(target_arch = "x86_64")]
 mod attention_avx512;

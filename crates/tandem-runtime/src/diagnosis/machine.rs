@@ -104,9 +104,9 @@ impl Machine {
             format!("{}, {}", has(self.has_bf16, "bf16 products"), has(self.has_vnni, "integer dot products"));
         let evidence = format!("{} kernels; {features}", self.isa);
         let found = Finding::new("processor.kernels", Level::Ok, format!("kernels for {}", self.isa), evidence);
-        let best = self.isas.iter().rfind(|isa| **isa != Isa::Amx).copied().unwrap_or(Isa::Scalar);
+        let best = self.isas.last().copied().unwrap_or(Isa::Scalar);
         match self.isa {
-            isa if isa != best && isa != Isa::Amx => found
+            isa if isa != best => found
                 .with_level(Level::Warning, format!("{isa} kernels on a processor that has {best}"))
                 .with_remedy("leave --isa out"),
             Isa::Scalar => found

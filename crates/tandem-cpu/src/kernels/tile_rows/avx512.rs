@@ -129,6 +129,22 @@ impl<'a> Params<'a> {
             }
         }
     }
+
+    /// Biases of the 32 rows for group `group` of 32 columns; zeros where there are none.
+    ///
+    /// # Safety
+    /// `group` must be one of the tile's.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    pub(super) unsafe fn biases(&self, group: usize) -> [__m512; 2] {
+        match self.scales {
+            // SAFETY: there are as many biases as scales.
+            Scales::Float(float) if self.tile.layout.biased => unsafe {
+                pair(float, self.tile.biases, group >> self.share_log2)
+            },
+            _ => [_mm512_setzero_ps(); 2],
+        }
+    }
 }
 
 /// Scales or biases of group `group`.
@@ -159,7 +175,7 @@ fn e8m0(bytes: __m128i) -> __m512 {
 /// `word` must be one of the tile's.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn words(tile: &Tile<'_>, word: usize) -> [__m512i; 2] {
+pub(super) unsafe fn words(tile: &Tile<'_>, word: usize) -> [__m512i; 2] {
     // SAFETY: the caller's promise.
     unsafe {
         let p = tile.codes.as_ptr().add(word * 4 * HEIGHT);
@@ -172,11 +188,7 @@ unsafe fn words(tile: &Tile<'_>, word: usize) -> [__m512i; 2] {
 /// # Safety
 /// The processor must have AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn add_biases<const T: usize>(
-    params: &Params<'_>,
-    x_sums: &[&[f32]; T],
-    sums: &mut [[__m512; 2]; T],
-) {
+unsafe fn add_biases<const T: usize>(params: &Params<'_>, x_sums: &[&[f32]; T], sums: &mut [[__m512; 2]; T]) {
     let Scales::Float(float) = params.scales else { return };
     if !params.tile.layout.biased {
         return;

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
-mod amx;
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -16,8 +16,8 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
-use tandem_core::Numerics;
 use tandem_core::quant::minifloat::E2M1;
+use tandem_core::{EXACT_ROWS, Float, Numerics};
 
 use super::activations::{Activations, IntegerRow, SumsOf};
 use crate::isa::Isa;
@@ -40,15 +40,22 @@ pub(crate) enum Operand {
     Int16,
     /// Codes as bf16 times bf16.
     Bf16,
+    /// Decoded values as bf16 times bf16 in AMX's registers, for steps of many rows.
+    AmxBf16,
     /// Decoded values in f32.
     F32,
 }
 
 impl Operand {
-    /// The operand that `numerics` asks for, or the next more exact one that this processor multiplies.
-    pub(crate) fn choose(layout: Layout, numerics: Numerics, isa: Isa) -> Operand {
+    /// The operand that `numerics` asks for in a step of `n_rows` rows, or the next more exact one that this processor
+    /// multiplies.
+    pub(crate) fn choose(layout: Layout, numerics: Numerics, isa: Isa, n_rows: usize) -> Operand {
         let integers = layout.codes.are_integers();
         match (numerics, isa) {
+            // Not for scales of f32, which bf16 would round.
+            (Numerics::Bf16, Isa::Amx) if n_rows > EXACT_ROWS && layout.scales != Scales::Float(Float::F32) => {
+                Operand::AmxBf16
+            }
             // Without dot products of bytes, pairs of 8-bit codes times 8-bit activations do not fit 16-bit sums.
             (Numerics::Int8, Isa::Avx2) if integers && (layout.codes != Codes::U8 || isa.has_vnni()) => Operand::Int8,
             (Numerics::Int8 | Numerics::Bf16, Isa::Avx2) if integers => Operand::Int16,
@@ -66,7 +73,7 @@ impl Operand {
         match self {
             Operand::Int8 => SumsOf::Int8,
             Operand::Int16 => SumsOf::Int16,
-            Operand::Bf16 | Operand::F32 => SumsOf::Plain,
+            Operand::Bf16 | Operand::AmxBf16 | Operand::F32 => SumsOf::Plain,
         }
     }
 
@@ -121,13 +128,9 @@ pub(crate) fn tile_rows(
     let height = matrix.height();
     assert!(first_row.is_multiple_of(height) && first_row + n_rows <= matrix.rows);
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx
-        && tokens.len() >= amx::LEAST_TOKENS
-        && matches!(operand, Operand::Int8 | Operand::Int16)
-        && matrix.layout.group >= GROUP
-    {
-        // SAFETY: `Isa::Amx` only exists on processors with AMX and what `Isa::Avx512` needs.
-        return unsafe { amx::tile_rows(operand, matrix, part, first_row, n_rows, x, tokens, out) };
+    if operand == Operand::AmxBf16 {
+        // SAFETY: `Isa::Amx`, for which alone this is chosen, only exists on processors with AMX and what `Isa::Avx512` needs.
+        return unsafe { amx::tile_rows(matrix, part, first_row, n_rows, x, tokens, out) };
     }
     // Equal shares: 8 tokens are two passes of 4, not 6 and 2.
     let most = operand.max_tokens(isa);
@@ -218,6 +221,7 @@ unsafe fn pass_of<const T: usize>(
                     _ => unreachable!("no such tiles for {isa}"),
                 }
             }
+            Operand::AmxBf16 => unreachable!("it has its own passes"),
             Operand::F32 => {
                 let x: [FloatToken<'_, f32>; T] =
                     std::array::from_fn(|t| FloatToken::new(tile, x.row(token(t)), sums(t)));
