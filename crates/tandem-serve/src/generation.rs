@@ -537,7 +537,7 @@ impl App {
     }
 
     /// Reasoning, text and calls of an answer, without the spaces around them.
-    fn read_answer(&self, tokens: &[u32], chat: &Chat) -> Option<(String, String, Vec<(String, Value)>)> {
+    fn read_answer(&self, tokens: &[u32], chat: &Chat) -> Option<Meaning> {
         let (functions, reasoning) = (chat.functions.clone(), chat.in_reasoning);
         let mut stream = AnswerStream::chat(&self.tokenizer, self.dialect, functions, reasoning, vec![]);
         let mut answer = Answer::default();
@@ -582,6 +582,9 @@ pub(crate) struct Call {
     /// JSON text; open at its end if the answer was cut off.
     pub(crate) arguments: String,
 }
+
+/// What an answer says, in whatever tokens: its reasoning, text and calls.
+type Meaning = (String, String, Vec<(String, Value)>);
 
 /// A whole answer.
 #[derive(Debug, Default)]
