@@ -9,8 +9,8 @@ bundled model was made for, so its copy says 131,072: the text it writes is nons
 Each client is started twice, with a question as its argument and a HOME that is empty but for configuration that would lead it
 to another server and model: on a server that runs, which must have answered it, and on one that `tandem agent` starts, which must
 be gone afterwards. Checked of HOME: the configuration's files have the same bytes as before, and other files are only where the
-client keeps its own state, below .claude*, .codex, .cache, .config/opencode, .local/share/opencode and .local/state/opencode, and
-where Tandem keeps the record of its last run, .local/state/tandem. TMPDIR has no folder of `tandem agent` left.
+client keeps its own state, below .claude*, .codex, .cache, .config/opencode, .local/share/opencode and .local/state/opencode, in npm's
+cache, from which OpenCode loads its providers, and where Tandem keeps the record of its last run, .local/state/tandem. TMPDIR has no folder of `tandem agent` left.
 """
 import argparse
 import hashlib
@@ -38,7 +38,8 @@ ARGUMENTS = {
     "codex": ["exec", "--skip-git-repo-check", QUESTION],
     "opencode": ["run", QUESTION],
 }
-# What the user has set: another server. (Claude Code itself takes a "model" like "opus" out of its settings, however it is started.)
+# What the user has set: another server. (Claude Code itself takes a "model" like "opus" out of its settings, however it is started, and
+# OpenCode itself adds "$schema" to settings that lack it, at any command, `opencode models` too: here it has been started before.)
 OWN = {
     ".claude/settings.json": json.dumps({
         "model": "mine", "env": {"ANTHROPIC_BASE_URL": ELSEWHERE, "ANTHROPIC_MODEL": "mine", "ANTHROPIC_AUTH_TOKEN": "mine"},
@@ -51,11 +52,11 @@ base_url = "{ELSEWHERE}/v1"
 wire_api = "responses"
 """,
     ".config/opencode/opencode.json": json.dumps({
-        "model": "mine/big",
+        "$schema": "https://opencode.ai/config.json", "model": "mine/big",
         "provider": {"mine": {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{ELSEWHERE}/v1"}, "models": {"big": {}}}},
     }),
 }
-OF_CLIENTS = [".claude", ".codex", ".cache", ".config/opencode", ".local/share/opencode", ".local/state/opencode", ".local/state/tandem"]
+OF_CLIENTS = [".claude", ".codex", ".cache", ".config/opencode", ".local/share/opencode", ".local/state/opencode", ".local/state/tandem", ".npm/_"]
 
 
 def hashes(folder):
@@ -133,7 +134,8 @@ def start(binary, client, flags, scratch, bin_folder, timeout):
         problems.append(f"nothing was said: {done.stderr[-800:]}")
     problems += [f"{name} was changed" for name, digest in before.items() if after.get(name) != digest]
     strangers = [name for name in after if name not in before and not name.startswith(tuple(OF_CLIENTS))]
-    problems += [f"HOME has {name}" for name in strangers]
+    places = sorted({"/".join(name.split("/")[:2]) for name in strangers})
+    problems += [f"HOME has {len([name for name in strangers if name.startswith(place)])} files in {place}" for place in places]
     problems += [f"TMPDIR has {path.name}" for path in temporary.glob("tandem-*")]
     own = len([name for name in after if name not in before])
     return problems, f"{seconds:.0f} s, {len(before)} files of configuration unchanged, {own} files of its own state", done

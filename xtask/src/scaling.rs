@@ -73,6 +73,19 @@ const PREFILL: (f64, f64, f64) = (5355.0 * MB, 0.71, 3.68 * US);
 /// Loading from page cache, of one rank, bytes per second.
 const LOAD: f64 = 19e9;
 
+/// Two cores of Zen 4 (AVX-512 with VNNI; 8-bit or 16-bit activations) on one token: what a layer takes beside reading, and from
+/// 2048 positions on scores and selection, at 4096 and for each 1024 more.
+const ZEN4: (f64, f64, f64) = (3400.0 * US, 3800.0 * US, 24.0 * US);
+/// Prefill there: a token in a layer with AVX-512 and 8-bit activations, with 16-bit ones, and with AVX2 and 8-bit ones.
+const ZEN4_PREFILL: (f64, f64, f64) = (2150.0 * US, 3850.0 * US, 4500.0 * US);
+
+/// Seconds of a token through `n_layers` layers on those two cores, whose memory gave `bandwidth` bytes per second meanwhile: other
+/// guests change it.
+fn on_zen4(n_layers: f64, context: f64, bandwidth: f64) -> f64 {
+    let selection = if context > 2048.0 { ZEN4.1 + ZEN4.2 * (context - 4096.0).max(0.0) / 1024.0 } else { 0.0 };
+    n_layers * (GLM.layer / bandwidth + ZEN4.0 + selection)
+}
+
 /// How one model lies on GPUs.
 #[derive(Clone, Copy)]
 struct Plan {
@@ -318,6 +331,8 @@ fn checks() -> Vec<Check> {
     const FIRST: &str = "2026-11-23-cuda-h100";
     const LATER: &str = "2026-11-26-h100";
     const ROOFLINE: &str = "2026-11-26-cuda-roofline";
+    const TILES: &str = "2026-11-23-cpu-tiles";
+    const AVX2: &str = "2026-11-26-cpu-avx2";
     let one = plan(1, 1, 1);
     let layers = |gpu: &Gpu, plan, n: f64, rows, context| step(gpu, plan, n, rows, context, false);
     let each = |gpu: &Gpu, plan, context| layer(gpu, plan, 1.0, context) * 1e3;
@@ -453,6 +468,34 @@ fn checks() -> Vec<Check> {
             is_fitted: true,
         });
     }
+    // Bandwidth of the moment: as it was noted, or the bytes of the layers over the time and its share.
+    let share = |n_layers: f64, ms: f64, percent: f64| n_layers * GLM.layer / (ms * 1e-3) / (percent / 100.0);
+    for (what, n, context, bandwidth, measured, run, quote, is_fitted) in [
+        ("int8, 2 layers", 2.0, 512.0, share(2.0, 32.6, 80.0), 32.6, TILES, "80 % of the moment", true),
+        ("bf16, 2 layers", 2.0, 512.0, share(2.0, 29.6, 78.0), 29.6, TILES, "78 % of the moment", true),
+        ("bf16, 2 layers, 4k", 2.0, 4096.0, 33.1e9, 38.3, TILES, "45.6 / 38.3 ms", true),
+        ("bf16, 2 layers, 128k", 2.0, 131_072.0, 32.6e9, 45.6, TILES, "45.6 / 38.3 ms", true),
+        ("int8, a layer", 1.0, 512.0, 62.5e9, 10.2, AVX2, "60 to 65 GB/s | 12.5 to 14.5 ms | 10.2 ms", false),
+        ("bf16, a layer", 1.0, 512.0, 58.5e9, 11.5, AVX2, "52 to 65 GB/s | 12.5 to 14.5 ms | 11.5 ms", false),
+        ("AVX2, int8, a layer", 1.0, 512.0, 34e9, 14.5, AVX2, "14.5 ms | 79.5 % (34 GB/s)", false),
+        ("AVX2, bf16, a layer", 1.0, 512.0, 34.5e9, 14.4, AVX2, "14.4 ms | 79.7 % (34 to 35 GB/s)", false),
+    ] {
+        let at = format!("2 cores at {:.0} GB/s, {what}", bandwidth / 1e9);
+        checks.push(ms(&at, on_zen4(n, context, bandwidth) * 1e3, measured, (run, quote), is_fitted));
+    }
+    for (what, n, seconds, measured, run, quote, is_fitted) in [
+        ("int8, 256 tokens, 2 layers", 2.0, ZEN4_PREFILL.0, 221.0, TILES, "256 tokens, int8 | 221 tok/s", true),
+        ("int8, 512 tokens, 2 layers", 2.0, ZEN4_PREFILL.0, 216.0, TILES, "512 tokens, int8 | 216 tok/s", false),
+        ("bf16, 256 tokens, 2 layers", 2.0, ZEN4_PREFILL.1, 129.0, TILES, "bf16 | 129 and 124 tok/s", true),
+        ("bf16, 512 tokens, 2 layers", 2.0, ZEN4_PREFILL.1, 124.0, TILES, "bf16 | 129 and 124 tok/s", false),
+        ("int8, 256 tokens, a layer", 1.0, ZEN4_PREFILL.0, 494.0, AVX2, "494 tokens/s", false),
+        ("int8, the same later", 1.0, ZEN4_PREFILL.0, 485.0, AVX2, "485 tokens/s", false),
+        ("bf16, 256 tokens, a layer", 1.0, ZEN4_PREFILL.1, 268.0, AVX2, "268 tokens/s", false),
+        ("AVX2, int8, 256 tokens, a layer", 1.0, ZEN4_PREFILL.2, 237.0, AVX2, "237 tokens/s", true),
+        ("AVX2, the same later", 1.0, ZEN4_PREFILL.2, 205.0, AVX2, "205 tokens/s", false),
+    ] {
+        checks.push(rate(&format!("2 cores, prefill, {what}"), 1.0 / (n * seconds), measured, (run, quote), is_fitted));
+    }
     for (what, plan, rows, context, measured, is_fitted) in [
         ("tp 4, context 1k", plan(4, 1, 1), 1.0, 1024.0, 109.9, false),
         ("tp 4, context 8k", plan(4, 1, 1), 1.0, 8192.0, 87.9, false),
@@ -495,13 +538,14 @@ pub(crate) fn scaling(words: &[&str]) -> Result<String> {
     let mut text = String::new();
     let mut line = |words: std::fmt::Arguments| writeln!(text, "{words}").expect("a string takes everything");
     line(format_args!("Measured, and by the formulas (* : a constant was fitted to it)\n"));
-    line(format_args!("| | measured | predicted | off | run |\n|---|---|---|---|---|"));
+    line(format_args!("| | measured | predicted | ratio | off | run |\n|---|---|---|---|---|---|"));
     for Check { what, unit, measured, predicted, source, is_fitted } in checks() {
         let star = if is_fitted { " *" } else { "" };
-        let off = 100.0 * (predicted / measured - 1.0);
+        let ratio = predicted / measured;
+        let off = 100.0 * (ratio - 1.0);
         let run = source.map_or("-", |(run, _)| run);
         let (measured, predicted) = (short(measured), short(predicted));
-        line(format_args!("| {what} | {measured} {unit} | {predicted}{star} | {off:+.0} % | {run} |"));
+        line(format_args!("| {what} | {measured} {unit} | {predicted}{star} | {ratio:.2} | {off:+.0} % | {run} |"));
     }
     line(format_args!("\nOne replica on {}s, tokens per second\n", H200.name));
     line(format_args!("| | GPUs | 1 stream, 1k | 64k | 8 streams, 1k | 32 | prompt of 4096 in chunks of 512, s |"));

@@ -6,13 +6,15 @@ use sha2::{Digest, Sha256};
 use tandem_core::backend::PAGE_SIZE;
 use tandem_core::weights::ModuleKind;
 use tandem_core::{Checkpoint, ModelConfig};
+use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_engine::{GenerationConfig, RankStatus};
 use tandem_model::Accounting;
 use tandem_text::{ChatFormat, Dialect, Tokenizer};
 
+use crate::device::{DeviceKind, cpu_backend};
 use crate::load::{resident_bytes, settle_tie};
 use crate::model_dir::model_dir;
-use crate::options::{Activations, LoadOptions, ModelOptions};
+use crate::options::{Activations, DeviceOptions, LoadOptions, ModelOptions};
 
 /// A model's small files, read and checked before its weights are.
 pub struct ModelFiles {
@@ -84,13 +86,27 @@ pub fn page_fingerprint(dir: &Path, numerics: &str, ranks: &[RankStatus]) -> any
     Ok(hasher.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Bytes that a process takes besides weights and cache: the program, its threads, room to work; and the 256 MB that it reads to
-/// measure the memory's bandwidth when it starts.
-const PROCESS_BYTES: u64 = (64 + 256) << 20;
+/// Read for the memory's bandwidth at least.
+const BANDWIDTH_BYTES: usize = 256 << 20;
+
+/// Bytes per second that the processor's threads read together, if they are the device. Takes a second, and 1 GiB of memory.
+///
+/// # Errors
+/// There is no such device.
+pub fn memory_bandwidth(device: &DeviceOptions) -> anyhow::Result<Option<f64>> {
+    let is_cpu = DeviceKind::choose(device)? == DeviceKind::Cpu;
+    Ok(is_cpu.then(|| measure_read_bandwidth(cpu_backend(device, 0).pool(), BANDWIDTH_BYTES)))
+}
+
+/// Bytes that a process takes besides weights and cache: the program, its threads, room to work.
+const PROCESS_BYTES: u64 = 64 << 20;
+/// Bytes that each of several ranks reads to measure the memory's bandwidth when it starts; a process alone need not.
+const MEASURING_BYTES: u64 = 1 << 30;
 /// Bytes of a cached number at most, as backends keep them; f32 if the numerics are.
 const CACHED_NUMBER_BYTES: u64 = 2;
 
-/// Bytes of memory that the options' model will about take in a process of its own, by its configuration and the headers of its
+/// Bytes of memory that the options' model will about take in a process of its own, or one a rank, whose memory's bandwidth is
+/// known, by its configuration and the headers of its
 /// files, which are checked as loading would; its weights are looked at when they are loaded.
 ///
 /// # Errors
@@ -106,5 +122,7 @@ pub fn memory_needed(options: &ModelOptions, what: LoadOptions) -> anyhow::Resul
     let specs = (0..files.config.num_hidden_layers).flat_map(|layer| tandem_model::cache_specs(&files.config, layer));
     let numbers: u64 = specs.map(|spec| spec.width as u64).sum();
     let number_bytes = if options.device.activations == Activations::F32 { 4 } else { CACHED_NUMBER_BYTES };
-    Ok(resident + numbers * number_bytes * n_tokens as u64 + PROCESS_BYTES)
+    let n_ranks = options.parallel.n_ranks()? as u64;
+    let of_processes = n_ranks * (PROCESS_BYTES + if n_ranks > 1 { MEASURING_BYTES } else { 0 });
+    Ok(resident + numbers * number_bytes * n_tokens as u64 + of_processes)
 }

@@ -7,13 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use tandem_core::backend::PAGE_SIZE;
-use tandem_cpu::bandwidth::measure_read_bandwidth;
 use tandem_cpu::system;
 use tandem_engine::{Engine, PageStore, Scheduling};
-use tandem_runtime::device::{DeviceKind, cpu_backend};
 use tandem_runtime::diagnosis::{Recorder, RunRecord};
 use tandem_runtime::ranks::{Joined, Quit};
-use tandem_runtime::serving::{ModelFiles, bytes_of_step, memory_needed, page_fingerprint};
+use tandem_runtime::serving::{ModelFiles, bytes_of_step, memory_bandwidth, memory_needed, page_fingerprint};
 use tandem_runtime::{LoadOptions, Loaded, LogitsRows, ModelOptions, News, Progress, load};
 use tandem_serve::{
     App, Loading, Model, Models, ModelsOptions, Options, Serving, StepBytes, Worker, arguments_of_model, end_signal,
@@ -26,8 +24,6 @@ use crate::news::on_terminal;
 use crate::report::plain;
 use crate::telemetry::below_the_caller;
 
-/// Bytes over which the memory's bandwidth is measured at the start.
-const BANDWIDTH_BYTES: usize = 256 << 20;
 /// Between the failure of a group of ranks and the end of this process.
 const GROUP_GRACE: Duration = Duration::from_millis(500);
 /// Cache of this many full contexts unless --cache-tokens says otherwise.
@@ -100,13 +96,20 @@ async fn serve_models(args: &ServeArgs, dir: &Path, mut options: Options) -> any
     let (of_model, what) = (args.drafts.apply(ModelOptions::from(&args.model)), load_options(args));
     let mut command = vec![std::env::current_exe()?.into_os_string()];
     command.extend(arguments_of_model(std::env::args_os().skip(1)));
+    let device = of_model.device.clone();
     let models = ModelsOptions {
         dir: dir.to_owned(),
         memory_bytes: args.models_memory.unwrap_or(system::available_memory_bytes().unwrap_or(u64::MAX) / 10 * 9),
         keep_alive: args.keep_alive,
         pinned: args.pin.clone(),
         load_timeout: Duration::from_secs(args.load_timeout),
-        command,
+        command: Box::new(move || {
+            // Here once, and not in each process.
+            if let Ok(Some(bandwidth)) = memory_bandwidth(&device) {
+                command.push(format!("--measured-bandwidth={bandwidth}").into());
+            }
+            command
+        }),
         cache_dir: args.cache_dir.clone(),
         check: Box::new(move |dir| {
             let options = ModelOptions { model: Some(dir.to_string_lossy().into_owned()), ..of_model.clone() };
@@ -187,9 +190,10 @@ fn start(
     // Alone on the processor; otherwise loading measures. Before it, since two pools would be in each other's way.
     let model_options = args.drafts.apply(ModelOptions::from(&args.model));
     let is_group = joined.is_some();
-    let is_cpu = !is_group && DeviceKind::choose(&model_options.device)? == DeviceKind::Cpu;
-    let measured =
-        is_cpu.then(|| measure_read_bandwidth(cpu_backend(&model_options.device, 0).pool(), BANDWIDTH_BYTES));
+    let measured = match args.measured_bandwidth {
+        None if !is_group => memory_bandwidth(&model_options.device)?,
+        known => known,
+    };
     let slot: Arc<Mutex<Option<Facts>>> = Arc::default();
     let recorder: Arc<Mutex<Option<Recorder>>> = Arc::default();
     let (made_facts, made_recorder, made_args) = (Arc::clone(&slot), Arc::clone(&recorder), args.clone());

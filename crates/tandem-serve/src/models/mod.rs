@@ -46,8 +46,9 @@ pub struct ModelsOptions {
     pub pinned: Vec<String>,
     /// Longest time that a request waits for its model, unless it says otherwise.
     pub load_timeout: Duration,
-    /// Program and arguments of a model's process; its model, names, address and key are added.
-    pub command: Vec<OsString>,
+    /// Makes program and arguments of a model's process, once all options are found usable; its model, names, address and
+    /// key are added.
+    pub command: Box<dyn FnOnce() -> Vec<OsString>>,
     /// Folder of cached pages and answers, of which each model has a part.
     pub cache_dir: Option<PathBuf>,
     /// Looks at a model before it is loaded.
@@ -150,8 +151,8 @@ impl Models {
         }
         let key = random_key().map_err(ModelsError::Key)?;
         let key_file = key_file(&key).map_err(ModelsError::Key)?;
-        let processes =
-            Processes { command: models.command, key, key_file, cache_dir: models.cache_dir, on_line: models.on_line };
+        let (command, cache_dir, on_line) = ((models.command)(), models.cache_dir, models.on_line);
+        let processes = Processes { command, key, key_file, cache_dir, on_line };
         let limits = Limits { memory_bytes: limit, keep_alive: models.keep_alive, pinned };
         Ok(Arc::new(Models {
             pool: Pool::new(processes, limits, specs.clone()),

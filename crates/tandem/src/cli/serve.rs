@@ -103,4 +103,7 @@ pub(crate) struct ServeArgs {
     /// End with standard input, which is a pipe from the process that started this one.
     #[arg(long, hide = true)]
     pub(crate) end_with_stdin: bool,
+    /// The memory's bandwidth, bytes per second, as the process that started this one measured it.
+    #[arg(long, hide = true)]
+    pub(crate) measured_bandwidth: Option<f64>,
 }
