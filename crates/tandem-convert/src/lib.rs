@@ -28,7 +28,7 @@ use tandem_runtime::{DeviceOptions, Meter, News, OnNews, Unit, model_dir, preset
 use calibrate::Calibration;
 use gguf::GgufSource;
 use plan::Plan;
-use source::{CheckpointSource, DummySource, Source};
+use source::{CheckpointSource, DummySource, MtpSource, Source};
 
 /// What is converted, and how.
 #[derive(Clone, Debug)]
@@ -45,6 +45,8 @@ pub struct ConvertOptions {
     pub calibrate: Option<PathBuf>,
     /// A model directory whose tokenizer is taken in place of a GGUF file's own.
     pub tokenizer: Option<PathBuf>,
+    /// Write the multi-token-prediction layer alone.
+    pub mtp_only: bool,
     /// Bytes of one output file, at most, unless a single weight is larger.
     pub max_shard_size: u64,
     /// Threads; one per core if `None`.
@@ -61,6 +63,7 @@ impl ConvertOptions {
             search: false,
             calibrate: None,
             tokenizer: None,
+            mtp_only: false,
             max_shard_size: 5_000_000_000,
             threads: None,
         }
@@ -173,7 +176,10 @@ fn planned(
         Some((side, runs)) if options.is_mixed() => mixed::recipe(side, runs, &options.device(), on_news)?,
         _ => rules::recipe(&options.quant)?,
     };
-    let source = open(options, &recipe)?;
+    let mut source = open(options, &recipe)?;
+    if options.mtp_only {
+        source = Box::new(MtpSource::new(source)?);
+    }
     let config = source.config();
     let dtypes: Vec<DType> = match options.shapes.config {
         Some(_) => source.weights().iter().map(|w| w.dtype).collect(),
@@ -186,6 +192,12 @@ fn planned(
 /// The source as a model that runs, and the tokens that it is judged on: of the text that was given, or its own. `None`
 /// when a search has to do without.
 fn judged(options: &ConvertOptions, on_news: OnNews<'_>) -> anyhow::Result<Option<Judged>> {
+    ensure!(
+        !options.mtp_only,
+        "--search, --calibrate and {} run the source, and --mtp-only converts a layer that does not run alone; give \
+         another --quant",
+        mixed::NAME
+    );
     let name = match options.source.as_deref() {
         Some(name) if gguf_file(Path::new(name)).is_none() => name,
         _ if !options.is_mixed() && options.calibrate.is_none() => {
@@ -231,7 +243,7 @@ fn open(options: &ConvertOptions, recipe: &Recipe) -> anyhow::Result<Box<dyn Sou
         None if options.tokenizer.is_some() => {
             bail!("--tokenizer is for GGUF files; {name} has a tokenizer of its own")
         }
-        None => Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?)?)),
+        None => Ok(Box::new(CheckpointSource::open(&model_dir(Some(name))?, options.mtp_only)?)),
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value};
 use tandem_core::json::without_literals;
-use tandem_core::weights::{MatrixData, MatrixPart, Weight};
+use tandem_core::weights::{MatrixData, MatrixPart, ModuleKind, Weight, is_of_mtp};
 use tandem_core::{Checkpoint, CheckpointError, DType, ModelConfig};
 use tandem_model::{DummyWeights, RandomRows, Recipe, Stacks};
 
@@ -49,10 +49,25 @@ pub(super) struct CheckpointSource {
 }
 
 impl CheckpointSource {
-    pub(super) fn open(dir: &Path) -> anyhow::Result<CheckpointSource> {
+    /// Opens a model; of its weights, only those of the multi-token-prediction layer need to be there if `mtp_only`.
+    pub(super) fn open(dir: &Path, mtp_only: bool) -> anyhow::Result<CheckpointSource> {
         refuse_pickle(dir)?;
         let mut config = ModelConfig::load(dir)?;
         let mut config_json = json_object(&presets::read(&dir.join("config.json"))?)?;
+        if mtp_only {
+            let what = || {
+                format!(
+                    "--mtp-only {}: the layer is missing; `tandem pull OWNER/NAME --mtp` gets that of the original model",
+                    dir.display()
+                )
+            };
+            ensure!(!config.mtp_layers().is_empty(), "{} (config.json has no num_nextn_predict_layers)", what());
+            let checkpoint = Checkpoint::open_mtp(dir, &config).with_context(what)?;
+            ensure!(checkpoint.names().any(|name| is_of_mtp(name, &config)), what());
+            let weights = tandem_model::resolve_mtp(&checkpoint, &config)?;
+            let open = weights.iter().map(|_| Mutex::default()).collect();
+            return Ok(CheckpointSource { config_json, config, checkpoint, weights, open });
+        }
         let checkpoint = Checkpoint::open(dir)?;
         if settle_tie(&mut config, &checkpoint) {
             config_json.insert("tie_word_embeddings".into(), false.into());
@@ -194,6 +209,62 @@ fn refuse_pickle(dir: &Path) -> anyhow::Result<()> {
             path.display()
         ),
         None => Ok(()),
+    }
+}
+
+/// The multi-token-prediction layer of another source.
+pub(super) struct MtpSource {
+    source: Box<dyn Source>,
+    weights: Vec<Weight>,
+    /// Indices of these in the source.
+    indices: Vec<usize>,
+}
+
+impl MtpSource {
+    pub(super) fn new(source: Box<dyn Source>) -> anyhow::Result<MtpSource> {
+        let is_of_layer = |(_, weight): &(usize, &Weight)| weight.spec.kind == ModuleKind::Mtp;
+        let found = source.weights().iter().enumerate().filter(is_of_layer);
+        let (indices, weights): (Vec<usize>, Vec<Weight>) = found.map(|(i, weight)| (i, weight.clone())).unzip();
+        ensure!(!weights.is_empty(), "--mtp-only: the source has no multi-token-prediction layer");
+        Ok(MtpSource { source, weights, indices })
+    }
+}
+
+impl Source for MtpSource {
+    fn config_json(&self) -> &Map<String, Value> {
+        self.source.config_json()
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.source.config()
+    }
+
+    fn weights(&self) -> &[Weight] {
+        &self.weights
+    }
+
+    fn rows(&self, weight: usize, part: usize, rows: Range<usize>) -> Result<MatrixPart, CheckpointError> {
+        self.source.rows(self.indices[weight], part, rows)
+    }
+
+    fn prefetch(&self, weight: usize, part: usize, rows: Range<usize>) {
+        self.source.prefetch(self.indices[weight], part, rows);
+    }
+
+    fn release(&self, weight: usize, part: usize, rows: Range<usize>) {
+        self.source.release(self.indices[weight], part, rows);
+    }
+
+    fn close(&self, weight: usize) {
+        self.source.close(self.indices[weight]);
+    }
+
+    fn write_other_files(&self, _out: &Path) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn fingerprint(&self) -> String {
+        format!("the layer that drafts of {}", self.source.fingerprint())
     }
 }
 

@@ -75,7 +75,7 @@ pub(super) fn written(
                         .for_each(|(run, _)| run.push(id));
                 }
                 Event::Failed(error) => return Err(error.into()),
-                Event::Started { .. } | Event::Finished(_) => {}
+                Event::Started { .. } | Event::Drafted { .. } | Event::Finished(_) => {}
             }
         }
     }

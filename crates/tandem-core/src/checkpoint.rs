@@ -17,8 +17,10 @@ use safetensors::SafeTensors;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use crate::config::ModelConfig;
 use crate::json::without_literals;
 use crate::shrink;
+use crate::weights::is_of_mtp;
 
 /// Why a checkpoint cannot be opened or does not fit its configuration.
 #[derive(Debug, thiserror::Error)]
@@ -164,7 +166,23 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, truncated or not safetensors, or the index and the files disagree.
     pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
-        let index = read_index(dir)?.filter(|index| !index.is_stale(dir));
+        Checkpoint::open_where(dir, |_| true)
+    }
+
+    /// The same of the files alone that hold multi-token-prediction layers, as far as an index tells which: the others may be
+    /// elsewhere.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and if the index has no such layer.
+    pub fn open_mtp(dir: &Path, config: &ModelConfig) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open_where(dir, |name| is_of_mtp(name, config))
+    }
+
+    fn open_where(dir: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<Checkpoint, CheckpointError> {
+        let mut index = read_index(dir)?.filter(|index| !index.is_stale(dir));
+        if let Some(index) = &mut index {
+            index.weight_map.retain(|name, _| is_wanted(name));
+        }
         let mut paths: Vec<PathBuf> = match &index {
             Some(index) => {
                 let mut names: Vec<&String> = index.weight_map.values().collect();
@@ -183,10 +201,11 @@ impl Checkpoint {
         };
         paths.sort();
         if paths.is_empty() {
-            return Err(CheckpointError::Read {
-                path: dir.display().to_string(),
-                message: "there is no *.safetensors file in it".to_string(),
-            });
+            let message = match index {
+                Some(_) => "its index names none of the wanted tensors",
+                None => "there is no *.safetensors file in it",
+            };
+            return Err(CheckpointError::Read { path: dir.display().to_string(), message: message.to_string() });
         }
         let mut checkpoint =
             Checkpoint { dir: dir.to_path_buf(), files: vec![], tensors: BTreeMap::new(), duplicates: vec![] };
@@ -197,6 +216,12 @@ impl Checkpoint {
             checkpoint.check_index(&index)?;
         }
         Ok(checkpoint.unwrapped())
+    }
+
+    /// False if files that an index names are not there: when only a part of a model was got.
+    pub fn is_whole(dir: &Path) -> bool {
+        let index = read_index(dir).ok().flatten().filter(|index| !index.is_stale(dir));
+        index.is_none_or(|index| index.weight_map.values().all(|file| dir.join(file).exists()))
     }
 
     /// Opens what is there: like [`Checkpoint::open`], or names alone when the index exists and the weights do not.

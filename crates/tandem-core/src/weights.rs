@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use crate::checkpoint::{Checkpoint, CheckpointError, TensorDType};
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorDType, text_name};
 use crate::config::{ModelConfig, QuantizationConfig};
 use crate::dtype::{DType, FP8_BLOCK, Float};
 use crate::quant::{self, PackedView};
@@ -523,7 +523,9 @@ pub fn resolve_mtp(
     find_all(checkpoint, config, mtp.iter(), |name| is_of_mtp(name, config))
 }
 
-fn is_of_mtp(name: &str, config: &ModelConfig) -> bool {
+/// Whether a tensor of this name belongs to a multi-token-prediction layer of the model.
+pub fn is_of_mtp(name: &str, config: &ModelConfig) -> bool {
+    let name = text_name(name);
     config.mtp_layers().any(|layer| name.starts_with(&format!("model.layers.{layer}.")))
 }
 

@@ -32,13 +32,28 @@ const ALLOWANCE: f64 = 0.008;
 const FIRST_ALLOWANCE: f64 = 1.5;
 /// Steps' time saved that is remembered, at most.
 const MOST_SAVED: f64 = 16.0;
-/// Drafting goes on for this many steps before one without tells what it would cost.
+/// Share of the time of steps that run prompts which may be spent on it too: the layer follows a prompt in the time that one
+/// of the model's own layers takes for it.
+const PREFILL_ALLOWANCE: f64 = 0.015;
+/// Steps on which the time is spread that the layer takes to follow a text up to its end before it can draft.
+const SPREAD: f64 = 64.0;
+/// Positions that it is expected to follow in the time of a step, before that is known.
+const EXPECTED_FOLLOWED: f64 = 64.0;
+/// Steps in a row without drafts after which none are expected soon.
+const RESTING: u32 = 32;
+/// Drafting goes on for this many steps before one without tells what it would cost: few at first, so that a time which
+/// something else had lengthened is soon corrected.
+const FIRST_PLAIN: u32 = 3;
 const PLAIN_EVERY: u32 = 48;
+/// Tokens per second that drafts must promise, against none.
+const WORTHWHILE: f64 = 1.01;
 /// Steps after which a sequence without drafts tries one again; twice as many after each that fails, up to the last.
 const FIRST_RETRY: u32 = 16;
 const LAST_RETRY: u32 = 64;
-/// Weight of a new time in a mean, and how far it may be from it: a step that something else held up says little.
+/// Weight of a new time in a mean, and how far it may be from it: a step that something else held up says little, and one
+/// that was fast says more.
 const NEWEST: f64 = 0.1;
+const NEWEST_FAST: f64 = 0.2;
 const MOST_CHANGE: f64 = 2.0;
 
 /// Where a sequence's drafts would come from.
@@ -99,6 +114,8 @@ pub(crate) struct Offer<'a> {
     pub(crate) history: &'a mut History,
     /// Its sources, and how many tokens each would draft.
     pub(crate) sources: Vec<(DraftSource, usize)>,
+    /// Positions that the multi-token-prediction layer must run before it can draft, the last one with the draft itself.
+    pub(crate) n_lagging: usize,
 }
 
 /// A step that has run, in which every sequence decoded.
@@ -114,7 +131,7 @@ pub(crate) struct Ran {
     /// The time that making drafts took, and the most that were made for a sequence by the multi-token-prediction layer.
     pub(crate) drafting: Duration,
     pub(crate) mtp_depth: usize,
-    /// All of its time.
+    /// All of its time, without that of the layer following texts.
     pub(crate) time: Duration,
 }
 
@@ -128,7 +145,8 @@ impl Mean {
     fn add(mean: Option<Mean>, value: f64) -> Mean {
         let Some(Mean(old, n)) = mean else { return Mean(value, 1) };
         let value = if n > 2 { value.clamp(old / MOST_CHANGE, old * MOST_CHANGE) } else { value };
-        Mean(old + (value - old) * NEWEST.max(1.0 / f64::from(n + 1)), n.saturating_add(1))
+        let newest = if value < old { NEWEST_FAST } else { NEWEST };
+        Mean(old + (value - old) * newest.max(1.0 / f64::from(n + 1)), n.saturating_add(1))
     }
 }
 
@@ -141,9 +159,16 @@ pub(crate) struct Control {
     times: BTreeMap<u32, Times>,
     /// Seconds of drafting by the multi-token-prediction layer, by depth.
     mtp: BTreeMap<usize, Mean>,
+    /// Seconds in which it follows a text by a position.
+    following: Option<Mean>,
     /// Seconds saved, within bounds; none before a first time is known.
     balance: Option<f64>,
+    /// Seconds allowed so far for prompts, as long as there is no balance.
+    allowed: f64,
     since_plain: u32,
+    plain_after: u32,
+    /// Steps in a row without drafts.
+    n_without: u32,
 }
 
 impl Control {
@@ -153,8 +178,12 @@ impl Control {
             common: Acceptance::default(),
             times: BTreeMap::new(),
             mtp: BTreeMap::new(),
+            following: None,
             balance: None,
+            allowed: 0.0,
             since_plain: 0,
+            plain_after: FIRST_PLAIN,
+            n_without: 0,
         }
     }
 
@@ -170,6 +199,7 @@ impl Control {
         most_rows: usize,
     ) -> Vec<Option<(DraftSource, usize)>> {
         let n = offers.len();
+        let lags: Vec<usize> = offers.iter().map(|offer| offer.n_lagging).collect();
         // Expected tokens of each offer's better source, draft by draft.
         let best: Vec<(DraftSource, Vec<f64>)> = offers.iter().map(|offer| self.better_source(offer)).collect();
         let mut rows: Vec<(f64, usize)> = vec![];
@@ -181,13 +211,14 @@ impl Control {
         rows.truncate(most_rows);
         let n_drafts = match self.depth {
             DraftDepth::Fixed(_) => rows.len(),
-            DraftDepth::Auto => self.pay(n, context, &rows, &best),
+            DraftDepth::Auto => self.pay(n, context, &rows, &best, &lags),
         };
         let mut depths = vec![0; n];
         rows[..n_drafts].iter().for_each(|(_, i)| depths[*i] += 1);
         if self.depth == DraftDepth::Auto && n_drafts == 0 {
-            self.retry(offers, context, &rows, &mut depths);
+            self.retry(offers, context, &rows, &best, &mut depths);
         }
+        self.n_without = if depths.iter().all(|depth| *depth == 0) { self.n_without.saturating_add(1) } else { 0 };
         for (offer, depth) in offers.iter_mut().zip(&depths) {
             offer.history.since_drafts = if *depth > 0 { 0 } else { offer.history.since_drafts + 1 };
         }
@@ -218,21 +249,35 @@ impl Control {
     }
 
     /// The number of `rows` that gives the most tokens per second, or one more to find out.
-    fn pay(&mut self, n: usize, context: usize, rows: &[(f64, usize)], best: &[(DraftSource, Vec<f64>)]) -> usize {
+    fn pay(
+        &mut self,
+        n: usize,
+        context: usize,
+        rows: &[(f64, usize)],
+        best: &[(DraftSource, Vec<f64>)],
+        lags: &[usize],
+    ) -> usize {
         let Some(plain) = self.time(n, n, context) else { return 0 };
-        let balance = *self.balance.get_or_insert(FIRST_ALLOWANCE * plain);
-        if self.since_plain >= PLAIN_EVERY || balance <= 0.0 {
+        let balance = *self.balance.get_or_insert(FIRST_ALLOWANCE * plain + self.allowed);
+        if self.since_plain >= self.plain_after || balance <= 0.0 {
             return 0;
         }
-        let (mut n_best, mut best_rate) = (0, n as f64 / plain);
+        let (mut n_best, mut best_rate) = (0, WORTHWHILE * n as f64 / plain);
         let (mut depths, mut tokens, mut last_known) = (vec![0; n], n as f64, plain);
         for (m, (gain, i)) in rows.iter().enumerate() {
             tokens += gain;
             depths[*i] += 1;
-            let mtp = (0..n).filter(|i| best[*i].0 == DraftSource::Mtp).map(|i| depths[i]).max().unwrap_or(0);
-            let drafting = self.mtp_time(mtp);
+            let by_mtp = || (0..n).filter(|i| best[*i].0 == DraftSource::Mtp && depths[*i] > 0);
+            let mtp = by_mtp().map(|i| depths[i]).max().unwrap_or(0);
+            let following: f64 = by_mtp().map(|i| self.following_time(lags[i], plain)).sum();
+            if following > balance {
+                return n_best;
+            }
+            let drafting = self.mtp_time(mtp) + following / SPREAD;
             match self.time(n, n + m + 1, context) {
                 Some(time) => {
+                    // A row never makes a step faster.
+                    let time = time.max(plain);
                     last_known = time;
                     let rate = tokens / (time + drafting);
                     if rate > best_rate {
@@ -242,7 +287,8 @@ impl Control {
                 None => {
                     // At best it costs no more than what is known; at worst a whole step for each row.
                     let promises = tokens / (last_known + drafting) > best_rate;
-                    let loss = plain * (m + 1) as f64 / n as f64 + drafting - plain * (tokens / n as f64 - 1.0);
+                    let loss =
+                        plain * (m + 1) as f64 / n as f64 + drafting + following - plain * (tokens / n as f64 - 1.0);
                     return if promises && loss <= balance { m + 1 } else { n_best };
                 }
             }
@@ -251,12 +297,24 @@ impl Control {
     }
 
     /// Lets a sequence that has not drafted for long try once more, if that can be paid.
-    fn retry(&self, offers: &[Offer<'_>], context: usize, rows: &[(f64, usize)], depths: &mut [usize]) {
+    fn retry(
+        &self,
+        offers: &[Offer<'_>],
+        context: usize,
+        rows: &[(f64, usize)],
+        best: &[(DraftSource, Vec<f64>)],
+        depths: &mut [usize],
+    ) {
         let n = offers.len();
         let (Some(plain), Some(balance)) = (self.time(n, n, context), self.balance) else { return };
         let loss = self.time(n, n + 1, context).unwrap_or(2.0 * plain) + self.mtp_time(1) - plain;
-        let is_due = |i: &usize| offers[*i].history.since_drafts >= offers[*i].history.retry.max(FIRST_RETRY);
-        if let Some(i) = rows.iter().map(|(_, i)| *i).find(is_due).filter(|_| loss <= balance) {
+        let is_due = |i: &usize| {
+            let Offer { history, n_lagging, .. } = &offers[*i];
+            let following = if best[*i].0 == DraftSource::Mtp { self.following_time(*n_lagging, plain) } else { 0.0 };
+            let loss = loss + following;
+            history.since_drafts >= history.retry.max(FIRST_RETRY) && loss <= balance
+        };
+        if let Some(i) = rows.iter().map(|(_, i)| *i).find(is_due) {
             depths[i] = 1;
         }
     }
@@ -269,15 +327,56 @@ impl Control {
         history.retry = retry;
     }
 
+    /// Whether the multi-token-prediction layer may follow a text by `n_lagging` positions, so that it can draft later.
+    pub(crate) fn may_follow(&self, n_lagging: usize, n_sequences: usize, context: usize) -> bool {
+        if self.depth != DraftDepth::Auto {
+            return true;
+        }
+        let plain = self.time(n_sequences, n_sequences, context).unwrap_or(0.0);
+        !self.rests() && self.following_time(n_lagging, plain) <= self.balance.unwrap_or(self.allowed)
+    }
+
+    /// The same for a text that has ended, and may go on in another request.
+    pub(crate) fn may_prepare(&self, n_lagging: usize, n_sequences: usize, context: usize) -> bool {
+        let is_in_use = self.depth != DraftDepth::Auto || !self.mtp.is_empty();
+        is_in_use && self.may_follow(n_lagging, n_sequences, context)
+    }
+
+    /// True if drafts have not paid for long.
+    pub(crate) fn rests(&self) -> bool {
+        self.n_without >= RESTING
+    }
+
+    /// Learns from the time in which the multi-token-prediction layer followed texts by `n_rows` positions.
+    pub(crate) fn note_following(&mut self, n_rows: usize, time: Duration) {
+        if n_rows > 0 {
+            self.following = Some(Mean::add(self.following, time.as_secs_f64() / n_rows as f64));
+            self.balance = self.balance.map(|balance| balance - time.as_secs_f64());
+        }
+    }
+
+    /// Learns from the time of a step that ran prompts.
+    pub(crate) fn note_prefill(&mut self, time: Duration) {
+        let allowed = PREFILL_ALLOWANCE * time.as_secs_f64();
+        match &mut self.balance {
+            Some(balance) => *balance += allowed,
+            None => self.allowed += allowed,
+        }
+    }
+
     /// Learns from the time of a step.
     pub(crate) fn note_step(&mut self, ran: &Ran) {
         let (time, drafting) = (ran.time.as_secs_f64(), ran.drafting.as_secs_f64());
         let is_plain = ran.n_rows == ran.n_sequences;
+        if is_plain && self.since_plain > 0 {
+            self.plain_after = (2 * self.plain_after).min(PLAIN_EVERY);
+        }
         self.since_plain = if is_plain { 0 } else { self.since_plain + 1 };
         if let (Some(plain), Some(balance)) = (self.time(ran.n_sequences, ran.n_sequences, ran.context), self.balance) {
             let saved = plain * ran.n_tokens as f64 / ran.n_sequences as f64 - time;
             let saved = if is_plain { ALLOWANCE * time } else { saved };
-            self.balance = Some((balance + saved).min(MOST_SAVED * plain));
+            // What prompts have allowed stays.
+            self.balance = Some((balance + saved).min(balance.max(MOST_SAVED * plain)));
         }
         let times = self.times.entry(class_of(ran.context)).or_default();
         let mean = Mean::add(times.get(&ran.n_rows).copied(), (time - drafting).max(1e-9));
@@ -306,6 +405,11 @@ impl Control {
         others.into_iter().find_map(|(_, times)| Some(plain * within(times)? / times.get(&n)?.0))
     }
 
+    /// Seconds until the multi-token-prediction layer has followed a text by `n_lagging` positions, where a step takes `plain`.
+    fn following_time(&self, n_lagging: usize, plain: f64) -> f64 {
+        self.following.map_or(plain / EXPECTED_FOLLOWED, |mean| mean.0) * n_lagging.saturating_sub(1) as f64
+    }
+
     /// Seconds that the multi-token-prediction layer takes for `depth` drafts; none as long as it was never measured.
     fn mtp_time(&self, depth: usize) -> f64 {
         if depth == 0 {
@@ -322,126 +426,4 @@ fn class_of(context: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Tokens that a simulated text has.
-    const TEXT: usize = 3000;
-
-    /// The time of a step of one sequence, against one row at a context of 1k: GLM-5.1's shape, where half of a token's
-    /// bytes are experts, 8 of 256 for each row, and a layer that drafts takes a twenty-fifth of a step.
-    struct Shape {
-        /// Share of a row's experts that an earlier row chose too, beyond chance.
-        overlap: f64,
-        context: usize,
-    }
-
-    const DRAFT: f64 = 0.04;
-
-    impl Shape {
-        fn step(&self, n_rows: usize) -> f64 {
-            let experts = (1..n_rows).fold(8.0, |n: f64, _| n + 8.0 * (1.0 - self.overlap) * (1.0 - n / 256.0));
-            // Scoring and attending to what is cached, which every row does for itself.
-            let context = 0.004 * self.context as f64 / 1024.0;
-            0.5 + 0.5 * experts / 8.0 + context * n_rows as f64
-        }
-
-        /// Tokens per second with always `depth` drafts.
-        fn rate(&self, acceptance: f64, depth: usize) -> f64 {
-            let tokens: f64 = (0..=depth).map(|i| acceptance.powi(i as i32)).sum();
-            tokens / (self.step(depth + 1) + DRAFT * depth as f64)
-        }
-    }
-
-    /// Numbers from 0 to 1 (Marsaglia's xorshift64).
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> f64 {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 >> 11) as f64 / (1u64 << 53) as f64
-        }
-    }
-
-    /// Tokens per second of texts whose drafts are right with the probability that `acceptance` gives for each token; times
-    /// vary by a tenth.
-    fn simulate(shape: &Shape, seed: u64, acceptance: impl Fn(usize) -> f64) -> f64 {
-        let mut control = Control::new(DraftDepth::Auto);
-        let mut random = Random(seed | 1);
-        let (mut history, mut n_tokens, mut total) = (History::default(), 0, 0.0);
-        while n_tokens < TEXT {
-            let sources = vec![(DraftSource::Mtp, MAX_DRAFT_DEPTH)];
-            let chosen = control.choose(&mut [Offer { history: &mut history, sources }], shape.context, 63)[0];
-            let depth = chosen.map_or(0, |(_, depth)| depth);
-            let n_accepted = (0..depth).take_while(|_| random.next() < acceptance(n_tokens)).count();
-            if let Some((source, depth)) = chosen {
-                control.note_draft(&mut history, source, depth, n_accepted);
-            }
-            let noise = 0.95 + 0.1 * random.next();
-            let (step, drafting) = (shape.step(depth + 1) * noise, DRAFT * depth as f64);
-            total += step + drafting;
-            n_tokens += 1 + n_accepted;
-            control.note_step(&Ran {
-                n_sequences: 1,
-                n_rows: 1 + depth,
-                context: shape.context,
-                n_tokens: 1 + n_accepted,
-                drafting: Duration::from_secs_f64(drafting),
-                mtp_depth: depth,
-                time: Duration::from_secs_f64(step + drafting),
-            });
-        }
-        n_tokens as f64 / total
-    }
-
-    #[test]
-    fn no_text_is_slower_and_most_are_as_fast_as_the_best_fixed_depth() {
-        let mut gains = vec![];
-        for acceptance in [0.0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.75, 0.83, 0.9, 0.98] {
-            for context in [1 << 10, 8 << 10, 32 << 10, 128 << 10] {
-                for overlap in [0.0, 0.3, 0.7] {
-                    let shape = Shape { overlap, context };
-                    let plain = 1.0 / shape.step(1);
-                    let best = (0..=MAX_DRAFT_DEPTH).map(|k| shape.rate(acceptance, k)).fold(0.0, f64::max);
-                    // Chance moves a text's own rate, so several are averaged.
-                    let rate = (1..=3).map(|seed| simulate(&shape, 77 * seed, |_| acceptance)).sum::<f64>() / 3.0;
-                    let case = format!("acceptance {acceptance}, context {context}, overlap {overlap}");
-                    assert!(rate >= 0.98 * plain, "{case}: {:.3} of no drafts", rate / plain);
-                    assert!(rate >= 0.95 * best, "{case}: {:.3} of the best depth", rate / best);
-                    gains.push(rate / plain);
-                }
-            }
-        }
-        assert!(gains.iter().any(|gain| *gain > 2.0));
-    }
-
-    #[test]
-    fn a_text_that_changes_is_followed() {
-        let shape = Shape { overlap: 0.3, context: 1 << 10 };
-        let plain = 1.0 / shape.step(1);
-        // Good drafts, then useless ones, in turns of a third of the text.
-        let rate = simulate(&shape, 5, |token| if (token / (TEXT / 6)).is_multiple_of(2) { 0.95 } else { 0.05 });
-        assert!(rate > 1.1 * plain, "{:.3}", rate / plain);
-        let rate = simulate(&shape, 5, |token| if token < TEXT / 10 { 0.95 } else { 0.0 });
-        assert!(rate > 0.98 * plain, "{:.3}", rate / plain);
-    }
-
-    /// Rows are shared among sequences by what their drafts promise.
-    #[test]
-    fn sequences_with_better_drafts_get_the_rows() {
-        let mut control = Control::new(DraftDepth::Fixed(4));
-        let mut histories = [History::default(), History::default()];
-        for _ in 0..50 {
-            let [good, bad] = &mut histories;
-            control.note_draft(good, DraftSource::Mtp, 4, 4);
-            control.note_draft(bad, DraftSource::Mtp, 4, 0);
-        }
-        let mut offers: Vec<Offer<'_>> =
-            histories.iter_mut().map(|history| Offer { history, sources: vec![(DraftSource::Mtp, 4)] }).collect();
-        assert_eq!(control.choose(&mut offers, 100, 5), [Some((DraftSource::Mtp, 4)), Some((DraftSource::Mtp, 1))]);
-        assert_eq!(control.choose(&mut offers, 100, 0), [None, None]);
-        assert!(Control::new(DraftDepth::OFF).choose(&mut [], 100, 5).is_empty());
-    }
-}
+mod tests;

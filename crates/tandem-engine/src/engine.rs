@@ -9,7 +9,7 @@ use tandem_core::backend::{PAGE_SIZE, SAMPLED, Sampling};
 use tandem_core::{Batch, EXACT_ROWS};
 
 use crate::block_manager::{BlockManager, PageHash, Prefix, ROOT, page_hash};
-use crate::draft::{DraftCounts, DraftDepth, NgramIndex};
+use crate::draft::{DraftCounts, DraftDepth, MAX_DRAFT_DEPTH, NgramIndex};
 use crate::draft_control::{Control, DraftSource, History, Offer, Ran};
 use crate::page_store::PageStore;
 use crate::request::{Event, FinishReason, Logprobs, Output, Request, RequestId};
@@ -116,6 +116,8 @@ pub struct Counters {
     pub ngram_drafts: DraftCounts,
     /// Drafts by the multi-token-prediction layer.
     pub mtp_drafts: DraftCounts,
+    /// Rows that this layer has run, those that only follow the text included.
+    pub mtp_rows: u64,
 }
 
 impl Counters {
@@ -139,13 +141,23 @@ struct Active {
     lag: Lag,
 }
 
-/// Positions that the multi-token-prediction layer has not run yet: it runs when drafts are wanted, or they are many.
+/// Positions that the multi-token-prediction layer has not run yet: it runs when drafts are wanted.
 #[derive(Default)]
 struct Lag {
     /// The first of them; the last one is the sequence's.
     first: usize,
     /// Their hidden states, `[n, hidden_size]`.
     hidden: Vec<f32>,
+    /// Some were not kept, so that the layer cannot draft for this sequence any more.
+    is_lost: bool,
+    /// The layer has drafted for this sequence.
+    has_drafted: bool,
+}
+
+impl Lag {
+    fn lose(&mut self) {
+        *self = Lag { is_lost: true, ..Lag::default() };
+    }
 }
 
 impl Active {
@@ -181,8 +193,12 @@ struct UnderWay {
     mtp_depth: usize,
 }
 
-/// Positions that wait for the multi-token-prediction layer, at most.
-const MOST_LAG: usize = 64;
+/// Bytes of hidden states that wait for the multi-token-prediction layer, of one sequence, at most.
+const MOST_LAG_BYTES: usize = 64 << 20;
+/// Positions that wait for the layer and go with the row that drafts; more are run before it.
+const SHORT_LAG: usize = 1 + MAX_DRAFT_DEPTH;
+/// Positions that the layer still runs when a text ends for which it has drafted.
+const LAST_LAG: usize = 64;
 /// Steps that a runner which samples tokens works ahead before it is asked again whether drafts pay.
 const STEPS_AHEAD: u32 = 16;
 /// Drafts by the multi-token-prediction layer after which their acceptance tells whether it is wired as it should be, and
@@ -230,6 +246,8 @@ pub struct Engine {
     control: Control,
     /// Steps in a row that began before the one before them had ended.
     n_ahead: u32,
+    /// The part of this step in which the multi-token-prediction layer followed texts without drafting.
+    following: Duration,
     waiting: VecDeque<Active>,
     /// In order of admission.
     running: Vec<Active>,
@@ -263,6 +281,7 @@ impl Engine {
             scheduling,
             control: Control::new(DraftDepth::OFF),
             n_ahead: 0,
+            following: Duration::ZERO,
             waiting: VecDeque::new(),
             running: vec![],
             under_way: None,
@@ -457,7 +476,7 @@ impl Engine {
         }
         let drafting_start = Instant::now();
         let mtp_depth = self.draft(&mut members)?;
-        let drafting = if mtp_depth > 0 { drafting_start.elapsed() } else { Duration::ZERO };
+        let drafting = if mtp_depth > 0 { drafting_start.elapsed() - self.following } else { Duration::ZERO };
         let mut batch = Batch::default();
         for (member, active) in each_member(&members, &mut self.running) {
             let first = active.sequence.tokens.len();
@@ -498,9 +517,10 @@ impl Engine {
             let mut sources = vec![];
             sources.extend(ngram.as_ref().map(|(drafts, length)| (DraftSource::Ngram(*length), drafts.len())));
             // After a preemption there may be no hidden state yet.
-            sources.extend((has_mtp && depth > 0 && active.n_lagging() > 0).then_some((DraftSource::Mtp, depth)));
+            let n_lagging = active.n_lagging();
+            sources.extend((has_mtp && depth > 0 && n_lagging > 0).then_some((DraftSource::Mtp, depth)));
             found.push(ngram.map(|(drafts, _)| drafts).unwrap_or_default());
-            offers.push(Offer { history: &mut active.history, sources });
+            offers.push(Offer { history: &mut active.history, sources, n_lagging });
         }
         let chosen = self.control.choose(&mut offers, context, most_rows);
         drop(offers);
@@ -528,11 +548,14 @@ impl Engine {
     fn draft_by_mtp(&mut self, members: &mut [Member], mut wanted: Vec<(usize, usize)>) -> Result<(), EngineError> {
         let place = |running: &[Active], member: &Member| running.iter().position(|a| a.id == member.id);
         let places: Vec<usize> = members.iter().filter_map(|member| place(&self.running, member)).collect();
-        let n_rows: usize = wanted.iter().map(|(i, _)| self.running[places[*i]].n_lagging()).sum();
-        if n_rows > self.runner.limits().max_rows {
-            wanted.iter().try_for_each(|(i, _)| self.catch_up(places[*i], 1))?;
+        let lags = |running: &[Active]| wanted.iter().map(|(i, _)| running[places[*i]].n_lagging()).sum::<usize>();
+        let has_room = lags(&self.running) <= self.runner.limits().max_rows;
+        for (i, _) in &wanted {
+            if !has_room || self.running[places[*i]].n_lagging() > SHORT_LAG {
+                self.catch_up(places[*i])?;
+            }
         }
-        // First all rows that wait, the last of which drafts; then a row for each further draft.
+        // First the rows that still wait, the last of which drafts; then a row for each further draft.
         let (mut batch, mut hidden) = (Batch::default(), vec![]);
         for (i, _) in &wanted {
             let active = &mut self.running[places[*i]];
@@ -540,10 +563,12 @@ impl Engine {
             let rows = active.lag.first..active.sequence.tokens.len();
             add_mtp_rows(&mut batch, active, &active.tokens[rows.start + 1..rows.end + 1], rows.start, true);
             active.lag.first = rows.end;
+            active.lag.has_drafted = true;
         }
         while !wanted.is_empty() {
             let Some(drafter) = self.runner.drafter() else { return Ok(()) };
             let n = drafter.hidden_size();
+            self.counters.mtp_rows += batch.tokens.len() as u64;
             let drafted = drafter.draft(std::mem::take(&mut batch), &hidden)?;
             hidden.clear();
             let mut rest = vec![];
@@ -562,18 +587,49 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs the multi-token-prediction layer over positions of running sequence `i` that wait for it, but for the last `n`.
-    fn catch_up(&mut self, i: usize, n: usize) -> Result<(), EngineError> {
-        let max_rows = self.runner.limits().max_rows;
+    /// Runs the multi-token-prediction layer over positions of running sequence `i` that wait for it, but for the last.
+    fn catch_up(&mut self, i: usize) -> Result<(), EngineError> {
+        let (start, max_rows) = (Instant::now(), self.runner.limits().max_rows);
         let (Some(drafter), active) = (self.runner.drafter(), &mut self.running[i]) else { return Ok(()) };
-        let end = active.sequence.tokens.len().saturating_sub(n);
-        while active.lag.first < end {
-            let rows = active.lag.first..end.min(active.lag.first + max_rows);
-            let hidden: Vec<f32> = active.lag.hidden.drain(..rows.len() * drafter.hidden_size()).collect();
+        let (end, n) = (active.sequence.tokens.len().saturating_sub(1), drafter.hidden_size());
+        let n_rows = end.saturating_sub(active.lag.first);
+        let mut run = 0;
+        while run < n_rows {
+            let rows = active.lag.first + run..end.min(active.lag.first + run + max_rows);
             let mut batch = Batch::default();
             add_mtp_rows(&mut batch, active, &active.tokens[rows.start + 1..rows.end + 1], rows.start, false);
-            drafter.draft(batch, &hidden)?;
-            active.lag.first = rows.end;
+            drafter.draft(batch, &active.lag.hidden[run * n..(run + rows.len()) * n])?;
+            run += rows.len();
+        }
+        active.lag.hidden.drain(..n_rows * n);
+        active.lag.first += n_rows;
+        self.counters.mtp_rows += n_rows as u64;
+        self.following += start.elapsed();
+        self.control.note_following(n_rows, start.elapsed());
+        Ok(())
+    }
+
+    /// Keeps the hidden states of running sequence `i` that a step has brought, from its row `row` on, for its positions
+    /// from `first` on: until drafts are wanted, or they are many.
+    fn keep_hidden(&mut self, i: usize, row: usize, first: usize) -> Result<(), EngineError> {
+        let active = &mut self.running[i];
+        if self.control.depth() == DraftDepth::OFF || active.lag.is_lost {
+            return Ok(());
+        }
+        let Some(drafter) = self.runner.drafter() else { return Ok(()) };
+        let (n, n_kept) = (drafter.hidden_size(), active.sequence.tokens.len() - first);
+        match drafter.hidden().get(row * n..(row + n_kept) * n) {
+            Some(hidden) => active.lag.hidden.extend_from_slice(hidden),
+            // The step behind it had already begun.
+            None => active.lag.lose(),
+        }
+        if size_of_val(&active.lag.hidden[..]) > MOST_LAG_BYTES {
+            let (n_lagging, n_sequences) = (active.n_lagging(), self.running.len());
+            if self.control.may_follow(n_lagging, n_sequences, first + n_kept) {
+                self.catch_up(i)?;
+            } else {
+                self.running[i].lag.lose();
+            }
         }
         Ok(())
     }
@@ -619,7 +675,12 @@ impl Engine {
         match self.control.depth() {
             DraftDepth::OFF => true,
             DraftDepth::Fixed(_) => false,
-            DraftDepth::Auto => !drafts && self.n_ahead < STEPS_AHEAD && self.runner.drafter().is_none(),
+            // Hidden states of a step behind which another one has begun are not kept.
+            DraftDepth::Auto => {
+                let may_draft = self.runner.drafter().is_some()
+                    && (!self.control.rests() || step.members.iter().any(|m| !m.decodes));
+                !drafts && self.n_ahead < STEPS_AHEAD && !may_draft
+            }
         }
     }
 
@@ -655,11 +716,14 @@ impl Engine {
         let start = start.max(self.last_step_end);
         self.last_step_end = Instant::now();
         let time = self.last_step_end - start;
+        let time = time.saturating_sub(std::mem::take(&mut self.following));
         self.costs.record(n_decode, n_prefill, time);
         if all_decode {
             let n_tokens = (self.counters.generated_tokens - n_before) as usize;
             let ran = Ran { n_sequences, n_rows: n_decode, context, n_tokens, drafting, mtp_depth, time };
             self.control.note_step(&ran);
+        } else {
+            self.control.note_prefill(time);
         }
         // What a draft brought counts, not what it asked for.
         let n_generated = (self.counters.generated_tokens - n_before) as usize;
@@ -704,6 +768,7 @@ impl Engine {
                             return Ok(Generated { finish_reason: FinishReason::Stop, cached_tokens });
                         }
                     }
+                    Event::Drafted { .. } => {}
                     Event::Finished(finish_reason) => return Ok(Generated { finish_reason, cached_tokens }),
                     Event::Failed(error) => return Err(error),
                 }
@@ -802,7 +867,7 @@ impl Engine {
                 return;
             }
             let cached_tokens = active.sequence.tokens.len();
-            active.lag = Lag { first: cached_tokens, hidden: vec![] };
+            active.lag = Lag { first: cached_tokens, ..Lag::default() };
             if !active.is_started {
                 active.is_started = true;
                 self.counters.cached_tokens += cached_tokens as u64;
@@ -856,13 +921,8 @@ impl Engine {
             let first = active.sequence.tokens.len();
             active.sequence.tokens.extend_from_slice(&active.tokens[first..first + member.n_rows]);
             let end = if member.is_last { self.take_tokens(i, member, sampled, rows, outputs) } else { None };
+            self.keep_hidden(i, row, first)?;
             let active = &mut self.running[i];
-            if self.control.depth() != DraftDepth::OFF
-                && let Some(drafter) = self.runner.drafter()
-            {
-                let (n, n_kept) = (drafter.hidden_size(), active.sequence.tokens.len() - first);
-                active.lag.hidden.extend_from_slice(&drafter.hidden()[row * n..(row + n_kept) * n]);
-            }
             let n_known = active.sequence.hashes.len();
             let Sequence { tokens, pages, hashes } = &mut active.sequence;
             self.blocks.publish(pages, hashes, tokens, false);
@@ -875,10 +935,13 @@ impl Engine {
                 outputs.push(Output { request: active.id, event });
                 ended.push(member.id);
             }
-            // A text that ends here may go on in another request.
-            let is_due = ended.last() == Some(&member.id) || active.n_lagging() > MOST_LAG;
-            if active.n_lagging() > 1 && (is_due || !member.decodes) {
-                self.catch_up(i, 1)?;
+            // A text that ends here may go on in another request, which will want drafts too.
+            let has_ended = ended.last() == Some(&member.id);
+            let (n_lagging, n_tokens) = (active.n_lagging(), active.tokens.len());
+            let is_short = active.lag.has_drafted && n_lagging <= LAST_LAG;
+            if has_ended && n_lagging > 1 && (is_short || self.control.may_prepare(n_lagging, members.len(), n_tokens))
+            {
+                self.catch_up(i)?;
             }
         }
         ended.into_iter().for_each(|id| self.cancel(id));
@@ -937,6 +1000,7 @@ impl Engine {
         }
         if n_drafts > 0 {
             self.control.note_draft(&mut active.history, member.source, n_drafts, n_accepted);
+            outputs.push(Output { request: active.id, event: Event::Drafted { n_tokens: n_drafts, n_accepted } });
             match member.source {
                 DraftSource::Mtp => self.counters.mtp_drafts.add(n_drafts, n_accepted),
                 DraftSource::Ngram(_) => self.counters.ngram_drafts.add(n_drafts, n_accepted),

@@ -77,6 +77,13 @@ pub enum Event {
         /// If asked for.
         logprobs: Option<Logprobs>,
     },
+    /// The tokens that came since the last one were drafted in part: so many were proposed, and so many of these were right.
+    Drafted {
+        /// Proposed.
+        n_tokens: usize,
+        /// Right.
+        n_accepted: usize,
+    },
     /// The end; nothing follows.
     Finished(FinishReason),
     /// The end, by an error of this request alone; nothing follows.

@@ -103,7 +103,8 @@ pub trait DeviceSampler {
 pub trait Drafter {
     /// Elements of a hidden state.
     fn hidden_size(&self) -> usize;
-    /// The hidden states of the rows of the last step, which has ended, `[n_rows, hidden_size]`.
+    /// The hidden states of the rows of the last step, which has ended, `[n_rows, hidden_size]`; none if another step had been
+    /// submitted behind it.
     fn hidden(&self) -> &[f32];
     /// Runs rows whose `hidden [n_rows, hidden_size]` is that of a position and whose token is the one after it. The wanted
     /// rows' drafts are returned, each with the hidden state to go on from.
@@ -262,7 +263,10 @@ impl<B: Backend> ModelRunner<B> {
     fn note_end(&mut self) {
         if let Some(mtp) = &mut self.mtp {
             mtp.hidden.clear();
-            mtp.keep(&self.backend, &*self.model, self.n_rows);
+            // A step behind this one has other hidden states in the same place.
+            if self.n_under_way <= 1 {
+                mtp.keep(&self.backend, &*self.model, self.n_rows);
+            }
         }
         self.n_under_way = self.n_under_way.saturating_sub(1);
         self.n_steps += 1;

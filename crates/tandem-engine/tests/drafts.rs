@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
 use tandem_core::{Batch, Checkpoint, ModelConfig};
 use tandem_cpu::{CpuBackend, Numerics};
 use tandem_engine::{
@@ -27,8 +29,18 @@ fn runner(dir: &Path, numerics: Numerics, limits: Limits, drafts: bool) -> Model
     let weights = tandem_model::resolve(&checkpoint, &config).expect("resolves");
     let source = CheckpointWeights::new(&checkpoint, weights.clone());
     let mtp = if drafts { MtpSource::new(&config, &source, &weights) } else { None };
-    let (backend, share) = (CpuBackend::new(2, numerics), Share::whole(&config));
-    let model = load_drafting(&backend, &config, &source, share, limits, mtp, &mut |_| {}).expect("loads");
+    runner_with(&config, &source, mtp, numerics, limits)
+}
+
+fn runner_with(
+    config: &ModelConfig,
+    source: &CheckpointWeights<'_>,
+    mtp: Option<MtpSource<'_>>,
+    numerics: Numerics,
+    limits: Limits,
+) -> ModelRunner<CpuBackend> {
+    let (backend, share) = (CpuBackend::new(2, numerics), Share::whole(config));
+    let model = load_drafting(&backend, config, source, share, limits, mtp, &mut |_| {}).expect("loads");
     ModelRunner::new(backend, model, limits, config.vocab_size, N_SLOTS)
 }
 
@@ -68,6 +80,100 @@ fn the_layer_drafts_what_the_reference_does() {
             assert_eq!(drafts, expected, "{} in chunks of {chunk}", dir.display());
         }
     }
+}
+
+/// The numbers of generate/gen_deepseek_mtp.py: whole multiples of 1/4096.
+fn filled(n: usize, seed: u64, scale: f32, offset: f32) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % 2001) as f32 - 1000.0
+    };
+    (0..n).map(|_| next() * scale / 4096.0 + offset).collect()
+}
+
+/// A directory with the layer alone that gen_deepseek_mtp.py describes: layer 3 at 4, and what [`filled`] gives.
+fn write_deepseek_mtp(main: &Path, dir: &Path) {
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string(main.join("config.json")).expect("there")).expect("JSON");
+    let moved = |name: &str| name.replacen("model.layers.3.", "model.layers.4.", 1);
+    for section in ["quantization", "quantization_config"] {
+        let section = config[section].as_object_mut().expect("a section");
+        let of_layer: Vec<_> = section.iter().filter(|(name, _)| name.starts_with("model.layers.3.")).collect();
+        let of_layer: Vec<_> = of_layer.into_iter().map(|(name, value)| (moved(name), value.clone())).collect();
+        section.extend(of_layer);
+    }
+    std::fs::write(dir.join("config.json"), config.to_string()).expect("writable");
+    let hidden = config["hidden_size"].as_u64().expect("a number") as usize;
+    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = vec![];
+    for file in 1..=3 {
+        let data = std::fs::read(main.join(format!("model-{file:05}-of-00003.safetensors"))).expect("there");
+        for (name, view) in SafeTensors::deserialize(&data).expect("safetensors").tensors() {
+            if name.starts_with("model.layers.3.") {
+                tensors.push((moved(&name), view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            }
+        }
+    }
+    let mut add = |name: &str, shape: Vec<usize>, values: Vec<f32>| {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        tensors.push((format!("model.layers.4.{name}.weight"), Dtype::F32, shape, bytes));
+    };
+    for (seed, name) in [(1, "enorm"), (2, "hnorm"), (3, "shared_head.norm")] {
+        add(name, vec![hidden], filled(hidden, seed, 1.0, 1.0));
+    }
+    add("eh_proj", vec![hidden, 2 * hidden], filled(2 * hidden * hidden, 4, 1.0, 0.0));
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).expect("a tensor"))
+    });
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).expect("writable");
+}
+
+/// DeepSeek's layer gets its own output back, as it is, for each further draft.
+#[test]
+fn deepseeks_layer_drafts_as_the_reference_by_recurrence() {
+    let main = root().join("tests/golden/models/dsv32_tiny");
+    let dir = tempfile::tempdir().expect("a directory");
+    write_deepseek_mtp(&main, dir.path());
+    let config = ModelConfig::load(dir.path()).expect("config.json");
+    let checkpoints = [&main, dir.path()].map(|dir| Checkpoint::open(dir).expect("opens"));
+    let weights = tandem_model::resolve(&checkpoints[0], &config).expect("resolves");
+    let mtp_weights = tandem_model::resolve_mtp(&checkpoints[1], &config).expect("resolves");
+    let source = CheckpointWeights::new(&checkpoints[0], weights);
+    let mtp_source = CheckpointWeights::new(&checkpoints[1], mtp_weights.clone());
+    let text = std::fs::read_to_string(root().join("tests/golden/units/deepseek_mtp.json")).expect("the golden file");
+    let golden: Value = serde_json::from_str(&text).expect("JSON");
+    let (mut n_drafts, mut n_other) = (0, 0);
+    for case in golden["cases"].as_array().expect("cases") {
+        let mtp = MtpSource::new(&config, &mtp_source, &mtp_weights);
+        let limits = Limits { max_rows: 64, max_logits_rows: 8 };
+        let mut runner = runner_with(&config, &source, mtp, Numerics::F32, limits);
+        let mut tokens: Vec<u32> = serde_json::from_value(case["tokens"].clone()).expect("ids");
+        let mut hidden =
+            filled(tokens.len() * config.hidden_size, 100 + case["seed"].as_u64().expect("a seed"), 4.0, 0.0);
+        let mut first = 0;
+        for (i, expected) in case["drafts"].as_array().expect("drafts").iter().enumerate() {
+            let batch = Batch {
+                positions: (first..first + tokens.len() as u32).collect(),
+                sequences: vec![0; tokens.len()],
+                block_tables: vec![vec![0]],
+                logits_rows: vec![tokens.len() as u32 - 1],
+                tokens: std::mem::take(&mut tokens),
+                sampling: vec![],
+            };
+            first += batch.tokens.len() as u32;
+            let drafted = runner.draft(batch, &hidden).expect("drafts");
+            assert_eq!(json!(drafted.tokens[0]), expected["token"], "draft {i} of {case}");
+            let fed_back: Vec<f32> = serde_json::from_value(expected["fed_back"].clone()).expect("numbers");
+            for (found, expected) in drafted.hidden.iter().zip(&fed_back) {
+                // The file has five digits; sums of f32 over a few hundred terms lose about as much.
+                assert!((found - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{found} and {expected}");
+            }
+            n_drafts += 1;
+            n_other += usize::from(case["drafts_if_normalised"][i] != expected["token"]);
+            (tokens, hidden) = (drafted.tokens, drafted.hidden);
+        }
+    }
+    assert!(n_drafts >= 24 && n_other >= 3, "{n_other} of {n_drafts} tell the rules apart");
 }
 
 /// Chats that fable-30m was trained on, as token ids: the goldens' prompts.

@@ -31,10 +31,21 @@ struct SlotRunner {
     repeats: bool,
     /// It drafts, rightly so in this many of eight cases.
     drafts: Option<u64>,
-    /// Of each row of the last step, its position.
+    /// Of each row of the last step that has ended, its position, and of the one submitted last.
     hidden: Vec<f32>,
+    last_hidden: Vec<f32>,
     /// By slot, the token after the one there, as far as the drafter has seen them.
     drafter_slots: Vec<u32>,
+    /// What a row takes, and one that the drafter runs.
+    row_time: [Duration; 2],
+}
+
+/// Works for so long, whatever else the machine does.
+fn work(time: Duration) {
+    let start = std::time::Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
 }
 
 /// The token after `tokens`; one that was there before, as a rule, if texts are to repeat themselves.
@@ -60,6 +71,8 @@ impl SlotRunner {
             repeats: false,
             drafts: None,
             hidden: vec![],
+            last_hidden: vec![],
+            row_time: Default::default(),
         }
     }
 
@@ -72,7 +85,8 @@ impl SlotRunner {
             self.slots[slot] = if token & SAMPLED == 0 { token } else { before() };
         }
         self.largest_decode.lock().unwrap().push(batch.n_rows());
-        self.hidden = batch.positions.iter().map(|position| *position as f32).collect();
+        work(self.row_time[0] * batch.n_rows() as u32);
+        self.last_hidden = batch.positions.iter().map(|position| *position as f32).collect();
         let last = batch.logits_rows.iter().map(|row| *row as usize);
         last.map(|row| {
             let (sequence, last) = (batch.sequences[row] as usize, batch.positions[row] as usize);
@@ -92,7 +106,9 @@ impl DeviceSampler for SlotRunner {
     }
 
     fn collect(&mut self) -> Result<Vec<Result<u32, SampleError>>, EngineError> {
-        Ok(self.sampled.pop_front().expect("a step under way").into_iter().map(Ok).collect())
+        let tokens = self.sampled.pop_front().expect("a step under way");
+        self.hidden = if self.sampled.is_empty() { self.last_hidden.clone() } else { vec![] };
+        Ok(tokens.into_iter().map(Ok).collect())
     }
 }
 
@@ -108,6 +124,7 @@ impl Drafter for SlotRunner {
     fn draft(&mut self, batch: Batch, hidden: &[f32]) -> Result<Drafted, EngineError> {
         assert!(batch.n_rows() <= self.limits.max_rows && batch.logits_rows.len() <= self.limits.max_logits_rows);
         assert!(batch.positions.iter().map(|position| *position as f32).eq(hidden.iter().copied()));
+        work(self.row_time[1] * batch.n_rows() as u32);
         let slot_of = |row: usize, position: usize| batch.slot(batch.sequences[row] as usize, position);
         for row in 0..batch.n_rows() {
             self.drafter_slots[slot_of(row, batch.positions[row] as usize)] = batch.tokens[row];
@@ -128,7 +145,9 @@ impl Drafter for SlotRunner {
 impl Runner for SlotRunner {
     fn step(&mut self, batch: Batch, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         assert!(self.sampled.is_empty() && batch.sampling.is_empty());
-        for token in self.run(&batch) {
+        let tokens = self.run(&batch);
+        self.hidden.clone_from(&self.last_hidden);
+        for token in tokens {
             logits.extend((0..VOCAB as u32).map(|id| if id == token { 1.0 } else { 0.0 }));
         }
         Ok(())
@@ -207,6 +226,36 @@ fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request { prompt, max_tokens, eos: vec![END], ..Request::default() }
 }
 
+/// The layer that drafts costs nothing where drafts do not pay: it does not follow texts then.
+#[test]
+fn the_layer_that_drafts_rests_while_nothing_is_drafted() {
+    // Rows that each cost as much as the first, and drafts that are never right.
+    let engine = |depth: DraftDepth, samples: bool| {
+        let blocks = BlockManager::for_tokens(64 * PAGE_SIZE);
+        let row_time = [Duration::from_micros(200), Duration::from_micros(50)];
+        let limits = Limits { max_rows: 128, max_logits_rows: 64 };
+        let runner = SlotRunner { drafts: Some(0), row_time, ..SlotRunner::new(&blocks, limits, samples) };
+        Engine::new(Box::new(runner), blocks, 512, 512).with_scheduling(scheduling(4)).with_drafts(depth)
+    };
+    let run = |engine: &mut Engine, max_tokens: usize| {
+        for seed in 0..8 {
+            engine.submit(Request { eos: vec![], ..greedy(text(100, seed), max_tokens) }).unwrap();
+        }
+        run_all(engine);
+        let counters = engine.counters();
+        (counters.mtp_rows, counters.prompt_tokens + counters.generated_tokens, counters.mtp_drafts.drafts)
+    };
+    for samples in [false, true] {
+        // Texts end before anything could be drafted, or nothing is wanted.
+        assert_eq!(run(&mut engine(DraftDepth::Auto, samples), 1).0, 0);
+        assert_eq!(run(&mut engine(DraftDepth::OFF, samples), 50).0, 0);
+        let (n_run, n_rows, n_drafts) = run(&mut engine(DraftDepth::Auto, samples), 300);
+        assert!(n_run * 10 <= n_rows && n_drafts * 50 <= n_rows, "{n_run} of {n_rows} rows, {n_drafts} drafts");
+        let (n_run, n_rows, _) = run(&mut engine(DraftDepth::Fixed(1), samples), 50);
+        assert!(n_run * 10 >= n_rows * 9, "{n_run} of {n_rows} rows");
+    }
+}
+
 /// Steps until nothing is left; the tokens of each request and how it ended.
 fn run_all(engine: &mut Engine) -> HashMap<RequestId, (Vec<u32>, Option<FinishReason>)> {
     let mut results: HashMap<RequestId, (Vec<u32>, Option<FinishReason>)> = HashMap::new();
@@ -217,7 +266,7 @@ fn run_all(engine: &mut Engine) -> HashMap<RequestId, (Vec<u32>, Option<FinishRe
             let result = results.entry(request).or_default();
             assert_eq!(result.1, None, "nothing follows the end");
             match event {
-                Event::Started { .. } => {}
+                Event::Started { .. } | Event::Drafted { .. } => {}
                 Event::Token { id, .. } => result.0.push(id),
                 Event::Finished(reason) => result.1 = Some(reason),
                 Event::Failed(error) => panic!("{error}"),

@@ -3,7 +3,7 @@
 //! ureq speaks HTTP. Redirects are followed here, because only here it is known which host may see the token; so are what
 //! to get, checksums, names that stay inside the cache, and messages.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Component, Path, PathBuf};
@@ -15,6 +15,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
+use tandem_core::weights::is_of_mtp;
+use tandem_core::{Checkpoint, ModelConfig};
 use tandem_model::glob_matches;
 use ureq::Body;
 use ureq::http::{Response, StatusCode};
@@ -57,6 +59,8 @@ pub struct Request {
     pub include: Vec<String>,
     /// The configuration, the index and the tokenizer only.
     pub metadata: bool,
+    /// Of the weights, only the files that hold the multi-token-prediction layer.
+    pub mtp: bool,
     /// Nothing is written to the error output but a bar at a terminal.
     pub quiet: bool,
 }
@@ -65,7 +69,14 @@ impl Request {
     /// For a model as commands name it: `owner/name`, perhaps with `@revision`.
     pub fn of_model(model: &str, metadata: bool) -> Request {
         let (repo, revision) = model.split_once('@').unwrap_or((model, "main"));
-        Request { repo: repo.to_owned(), revision: revision.to_owned(), include: vec![], metadata, quiet: false }
+        Request {
+            repo: repo.to_owned(),
+            revision: revision.to_owned(),
+            include: vec![],
+            metadata,
+            mtp: false,
+            quiet: false,
+        }
     }
 }
 
@@ -74,9 +85,10 @@ pub fn is_hugging_face_id(name: &str) -> bool {
     name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']) && is_inside(name) && !Path::new(name).exists()
 }
 
-/// True for a model whose weights are here.
+/// True for a model whose weights are here, all of them.
 pub fn has_weights(model: &str) -> bool {
-    let files = model_dir(Some(model)).ok().and_then(|dir| std::fs::read_dir(dir).ok());
+    let dir = model_dir(Some(model)).ok().filter(|dir| Checkpoint::is_whole(dir));
+    let files = dir.and_then(|dir| std::fs::read_dir(dir).ok());
     let is_weights = |path: PathBuf| path.extension().is_some_and(|e| e == "safetensors" || e == "gguf");
     files.is_some_and(|mut files| files.any(|file| file.is_ok_and(|file| is_weights(file.path()))))
 }
@@ -117,7 +129,10 @@ pub fn get(request: &Request, confirm: impl FnOnce(u64) -> bool) -> anyhow::Resu
     let info = hub.info(request).map_err(|error| hub.explain(error, request))?;
     ensure!(is_hex(&info.sha, 40), "the server names the commit {:?}, expected 40 hexadecimal digits", info.sha);
     let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
-    let wanted = choose(&names, request)?;
+    let mut wanted = choose(&names, request)?;
+    if request.mtp {
+        wanted = hub.with_mtp(wanted, request, &info.sha, &folder)?;
+    }
     ensure!(
         wanted.len() <= MAX_FILES,
         "{} has {} files to get, expected at most {MAX_FILES}; this is no model, or --include asks for too much",
@@ -159,6 +174,33 @@ pub fn get(request: &Request, confirm: impl FnOnce(u64) -> bool) -> anyhow::Resu
     };
     write().with_context(|| format!("cannot write {}", reference.display()))?;
     Ok(Pulled { snapshot, commit: info.sha, files: wanted.into_iter().map(str::to_owned).collect(), bytes: total })
+}
+
+const CONFIG: &str = "config.json";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// What of `names` the multi-token-prediction layer needs: no weights but those that `index` says hold it, if there is one.
+fn mtp_files<'a>(names: Vec<&'a str>, config: &str, index: Option<&str>) -> anyhow::Result<Vec<&'a str>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let config = ModelConfig::parse(config)?;
+    ensure!(
+        !config.mtp_layers().is_empty(),
+        "its config.json has no num_nextn_predict_layers, so there is no multi-token-prediction layer to get"
+    );
+    let Some(index) = index else { return Ok(names) };
+    let Index { weight_map } = serde_json::from_str(index).with_context(|| format!("{INDEX} is not a weight index"))?;
+    let holds = |file: &str| weight_map.iter().any(|(tensor, held_by)| held_by == file && is_of_mtp(tensor, &config));
+    let wanted: Vec<&str> = names.into_iter().filter(|name| !glob_matches(WEIGHTS, name) || holds(name)).collect();
+    ensure!(
+        wanted.iter().any(|name| glob_matches(WEIGHTS, name)),
+        "{INDEX} names no tensor of model.layers.{}, the multi-token-prediction layer: this conversion has left it out; pull \
+         the layer of the original model",
+        config.num_hidden_layers
+    );
+    Ok(wanted)
 }
 
 /// The files to get.
@@ -390,6 +432,28 @@ impl Hub {
         let commit = found_commit.context("the server does not say of which commit the file is")?;
         let size = size.and_then(|size| size.trim().parse().ok()).context("the server does not say how large it is")?;
         Ok(Remote { name: name.to_owned(), url, commit, digest: digest.to_lowercase(), size })
+    }
+
+    /// Of the files `wanted`, what the multi-token-prediction layer needs; the configuration and the index are got for that.
+    fn with_mtp<'a>(
+        &self,
+        wanted: Vec<&'a str>,
+        request: &Request,
+        commit: &str,
+        folder: &Path,
+    ) -> anyhow::Result<Vec<&'a str>> {
+        std::fs::create_dir_all(folder.join("blobs"))
+            .with_context(|| format!("cannot write to the Hugging Face cache at {}", folder.display()))?;
+        let text = |name: &str| -> anyhow::Result<String> {
+            let in_words = |error: Failure| self.explain(error, request).context(format!("cannot get {name}"));
+            let file = self.metadata(&request.repo, commit, name).map_err(in_words)?;
+            ensure!(file.size <= MAX_LISTING_BYTES, "{name} has {}, which is no model's", bytes(file.size));
+            self.fetch(&file, folder, &ProgressBar::hidden()).map_err(in_words)?;
+            std::fs::read_to_string(file.blob(folder)).with_context(|| format!("cannot read {name}"))
+        };
+        ensure!(wanted.contains(&CONFIG), "{} has no {CONFIG}, so it is no model", request.repo);
+        let index = wanted.contains(&INDEX).then(|| text(INDEX)).transpose()?;
+        mtp_files(wanted, &text(CONFIG)?, index.as_deref()).with_context(|| format!("--mtp {}", request.repo))
     }
 
     /// Makes sure that a file is in the cache and is what its server says it is.
@@ -656,7 +720,7 @@ mod tests {
 
     fn request(include: &[&str]) -> Request {
         let include = include.iter().map(|pattern| pattern.to_string()).collect();
-        Request { repo: "a/b".into(), revision: "main".into(), include, metadata: false, quiet: false }
+        Request { repo: "a/b".into(), revision: "main".into(), include, metadata: false, mtp: false, quiet: false }
     }
 
     fn check(names: &[&str], include: &[&str], expected: Result<&[&str], &str>) {

@@ -87,8 +87,8 @@ pub fn load(
     let accounting = Accounting::new(&weights, &config);
     let depth = match options.draft_depth {
         Some(depth) => depth,
-        // What `auto` does for several sequences and on other devices has not been measured well enough.
-        None if what.logits == LogitsRows::One
+        // What `auto` does among ranks and on other devices has not been measured well enough.
+        None if what.logits != LogitsRows::Chunk
             && joined.is_none()
             && DeviceKind::choose(&options.device)? == DeviceKind::Cpu =>
         {

@@ -39,7 +39,7 @@ impl Sidecar {
             !config.mtp_layers().is_empty(),
             "--mtp {path}: its config.json has no num_nextn_predict_layers; expected a directory with the layer"
         );
-        let checkpoint = Checkpoint::open(&dir)?;
+        let checkpoint = Checkpoint::open_mtp(&dir, &config).with_context(|| format!("--mtp {path}"))?;
         let weights = tandem_model::resolve_mtp(&checkpoint, &config).with_context(|| format!("--mtp {path}"))?;
         Ok(Sidecar { config, checkpoint, weights })
     }

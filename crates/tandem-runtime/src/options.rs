@@ -26,7 +26,7 @@ pub struct ModelOptions {
     pub device: DeviceOptions,
     /// How it is divided among ranks.
     pub parallel: ParallelOptions,
-    /// Tokens drafted for a sequence in one step. If `None`, as many as pay where the processor computes one sequence, and
+    /// Tokens drafted for a sequence in one step. If `None`, as many as pay where the processor computes alone, and
     /// none elsewhere.
     pub draft_depth: Option<DraftDepth>,
     /// Directory or Hugging Face id of the multi-token-prediction layer that drafts; the model's own if `None`.

@@ -183,6 +183,7 @@ impl Session {
                             break 'steps None;
                         }
                     }
+                    Event::Drafted { .. } => {}
                     Event::Finished(reason) => break 'steps Some(reason),
                     Event::Failed(error) => return Err(error.into()),
                 }
@@ -232,7 +233,7 @@ impl Session {
         };
         let drafts = match a.drafts.tokens {
             0 => String::new(),
-            n => format!(" | {} of {n} drafted tokens kept", a.drafts.accepted_tokens()),
+            n => format!(" | {} of {n} drafted tokens kept ({})", a.drafts.accepted_tokens(), by_position(&a.drafts)),
         };
         let end = match a.finish_reason {
             "length" if a.prompt_tokens + a.tokens.len() >= self.context() => {
@@ -308,6 +309,14 @@ impl Session {
             "numerics": self.loaded.numerics,
         })
     }
+}
+
+/// Shares of drafts that were right, by position, up to the last that ever was.
+fn by_position(drafts: &DraftCounts) -> String {
+    let right = drafts.accepted.iter().filter(|n| **n > 0);
+    let percent = |n: &u64| format!("{:.0}", 100.0 * *n as f64 / drafts.drafts.max(1) as f64);
+    let shares: Vec<String> = right.map(percent).collect();
+    if shares.is_empty() { "0 %".into() } else { format!("{} %", shares.join(", ")) }
 }
 
 fn rate(n: usize, time: Duration) -> f64 {

@@ -610,6 +610,10 @@ pub(crate) struct PromptTokens {
 #[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
 pub(crate) struct CompletionTokens {
     pub(crate) reasoning_tokens: usize,
+    /// Tokens that were drafted and then said.
+    pub(crate) accepted_prediction_tokens: usize,
+    /// Tokens that were drafted in vain.
+    pub(crate) rejected_prediction_tokens: usize,
 }
 
 impl Usage {
@@ -619,8 +623,15 @@ impl Usage {
             completion_tokens: completion,
             total_tokens: prompt + completion,
             prompt_tokens_details: PromptTokens { cached_tokens: cached },
-            completion_tokens_details: CompletionTokens { reasoning_tokens: reasoning },
+            completion_tokens_details: CompletionTokens { reasoning_tokens: reasoning, ..CompletionTokens::default() },
         }
+    }
+
+    /// The same with drafted tokens: those that were then said, and the others.
+    pub(crate) fn with_drafts(mut self, accepted: usize, rejected: usize) -> Usage {
+        self.completion_tokens_details.accepted_prediction_tokens = accepted;
+        self.completion_tokens_details.rejected_prediction_tokens = rejected;
+        self
     }
 }
 

@@ -15,6 +15,7 @@ use crate::browser::Access;
 use crate::generation;
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
+use crate::replay::Said;
 use crate::store::Store;
 use crate::worker::Worker;
 
@@ -162,6 +163,7 @@ pub struct App {
     pub(crate) access: Access,
     pub(crate) admission: Admission,
     pub(crate) store: Store,
+    pub(crate) said: Said,
     /// Bytes of the vocabulary's longest token.
     pub(crate) longest_token: usize,
     /// Facts about the model, for the page.
@@ -190,6 +192,7 @@ impl App {
                 "max_batch": model.max_batch, "version": env!("CARGO_PKG_VERSION"),
                 "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p},
             }),
+            said: Said::default(),
             worker,
             tokenizer,
             template,

@@ -16,6 +16,7 @@ use crate::connections::CLIENT;
 use crate::error::ApiError;
 use crate::grammar::{Compiled, Form, GrammarError};
 use crate::metrics::CLIENT_LEFT;
+use crate::replay::PromptKey;
 use crate::span::{Answered, Asked, RequestSpan};
 use crate::worker::{Replies, Reply};
 
@@ -185,6 +186,11 @@ impl App {
 
     /// Starts the answers to several prompts, all or none; they are numbered through.
     pub(crate) fn start_all(self: &Arc<Self>, ask: &Ask, prompts: Vec<Vec<u32>>) -> Result<Vec<Generation>, ApiError> {
+        // A conversation goes on with the tokens that were said.
+        let prompts = match &ask.chat {
+            Some(chat) => prompts.into_iter().map(|prompt| self.replayed(prompt, chat)).collect(),
+            None => prompts,
+        };
         prompts.iter().try_for_each(|prompt| self.check_prompt(ask, prompt))?;
         let sampling = self.defaults.apply(&ask.overrides);
         sampling.validate().map_err(|error| ApiError::invalid(error.name, error.to_string()))?;
@@ -209,6 +215,7 @@ impl App {
         let budget = ask.chat.as_ref().and_then(|chat| chat.thinking_budget);
         let in_reasoning = reasoning.is_some();
         let mut n_prompts = vec![];
+        let mut keys = vec![];
         let mut requests = vec![];
         for prompt in prompts {
             for i in 0..ask.n.max(1) as u64 {
@@ -216,6 +223,7 @@ impl App {
                 // Different answers, and the same ones every time.
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
                 n_prompts.push(prompt.len());
+                keys.push(ask.chat.is_some().then(|| PromptKey::of(&prompt)));
                 requests.push(Request {
                     prompt: prompt.clone(),
                     sampling,
@@ -242,32 +250,36 @@ impl App {
             input_tokens: n_prompts.iter().step_by(ask.n.max(1)).sum(),
         }));
         let all = self.worker.submit(requests)?;
-        let generation = |(index, (replies, n_prompt)): (usize, (Replies, usize))| Generation {
-            app: Arc::clone(self),
-            index,
-            replies,
-            one_call: ask.chat.as_ref().is_some_and(|chat| chat.one_call),
-            has_stop_tokens: !named.is_empty(),
-            stream: match ask.chat.clone() {
-                Some(Chat { functions, in_reasoning, .. }) => {
-                    AnswerStream::chat(&self.tokenizer, self.dialect, functions, in_reasoning, ask.stop.clone())
-                }
-                None => AnswerStream::plain(&self.tokenizer, ask.stop.clone()),
-            },
-            n_prompt,
-            n_tokens: 0,
-            n_reasoning: 0,
-            n_cached: 0,
-            client,
-            span: Arc::clone(&span),
-            start,
-            started: None,
-            first_token: None,
-            last_token: None,
-            is_done: false,
-            error: None,
-        };
-        Ok(all.into_iter().zip(n_prompts).enumerate().map(generation).collect())
+        let generation =
+            |(index, ((replies, n_prompt), key)): (usize, ((Replies, usize), Option<PromptKey>))| Generation {
+                app: Arc::clone(self),
+                index,
+                key,
+                said: vec![],
+                replies,
+                one_call: ask.chat.as_ref().is_some_and(|chat| chat.one_call),
+                has_stop_tokens: !named.is_empty(),
+                stream: match ask.chat.clone() {
+                    Some(Chat { functions, in_reasoning, .. }) => {
+                        AnswerStream::chat(&self.tokenizer, self.dialect, functions, in_reasoning, ask.stop.clone())
+                    }
+                    None => AnswerStream::plain(&self.tokenizer, ask.stop.clone()),
+                },
+                n_prompt,
+                n_tokens: 0,
+                n_reasoning: 0,
+                n_drafted: [0; 2],
+                n_cached: 0,
+                client,
+                span: Arc::clone(&span),
+                start,
+                started: None,
+                first_token: None,
+                last_token: None,
+                is_done: false,
+                error: None,
+            };
+        Ok(all.into_iter().zip(n_prompts).zip(keys).enumerate().map(generation).collect())
     }
 }
 
@@ -325,12 +337,17 @@ pub(crate) struct Generation {
     pub(crate) index: usize,
     replies: Replies,
     stream: AnswerStream,
+    /// Of a conversation: what its prompt is known by, and the answer's tokens.
+    key: Option<PromptKey>,
+    said: Vec<u32>,
     one_call: bool,
     /// The client has named tokens that end the answer, in the middle of a call as well.
     has_stop_tokens: bool,
     n_prompt: usize,
     n_tokens: usize,
     n_reasoning: usize,
+    /// Drafted tokens that were said, and that were not.
+    n_drafted: [usize; 2],
     n_cached: usize,
     client: Option<SocketAddr>,
     span: Arc<RequestSpan>,
@@ -347,7 +364,8 @@ pub(crate) struct Generation {
 impl Generation {
     /// Tokens so far.
     pub(crate) fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt, self.n_tokens, self.n_cached, self.n_reasoning)
+        let [accepted, rejected] = self.n_drafted;
+        Usage::new(self.n_prompt, self.n_tokens, self.n_cached, self.n_reasoning).with_drafts(accepted, rejected)
     }
 
     /// The next piece; `None` after the end. What has gathered since the last call comes in one piece.
@@ -393,6 +411,11 @@ impl Generation {
                 Ok(Chunk::default())
             }
             Reply::Event(Event::Token { id, logprobs }, at) => self.token(id, logprobs, at),
+            Reply::Event(Event::Drafted { n_tokens, n_accepted }, _) => {
+                self.n_drafted[0] += n_accepted;
+                self.n_drafted[1] += n_tokens - n_accepted;
+                Ok(Chunk::default())
+            }
             Reply::Event(Event::Finished(reason), _) => self.finished(Chunk::default(), reason),
             Reply::Event(Event::Failed(error), _) => Err(ApiError::internal(error.to_string())),
             Reply::Error(error) => Err(error),
@@ -458,6 +481,9 @@ impl Generation {
             Some(last) => self.app.metrics.inter_token.observe((at - last).as_secs_f64()),
         }
         self.n_tokens += 1;
+        if self.key.is_some() {
+            self.said.push(id);
+        }
         let was_reasoning = self.stream.in_reasoning();
         self.n_reasoning += usize::from(was_reasoning);
         let mut chunk = Chunk::default();
@@ -489,11 +515,41 @@ impl Generation {
             FinishedBy::ToolCalls => Finish::ToolCalls,
             FinishedBy::Length => Finish::Length,
         });
+        if let (Some(key), Some(Finish::Stop | Finish::ToolCalls)) = (self.key, &chunk.finish) {
+            self.app.said.put(key, std::mem::take(&mut self.said));
+        }
         Ok(chunk)
     }
 }
 
 impl App {
+    /// A conversation's prompt with the tokens of earlier answers where it says the same.
+    fn replayed(&self, prompt: Vec<u32>, chat: &Chat) -> Vec<u32> {
+        let text = |tokens: &[u32]| self.tokenizer.decode(tokens, false).ok();
+        let said = |tokens: &[u32]| self.read_answer(tokens, chat);
+        let same = |written: &[u32], answer: &[u32]| {
+            text(written).is_some_and(|written| Some(written) == text(answer)) || {
+                let written = said(written);
+                written.is_some() && written == said(answer)
+            }
+        };
+        self.said.replay(prompt, |token| self.defaults.eos_token_ids.contains(&token), same)
+    }
+
+    /// Reasoning, text and calls of an answer, without the spaces around them.
+    fn read_answer(&self, tokens: &[u32], chat: &Chat) -> Option<Meaning> {
+        let (functions, reasoning) = (chat.functions.clone(), chat.in_reasoning);
+        let mut stream = AnswerStream::chat(&self.tokenizer, self.dialect, functions, reasoning, vec![]);
+        let mut answer = Answer::default();
+        for token in tokens {
+            stream.push(*token).ok()?.deltas.into_iter().for_each(|delta| answer.take(delta));
+        }
+        stream.finish(false).ok()?.0.into_iter().for_each(|delta| answer.take(delta));
+        let call = |call: Call| Some((call.name, serde_json::from_str(&call.arguments).ok()?));
+        let calls = answer.calls.into_iter().map(call).collect::<Option<Vec<_>>>()?;
+        Some((answer.reasoning.trim().to_owned(), answer.content.trim().to_owned(), calls))
+    }
+
     /// A token's log-probabilities by its text.
     pub(crate) fn token_logprob(&self, id: u32, logprobs: &Logprobs) -> TokenLogprob {
         let name = |id: u32| {
@@ -527,6 +583,9 @@ pub(crate) struct Call {
     pub(crate) arguments: String,
 }
 
+/// What an answer says, in whatever tokens: its reasoning, text and calls.
+type Meaning = (String, String, Vec<(String, Value)>);
+
 /// A whole answer.
 #[derive(Debug, Default)]
 pub(crate) struct Answer {
@@ -544,24 +603,26 @@ impl Answer {
         let mut answer = Answer::default();
         while let Some(chunk) = generation.next().await {
             let chunk = chunk?;
-            for delta in chunk.deltas {
-                match delta {
-                    Delta::Reasoning(text) => answer.reasoning.push_str(&text),
-                    Delta::Content(text) => answer.content.push_str(&text),
-                    Delta::Call { name } => answer.calls.push(Call { name, arguments: String::new() }),
-                    Delta::Arguments(json) => {
-                        if let Some(call) = answer.calls.last_mut() {
-                            call.arguments.push_str(&json);
-                        }
-                    }
-                    Delta::EndCall => {}
-                }
-            }
+            chunk.deltas.into_iter().for_each(|delta| answer.take(delta));
             answer.logprobs.extend(chunk.logprobs);
             answer.finish = chunk.finish.or(answer.finish);
         }
         answer.usage = generation.usage();
         Ok(answer)
+    }
+
+    fn take(&mut self, delta: Delta) {
+        match delta {
+            Delta::Reasoning(text) => self.reasoning.push_str(&text),
+            Delta::Content(text) => self.content.push_str(&text),
+            Delta::Call { name } => self.calls.push(Call { name, arguments: String::new() }),
+            Delta::Arguments(json) => {
+                if let Some(call) = self.calls.last_mut() {
+                    call.arguments.push_str(&json);
+                }
+            }
+            Delta::EndCall => {}
+        }
     }
 
     /// All answers to prompts of `n_prompt` tokens in all, and their tokens together.
@@ -584,9 +645,12 @@ impl Answer {
 pub(crate) fn total(n_prompt: usize, usages: impl Iterator<Item = Usage>) -> Usage {
     usages.fold(Usage::new(n_prompt, 0, 0, 0), |sum, usage| {
         let cached = sum.prompt_tokens_details.cached_tokens.max(usage.prompt_tokens_details.cached_tokens);
-        let reasoning =
-            sum.completion_tokens_details.reasoning_tokens + usage.completion_tokens_details.reasoning_tokens;
-        Usage::new(n_prompt, sum.completion_tokens + usage.completion_tokens, cached, reasoning)
+        let (a, b) = (sum.completion_tokens_details, usage.completion_tokens_details);
+        let reasoning = a.reasoning_tokens + b.reasoning_tokens;
+        Usage::new(n_prompt, sum.completion_tokens + usage.completion_tokens, cached, reasoning).with_drafts(
+            a.accepted_prediction_tokens + b.accepted_prediction_tokens,
+            a.rejected_prediction_tokens + b.rejected_prediction_tokens,
+        )
     })
 }
 

@@ -25,6 +25,7 @@ mod page;
 mod pages;
 mod process;
 mod read;
+mod replay;
 mod responses;
 mod span;
 mod store;

@@ -13,8 +13,8 @@ use crate::report::print_json;
 
 /// Runs the command.
 pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
-    let PullArgs { repo, revision, include, metadata, json } = args.clone();
-    let request = Request { repo, revision, include, metadata, quiet: json };
+    let PullArgs { repo, revision, include, metadata, mtp, json } = args.clone();
+    let request = Request { repo, revision, include, metadata, mtp, quiet: json };
     let Pulled { snapshot, commit, files, bytes: total } = get(&request, |_| true)?;
     if args.json {
         return print_json(
@@ -23,7 +23,8 @@ pub(crate) fn pull(args: &PullArgs) -> anyhow::Result<()> {
     }
     // A name alone stands for what main is.
     let name = if args.revision == "main" { args.repo.clone() } else { format!("{}@{}", args.repo, args.revision) };
-    println!("{} files, {}; use it as --model {name}", files.len(), bytes(total));
+    let flag = if mtp { "--mtp" } else { "--model" };
+    println!("{} files, {}; use it as {flag} {name}", files.len(), bytes(total));
     Ok(())
 }
 

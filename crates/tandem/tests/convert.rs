@@ -82,6 +82,45 @@ fn quantising_gives_the_bytes_of_mlx() {
     assert_eq!(inspected["modules"], original["modules"]);
 }
 
+/// The layer that drafts alone, of either layout: a checkpoint drafts with it as with its own.
+#[test]
+fn a_layer_that_drafts_is_converted_alone() {
+    let (fable, hf) = (golden("../../models/fable-30m-MXFP4-Q8"), golden("models/glm51_hf_tiny_mtp"));
+    let drafted = |model: &str, mtp: Option<&str>, prompt: &str| {
+        let mut args =
+            vec!["run", prompt, "--model", model, "--json", "--raw", "--max-tokens", "40", "--temperature", "0"];
+        args.extend(["--ignore-eos", "--draft-depth", "2"]);
+        args.extend(mtp.iter().flat_map(|mtp| ["--mtp", *mtp]));
+        let found = tandem(&args).json();
+        assert_eq!(found["generated_tokens"], 40);
+        ["tokens", "drafted_tokens", "accepted_by_draft_position"].map(|name| found[name].clone())
+    };
+    for model in [&fable, &hf] {
+        let dir = temporary();
+        let out = dir.path().join("layer");
+        convert(model, &out, &["--mtp-only", "--quant", "keep"]);
+        let out = out.display().to_string();
+        assert_eq!(drafted(model, Some(&out), "Once"), drafted(model, None, "Once"), "{model}");
+        // In other formats it drafts, perhaps otherwise; the text is the model's.
+        let other = dir.path().join("other");
+        convert(model, &other, &["--mtp-only", "--quant", "mxfp4"]);
+        let size = |dir: &Path| std::fs::metadata(dir.join("model.safetensors")).expect("a file").len();
+        assert!(size(&other) < size(Path::new(&out)));
+        assert_eq!(drafted(model, Some(&other.display().to_string()), "Once")[0], drafted(model, None, "Once")[0]);
+    }
+    let dir = temporary();
+    let out = dir.path().join("none").display().to_string();
+    for (source, more, expected) in [
+        (golden("models/llama_tiny"), &[][..], "no num_nextn_predict_layers"),
+        (golden("models/dsv32_tiny"), &[], "tandem pull OWNER/NAME --mtp"),
+        (fable.clone(), &["--quant", "mixed-4.8"], "does not run alone"),
+    ] {
+        fails(&[&[source.as_str(), "--mtp-only", "--out", &out], more].concat(), &[expected]);
+    }
+    let done = tandem(&["convert", &fable, "--mtp-only", "--search", "--out", &out]);
+    assert!(done.code == Some(2) && done.stderr.contains("--search"), "{}", done.stderr);
+}
+
 #[test]
 fn every_format_runs() {
     let dir = temporary();

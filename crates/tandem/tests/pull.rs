@@ -314,6 +314,91 @@ fn metadata_alone_leaves_the_weights_where_they_are() {
     assert_eq!(hub.downloads().len(), 3);
 }
 
+/// Of a large original only the files with its layer that drafts; a checkpoint without one drafts with it then.
+#[test]
+fn the_layer_that_drafts_alone() {
+    const FABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/fable-30m-MXFP4-Q8");
+    let read = |name: &str| std::fs::read(Path::new(FABLE).join(name)).unwrap();
+    let (whole, config) = (read("model.safetensors"), Served::small(&read("config.json")));
+    let n_layers = serde_json::from_slice::<Value>(&config.bytes).unwrap()["num_hidden_layers"].as_u64().unwrap();
+    let of_layer = format!("model.layers.{n_layers}.");
+    let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
+    let is_of_layer = |name: &str| name.starts_with(&of_layer);
+    // The layer is in two files, of which one holds something else too; the last file has nothing of it.
+    let files =
+        ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"];
+    let place = |name: &str| match name {
+        _ if is_of_layer(name) => files[usize::from(name.contains(".mlp."))],
+        "model.norm.weight" => files[0],
+        _ => files[2],
+    };
+    let shard = |file: &str| {
+        let held = tensors.tensors().into_iter().filter(|(name, _)| place(name) == file);
+        Served { is_large: true, ..Served::small(&safetensors::serialize(held, None).unwrap()) }
+    };
+    let weight_map: serde_json::Map<String, Value> =
+        tensors.names().into_iter().map(|name| (name.to_string(), json!(place(name)))).collect();
+    let index = |weight_map: &serde_json::Map<String, Value>| {
+        Served::small(json!({"metadata": {}, "weight_map": weight_map}).to_string().as_bytes())
+    };
+    let hub = Hub::start(&[
+        ("config.json", config.clone()),
+        ("model.safetensors.index.json", index(&weight_map)),
+        ("tokenizer.json", Served::small(&read("tokenizer.json"))),
+        (files[0], shard(files[0])),
+        (files[1], shard(files[1])),
+        (files[2], Served::large(1000)),
+    ]);
+    let home = temporary();
+    let said = hub.pull(home.path(), &["--mtp"]).ok();
+    assert!(said.contains("use it as --mtp owner/name"), "{said}");
+    let mut got: Vec<String> = hub.downloads().into_iter().map(|(name, _)| name).collect();
+    got.sort();
+    assert_eq!(got, ["config.json", files[0], files[1], "model.safetensors.index.json", "tokenizer.json"]);
+    // A whole model is not here yet: it would be asked for.
+    let done = finish(command(&["run", "Hello", "--model", "owner/name"]).env("HF_HOME", home.path()));
+    assert!(done.code == Some(1), "{}", done.stderr);
+
+    let run = |mtp: Option<&str>| {
+        let mut args = vec!["run", "Tell me a story about a brave fox named Lily.", "--model", FABLE, "--json"];
+        args.extend(["--max-tokens", "40", "--temperature", "0", "--draft-depth", "3"]);
+        args.extend(mtp.iter().flat_map(|mtp| ["--mtp", *mtp]));
+        let found = finish(command(&args).env("HF_HOME", home.path())).json();
+        ["tokens", "drafted_tokens", "accepted_by_draft_position"].map(|name| found[name].clone())
+    };
+    let own = run(None);
+    assert!(own[1].as_u64() > Some(20), "{own:?}");
+    assert_eq!(run(Some("owner/name")), own);
+    // From there into a directory that has nothing else.
+    let out = home.path().join("layer");
+    let out_name = out.display().to_string();
+    let convert = ["convert", "owner/name", "--mtp-only", "--quant", "keep", "--out", &out_name];
+    finish(command(&convert).env("HF_HOME", home.path())).ok();
+    let kept = std::fs::read(out.join("model.safetensors")).unwrap();
+    assert!(safetensors::SafeTensors::deserialize(&kept).unwrap().names().iter().all(|name| is_of_layer(name)));
+    assert!(!out.join("tokenizer.json").exists());
+    assert_eq!(run(Some(&out_name)), own);
+
+    // What has no such layer says so before it gets weights.
+    let check = |config: Served, weight_map: &serde_json::Map<String, Value>, expected: &str| {
+        let files = [
+            ("config.json", config),
+            ("model.safetensors.index.json", index(weight_map)),
+            (files[0], Served::large(10)),
+        ];
+        let (home, hub) = (temporary(), Hub::start(&files));
+        let done = hub.pull(home.path(), &["--mtp"]);
+        assert!(done.code == Some(1) && done.stderr.contains(expected), "{}", done.stderr);
+        assert!(hub.downloads().iter().all(|(name, _)| !name.ends_with(".safetensors")));
+    };
+    let without: serde_json::Map<String, Value> =
+        weight_map.iter().filter(|(name, _)| !is_of_layer(name)).map(|(n, f)| (n.clone(), f.clone())).collect();
+    check(config.clone(), &without, &format!("no tensor of model.layers.{n_layers}"));
+    let mut plain: Value = serde_json::from_slice(&config.bytes).unwrap();
+    plain.as_object_mut().unwrap().remove("num_nextn_predict_layers");
+    check(Served::small(plain.to_string().as_bytes()), &weight_map, "no num_nextn_predict_layers");
+}
+
 #[test]
 fn a_stalled_connection_is_given_up_and_continued() {
     let weights = Served { stalls: 40, ..Served::large(3000) };

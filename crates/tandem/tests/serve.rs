@@ -108,6 +108,65 @@ fn weather_tool() -> Value {
     }})
 }
 
+/// Where an interface's usage has a place for them, drafted tokens are in it: those that were said, and the others.
+#[test]
+fn drafted_tokens_are_counted_where_an_interface_has_a_place_for_them() {
+    let server = Server::start(&["--draft-depth", "3"]);
+    let (prompt, last) = ("Tell me a story about a brave fox named Lily.", json!({"include_usage": true}));
+    let chat = json!({"messages": user(prompt), "max_tokens": 40, "temperature": 0, "stream_options": last});
+    let text =
+        json!({"prompt": "The fox", "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stream_options": last});
+    let two = json!({"prompt": ["The fox", "One day"], "max_tokens": 40, "temperature": 0, "ignore_eos": true, "n": 2});
+    let responses = json!({"input": prompt, "max_output_tokens": 40, "temperature": 0});
+    let messages = json!({"messages": user(prompt), "max_tokens": 40, "temperature": 0});
+    let whole = |body: &Value| {
+        let mut body = body.clone();
+        body.as_object_mut().unwrap().remove("stream_options");
+        body
+    };
+    let mut sums = [0, 0];
+    for (path, body, is_stream, has_place) in [
+        ("/v1/chat/completions", &chat, false, true),
+        ("/v1/chat/completions", &chat, true, true),
+        ("/v1/completions", &text, false, true),
+        ("/v1/completions", &text, true, true),
+        ("/v1/completions", &two, false, true),
+        ("/v1/responses", &responses, false, false),
+        ("/v1/messages", &messages, false, false),
+    ] {
+        let before = ["num_draft_tokens", "num_accepted_tokens"]
+            .map(|name| server.metric(&format!("vllm:spec_decode_{name}_total{{model_name=\"fable\"}}")));
+        let usage = match is_stream {
+            true => server.stream(path, body.clone()).last().unwrap()["usage"].clone(),
+            false => server.ok(path, whole(body))["usage"].clone(),
+        };
+        server.wait_until_free();
+        let [drafted, accepted] = ["num_draft_tokens", "num_accepted_tokens"]
+            .map(|name| server.metric(&format!("vllm:spec_decode_{name}_total{{model_name=\"fable\"}}")));
+        let counted = [accepted - before[1], drafted - before[0] - (accepted - before[1])];
+        assert!(counted[0] > 10.0, "{path}: {counted:?}");
+        let details = &usage["completion_tokens_details"];
+        let found = ["accepted", "rejected"].map(|name| details[format!("{name}_prediction_tokens")].as_f64());
+        assert_eq!(found, if has_place { counted.map(Some) } else { [None, None] }, "{path} {is_stream}: {usage}");
+        sums = [sums[0] + counted[0] as u64, sums[1] + counted[1] as u64];
+    }
+    // The same in sum, and by place in the draft.
+    let info: Value = serde_json::from_str(&server.get("/info")).unwrap();
+    let drafts = &info["drafts"];
+    assert_eq!((&drafts["accepted"], &drafts["tokens"]), (&json!(sums[0]), &json!(sums[0] + sums[1])), "{info}");
+    let by_position: Vec<u64> = serde_json::from_value(drafts["accepted_by_position"].clone()).unwrap();
+    assert_eq!(by_position.iter().sum::<u64>(), sums[0]);
+    for (position, n) in by_position.iter().enumerate() {
+        let name = "vllm:spec_decode_num_accepted_tokens_per_pos_total";
+        let label = format!("{name}{{model_name=\"fable\",position=\"{position}\"}}");
+        assert!(position >= 3 || server.metric(&label) == *n as f64, "{label}");
+    }
+    // Nothing is drafted, nothing is counted.
+    let plain = Server::start(&["--draft-depth", "0"]);
+    let usage = &plain.ok("/v1/completions", whole(&text))["usage"]["completion_tokens_details"];
+    assert_eq!((&usage["accepted_prediction_tokens"], &usage["rejected_prediction_tokens"]), (&json!(0), &json!(0)));
+}
+
 #[test]
 fn answers_in_every_interface() {
     let server = Server::start(&[]);

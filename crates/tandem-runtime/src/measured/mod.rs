@@ -1,9 +1,11 @@
 //! A model that is loaded to be measured: from a checkpoint, or of a preset's shapes with random weights.
 
 mod bytes_read;
+pub mod drafts;
 pub mod plot;
 mod ranks;
 mod runner;
+pub mod workload;
 
 use std::path::Path;
 use std::sync::Arc;

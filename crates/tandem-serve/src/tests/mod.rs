@@ -1,6 +1,7 @@
 //! The server in process: the real tokenizer, template, dialect and router, and an engine that writes what it is told.
 
 mod abuse;
+mod agent;
 mod board;
 mod bytes;
 mod clients;

@@ -5,7 +5,6 @@
 //! exactly the context asked for.
 
 pub(crate) mod comm;
-mod drafts;
 mod matrix;
 mod serve;
 
@@ -13,8 +12,6 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure};
 use serde_json::{Map, Value, json};
-use tandem_core::Batch;
-use tandem_core::backend::PAGE_SIZE;
 use tandem_cpu::bandwidth::ReadMeter;
 use tandem_engine::{EXACT_ROWS, Operation};
 
@@ -22,8 +19,10 @@ use crate::cli::{BenchArgs, BenchCommand, BenchDecodeArgs, BenchPrefillArgs, Out
 use tandem_model::Limits;
 use tandem_runtime::ModelOptions;
 use tandem_runtime::diagnosis::timing_overhead;
+use tandem_runtime::measured::workload::{PROFILED_STEPS, Random, Sequences, Spread, experts_per_layer};
 use tandem_runtime::measured::{
-    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, plot, prefill_flop, times_ahead,
+    BytesRead, MeasuredModel, MeasuredOptions, RankReport, bandwidth_before, by_stage, drafts, plot, prefill_flop,
+    times_ahead,
 };
 use tandem_runtime::ranks::Joined;
 use tandem_runtime::units::{bytes, count};
@@ -33,8 +32,6 @@ use crate::report::print_json;
 
 /// Read between two steps, for the bandwidth of that moment.
 const PASS_BYTES: usize = 256 << 20;
-/// Steps of the profiled run, at most.
-const PROFILED_STEPS: usize = 8;
 
 const DECODE_COLUMNS: [&str; 8] = [
     "context",
@@ -295,7 +292,10 @@ fn decode_point(
         }
         _ => None,
     };
-    let verified = drafts::verified(model, sequences, context, args)?;
+    let (steps, warmup, force_acceptance) = (args.steps, args.warmup, &args.force_acceptance[..]);
+    let (depth, expert_overlap) = (args.draft_depth, args.expert_overlap);
+    let case = drafts::DraftCase { context, depth, steps, warmup, expert_overlap, force_acceptance };
+    let verified = drafts::verified(model, sequences, &case)?;
     Ok(DecodePoint {
         verified,
         context,
@@ -369,7 +369,7 @@ impl DecodePoint {
         for (name, n) in &self.bytes.kinds {
             println!("    {name:<24}{:>12}{:>8.1} %", bytes(*n as u64), 100.0 * n / self.bytes.total());
         }
-        drafts::print(&self.verified);
+        drafts::lines(&self.verified).iter().for_each(|line| println!("{line}"));
         self.ranks.print();
         self.breakdown.print();
     }
@@ -566,125 +566,6 @@ impl Peak {
     }
 }
 
-/// Sequences with consecutive pages.
-struct Sequences {
-    block_tables: Vec<Vec<u32>>,
-}
-
-impl Sequences {
-    fn new(n: usize, n_tokens: usize) -> Sequences {
-        let n_pages = n_tokens.div_ceil(PAGE_SIZE) as u32;
-        Sequences { block_tables: (0..n as u32).map(|s| (s * n_pages..(s + 1) * n_pages).collect()).collect() }
-    }
-
-    fn len(&self) -> usize {
-        self.block_tables.len()
-    }
-
-    /// The first `n` of them.
-    fn first(&self, n: usize) -> Sequences {
-        Sequences { block_tables: self.block_tables[..n].to_vec() }
-    }
-
-    fn n_slots(&self) -> usize {
-        self.block_tables.iter().map(Vec::len).sum::<usize>() * PAGE_SIZE
-    }
-
-    /// One new token per sequence after `context` cached ones.
-    fn decode_batch(&self, context: usize, random: &mut Random, vocab_size: usize) -> Batch {
-        let n = self.block_tables.len();
-        Batch {
-            tokens: (0..n).map(|_| random.below(vocab_size)).collect(),
-            positions: vec![context as u32; n],
-            sequences: (0..n as u32).collect(),
-            block_tables: self.block_tables.clone(),
-            logits_rows: (0..n as u32).collect(),
-            sampling: vec![],
-        }
-    }
-
-    /// `n_rows` new tokens per sequence after `context` cached ones, each with its logits.
-    fn verify_batch(&self, context: usize, n_rows: usize, random: &mut Random, vocab_size: usize) -> Batch {
-        let n = self.block_tables.len();
-        Batch {
-            tokens: (0..n * n_rows).map(|_| random.below(vocab_size)).collect(),
-            positions: (0..n).flat_map(|_| (0..n_rows).map(|i| (context + i) as u32)).collect(),
-            sequences: (0..n as u32).flat_map(|s| std::iter::repeat_n(s, n_rows)).collect(),
-            block_tables: self.block_tables.clone(),
-            logits_rows: (0..(n * n_rows) as u32).collect(),
-            sampling: vec![],
-        }
-    }
-
-    /// Tokens at `positions` of the first sequence.
-    fn prefill_batch(
-        &self,
-        positions: std::ops::Range<usize>,
-        last: bool,
-        random: &mut Random,
-        vocab_size: usize,
-    ) -> Batch {
-        let n = positions.len();
-        Batch {
-            tokens: (0..n).map(|_| random.below(vocab_size)).collect(),
-            positions: positions.map(|p| p as u32).collect(),
-            sequences: vec![0; n],
-            block_tables: self.block_tables.clone(),
-            logits_rows: if last { vec![n as u32 - 1] } else { vec![] },
-            sampling: vec![],
-        }
-    }
-}
-
-/// splitmix64: tokens that differ from step to step and agree from run to run.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    fn below(&mut self, n: usize) -> u32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((x ^ (x >> 31)) % n as u64) as u32
-    }
-}
-
-/// Order statistics of times in ms.
-struct Spread {
-    median: f64,
-    p10: f64,
-    p90: f64,
-}
-
-impl Spread {
-    fn of(mut times: Vec<f64>) -> Spread {
-        times.sort_by(f64::total_cmp);
-        let at = |q: f64| {
-            let place = q * (times.len() - 1) as f64;
-            let (low, high) = (times[place.floor() as usize], times[place.ceil() as usize]);
-            low + (high - low) * place.fract()
-        };
-        Spread { median: at(0.5), p10: at(0.1), p90: at(0.9) }
-    }
-}
-
-/// Different experts that a step reads in one MoE layer: of each stage, those of its first rank, and where experts are
-/// spread over the ranks, those of all.
-fn experts_per_layer(reports: &[RankReport]) -> Option<f64> {
-    let (mut touched, mut runs) = (0, 0);
-    for stage in reports.chunk_by(|a, b| a.stage == b.stage) {
-        let counts: Vec<u64> = stage.iter().map(|r| r.experts.0).collect();
-        let same = counts.iter().all(|n| *n == counts[0]);
-        touched += if same { counts[0] } else { counts.iter().sum() };
-        runs += stage[0].experts.1;
-    }
-    (runs > 0).then(|| touched as f64 / runs as f64)
-}
-
 /// What the ranks did in the measured steps, ms per step.
 struct RankTotals {
     reports: Vec<RankReport>,
@@ -780,17 +661,5 @@ impl Breakdown {
         for (name, ms) in &self.rows {
             println!("    {name:<24}{ms:>9.3} ms{:>8.1} %", 100.0 * ms / self.total);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn spread_interpolates() {
-        let spread = Spread::of(vec![3.0, 1.0, 2.0, 4.0, 5.0]);
-        assert_eq!((spread.median, spread.p10, spread.p90), (3.0, 1.4, 4.6));
-        assert_eq!(Spread::of(vec![7.0]).p90, 7.0);
     }
 }

@@ -75,6 +75,10 @@ pub(crate) struct BenchDecodeArgs {
     /// would give.
     #[arg(long, value_name = "A,A,..", value_delimiter = ',', value_parser = real::<f64>(0.0, 1.0))]
     pub(crate) force_acceptance: Vec<f64>,
+    /// Share of a row's experts that an earlier row of the same step also chose, about, where steps verify drafts: that share of
+    /// rows repeats an earlier row's token. Rows choose independently if 0.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = real::<f64>(0.0, 1.0))]
+    pub(crate) expert_overlap: f64,
 }
 
 #[derive(Debug, Args)]

@@ -40,6 +40,10 @@ pub(crate) struct ConvertArgs {
     /// Take the tokenizer (and its chat template) of this model directory instead of the GGUF file's own.
     #[arg(long, value_name = "DIR")]
     pub(crate) tokenizer: Option<PathBuf>,
+    /// Write the multi-token-prediction layer alone, for `--mtp` of a checkpoint that has none. Of SRC only the files that
+    /// hold it need to be there, as `pull --mtp` gets them.
+    #[arg(long, conflicts_with_all = ["search", "calibrate", "tokenizer"])]
+    pub(crate) mtp_only: bool,
     /// Size of one output file, at most, unless a single weight is larger.
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = byte_count)]
     pub(crate) max_shard_size: u64,
@@ -63,6 +67,7 @@ impl From<&ConvertArgs> for ConvertOptions {
             search: args.search,
             calibrate: args.calibrate.clone(),
             tokenizer: args.tokenizer.clone(),
+            mtp_only: args.mtp_only,
             max_shard_size: args.max_shard_size,
             threads: args.threads,
         }

@@ -11,7 +11,7 @@ pub(crate) struct DraftArgs {
     /// Tokens to draft for an answer in one step, 0 (off) to 8.
     ///
     /// The model's multi-token-prediction layer and what the text has said before draft them; the answer stays the same. auto drafts as many as measured times and acceptance say pays, and is
-    /// the default of `run` where the processor computes alone; elsewhere that is 0.
+    /// the default where the processor computes alone; on GPUs and among ranks that is 0.
     #[arg(long, value_name = "N|auto")]
     pub(crate) draft_depth: Option<DraftDepth>,
     /// Directory, or Hugging Face id in the local cache, of the multi-token-prediction layer that drafts: a checkpoint of the

@@ -17,6 +17,10 @@ pub(crate) struct PullArgs {
     /// Get the configuration, the index and the tokenizer only, for `inspect` and `bench --load-format dummy`.
     #[arg(long)]
     pub(crate) metadata: bool,
+    /// Of the weights get only the files that hold the multi-token-prediction layer, for `--mtp` of other commands and
+    /// `convert --mtp-only`: many quantised checkpoints have left it out, the original has it.
+    #[arg(long, conflicts_with = "metadata")]
+    pub(crate) mtp: bool,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
