@@ -135,9 +135,16 @@ DI u32 load_cluster(const u32* p, u32 rank) {
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
+
+DI void store_cluster(const u32* p, u32 rank, u32 v) {
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 #else
 DI void cluster_sync() {}
 DI u32 load_cluster(const u32* p, u32) { return *p; }
+DI void store_cluster(const u32*, u32, u32) {}
 #endif
 
 // Positions of the k highest scores, ascending; all of them while there are no more, then -1. Among equal scores at the
@@ -190,22 +197,17 @@ DI void index_topk(const IndexArgs& args) {
             bool member = pass == 0 || o >> (shift + width) == prefix;
             if (exists && member) atomicAdd(&counts[o >> shift & ((1u << width) - 1)], 1);
         });
+        // Buckets from the highest on: which holds the `wanted`-th score, and how many are wanted of it. A block alone has two
+        // a thread; of a cluster each block adds up its part of them.
+        constexpr u32 EACH = BLOCKS == 1 ? 2 : 1;
         if (BLOCKS > 1) cluster_sync();
         __syncthreads();
-        // Buckets from the highest on, two a thread: which holds the `wanted`-th score, and how many are wanted of it.
-        u32 top = (1u << width) - 1 - 2 * threadIdx.x, n[2] = {0, 0};
-        bool some = 2 * threadIdx.x < 1u << width;
-        if (some) {
+        u32 part = (1u << width) / BLOCKS, at = EACH * threadIdx.x, top = (1u << width) - 1 - rank * part - at, n[2] = {0, 0};
+        if (at < part) {
             n[0] = counts[top];
-            n[1] = counts[top - 1];
-            if (BLOCKS > 1) {
+            if (EACH == 2) n[1] = counts[top - 1];
 #pragma unroll
-                for (u32 other = 1; other < BLOCKS; other++) {
-                    u32 from = (rank + other) % BLOCKS;
-                    n[0] += load_cluster(counts + top, from);
-                    n[1] += load_cluster(counts + top - 1, from);
-                }
-            }
+            for (u32 other = 1; other < BLOCKS; other++) n[0] += load_cluster(counts + top, (rank + other) % BLOCKS);
         }
         u32 sum = n[0] + n[1], through = sum;
 #pragma unroll
@@ -217,16 +219,29 @@ DI void index_topk(const IndexArgs& args) {
         __syncthreads();
         u32 before = lane < warp ? warp_sums[lane] : 0;
         through += __reduce_add_sync(FULL, before);
-        if (through >= wanted && through - sum < wanted) {
-            u32 left = wanted - (through - sum);
-            found_bucket = left > n[0] ? top - 1 : top;
-            found_rest = left > n[0] ? left - n[0] : left;
+        if (BLOCKS > 1) {
+            if (threadIdx.x == 1023) totals[0] = through;
+            cluster_sync();
+            before = lane < rank ? load_cluster(totals, lane) : 0;
+            through += __reduce_add_sync(FULL, before);
         }
+        if (through >= wanted && through - sum < wanted) {
+            u32 left = wanted - (through - sum), bucket = left > n[0] ? top - 1 : top, rest = left > n[0] ? left - n[0] : left;
+            if (BLOCKS == 1) {
+                found_bucket = bucket;
+                found_rest = rest;
+            }
+#pragma unroll
+            for (u32 other = 0; BLOCKS > 1 && other < BLOCKS; other++) {
+                store_cluster(&found_bucket, other, bucket);
+                store_cluster(&found_rest, other, rest);
+            }
+        }
+        // Then nobody reads these counts any more.
+        if (BLOCKS > 1) cluster_sync();
         __syncthreads();
         prefix = prefix << width | found_bucket;
         wanted = found_rest;
-        // Nobody reads these counts any more.
-        if (BLOCKS > 1) cluster_sync();
     }
     // `prefix` is the threshold; `wanted` of the scores equal to it are taken.
     u32 higher = 0, equal = 0;
@@ -272,6 +287,6 @@ DI void index_topk(const IndexArgs& args) {
 extern "C" __global__ void __launch_bounds__(1024) index_topk_1_8(const __grid_constant__ IndexArgs args) { index_topk<1, 8>(args); }
 extern "C" __global__ void __launch_bounds__(1024) index_topk_1_16(const __grid_constant__ IndexArgs args) { index_topk<1, 16>(args); }
 #if __CUDA_ARCH__ >= 900
-extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8_4(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 4>(args); }
+extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8_8(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 8>(args); }
 extern "C" __global__ void __cluster_dims__(TOPK_CLUSTER, 1, 1) __launch_bounds__(1024) index_topk_8_16(const __grid_constant__ IndexArgs args) { index_topk<TOPK_CLUSTER, 16>(args); }
 #endif

@@ -12,10 +12,10 @@ use crate::preamble::*;
 
 /// Blocks of its scoring kernel that fill the device.
 const INDEX_BLOCKS: usize = 528;
-/// Contexts of which the lanes of index_topk_1_8, index_topk_1_16 and index_topk_8_4 hold all scores.
+/// Contexts of which the lanes of index_topk_1_8, index_topk_1_16 and index_topk_8_8 hold all scores.
 const TOPK_CONTEXT: usize = 8192;
 const TOPK_LONG_CONTEXT: usize = 16384;
-const TOPK_CLUSTER_CONTEXT: usize = 32768;
+const TOPK_CLUSTER_CONTEXT: usize = 65536;
 /// Rows up to which a cluster of 8 blocks a row is faster in contexts that one block does not hold.
 const TOPK_CLUSTER_ROWS: usize = 16;
 /// Floats of index scores kept at once; longer prefills are scored in blocks of rows.
@@ -63,7 +63,7 @@ impl CudaBackend {
             }
             let in_clusters = context > TOPK_LONG_CONTEXT && n <= TOPK_CLUSTER_ROWS && self.device.info.clusters;
             let (name, blocks) = match (in_clusters, context) {
-                (true, ..=TOPK_CLUSTER_CONTEXT) => ("index_topk_8_4", TOPK_CLUSTER),
+                (true, ..=TOPK_CLUSTER_CONTEXT) => ("index_topk_8_8", TOPK_CLUSTER),
                 (true, _) => ("index_topk_8_16", TOPK_CLUSTER),
                 (false, ..=TOPK_CONTEXT) => ("index_topk_1_8", 1),
                 (false, _) => ("index_topk_1_16", 1),

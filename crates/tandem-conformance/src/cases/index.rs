@@ -22,7 +22,7 @@ pub(crate) fn run<B: Backend>(suite: &mut Suite<B>, batches: &[usize]) {
         }
     }
     if batches.len() > 1 {
-        let long = [(4, 32, 9000, 2048), (4, 32, 20_000, 2048), (4, 32, 40_000, 2048)];
+        let long = [(4, 32, 9000, 2048), (4, 32, 20_000, 2048), (4, 32, 70_000, 2048)];
         for (heads, dim, context, k) in [(4, 32, 3000, 2048), (64, 128, 1000, 512)].into_iter().chain(long) {
             for how in [Keys::Written, Keys::Grid] {
                 suite.case(&Select { heads, dim, context, k, n: 3, how, fused: false });
