@@ -179,14 +179,15 @@ function note(view) {
   if (message.role !== "assistant") return;
   const { usage } = message;
   const parts = [];
-  if (message.state === "writing" && !message.content && !message.reasoning && !message.tool_calls) parts.push(waiting(view));
+  const isWaiting = message.state === "writing" && !message.content && !message.reasoning && !message.tool_calls;
+  if (isWaiting) parts.push(waiting(view));
   if (message.rate) parts.push(`${message.rate.toFixed(message.rate < 10 ? 1 : 0)} tokens/s`);
   if (usage?.completion_tokens !== undefined) parts.push(`${usage.completion_tokens} generated`);
   if (usage?.prompt_tokens !== undefined) {
     const cached = usage.prompt_tokens_details?.cached_tokens;
     parts.push(`${usage.prompt_tokens} prompt tokens${cached ? ` (${cached} from the cache)` : ""}`);
   }
-  if (message.model && state.models.length > 1) parts.push(message.model);
+  if (message.model && state.models.length > 1 && !isWaiting) parts.push(message.model);
   if (message.state === "stopped") parts.push("stopped");
   view.note.textContent = parts.join(", ");
 }

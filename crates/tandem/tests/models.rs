@@ -422,6 +422,38 @@ fn mistakes_show_at_once() {
     }
 }
 
+/// A process that hangs is ended, and the request that waits for it is answered by the next one.
+#[test]
+fn a_model_that_hangs_is_loaded_again() {
+    let server = Server::start(&["--models-memory", "1GB"]);
+    server.chat("a");
+    let hung = server.processes();
+    server.signal(hung[0], "STOP");
+    // Others do not notice.
+    server.chat("b");
+    server.chat("a");
+    assert!(!server.processes().contains(&hung[0]));
+    let (_, model) = server.get("/v1/models/a");
+    assert_eq!(model["state"], "loaded", "{model}");
+    assert_eq!(server.metric("tandem_model_failures_total{model=\"a\"}"), 1.0);
+}
+
+/// A server that is told to end while a model loads ends at once, with the model.
+#[test]
+fn an_end_during_a_load_leaves_nothing() {
+    let mut server = Server::start(&[]);
+    let (url, body) = (server.url.clone(), chat("a"));
+    let waiting = std::thread::spawn(move || ask(&url, "/v1/chat/completions", Some(body), &[]).0);
+    wait("the load", || server.state("a") == "loading");
+    let model = server.processes();
+    server.signal(server.child.id(), "TERM");
+    let start = Instant::now();
+    assert!(server.child.wait().expect("an end").success());
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(matches!(waiting.join().expect("no panic"), 200 | 503));
+    wait("the end of all", || model.iter().all(|pid| memory(&[*pid]) == 0));
+}
+
 /// What a stream's reader sees of a model that is killed: an end, and no other model's trouble.
 #[test]
 fn a_killed_model_ends_its_streams_only() {

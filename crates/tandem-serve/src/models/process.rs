@@ -11,12 +11,16 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::pool::{Launcher, Spec};
 use super::send::{self, Target};
 
 /// Between two questions whether a model is ready.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Between two questions whether a process still answers, and for its answer: one that is stopped or hangs is ended.
+const PULSE: Duration = Duration::from_secs(5);
+const SILENCE: Duration = Duration::from_secs(30);
 /// For a process to end once it is told to; its answers were complete before.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a line at most.
@@ -40,6 +44,8 @@ pub(crate) struct Running {
     child: Child,
     /// Its input; apart from it, since to wait for a child closes its input.
     stdin: Option<ChildStdin>,
+    /// Ends when the process no longer answers.
+    pulse: JoinSet<()>,
     last_error: watch::Receiver<String>,
 }
 
@@ -89,7 +95,7 @@ impl Launcher for Processes {
                 on_line(&name, &line);
             }
         });
-        let mut running = Running { stdin: child.stdin.take(), child, last_error };
+        let mut running = Running { stdin: child.stdin.take(), pulse: JoinSet::new(), child, last_error };
         let heard = async { listens.wait_for(Option::is_some).await.ok().and_then(|address| address.clone()) };
         let address = tokio::select! {
             why = self.ended(&mut running) => return Err(why),
@@ -98,6 +104,7 @@ impl Launcher for Processes {
         // Its stderr ended before, and so does it.
         let Some(address) = address else { return Err(self.ended(&mut running).await) };
         let mut target = Target { address, key: self.key.as_str().into(), context: None };
+        running.pulse.spawn(until_silent(target.clone()));
         tokio::select! {
             why = self.ended(&mut running) => return Err(why),
             context = until_ready(&target) => target.context = context,
@@ -110,7 +117,14 @@ impl Launcher for Processes {
     }
 
     async fn ended(&self, running: &mut Running) -> String {
-        let status = running.child.wait().await;
+        let status = tokio::select! {
+            status = running.child.wait() => status,
+            Some(_) = running.pulse.join_next() => {
+                // Whoever waits for it gets an end, and its memory is free when this returns.
+                let _ = running.child.kill().await;
+                return format!("its process did not answer for {} s and was ended", SILENCE.as_secs());
+            }
+        };
         // Its last words may still be in the pipe.
         let _ = tokio::time::timeout(Duration::from_millis(200), async {
             while running.last_error.borrow().is_empty() && running.last_error.changed().await.is_ok() {}
@@ -129,6 +143,20 @@ impl Launcher for Processes {
         drop(running.stdin.take());
         if tokio::time::timeout(END_TIMEOUT, running.child.wait()).await.is_err() {
             let _ = running.child.kill().await;
+        }
+    }
+}
+
+/// Waits until a process takes too long to say how it is. One that has ended is somebody else's to notice.
+async fn until_silent(target: Target) {
+    loop {
+        tokio::time::sleep(PULSE).await;
+        let asked = async {
+            let stream = TcpStream::connect(&target.address).await.ok()?;
+            send::get(stream, &target, "/health").await.ok()
+        };
+        if tokio::time::timeout(SILENCE, asked).await.is_err() {
+            return;
         }
     }
 }
