@@ -118,7 +118,7 @@ fn drafted_tokens_are_counted_where_an_interface_has_a_place_for_them() {
         json!({"prompt": "The fox", "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stream_options": last});
     let two = json!({"prompt": ["The fox", "One day"], "max_tokens": 40, "temperature": 0, "ignore_eos": true, "n": 2});
     let responses = json!({"input": prompt, "max_output_tokens": 40, "temperature": 0});
-    let messages = json!({"messages": user(prompt), "max_tokens": 40, "temperature": 0});
+    let messages = json!({"model": "fable", "messages": user(prompt), "max_tokens": 40, "temperature": 0});
     let whole = |body: &Value| {
         let mut body = body.clone();
         body.as_object_mut().unwrap().remove("stream_options");

@@ -15,18 +15,63 @@ struct Shape {
 
 const DRAFT: f64 = 0.04;
 
-impl Shape {
+/// What steps cost.
+trait Costs {
+    /// Cached tokens.
+    fn context(&self) -> usize;
+    /// Time of a step of this number of rows.
+    fn step(&self, n_rows: usize) -> f64;
+    /// Time of a draft.
+    fn draft(&self) -> f64;
+
+    /// Tokens per second with always `depth` drafts.
+    fn rate(&self, acceptance: f64, depth: usize) -> f64 {
+        let tokens: f64 = (0..=depth).map(|i| acceptance.powi(i as i32)).sum();
+        tokens / (self.step(depth + 1) + self.draft() * depth as f64)
+    }
+}
+
+impl Costs for Shape {
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn draft(&self) -> f64 {
+        DRAFT
+    }
+
     fn step(&self, n_rows: usize) -> f64 {
         let experts = (1..n_rows).fold(8.0, |n: f64, _| n + 8.0 * (1.0 - self.overlap) * (1.0 - n / 256.0));
         // Scoring and attending to what is cached, which every row does for itself.
         let context = 0.004 * self.context as f64 / 1024.0;
         0.5 + 0.5 * experts / 8.0 + context * n_rows as f64
     }
+}
 
-    /// Tokens per second with always `depth` drafts.
-    fn rate(&self, acceptance: f64, depth: usize) -> f64 {
-        let tokens: f64 = (0..=depth).map(|i| acceptance.powi(i as i32)).sum();
-        tokens / (self.step(depth + 1) + DRAFT * depth as f64)
+/// Layers of GLM-5.1.
+const N_LAYERS: f64 = 78.0;
+
+/// One layer of GLM-5.1's shape, measured (bench/runs/2026-11-26-draft-rows), as if there were 78 of them and one more that
+/// drafts.
+#[derive(serde::Deserialize)]
+struct Measured {
+    expert_overlap: f64,
+    context: usize,
+    /// Milliseconds of one layer by number of rows, from 1 on.
+    layer_ms: Vec<f64>,
+}
+
+impl Costs for Measured {
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn step(&self, n_rows: usize) -> f64 {
+        N_LAYERS * self.layer_ms[n_rows - 1] / 1e3
+    }
+
+    fn draft(&self) -> f64 {
+        self.layer_ms[0] / 1e3
     }
 }
 
@@ -44,27 +89,27 @@ impl Random {
 
 /// Tokens per second of texts whose drafts are right with the probability that `acceptance` gives for each token; times
 /// vary by a tenth.
-fn simulate(shape: &Shape, seed: u64, acceptance: impl Fn(usize) -> f64) -> f64 {
+fn simulate(shape: &impl Costs, seed: u64, acceptance: impl Fn(usize) -> f64) -> f64 {
     let mut control = Control::new(DraftDepth::Auto);
     let mut random = Random(seed | 1);
     let (mut history, mut n_tokens, mut total) = (History::default(), 0, 0.0);
     while n_tokens < TEXT {
         let sources = vec![(DraftSource::Mtp, MAX_DRAFT_DEPTH)];
         let offer = Offer { history: &mut history, sources, n_lagging: 1 };
-        let chosen = control.choose(&mut [offer], shape.context, 63)[0];
+        let chosen = control.choose(&mut [offer], shape.context(), 63)[0];
         let depth = chosen.map_or(0, |(_, depth)| depth);
         let n_accepted = (0..depth).take_while(|_| random.next() < acceptance(n_tokens)).count();
         if let Some((source, depth)) = chosen {
             control.note_draft(&mut history, source, depth, n_accepted);
         }
         let noise = 0.95 + 0.1 * random.next();
-        let (step, drafting) = (shape.step(depth + 1) * noise, DRAFT * depth as f64);
+        let (step, drafting) = (shape.step(depth + 1) * noise, shape.draft() * depth as f64);
         total += step + drafting;
         n_tokens += 1 + n_accepted;
         control.note_step(&Ran {
             n_sequences: 1,
             n_rows: 1 + depth,
-            context: shape.context,
+            context: shape.context(),
             n_tokens: 1 + n_accepted,
             drafting: Duration::from_secs_f64(drafting),
             mtp_depth: depth,
@@ -93,6 +138,31 @@ fn no_text_is_slower_and_most_are_as_fast_as_the_best_fixed_depth() {
         }
     }
     assert!(gains.iter().any(|gain| *gain > 2.0));
+}
+
+/// The same with what a processor measured: contexts from 1k to 128k, experts chosen independently and with overlap.
+#[test]
+fn measured_costs_are_followed_too() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../bench/runs/2026-11-26-draft-rows/layer.json");
+    let text = std::fs::read_to_string(path).expect("the archive");
+    let measured: Vec<Measured> = serde_json::from_str(&text).expect("its form");
+    let has = |overlap: f64, context: usize| {
+        measured
+            .iter()
+            .any(|m| m.expert_overlap == overlap && m.context == context && m.layer_ms.len() > MAX_DRAFT_DEPTH)
+    };
+    assert!([1 << 10, 8 << 10, 32 << 10, 128 << 10].iter().all(|context| has(0.0, *context) && has(0.3, *context)));
+    for costs in &measured {
+        let plain = 1.0 / costs.step(1);
+        for acceptance in [0.0, 0.2, 0.35, 0.49, 0.65, 0.83, 0.98] {
+            let best = (0..=MAX_DRAFT_DEPTH).map(|k| costs.rate(acceptance, k)).fold(0.0, f64::max);
+            let rate = (1..=3).map(|seed| simulate(costs, 91 * seed, |_| acceptance)).sum::<f64>() / 3.0;
+            let case = format!("acceptance {acceptance}, context {}, overlap {}", costs.context, costs.expert_overlap);
+            assert!(rate >= 0.98 * plain, "{case}: {:.3} of no drafts", rate / plain);
+            assert!(rate >= 0.95 * best, "{case}: {:.3} of the best depth", rate / best);
+            println!("{case}: {:.3} of none, {:.3} of the best depth", rate / plain, rate / best);
+        }
+    }
 }
 
 #[test]
