@@ -45,6 +45,8 @@ struct Model {
     name: String,
     context: Option<u64>,
     is_tandem: bool,
+    /// Of a server with several: 0 in memory, 1 not yet, 2 one that cannot be loaded.
+    effort: u8,
 }
 
 /// A signal that came while the server loaded, or a value.
@@ -273,6 +275,11 @@ impl Look {
                 name: model["id"].as_str()?.to_owned(),
                 context: model["max_model_len"].as_u64(),
                 is_tandem: model["owned_by"] == "tandem",
+                effort: match model["state"].as_str() {
+                    _ if !model["error"].is_null() => 2,
+                    None | Some("loaded") => 0,
+                    Some(_) => 1,
+                },
             })
         });
         Found::Models(models.collect())
@@ -290,12 +297,12 @@ impl Look {
     }
 }
 
-/// The model of this name, or of the last part of this path; the first if none is named.
+/// The model of this name, or of the last part of this path; if none is named the first, of several models the first in memory.
 fn choose(models: Vec<Model>, asked: Option<&str>, url: &str) -> Result<Model, AgentError> {
     let listed: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
     let Some(asked) = asked else {
         let error = || AgentError::NoServer { url: url.to_owned(), what: "an empty list".to_owned() };
-        return models.into_iter().next().ok_or_else(error);
+        return models.into_iter().min_by_key(|model| model.effort).ok_or_else(error);
     };
     let last = Path::new(asked).file_name().and_then(|name| name.to_str());
     let place =
@@ -325,7 +332,7 @@ mod tests {
     fn models_by_name_path_or_place() {
         let models = || {
             ["one", "org/two", "two"]
-                .map(|name| Model { name: name.into(), context: None, is_tandem: true })
+                .map(|name| Model { name: name.into(), context: None, is_tandem: true, effort: 0 })
                 .into_iter()
                 .collect()
         };
@@ -349,5 +356,10 @@ mod tests {
             }
         }
         assert!(choose(vec![], None, "http://x").is_err());
+        for (efforts, expected) in [([2, 1, 0], 2), ([2, 1, 1], 1), ([1, 0, 0], 1), ([2, 2, 2], 0)] {
+            let model = |n: usize| Model { name: n.to_string(), context: None, is_tandem: true, effort: efforts[n] };
+            let found = choose((0..3).map(model).collect(), None, "http://x").expect("one");
+            assert_eq!(found.name, expected.to_string(), "{efforts:?}");
+        }
     }
 }

@@ -257,6 +257,11 @@ fn requests_find_their_model_in_every_interface() {
     assert_eq!(server.metric("tandem_model_loads_total{model=\"a\"}"), 1.0);
     assert!(server.metric("tandem_generated_tokens_total{model=\"a\"}") >= 1.0);
     assert!(server.metric("vllm:num_requests_running{model=\"a\",") == 0.0);
+    // A broken one that is mended is found by the next request.
+    std::fs::remove_dir_all(server.folder.path().join("broken")).expect("removed");
+    symlink(golden("models/llama_tiny"), server.folder.path().join("broken")).expect("a link");
+    let body = json!({"model": "broken", "prompt": "Hi", "max_tokens": 2});
+    wait("the mended model", || server.request("/v1/completions", Some(body.clone()), &[]).0 == 200);
     // A model that comes later is found.
     symlink(golden("models/llama_tiny"), server.folder.path().join("later")).expect("a link");
     wait("the new model", || server.get("/v1/models/later").0 == 200);

@@ -135,7 +135,9 @@ impl Models {
             found(asked).or_else(|| found(tagless?))
         };
         let mut list = self.pool.list();
-        if let Some(found) = find(&list) {
+        // A broken one may have been mended, or its folder may be back.
+        let is_broken = |found: &str| list.iter().any(|model| model.name == found && model.error.is_some());
+        if let Some(found) = find(&list).filter(|found| asked.is_none() || !is_broken(found)) {
             return Ok(found);
         }
         if asked.is_some() {
