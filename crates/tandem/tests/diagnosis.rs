@@ -86,7 +86,8 @@ fn a_server_is_explained_while_it_runs_to_those_who_have_its_key() {
     request.header("content-type", "application/json").send(body.to_string()).expect("an answer");
     let json = tandem(&["explain", &url, "--api-key-file", &keys, "--json"]).json();
     assert!(number(&json["explanation"]["tokens_per_second"]) > 0.0, "{json}");
-    assert!(number(&json["record"]["decode"]["n_steps"]) >= 30.0, "{json}");
+    // A step that verifies drafts makes several tokens.
+    assert!(number(&json["record"]["decode"]["n_tokens"]) >= 30.0, "{json}");
     let without = tandem(&["explain", &url]);
     assert!(without.code == Some(1) && without.stderr.contains("401"), "{}", without.stderr);
     server.kill().expect("killed");
