@@ -18,7 +18,7 @@ const FABLE: &str = "models/fable-30m-MXFP4-Q8";
 /// Runs of a fault: another program may take the cores of one, which is then the larger fault.
 const N_TRIES: usize = 4;
 
-/// One at a time: a test that computes is another's fault.
+/// One at a time: a test that computes is another's fault, doctors too.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(|e| e.into_inner())
@@ -349,6 +349,7 @@ fn too_many_threads_are_named() {
 
 #[test]
 fn memory_that_may_not_be_pinned_is_named() {
+    let _alone = alone();
     let dir = mapped_model();
     let path = text(dir.path());
     // Who may pin without limit gives that right up.
@@ -370,6 +371,7 @@ fn memory_that_may_not_be_pinned_is_named() {
 
 #[test]
 fn a_truncated_shard_is_named() {
+    let _alone = alone();
     for (model, cut) in [("llama_tiny", 1), ("llama_tiny", 5000), ("glm51_tiny", 100)] {
         let copy = Copy::of(model);
         let dir = PathBuf::from(copy.path());
@@ -405,6 +407,7 @@ fn hidden_features_of_the_processor_are_named() {
 #[test]
 #[cfg(not(feature = "cuda"))]
 fn a_device_that_is_not_there_is_named() {
+    let _alone = alone();
     let done = tandem(&["doctor", "--json", "--backend", "cuda"]);
     let (level, said) = found(&done, "device");
     assert!(done.code == Some(1) && level == "problem" && said.contains("CUDA"), "{said}");
@@ -423,6 +426,7 @@ fn stand_in_ssh(dir: &TempDir, lines: &str) -> String {
 
 #[test]
 fn wrong_entries_of_a_hostfile_are_named() {
+    let _alone = alone();
     let here = "exec sh -c \"$*\"";
     let no_address = "exec sh -c \"$(echo \"$*\" | sed 's/hostname -I/echo 192.0.2.1/')\"";
     // (what stands in for ssh, hosts, words of the problem)
@@ -510,6 +514,7 @@ fn a_direction_that_is_slow_between_two_hosts_is_named() {
 /// A GPU is not needed to judge its run: the record of one is enough.
 #[test]
 fn experts_that_fell_to_the_host_are_named() {
+    let _alone = alone();
     let state = temporary();
     ended(started(command(&run(FABLE, "20", &[])), &state));
     let path = state.path().join("tandem/last-run.json");
