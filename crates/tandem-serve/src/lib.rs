@@ -18,7 +18,6 @@ mod grammar;
 mod loading;
 mod messages;
 mod metrics;
-#[cfg(unix)]
 mod models;
 mod ollama;
 mod page;
@@ -49,9 +48,7 @@ use subtle::ConstantTimeEq;
 pub use app::{App, Model, Options, ServeError};
 pub use connections::{Limits, Serving, serve};
 pub use loading::Loading;
-#[cfg(unix)]
 pub use models::{CheckModel, KeepAlive, Models, ModelsError, ModelsOptions, OnLine, arguments_of_model, keep_alive};
-#[cfg(unix)]
 pub use process::end_with_stdin;
 pub use process::{end_signal, max_connections, read_keys};
 pub use span::TARGET as SPAN_TARGET;
