@@ -19,11 +19,7 @@ fn main() {
         eprintln!("usage: prefill NUMERICS [ISA [THREADS [TOKENS [ROUNDS]]]]");
         std::process::exit(2);
     };
-    let numerics = match numerics.as_str() {
-        "int8" => Numerics::Int8,
-        "bf16" => Numerics::Bf16,
-        _ => Numerics::F32,
-    };
+    let numerics: Numerics = numerics.parse().unwrap_or_else(|error| panic!("{error}"));
     let isa = rest.first().map_or(Isa::detect(), |name| name.parse().unwrap_or_else(|error| panic!("{error}")));
     let number = |i: usize| rest.get(i).and_then(|n: &String| n.parse::<usize>().ok());
     let n_threads = number(1).unwrap_or_else(system::default_threads);

@@ -546,7 +546,7 @@ impl CpuBackend {
     }
 
     /// Writes to the cache what `row(r, to)` makes of each row, `width` values.
-    fn write_rows(&self, width: usize, batch: &Batch, cache: &mut CpuCache, row: impl Fn(usize, &mut [f32]) + Sync) {
+    fn cache_rows(&self, width: usize, batch: &Batch, cache: &mut CpuCache, row: impl Fn(usize, &mut [f32]) + Sync) {
         let n_rows = batch.n_rows();
         with_scratch(n_rows * width, |rows| {
             let target = SharedMut::new(rows);
@@ -928,7 +928,7 @@ impl Backend for CpuBackend {
     fn write_latent(&self, op: WriteLatent<'_, CpuBuffer, Batch, CpuCache>) {
         let WriteLatent { kv_a, norm, eps, rope, batch, cache } = op;
         let latent = norm.width;
-        self.write_rows(kv_a.width, batch, cache, |r, row| {
+        self.cache_rows(kv_a.width, batch, cache, |r, row| {
             with_scratch(rope.dim(), |table| {
                 let (cos, sin) = table.split_at_mut(rope.dim() / 2);
                 rms_norm(&kv_a.row(r)[..latent], &norm.data, eps, &mut row[..latent]);
@@ -940,7 +940,7 @@ impl Backend for CpuBackend {
 
     fn write_index_key(&self, op: WriteIndexKey<'_, CpuBuffer, Batch, CpuCache>) {
         let WriteIndexKey { k, norm, norm_bias, eps, rope, batch, cache } = op;
-        self.write_rows(k.width, batch, cache, |r, row| {
+        self.cache_rows(k.width, batch, cache, |r, row| {
             with_scratch(k.width + rope.dim(), |memory| {
                 let (normed, table) = memory.split_at_mut(k.width);
                 let (cos, sin) = table.split_at_mut(rope.dim() / 2);

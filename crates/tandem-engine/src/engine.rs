@@ -604,8 +604,9 @@ impl Engine {
         active.lag.hidden.drain(..n_rows * n);
         active.lag.first += n_rows;
         self.counters.mtp_rows += n_rows as u64;
-        self.following += start.elapsed();
-        self.control.note_following(n_rows, start.elapsed());
+        let time = start.elapsed();
+        self.following += time;
+        self.control.note_following(n_rows, time);
         Ok(())
     }
 

@@ -218,12 +218,13 @@ impl App {
         let mut keys = vec![];
         let mut requests = vec![];
         for prompt in prompts {
+            let key = ask.chat.is_some().then(|| PromptKey::of(&prompt));
             for i in 0..ask.n.max(1) as u64 {
                 let mut sampling = sampling.clone();
                 // Different answers, and the same ones every time.
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
                 n_prompts.push(prompt.len());
-                keys.push(ask.chat.is_some().then(|| PromptKey::of(&prompt)));
+                keys.push(key);
                 requests.push(Request {
                     prompt: prompt.clone(),
                     sampling,

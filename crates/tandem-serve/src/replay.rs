@@ -1,6 +1,6 @@
 //! What the model said, token by token, so that a conversation which comes back begins with what the cache holds.
 //!
-//! A client sends an answer back as text, and a template writes it anew: other tokens for the same text, or the same call with
+//! A client sends an answer back as text, and a template writes it again: other tokens for the same text, or the same call with
 //! other spaces. Where a prompt goes on as an earlier one did, up to an answer that says the same as the one given then, that one's
 //! tokens take its place. What a template leaves out (reasoning of earlier turns) is not put back.
 

@@ -184,16 +184,12 @@ impl<T: Copy + Default> Integers<T> {
         let groups = width.div_ceil(Q8_GROUP);
         // Empty where it is not wanted, which is how rows know.
         self.half_sums.resize(length(wanted && forms.half_sums, 2 * groups), 0);
-        let mut i = 0;
         SharedIntegers {
             values: room(&mut self.values, length(wanted, per_row)),
             scales: room(&mut self.scales, length(wanted, groups)),
             group_sums: room(&mut self.group_sums, length(wanted, groups)),
             half_sums: SharedMut::new(&mut self.half_sums),
-            sums: self.sums.each_mut().map(|sums| {
-                i += 1;
-                room(sums, length(wanted && forms.sums[i - 1], width / (Q8_GROUP << (i - 1))))
-            }),
+            sums: sums_room(&mut self.sums, |i| length(wanted && forms.sums[i], width / (Q8_GROUP << i))),
         }
     }
 
@@ -227,14 +223,10 @@ impl Activations {
         let lengths = |wanted: bool, per_row: usize| if wanted { n_rows * per_row } else { 0 };
         let nibbles = width.div_ceil(NIBBLE_BLOCK) * NIBBLE_BLOCK;
         let bytes = width.div_ceil(BYTE_BLOCK) * BYTE_BLOCK;
-        let mut i = 0;
         let shared = Shared {
             width,
             plain: room(&mut self.plain, lengths(forms.plain, width)),
-            sums: self.sums.each_mut().map(|sums| {
-                i += 1;
-                room(sums, lengths(forms.sums[i - 1], width / (Q8_GROUP << (i - 1))))
-            }),
+            sums: sums_room(&mut self.sums, |i| lengths(forms.sums[i], width / (Q8_GROUP << i))),
             nibble_f32: room(&mut self.nibble_f32, lengths(forms.nibble_f32, nibbles)),
             pairs_bf16: room(&mut self.pairs_bf16, lengths(forms.pairs_bf16, width.next_multiple_of(8))),
             nibble_q8: room(&mut self.nibble_q8, lengths(forms.nibble_q8, nibbles)),
@@ -321,6 +313,12 @@ fn room<T: Copy + Default>(memory: &mut Vec<T>, n: usize) -> SharedMut<'_, T> {
         memory.resize(n, T::default());
     }
     SharedMut::new(&mut memory[..n])
+}
+
+/// The same for sums of each size of groups, the `i`-th of which are `n(i)`.
+fn sums_room(sums: &mut [Vec<f32>; 3], n: impl Fn(usize) -> usize) -> [SharedMut<'_, f32>; 3] {
+    let [a, b, c] = sums;
+    [(a, 0), (b, 1), (c, 2)].map(|(sums, i)| room(sums, n(i)))
 }
 
 /// Row `row` of data that has `per_block` entries for each block of `block` elements.

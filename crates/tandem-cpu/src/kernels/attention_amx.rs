@@ -128,21 +128,8 @@ unsafe fn attend_on<E: Engine>(
             for block in 0..n_blocks {
                 let keys = context.as_ptr().add(block * shape.block_lines());
                 let scores = scores.add(block * SPAN);
-                macro_rules! heads {
-                    ($two:literal) => {{
-                        engine.zero();
-                        for group in 0..q_pitch - 1 {
-                            let weights = keys.add(group * SQUARE).cast();
-                            engine.multiply::<$two>(queries.as_ptr().add(group), q_pitch, weights);
-                        }
-                        engine.store::<$two>(scores, score_pitch);
-                    }};
-                }
-                if n_heads > HEADS / 2 {
-                    heads!(true);
-                } else {
-                    heads!(false);
-                }
+                let x = Lines { start: queries.as_ptr(), pitch: q_pitch, n: q_pitch - 1 };
+                of_heads(&mut engine, n_heads, x, (keys, SQUARE), (scores, score_pitch));
             }
             let mut inverses = [0.0f32; HEADS];
             for (h, inverse) in inverses.iter_mut().enumerate().take(n_heads) {
@@ -151,21 +138,8 @@ unsafe fn attend_on<E: Engine>(
             }
             for group in 0..shape.value / SPAN {
                 let values = context.as_ptr().add(shape.key / SPAN * SQUARE + group * SQUARE);
-                macro_rules! heads {
-                    ($two:literal) => {{
-                        engine.zero();
-                        for block in 0..n_blocks {
-                            let weights = values.add(block * shape.block_lines()).cast();
-                            engine.multiply::<$two>(shares.as_ptr().add(block), share_pitch, weights);
-                        }
-                        engine.store::<$two>(sums, SPAN);
-                    }};
-                }
-                if n_heads > HEADS / 2 {
-                    heads!(true);
-                } else {
-                    heads!(false);
-                }
+                let x = Lines { start: shares.as_ptr(), pitch: share_pitch, n: n_blocks };
+                of_heads(&mut engine, n_heads, x, (values, shape.block_lines()), (sums, SPAN));
                 for (h, inverse) in inverses.iter().enumerate().take(n_heads) {
                     let sums = std::slice::from_raw_parts(sums.add(h * SPAN), SPAN);
                     for (out, sum) in out[h * shape.value + group * SPAN..][..SPAN].iter_mut().zip(sums) {
@@ -175,6 +149,51 @@ unsafe fn attend_on<E: Engine>(
             }
         }
     });
+}
+
+/// `n` lines of each head, `pitch` lines from one head to the next.
+struct Lines {
+    start: *const Line,
+    pitch: usize,
+    n: usize,
+}
+
+/// `to [n_heads, 32] = sum_i x[.., i] * squares[i]`, squares being `step` lines apart; rows of up to [`HEADS`] heads are written.
+///
+/// # Safety
+/// The processor has the engine's instructions; lines, squares and sums are there.
+#[inline(always)]
+unsafe fn of_heads<E: Engine>(
+    engine: &mut E,
+    n_heads: usize,
+    x: Lines,
+    (squares, step): (*const Line, usize),
+    (to, pitch): (*mut f32, usize),
+) {
+    #[inline(always)]
+    unsafe fn sums<E: Engine, const TWO: bool>(
+        engine: &mut E,
+        x: &Lines,
+        (squares, step): (*const Line, usize),
+        (to, pitch): (*mut f32, usize),
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            engine.zero();
+            for i in 0..x.n {
+                engine.multiply::<TWO>(x.start.add(i), x.pitch, squares.add(i * step).cast());
+            }
+            engine.store::<TWO>(to, pitch);
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        if n_heads > HEADS / 2 {
+            sums::<E, true>(engine, &x, (squares, step), (to, pitch));
+        } else {
+            sums::<E, false>(engine, &x, (squares, step), (to, pitch));
+        }
+    }
 }
 
 /// Shares of the first `n` scores before they are divided by their sum, the others being zero; returns one over the sum.
